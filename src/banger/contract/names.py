@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Names and ids: parsed once at the edge, trusted after; every host resource's name comes from the VM's id.
+
+Each process uses this; the helper validates again whatever the daemon sends.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+from typing import Final, NewType
+
+from banger.contract import errors
+
+VmId = NewType("VmId", str)
+VmName = NewType("VmName", str)
+ImageId = NewType("ImageId", str)
+KernelId = NewType("KernelId", str)
+
+ID_PATTERN: Final = r"^[0-9a-f]{12}$"
+VM_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"
+
+BRIDGE: Final = "br-fc"
+CGROUP_PARENT: Final = "banger"
+DM_PREFIX: Final = "fc-rootfs-"
+TAP_PREFIX: Final = "tap-"
+MAX_SLOTS: Final = 4000
+AGENT_PORT: Final = 1023
+GUEST_DIR: Final = "/.banger"
+GUEST_BINARY: Final = "/.banger/guest"
+
+_ID = re.compile(ID_PATTERN)
+_VM_NAME = re.compile(VM_NAME_PATTERN)
+_ARTEFACT_NAME = re.compile(ARTEFACT_NAME_PATTERN)
+
+
+def new_id() -> str:
+    """A fresh id: 12 hex digits. Two share their first 8, which name a tap, with a chance of 2**-32."""
+    return secrets.token_hex(6)
+
+
+def parse_id(text: str, what: str = "id") -> str:
+    """Raises BadRequestError unless `text` is 12 lower-case hex digits."""
+    if not _ID.fullmatch(text):
+        raise errors.BadRequestError(f"{what} {text!r} is not 12 hex digits")
+    return text
+
+
+def parse_vm_name(text: str) -> VmName:
+    """Raises BadRequestError unless `text` is 1–63 characters of a-z, 0-9 and inner hyphens."""
+    if not _VM_NAME.fullmatch(text):
+        raise errors.BadRequestError(
+            f"{text!r} is not a VM name",
+            hint="use 1 to 63 lower-case letters, digits and hyphens, with no hyphen at the ends",
+        )
+    return VmName(text)
+
+
+def parse_artefact_name(text: str, what: str) -> str:
+    """A name for an image or kernel: like a VM's, dots and underscores inside allowed."""
+    if not _ARTEFACT_NAME.fullmatch(text):
+        raise errors.BadRequestError(
+            f"{text!r} is not a name for {what}",
+            hint="use 1 to 63 lower-case letters, digits, dots, underscores and hyphens",
+        )
+    return text
+
+
+def dm_name(vm_id: VmId) -> str:
+    return f"{DM_PREFIX}{vm_id}"
+
+
+def tap_name(vm_id: VmId) -> str:
+    """8 digits of the id: an interface name holds 15 bytes (IFNAMSIZ minus the terminator)."""
+    return f"{TAP_PREFIX}{vm_id[:8]}"
+
+
+def cgroup_path(vm_id: VmId) -> str:
+    """Relative to the cgroup v2 mount."""
+    return f"{CGROUP_PARENT}/{vm_id}"
+
+
+def loop_label(vm_id: VmId, role: str) -> str:
+    """What `lo_file_name` of a loop device says (at most 63 bytes): whose it is and what for."""
+    return f"banger/{vm_id}/{role}"
+
+
+def mac_address(vm_id: VmId) -> str:
+    """Locally administered, unicast; 40 bits of the id."""
+    return "06:" + ":".join(vm_id[i : i + 2] for i in range(0, 10, 2))
+
+
+def guest_address(network: ipaddress.IPv4Network, slot: int) -> ipaddress.IPv4Address:
+    """The bridge holds the first address of the network, slot n the n-th after it."""
+    address = network.network_address + 1 + slot
+    if not 1 <= slot <= MAX_SLOTS or address not in network or address == network.broadcast_address:
+        raise errors.BadRequestError(f"slot {slot} has no address in {network}")
+    return address
+
+
+def bridge_address(network: ipaddress.IPv4Network) -> ipaddress.IPv4Address:
+    return network.network_address + 1

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: MIT
+"""The privileged operations: one closed, typed table. The daemon names intents, the helper derives paths.
+
+Wire: one request per connection on `bangerd-root.sock`: a 4-byte big-endian length, then an `Envelope` as
+JSON; one `Reply` back in the same framing. Unknown operations, unknown fields and wrong types are refused by
+the decoder before any effect. `docs/privileges.md` says of each what it validates.
+
+Deleting what is already gone succeeds. Every operation that makes something cleans its own partial state
+when it fails, so the caller sees either all of it or none.
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Annotated, Final, Generic, Protocol, TypeVar
+
+import msgspec
+
+from banger.contract import errors, names
+
+MAX_REQUEST_BYTES: Final = 64 * 1024
+MAX_REPLY_BYTES: Final = 4 * 1024 * 1024
+PROTOCOL_VERSION: Final = 1
+
+Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
+Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
+OpId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z-]{0,40}$")]
+Hostname = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
+BootArgs = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$", max_length=1900)]
+Ipv4 = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$")]
+
+
+class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="result", tag=True):
+    """Base of what an operation returns."""
+
+
+ResultT = TypeVar("ResultT", bound=Result)
+
+
+class Request(msgspec.Struct, Generic[ResultT], frozen=True, forbid_unknown_fields=True, tag_field="op"):
+    """Base of every operation; the type parameter is what it returns."""
+
+
+# --- results ---
+
+
+class Done(Result, tag="done", frozen=True):
+    """It is so now."""
+
+
+class HostInfo(Result, tag="host_info", frozen=True):
+    version: str
+    protocol: int
+    firecracker_version: str = ""
+    """Empty when the runtime is not installed."""
+    firecracker_sha256: str = ""
+    jailer_sha256: str = ""
+
+
+class Snapshot(Result, tag="snapshot", frozen=True):
+    device: str
+    """Path of the device-mapper node on the host."""
+
+
+class Check(Result, tag="check", frozen=True):
+    repaired: bool
+    """e2fsck corrected something (exit status 1)."""
+
+
+class Vmm(Result, tag="vmm", frozen=True):
+    """A VMM process. `pid` is 0 when none runs."""
+
+    pid: int
+    start_ticks: int = 0
+    """Field 22 of /proc/<pid>/stat: with the pid it names one process for ever."""
+
+
+class Usage(Result, tag="usage", frozen=True):
+    """Counters of the VM's cgroup and tap since the VMM started; zero where the kernel offers none."""
+
+    cpu_usec: int = 0
+    memory_bytes: int = 0
+    memory_peak_bytes: int = 0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+
+
+class VmWorld(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What exists on the host under one VM's name."""
+
+    vm_id: str
+    snapshot: bool = False
+    loops: int = 0
+    tap: bool = False
+    jail: bool = False
+    cgroup: bool = False
+    logs: bool = False
+    vmm_pid: int = 0
+    vmm_start_ticks: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing but perhaps logs is left of this VM."""
+        kept = (self.snapshot, self.loops, self.tap, self.jail, self.cgroup, self.vmm_pid)
+        return not any(kept)
+
+
+class World(Result, tag="world", frozen=True):
+    vms: tuple[VmWorld, ...]
+    bridge: bool
+
+
+# --- operations on the host ---
+
+
+class GetHost(Request[HostInfo], tag="get_host", frozen=True):
+    """Who answers: version, protocol, the runtime's versions and hashes."""
+
+
+class ListWorld(Request[World], tag="list_world", frozen=True):
+    """Everything banger-named on this host, found by scanning the kernel, never from memory."""
+
+
+class EnsureBridge(Request[Done], tag="ensure_bridge", frozen=True):
+    """The bridge exists, is up and holds the first address of the configured prefix."""
+
+
+class DeleteBridge(Request[Done], tag="delete_bridge", frozen=True):
+    """Refused with `conflict` while a tap is attached."""
+
+
+class CheckRuntime(Request[HostInfo], tag="check_runtime", frozen=True):
+    """Firecracker and jailer are there, writable by root alone, and the ones recorded at installation."""
+
+
+# --- operations on one VM ---
+
+
+class CreateSnapshot(Request[Snapshot], tag="create_snapshot", frozen=True):
+    """A dm-snapshot of the image's `rootfs.ext4` (read-only) with the VM's `overlay.cow` as its store."""
+
+    vm_id: Id
+    slot: Slot
+    image_id: Id
+
+
+class CheckSnapshot(Request[Check], tag="check_snapshot", frozen=True):
+    """`e2fsck -p` (then `-y`) on the snapshot, as the VM's uid; exit 0 and 1 are both fine."""
+
+    vm_id: Id
+    slot: Slot
+
+
+class PatchRoot(Request[Done], tag="patch_root", frozen=True):
+    """Writes into the snapshot's ext4 what a start needs: hostname, guest configuration, guest binary."""
+
+    vm_id: Id
+    slot: Slot
+    hostname: Hostname
+    ip_arg: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-z.:-]{0,160}$")] = ""
+    """The kernel's `ip=` value, for guests that read it from the configuration file; may be empty."""
+    dns: tuple[Ipv4, ...] = ()
+    work_disk: bool = True
+    """The second drive is mounted at /root."""
+    inject_guest: bool = False
+    """Also write the guest binary (the image carries another version, or none)."""
+
+
+class DeleteSnapshot(Request[Done], tag="delete_snapshot", frozen=True):
+    """Removes the device-mapper device and both loops; waits for a busy device with a deadline."""
+
+    vm_id: Id
+
+
+class AttachWorkDisk(Request[Done], tag="attach_work_disk", frozen=True):
+    """A loop device over the VM's `work.ext4`; checked with e2fsck as the VM's uid first."""
+
+    vm_id: Id
+    slot: Slot
+
+
+class DetachWorkDisk(Request[Done], tag="detach_work_disk", frozen=True):
+    vm_id: Id
+
+
+class CreateTap(Request[Done], tag="create_tap", frozen=True):
+    """The VM's tap, owned by its uid, attached to the bridge as an isolated port, up."""
+
+    vm_id: Id
+    slot: Slot
+
+
+class DeleteTap(Request[Done], tag="delete_tap", frozen=True):
+    vm_id: Id
+
+
+class PrepareJail(Request[Done], tag="prepare_jail", frozen=True):
+    """The VM's jail directory, with the log and metrics files that the VMM writes."""
+
+    vm_id: Id
+    slot: Slot
+
+
+class DeleteJail(Request[Done], tag="delete_jail", frozen=True):
+    """Removes the jail and the cgroup; keeps the tail of the VMM's log. Refused while the VMM runs."""
+
+    vm_id: Id
+
+
+class LaunchVmm(Request[Vmm], tag="launch_vmm", frozen=True):
+    """Starts Firecracker through the jailer; the VM boots at once and outlives both services."""
+
+    vm_id: Id
+    slot: Slot
+    kernel_id: Id
+    initrd: bool
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=32)]
+    memory_mib: Annotated[int, msgspec.Meta(ge=64, le=1024 * 1024)]
+    boot_args: BootArgs
+    work_disk: bool = True
+    tap: bool = True
+
+
+class GrantApiSocket(Request[Done], tag="grant_api_socket", frozen=True):
+    """The owner may connect to the VMM's API socket. Waits for the socket with a deadline."""
+
+    vm_id: Id
+    slot: Slot
+
+
+class GrantVsock(Request[Done], tag="grant_vsock", frozen=True):
+    """The owner may connect to the VM's vsock socket. Waits for the socket with a deadline."""
+
+    vm_id: Id
+    slot: Slot
+
+
+class FindVmm(Request[Vmm], tag="find_vmm", frozen=True):
+    """The running VMM by the jail's pidfile, verified by its cgroup and executable; pid 0 if none."""
+
+    vm_id: Id
+
+
+class KillVmm(Request[Done], tag="kill_vmm", frozen=True):
+    """SIGTERM or SIGKILL through a pidfd, then waits until the process is gone."""
+
+    vm_id: Id
+    force: bool
+
+
+class GetUsage(Request[Usage], tag="get_usage", frozen=True):
+    vm_id: Id
+
+
+class TearDown(Request[Done], tag="tear_down", frozen=True):
+    """Nothing is left of this VM's runtime: VMM, tap, loops, snapshot, jail, cgroup. Keeps logs."""
+
+    vm_id: Id
+
+
+class PurgeLogs(Request[Done], tag="purge_logs", frozen=True):
+    """Removes the VM's console and VMM logs; part of delete."""
+
+    vm_id: Id
+
+
+AnyRequest = (
+    GetHost
+    | ListWorld
+    | EnsureBridge
+    | DeleteBridge
+    | CheckRuntime
+    | CreateSnapshot
+    | CheckSnapshot
+    | PatchRoot
+    | DeleteSnapshot
+    | AttachWorkDisk
+    | DetachWorkDisk
+    | CreateTap
+    | DeleteTap
+    | PrepareJail
+    | DeleteJail
+    | LaunchVmm
+    | GrantApiSocket
+    | GrantVsock
+    | FindVmm
+    | KillVmm
+    | GetUsage
+    | TearDown
+    | PurgeLogs
+)
+AnyResult = Done | HostInfo | Snapshot | Check | Vmm | Usage | World
+REQUEST_TYPES: Final[tuple[type[Request[Result]], ...]] = typing.get_args(AnyRequest)
+
+
+class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    request: AnyRequest
+    op_id: OpId = ""
+    """Greps in the journal of both services."""
+
+
+class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Exactly one of the two is set."""
+
+    result: AnyResult | None = None
+    error: errors.ErrorBody | None = None
+
+
+class PrivilegedOps(Protocol):
+    """What the daemon may ask of root; met by the socket client, the in-process adapter and the fake.
+
+    `call` raises a BangerError: the helper's own, or UnavailableError when nobody answers.
+    """
+
+    async def call(self, request: Request[ResultT], /) -> ResultT: ...
+
+
+def jail_root(jails: str, vm_id: str) -> str:
+    """The chroot of a VM, as Firecracker's jailer lays it out: <base>/<exec file name>/<id>/root."""
+    return f"{jails}/firecracker/{vm_id}/root"
+
+
+def api_socket(jails: str, vm_id: str) -> str:
+    return f"{jail_root(jails, vm_id)}/run/api.sock"
+
+
+def vsock_socket(jails: str, vm_id: str) -> str:
+    return f"{jail_root(jails, vm_id)}/run/vsock.sock"
