@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""The row of a VM: intent and identity. Never a pid or a device: those are the world's and are looked up."""
+
+from __future__ import annotations
+
+import datetime
+
+import msgspec
+
+from banger.contract import errors, names, resources
+
+
+class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the daemon wants and remembers of one VM. Change with `msgspec.structs.replace`, save whole."""
+
+    id: names.VmId
+    name: names.VmName
+    slot: int
+    """Leased for the VM's life; uid and address derive from it."""
+    image_id: names.ImageId
+    kernel_id: names.KernelId
+    vcpus: int
+    memory_mib: int
+    disk_size_mib: int
+    network: bool
+    state: resources.VmState
+    created_at: datetime.datetime
+    started_at: datetime.datetime | None = None
+    boot_id: str = ""
+    last_error: errors.ErrorBody | None = None
+    sources: dict[str, resources.SizeSource] = {}
+    last_start: tuple[resources.StepTiming, ...] = ()
