@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""Runs commands in the lab and moves files, over one shared ssh connection. Used by session and cli."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import socket
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lab import command, errors
+
+CONTROL = "ssh.sock"
+SSH_OWN_FAILURE = 255
+TIMED_OUT = (124, 128 + 9)
+KILL_AFTER_S = 2
+GRACE_S = 15
+DEFAULT_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command in the lab ended; death by a signal gives 128 + its number."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: bytes
+    stderr: bytes
+    elapsed_s: float
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode(errors="replace")
+
+    @property
+    def error_text(self) -> str:
+        return self.stderr.decode(errors="replace")
+
+
+class RunError(errors.LabError):
+    """A command in the lab that had to succeed did not."""
+
+    def __init__(self, result: Result) -> None:
+        shown = shlex.join(result.argv)
+        super().__init__(
+            f"in the lab: {shown}: status {result.status}", hint=result.error_text.strip()[-4000:]
+        )
+        self.result = result
+
+
+class Shell:
+    """The way into one lab. Its control socket lies in the lab's directory, which every ssh runs in."""
+
+    def __init__(self, directory: Path, port: int, private_key: Path, known_hosts: Path) -> None:
+        self._directory = directory
+        self._port = port
+        self._private_key = private_key
+        self._known_hosts = known_hosts
+
+    def ssh_argv(self, *options: str, user: str = "root") -> list[str]:
+        """Give the ssh command up to the remote words; run it in the lab's directory."""
+        settings = {
+            "BatchMode": "yes",
+            "Ciphers": "aes128-gcm@openssh.com",
+            "ControlPath": CONTROL if user == "root" else "none",
+            "GlobalKnownHostsFile": "/dev/null",
+            "HostKeyAlias": "lab",
+            "IdentitiesOnly": "yes",
+            "IdentityFile": str(self._private_key),
+            "KexAlgorithms": "curve25519-sha256",
+            "LogLevel": "ERROR",
+            "StrictHostKeyChecking": "yes",
+            "UserKnownHostsFile": str(self._known_hosts),
+        }
+        argv = ["ssh", "-F", "none", "-p", str(self._port)]
+        for name, value in settings.items():
+            argv += ["-o", f"{name}={value}"]
+        return [*argv, *options, f"{user}@127.0.0.1"]
+
+    def connect(self, *, deadline: float, is_alive: Callable[[], bool]) -> None:
+        """Wait until the lab's sshd answers and open the connection that all commands share."""
+        self.close()
+        _wait_banner(self._port, deadline, is_alive)
+        left_s = max(5.0, deadline - time.monotonic())
+        command.run(self.ssh_argv("-M", "-N", "-f"), timeout_s=left_s, cwd=self._directory)
+
+    def close(self) -> None:
+        """Close the shared connection, if it is open."""
+        if (self._directory / CONTROL).exists():
+            command.run(self.ssh_argv("-O", "exit"), timeout_s=10, cwd=self._directory, check=False)
+            (self._directory / CONTROL).unlink(missing_ok=True)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        user: str = "root",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        check: bool = True,
+    ) -> Result:
+        """Run a program in the lab; at the deadline it is killed there, with all it started."""
+        remote = remote_line(argv, user=user, cwd=cwd, env=env, timeout_s=timeout_s)
+        ssh = [*self.ssh_argv("-T"), remote]
+        done = command.run(ssh, timeout_s=timeout_s + GRACE_S, stdin=stdin, cwd=self._directory, check=False)
+        result = Result(tuple(argv), done.returncode, done.stdout, done.stderr, done.elapsed_s)
+        if result.status in TIMED_OUT and result.elapsed_s >= timeout_s:
+            message = f"in the lab: {shlex.join(argv)}: killed after {timeout_s:g} s"
+            raise errors.RunTimeoutError(message, hint=(result.text + result.error_text)[-4000:])
+        if check and result.status != 0:
+            raise RunError(result)
+        return result
+
+    @contextlib.contextmanager
+    def open(
+        self, argv: Sequence[str], *, user: str = "root", limit_s: float = 600
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a program in the lab and talk to it by pipes; it is killed when the block ends."""
+        remote = remote_line(argv, user=user, timeout_s=limit_s)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            [*self.ssh_argv("-T"), remote], stdin=pipe, stdout=pipe, stderr=pipe, cwd=self._directory
+        ) as running:
+            try:
+                yield running
+            finally:
+                running.kill()
+
+    def put(self, local: Path, remote: str, *, owner: str = "0:0", timeout_s: float = 300) -> None:
+        """Copy a file or a tree to exactly this path; parents are made, modes kept."""
+        uid, _, gid = owner.partition(":")
+
+        def owned(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.uid, member.gid, member.uname, member.gname = int(uid), int(gid or uid), "", ""
+            return member
+
+        with self._unpacking(f"copying {local} to {remote}", timeout_s) as archive:
+            archive.add(local, _relative(remote), filter=owned)
+
+    def write(self, remote: str, content: bytes, *, mode: int = 0o644) -> None:
+        """Write a file in the lab; parents are made."""
+        member = tarfile.TarInfo(_relative(remote))
+        member.size, member.mode, member.mtime = len(content), mode, int(time.time())
+        with self._unpacking(f"writing {remote}", DEFAULT_TIMEOUT_S) as archive:
+            archive.addfile(member, io.BytesIO(content))
+
+    @contextlib.contextmanager
+    def _unpacking(self, doing: str, timeout_s: float) -> Iterator[tarfile.TarFile]:
+        """Give an archive that is unpacked at the lab's root while it is written."""
+        with self.open(["tar", "-x", "-p", "-C", "/", "-f", "-"], limit_s=timeout_s) as receiving:
+            assert receiving.stdin is not None
+            assert receiving.stderr is not None
+            with contextlib.suppress(BrokenPipeError):
+                with tarfile.open(fileobj=receiving.stdin, mode="w|", bufsize=1 << 18) as archive:
+                    yield archive
+                receiving.stdin.close()
+            problem = receiving.stderr.read().decode(errors="replace")
+            if receiving.wait(timeout=timeout_s) != 0:
+                raise errors.LabError(f"{doing} failed", hint=problem.strip()[-2000:])
+
+    def get(self, remote: str, local: Path, *, timeout_s: float = 300) -> None:
+        """Copy a file or a tree from the lab to exactly this path, as the caller's own files."""
+        source = PurePosixPath(remote)
+        with tempfile.TemporaryDirectory(dir=local.absolute().parent) as stage:
+            sending = self.run(
+                ["tar", "-c", "-C", str(source.parent), "-f", "-", source.name], timeout_s=timeout_s
+            )
+            unpack = ["tar", "-x", "--no-same-owner", "-C", stage, "-f", "-"]
+            command.run(unpack, stdin=sending.stdout, timeout_s=timeout_s)
+            Path(stage, source.name).rename(local)
+
+
+def _wait_banner(port: int, deadline: float, is_alive: Callable[[], bool]) -> None:
+    """Return when an sshd speaks on the port; QEMU accepts connections long before the lab does."""
+    while (left_s := deadline - time.monotonic()) > 0:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", port), timeout=left_s) as probe,
+        ):
+            probe.settimeout(min(left_s, 0.5))
+            if probe.recv(4) == b"SSH-":
+                return
+        if not is_alive():
+            raise errors.QemuError("QEMU ended before the lab answered")
+    raise errors.BootTimeoutError("the lab's sshd did not answer in time")
+
+
+def remote_line(
+    argv: Sequence[str],
+    *,
+    user: str = "root",
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float,
+) -> str:
+    """Write the one line that sshd hands to a shell, so that exactly this argv runs under a time limit."""
+    words = ["timeout", "-k", str(KILL_AFTER_S), f"{timeout_s:g}"]
+    if user != "root":
+        words += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--reset-env"]
+    if env or cwd:
+        words += [
+            "env",
+            *([f"--chdir={cwd}"] if cwd else []),
+            *(f"{name}={value}" for name, value in (env or {}).items()),
+        ]
+    # A trailing command keeps the shell as parent: it turns death by a signal into 128 + its number.
+    return f"{shlex.join([*words, *argv])}; exit $?"
+
+
+def _relative(remote: str) -> str:
+    target = PurePosixPath(remote)
+    if not target.is_absolute():
+        raise ValueError(f"not an absolute path: {remote}")
+    return str(target.relative_to("/"))

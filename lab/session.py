@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""One lab as an object: brought up, used, cut off, taken down. For tests, benchmarks and the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from lab import cache, disk, errors, image, instance, qemu, remote
+
+log = logging.getLogger("lab")
+
+BOOT_LIMIT_S = 120
+SHUTDOWN_LIMIT_S = 60
+TEST_LIFE_S = 2 * 3600
+CLI_LIFE_S = 24 * 3600
+READY_STATES = ("running", "degraded")
+
+
+class Lab:
+    """A running lab: `up` makes one that dies with this process, `find` takes up one of the command line."""
+
+    def __init__(self, root: Path, place: instance.Instance, base: image.Image, life: qemu.Life) -> None:
+        self._root = root
+        self._place = place
+        self._base = base
+        self._life = life
+        self._machine: qemu.Machine | None = None
+        self._shell: remote.Shell | None = None
+        self._artefacts: cache.Entry | None = None
+        self.boot_s = 0.0
+
+    @classmethod
+    def up(
+        cls,
+        name: str,
+        *,
+        hardware: qemu.Hardware | None = None,
+        artefacts: Path | None = None,
+        detached: bool = False,
+        root: Path | None = None,
+    ) -> Lab:
+        """Bring up a fresh lab; a detached one goes on when this process ends, until `down`."""
+        root = root or cache.default_root()
+        hardware = hardware or qemu.Hardware()
+        base = image.ensure(root)
+        instance.prune(root)
+        place = instance.create(root, name)
+        life = qemu.Life(CLI_LIFE_S if detached else TEST_LIFE_S, owned=not detached, ephemeral=not detached)
+        lab = cls(root, place, base, life)
+        try:
+            qemu.make_disk(place.path, base.disk)
+            place.write(instance.Identity(base.key, hardware.cpus, hardware.memory_mib))
+            lab.start()
+            if artefacts is not None:
+                lab.attach_artefacts(artefacts)
+        except BaseException:
+            lab.down()
+            raise
+        return lab
+
+    @classmethod
+    def find(cls, name: str, *, root: Path | None = None) -> Lab:
+        """Take up a lab that runs already."""
+        root = root or cache.default_root()
+        place = instance.find(root, name)
+        identity = place.read()
+        entry = cache.Cache(root, "image", image.KEPT_IMAGES).open(identity.image_key)
+        running = qemu.Machine.find(place.path)
+        if entry is None or running is None:
+            raise errors.NotRunningError(
+                f"the lab named {name} has ended", hint=f"run: python -m lab up --name {name}"
+            )
+        lab = cls(root, place, image.Image(identity.image_key, entry), qemu.Life(CLI_LIFE_S, owned=False))
+        lab._machine = running
+        lab._shell = lab._make_shell(running)
+        return lab
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down()
+
+    @property
+    def name(self) -> str:
+        return self._place.name
+
+    @property
+    def directory(self) -> Path:
+        return self._place.path
+
+    @property
+    def machine(self) -> qemu.Machine:
+        if self._machine is None:
+            raise errors.NotRunningError(f"the lab named {self.name} is switched off")
+        return self._machine
+
+    @property
+    def shell(self) -> remote.Shell:
+        if self._shell is None:
+            raise errors.NotRunningError(f"the lab named {self.name} is switched off")
+        return self._shell
+
+    def start(self) -> None:
+        """Switch the machine on and return when commands can be run and systemd has settled."""
+        identity = self._place.read()
+        started = time.monotonic()
+        held = [self._base.entry.lock_fd]
+        if self._place.lock_fd is not None:
+            held.append(self._place.lock_fd)
+        self._machine = qemu.Machine.start(
+            self.directory,
+            qemu.Hardware(identity.cpus, identity.memory_mib),
+            kernel=self._base.kernel,
+            initrd=self._base.initrd,
+            life=self._life,
+            held_fds=held,
+        )
+        chosen = self._machine.record
+        log.info("lab %s: QEMU runs (%s: %s)", self.name, chosen.accelerator, chosen.accelerator_reason)
+        self._shell = self._make_shell(self._machine)
+        self._wait_ready(started)
+        if self._artefacts is not None:
+            self._plug_artefacts(self._artefacts)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        user: str = "root",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = remote.DEFAULT_TIMEOUT_S,
+        check: bool = True,
+    ) -> remote.Result:
+        """Run a program in the lab; see Shell.run."""
+        return self.shell.run(
+            argv, stdin=stdin, user=user, cwd=cwd, env=env, timeout_s=timeout_s, check=check
+        )
+
+    def put(self, local: Path, remote: str, *, owner: str = "0:0") -> None:
+        """Copy a file or tree into the lab, to exactly this path."""
+        self.shell.put(local, remote, owner=owner)
+
+    def write(self, remote: str, content: bytes, *, mode: int = 0o644) -> None:
+        """Write a file in the lab."""
+        self.shell.write(remote, content, mode=mode)
+
+    def get(self, remote: str, local: Path) -> None:
+        """Copy a file or tree out of the lab, to exactly this path."""
+        self.shell.get(remote, local)
+
+    def attach_artefacts(self, directory: Path) -> None:
+        """Hand the lab a directory: it appears read-only at /artefacts, also after a reboot or power cut."""
+        if self._artefacts is not None:
+            raise errors.LabError("the lab has artefacts already")
+        self._artefacts = disk.ensure(self._root, directory)
+        self._plug_artefacts(self._artefacts)
+
+    def reboot(self, *, timeout_s: float = BOOT_LIMIT_S) -> None:
+        """Restart the host in an orderly way and return when it answers again."""
+        before = self._boot_id()
+        started = time.monotonic()
+        self.run(["systemctl", "reboot"], check=False)
+        self.shell.close()
+        self._wait_ready(started, other_than=before, timeout_s=timeout_s)
+
+    def power_cut(self) -> None:
+        """Take the power away: nothing is flushed, the disk keeps what had reached it. `start` goes on."""
+        self.machine.kill()
+        self._off()
+
+    def shut_down(self) -> None:
+        """Switch the host off in an orderly way; `start` goes on from its disk."""
+        self.run(["systemctl", "poweroff"], check=False)
+        self.machine.wait_end(timeout_s=SHUTDOWN_LIMIT_S)
+        self._off()
+
+    def down(self) -> None:
+        """End the lab and delete all it had."""
+        if self._machine is not None:
+            self._machine.kill()
+            self._off()
+        if self._artefacts is not None:
+            self._artefacts.close()
+            self._artefacts = None
+        self._place.close()
+        instance.delete(self._root, self.name)
+        self._base.entry.close()
+
+    def _off(self) -> None:
+        if self._shell is not None:
+            self._shell.close()
+        self._machine = self._shell = None
+
+    def _make_shell(self, running: qemu.Machine) -> remote.Shell:
+        keys = self._base
+        return remote.Shell(self.directory, running.record.ssh_port, keys.private_key, keys.known_hosts)
+
+    def _boot_id(self) -> str:
+        return self.run(["cat", "/proc/sys/kernel/random/boot_id"]).text.strip()
+
+    def _wait_ready(self, started: float, *, other_than: str = "", timeout_s: float = BOOT_LIMIT_S) -> None:
+        deadline = started + timeout_s
+        while True:
+            self._connect(deadline)
+            with contextlib.suppress(remote.RunError):
+                if self._boot_id() != other_than:
+                    break
+            self.shell.close()
+        self.boot_s = time.monotonic() - started
+        # The host answers a little before its last units have started; tests want it settled.
+        waiting = ["systemctl", "is-system-running", "--wait"]
+        state = self.run(waiting, check=False, timeout_s=max(5.0, deadline - time.monotonic())).text.strip()
+        if state not in READY_STATES:
+            raise errors.BootTimeoutError(f"the lab's systemd says {state!r} instead of running")
+        log.info(
+            "lab %s: ssh after %.1f s, settled after %.1f s",
+            self.name,
+            self.boot_s,
+            time.monotonic() - started,
+        )
+
+    def _connect(self, deadline: float) -> None:
+        try:
+            self.shell.connect(deadline=deadline, is_alive=self.machine.is_running)
+        except errors.LabError as error:
+            console = (self.directory / qemu.CONSOLE).read_text(errors="replace")
+            error.add_note(f"last lines of the console:\n{console[-2000:]}")
+            raise
+
+    def _plug_artefacts(self, entry: cache.Entry) -> None:
+        with self.machine.control() as control:
+            file = {"driver": "file", "filename": str(entry.path / disk.DISK), "read-only": True}
+            control.execute(
+                "blockdev-add", {"node-name": "artefacts", "driver": "raw", "read-only": True, "file": file}
+            )
+            device = {"driver": "virtio-blk-pci", "id": "artefacts", "serial": "artefacts"}
+            control.execute("device_add", {**device, "drive": "artefacts", "bus": "slot0"})
+        self.run(["systemctl", "start", "artefacts.mount"])
+
+
+def take_down(name: str, *, root: Path | None = None) -> None:
+    """End the lab of this name, whatever state it is in, and delete all it had."""
+    root = root or cache.default_root()
+    place = instance.find(root, name)
+    if running := qemu.Machine.find(place.path):
+        running.kill()
+    if not instance.delete(root, name):
+        raise errors.BusyError(f"the lab named {name} is still held by the program that started it")
