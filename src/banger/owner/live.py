@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""The VMMs that run now, each watched until the kernel says it ended. Rebuilt when the daemon starts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+from banger.contract import names
+
+_log = logging.getLogger(__name__)
+
+OnGone = Callable[[names.VmId], Awaitable[None]]
+
+
+class LiveVmms:
+    """Pids for showing only; every act on a VMM goes through the helper, which verifies it again."""
+
+    def __init__(self, gone: Callable[[names.VmId], Awaitable[None]], on_gone: OnGone) -> None:
+        self._gone = gone
+        self._on_gone = on_gone
+        self._pids: dict[names.VmId, int] = {}
+        self._watchers: dict[names.VmId, asyncio.Task[None]] = {}
+
+    def pid(self, vm_id: names.VmId) -> int:
+        """0 when none runs."""
+        return self._pids.get(vm_id, 0)
+
+    def add(self, vm_id: names.VmId, pid: int) -> None:
+        self._pids[vm_id] = pid
+        self._watchers[vm_id] = asyncio.create_task(self._watch(vm_id), name=f"watch-{vm_id}")
+
+    async def forget(self, vm_id: names.VmId) -> None:
+        """Its end is about to be our own doing."""
+        self._pids.pop(vm_id, None)
+        watcher = self._watchers.pop(vm_id, None)
+        if watcher is not None and watcher is not asyncio.current_task():
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+
+    async def close(self) -> None:
+        for vm_id in list(self._watchers):
+            await self.forget(vm_id)
+
+    async def _watch(self, vm_id: names.VmId) -> None:
+        await self._gone(vm_id)
+        self._pids.pop(vm_id, None)
+        self._watchers.pop(vm_id, None)
+        try:
+            await self._on_gone(vm_id)
+        except Exception:
+            _log.exception("could not clean up after a VMM that ended", extra={"vm": vm_id})

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""Where record and world are compared: once, when the daemon starts, before it serves anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Coroutine
+from typing import Protocol
+
+from banger.contract import names, privileged, resources
+from banger.owner import store as stores
+from banger.vm import host as hosts
+from banger.vm import record
+
+_log = logging.getLogger(__name__)
+
+
+class Vms(Protocol):
+    """The part of the VM service that takes over what still runs."""
+
+    def adopt(self, vm: record.VmRecord, vmm: privileged.Vmm, /) -> None: ...
+
+    async def collect(self, vm: record.VmRecord, /) -> None: ...
+
+
+async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
+    """Adopts each VM that still runs, takes away what does not, collects what no row owns.
+
+    One VM that cannot be cleaned up is logged and does not keep the daemon from starting.
+    """
+    world = await host.privileged(privileged.ListWorld())
+    found = {seen.vm_id: seen for seen in world.vms}
+    rows = {vm.id: vm for vm in store.list()}
+    for vm in rows.values():
+        await _guarded(vm.id, _reconcile_row(vm, found.get(vm.id), host, vms))
+    for vm_id in found.keys() - rows.keys():
+        await _guarded(vm_id, _collect_orphan(names.VmId(vm_id), host))
+    await asyncio.to_thread(_collect_files, host.layout, set(rows))
+
+
+async def _reconcile_row(
+    vm: record.VmRecord, seen: privileged.VmWorld | None, host: hosts.Host, vms: Vms
+) -> None:
+    runs = seen is not None and seen.vmm_pid > 0
+    if vm.state is resources.VmState.RUNNING and runs:
+        vmm = await host.privileged(privileged.FindVmm(vm_id=vm.id))
+        if vmm.pid:
+            vms.adopt(vm, vmm)
+            _log.info("vm adopted", extra={"vm": vm.id, "pid": vmm.pid})
+            return
+    if vm.state is resources.VmState.RUNNING:
+        await vms.collect(vm)
+    elif seen is not None and not seen.is_empty:
+        _log.info("tearing down what an interrupted operation left", extra={"vm": vm.id})
+        await host.privileged(privileged.TearDown(vm_id=vm.id))
+
+
+async def _collect_orphan(vm_id: names.VmId, host: hosts.Host) -> None:
+    _log.warning("collecting what no row owns", extra={"vm": vm_id})
+    await host.privileged(privileged.TearDown(vm_id=vm_id))
+    await host.privileged(privileged.PurgeLogs(vm_id=vm_id))
+
+
+async def _guarded(vm_id: str, work: Coroutine[None, None, None]) -> None:
+    try:
+        await work
+    except Exception as error:
+        _log.error("could not reconcile", extra={"vm": vm_id, "error": str(error)})
+
+
+def _collect_files(layout: hosts.Layout, known: set[names.VmId]) -> None:
+    """Directories of VMs that were deleted half way."""
+    parent = layout.state / "vms"
+    if not parent.is_dir():
+        return
+    for path in parent.iterdir():
+        if path.name not in known and path.is_dir() and not path.is_symlink():
+            _log.warning("deleting files that no row owns", extra={"vm": path.name})
+            shutil.rmtree(path)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Rows and observations, put together into what the API shows."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger.contract import errors, guest, names, privileged, resources
+from banger.vm import host, readiness, record
+
+# What Firecracker 1.12 logs when the guest reset or powered off by itself.
+_ORDERLY_END: Final = "exit_code=0"
+
+
+class Views:
+    """Pure, but for reading sizes of the owner's files and tails of logs."""
+
+    def __init__(
+        self,
+        layout: host.Layout,
+        network: ipaddress.IPv4Network,
+        image_name: Callable[[str], str],
+        kernel_name: Callable[[str], str],
+    ) -> None:
+        self._layout = layout
+        self._network = network
+        self._image_name = image_name
+        self._kernel_name = kernel_name
+
+    def vm(self, vm: record.VmRecord, pid: int, *, with_timings: bool = False) -> resources.Vm:
+        return resources.Vm(
+            id=vm.id,
+            name=vm.name,
+            state=vm.state,
+            image=self._image_name(vm.image_id),
+            image_id=vm.image_id,
+            kernel=self._kernel_name(vm.kernel_id),
+            kernel_id=vm.kernel_id,
+            vcpus=vm.vcpus,
+            memory_mib=vm.memory_mib,
+            disk_size_mib=vm.disk_size_mib,
+            network=vm.network,
+            address=str(names.guest_address(self._network, vm.slot)) if vm.network else "",
+            created_at=vm.created_at,
+            started_at=vm.started_at,
+            boot_id=vm.boot_id,
+            pid=pid,
+            last_error=vm.last_error,
+            sources=vm.sources,
+            last_start=vm.last_start if with_timings else (),
+        )
+
+    def stats(
+        self, vm: record.VmRecord, pid: int, usage: privileged.Usage, health: guest.Health
+    ) -> resources.VmStats:
+        return resources.VmStats(
+            id=vm.id,
+            name=vm.name,
+            pid=pid,
+            uptime_ms=health.uptime_ms,
+            cpu_usec=usage.cpu_usec,
+            memory_bytes=usage.memory_bytes,
+            memory_peak_bytes=usage.memory_peak_bytes,
+            guest_memory_total_bytes=health.memory_total_bytes,
+            guest_memory_available_bytes=health.memory_available_bytes,
+            read_bytes=usage.read_bytes,
+            write_bytes=usage.write_bytes,
+            rx_bytes=usage.rx_bytes,
+            tx_bytes=usage.tx_bytes,
+            overlay_bytes=_allocated(self._layout.overlay(vm.id)),
+            work_disk_bytes=_allocated(self._layout.work_disk(vm.id)),
+        )
+
+    def ended(self, vm: record.VmRecord) -> record.VmRecord:
+        """The row of a VM whose VMM ended without our doing, with the reason as far as its logs tell."""
+        logs = self._layout.logs / vm.id
+        panic = readiness.panic_line(logs / "console.log")
+        if not panic and _ORDERLY_END in readiness.console_tail(logs / "vmm.log"):
+            return _ended(vm, resources.VmState.STOPPED, None)
+        why = f"its kernel panicked: {panic}" if panic else "its VMM ended unexpectedly"
+        body = errors.ErrorBody(
+            code=errors.OperationFailedError.code,
+            message=f"{vm.name} is no longer running: {why}",
+            hint=f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again",
+        )
+        return _ended(vm, resources.VmState.ERROR, body)
+
+
+def _ended(vm: record.VmRecord, state: resources.VmState, error: errors.ErrorBody | None) -> record.VmRecord:
+    return msgspec.structs.replace(vm, state=state, boot_id="", last_error=error)
+
+
+def _allocated(path: Path) -> int:
+    """Bytes really used by a sparse file; 0 when it is not there."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0

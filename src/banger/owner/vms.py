@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: MIT
+"""The VM service: turns API requests into operations on rows, under each VM's lifecycle lock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from banger import steps
+from banger.contract import errors, names, privileged, resources
+from banger.owner import guest as guests
+from banger.owner import live, locks, operations, store, views
+from banger.vm import capabilities, create, host, record, start, stop, timeline
+
+_log = logging.getLogger(__name__)
+
+_STARTING: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
+Work = Callable[[operations.Progress, record.VmRecord], Awaitable[resources.Vm | None]]
+
+
+class Resolver(Protocol):
+    """Applies defaults to a request: image, kernel and sizes, each with its source. Raises NotFoundError."""
+
+    def resolve(self, body: resources.CreateVm, /) -> create.Resolved: ...
+
+    def kernel_id(self, ref: str, /) -> names.KernelId: ...
+
+
+class VmService:
+    """Everything the API can do to VMs. Long work returns its operation at once."""
+
+    def __init__(
+        self,
+        *,
+        host: host.Host,
+        store: store.Store,
+        operations: operations.Operations,
+        resolver: Resolver,
+        views: views.Views,
+        connect: Callable[[names.VmId], guests.GuestClient],
+        features: Sequence[capabilities.Capability],
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._operations = operations
+        self._resolver = resolver
+        self._views = views
+        self._connect = connect
+        self._features = features
+        self._lifecycle = locks.Lifecycle()
+        self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone)
+
+    # --- reading ---
+
+    async def list(self) -> list[resources.Vm]:
+        return [self._view(vm) for vm in self._store.list()]
+
+    async def get(self, ref: str) -> resources.Vm:
+        return self._view(self._store.find(ref), with_timings=True)
+
+    async def stats(self, ref: str) -> resources.VmStats:
+        vm = self._running(ref)
+        usage = await self._host.privileged(privileged.GetUsage(vm_id=vm.id))
+        health = await self._connect(vm.id).health()
+        return self._views.stats(vm, self.live.pid(vm.id), usage, health)
+
+    async def log_file(self, ref: str, source: str) -> Path:
+        vm = self._store.find(ref)
+        return self._host.layout.logs / vm.id / f"{source}.log"
+
+    # --- life cycle ---
+
+    async def create(self, body: resources.CreateVm) -> resources.Operation:
+        """The row is reserved before this returns; an invalid request leaves none."""
+        resolved = self._resolver.resolve(body)
+        taken = {vm.name for vm in self._store.list()}
+        name = names.parse_vm_name(body.name) if body.name else create.new_name(taken)
+        vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
+        vm = self._store.reserve(lambda slot: create.draft(vm_id, name, slot, resolved, now))
+
+        async def work(progress: operations.Progress) -> resources.Vm:
+            async with self._lifecycle.hold(vm.id, progress.op_id):
+                if not body.start:
+                    return self._view(vm)
+                return await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
+
+        return self._operations.start("vm.create", vm.name, work)
+
+    async def start(self, ref: str) -> resources.Operation:
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            if vm.state is resources.VmState.RUNNING:
+                raise errors.ConflictError(f"{vm.name} is running already")
+            return await self._start(vm, progress)
+
+        return self._lifecycle_operation("vm.start", ref, work)
+
+    async def stop(self, ref: str) -> resources.Operation:
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
+            return self._view(await self._stop(vm, stop.stop))
+
+        return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
+
+    async def kill(self, ref: str) -> resources.Operation:
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            progress.stage(resources.Stage.STOP, f"killing {vm.name}")
+            return self._view(await self._stop(vm, stop.kill))
+
+        return self._lifecycle_operation("vm.kill", ref, work, cancels=_STARTING | {"vm.stop"})
+
+    async def restart(self, ref: str) -> resources.Operation:
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            before = vm.boot_id
+            if vm.state is resources.VmState.RUNNING:
+                progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
+                vm = await self._stop(vm, stop.stop)
+            view = await self._start(vm, progress)
+            if view.boot_id == before:
+                raise errors.OperationFailedError(
+                    f"{vm.name} still has the boot id it had before the restart"
+                )
+            return view
+
+        return self._lifecycle_operation("vm.restart", ref, work)
+
+    async def delete(self, ref: str) -> resources.Operation:
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> None:
+            progress.stage(resources.Stage.DELETE, f"deleting {vm.name}")
+            await self._delete(vm)
+
+        return self._lifecycle_operation("vm.delete", ref, work, cancels=_STARTING | {"vm.stop", "vm.kill"})
+
+    async def set(self, ref: str, body: resources.SetVm) -> resources.Vm:
+        """Raises ConflictError while the VM runs, or while an operation holds it."""
+        vm = self._store.find(ref)
+        if vm.state is resources.VmState.RUNNING or self._lifecycle.holder(vm.id):
+            raise errors.ConflictError(
+                f"{vm.name} cannot be changed while it runs",
+                hint=f"stop it first: `banger vm stop {vm.name}`",
+            )
+        changed = _apply(vm, body, self._resolver)
+        self._store.save(changed)
+        return self._view(changed)
+
+    # --- commands in the guest ---
+
+    @contextlib.asynccontextmanager
+    async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
+        vm = self._running(ref)
+        async with self._connect(vm.id).exec(
+            request.argv,
+            env=request.env,
+            cwd=request.cwd,
+            user=request.user,
+            tty=request.tty,
+            rows=request.rows,
+            cols=request.cols,
+        ) as running:
+            yield running
+
+    async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:
+        """A VM of one command goes with it, however the command or its client ended."""
+        if request.remove:
+            with contextlib.suppress(errors.NotFoundError):
+                await self.delete(ref)
+
+    # --- the daemon's start ---
+
+    def adopt(self, vm: record.VmRecord, vmm: privileged.Vmm) -> None:
+        """A VMM that outlived the last daemon is ours again."""
+        self.live.add(vm.id, vmm.pid)
+
+    async def close(self) -> None:
+        """Stops watching; running VMs are left alone."""
+        await self.live.close()
+
+    # --- inside ---
+
+    def _view(self, vm: record.VmRecord, *, with_timings: bool = False) -> resources.Vm:
+        return self._views.vm(vm, self.live.pid(vm.id), with_timings=with_timings)
+
+    def _running(self, ref: str) -> record.VmRecord:
+        vm = self._store.find(ref)
+        if vm.state is not resources.VmState.RUNNING:
+            raise errors.NotRunningError(
+                f"{vm.name} is not running", hint=f"start it: `banger vm start {vm.name}`"
+            )
+        return vm
+
+    def _lifecycle_operation(
+        self, kind: str, ref: str, work: Work, *, cancels: frozenset[str] = frozenset()
+    ) -> resources.Operation:
+        """Runs `work` on the row as it is under the lock, after ending the operations it overrides."""
+        found = self._store.find(ref)
+
+        async def locked(progress: operations.Progress) -> resources.Vm | None:
+            await self._override(found.id, cancels)
+            async with self._lifecycle.hold(found.id, progress.op_id):
+                return await work(progress, self._store.get(found.id))
+
+        return self._operations.start(kind, found.name, locked)
+
+    async def _override(self, vm_id: names.VmId, kinds: frozenset[str]) -> None:
+        holder = self._lifecycle.holder(vm_id)
+        if holder and self._operations.get(holder).kind in kinds:
+            await self._operations.cancel(holder)
+
+    async def _start(
+        self, vm: record.VmRecord, progress: operations.Progress, *, remove_on_failure: bool = False
+    ) -> resources.Vm:
+        seen = timeline.Timeline(vm.id, progress.stage)
+        pipeline = start.Start(self._host, vm, self._features, seen)
+        try:
+            await steps.run(pipeline.steps(), seen)
+        except BaseException as error:
+            await steps.finish(self._failed(vm, seen, error, progress.op_id, remove=remove_on_failure))
+            raise
+        assert pipeline.started is not None  # noqa: S101 - the pipeline sets it or raises
+        started = msgspec.structs.replace(pipeline.started, last_start=tuple(seen.timings))
+        self._store.save(started)
+        self.live.add(vm.id, pipeline.vmm_pid)
+        _log.info("vm started", extra={"vm": vm.id, "boot_id": started.boot_id})
+        return self._view(started, with_timings=True)
+
+    async def _failed(
+        self,
+        vm: record.VmRecord,
+        seen: timeline.Timeline,
+        error: BaseException,
+        op_id: str,
+        *,
+        remove: bool,
+    ) -> None:
+        """The row keeps why; what goes wrong in keeping it is noted on the error and hides nothing."""
+        try:
+            if remove:
+                await self._delete(vm)
+                return
+            known = _described(vm, error)
+            self._store.save(
+                msgspec.structs.replace(
+                    vm,
+                    state=resources.VmState.ERROR,
+                    boot_id="",
+                    last_error=errors.to_body(known, op_id=op_id, step=seen.failed_step),
+                    last_start=tuple(seen.timings),
+                )
+            )
+        except Exception as second:
+            error.add_note(f"keeping the error of {vm.name}: {second}")
+
+    async def _stop(
+        self,
+        vm: record.VmRecord,
+        how: Callable[
+            [host.Host, record.VmRecord, Sequence[capabilities.Capability]], Awaitable[record.VmRecord]
+        ],
+    ) -> record.VmRecord:
+        await self.live.forget(vm.id)
+        stopped = await how(self._host, vm, self._features)
+        _log.info("vm stopped", extra={"vm": vm.id})
+        return stopped
+
+    async def _delete(self, vm: record.VmRecord) -> None:
+        await self.live.forget(vm.id)
+        await stop.delete(self._host, vm, self._features)
+        self._store.delete(vm.id)
+        _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
+
+    async def _on_vmm_gone(self, vm_id: names.VmId) -> None:
+        """A VMM ended without being asked by us: the guest powered off, or something killed it."""
+        if self._lifecycle.holder(vm_id):
+            return
+        async with self._lifecycle.hold(vm_id, ""):
+            vm = self._store.get(vm_id)
+            if vm.state is not resources.VmState.RUNNING:
+                return
+            await self.collect(vm)
+
+    async def collect(self, vm: record.VmRecord) -> None:
+        """Takes away what a dead VMM left and says in the row how it ended."""
+        await stop.release(self._host, vm, self._features)
+        ended = self._views.ended(vm)
+        self._store.save(ended)
+        _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
+
+
+def _described(vm: record.VmRecord, error: BaseException) -> BaseException:
+    """Cancellation has no message of its own; notes of failed undos go along."""
+    if not isinstance(error, asyncio.CancelledError):
+        return error
+    known = errors.CancelledError(f"the start of {vm.name} was cancelled")
+    for note in getattr(error, "__notes__", ()):
+        known.add_note(note)
+    return known
+
+
+def _apply(vm: record.VmRecord, body: resources.SetVm, resolver: Resolver) -> record.VmRecord:
+    asked = resources.SizeSource.REQUEST
+    sources = dict(vm.sources)
+    if body.vcpus is not None:
+        vm, sources["vcpus"] = msgspec.structs.replace(vm, vcpus=body.vcpus), asked
+    if body.memory_mib is not None:
+        vm, sources["memory_mib"] = msgspec.structs.replace(vm, memory_mib=body.memory_mib), asked
+    if body.name is not None:
+        vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
+    if body.kernel is not None:
+        vm = msgspec.structs.replace(vm, kernel_id=resolver.kernel_id(body.kernel))
+    return msgspec.structs.replace(vm, sources=sources)

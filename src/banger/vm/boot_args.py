@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""The guest kernel's command line. Pure; the helper only checks that it is one printable line."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final
+
+from banger.contract import names
+
+# Firecracker ends a VM on the keyboard controller's reset (reboot=k). The i8042 and PCI arguments keep the
+# kernel from probing hardware that is not there: firecracker-microvm/firecracker, docs/kernel-policy.md.
+_COMMON: Final = (
+    "console=ttyS0",
+    "quiet",
+    "reboot=k",
+    "panic=1",
+    "pci=off",
+    "i8042.noaux",
+    "i8042.nomux",
+    "i8042.dumbkbd",
+    "root=/dev/vda",
+    "rw",
+)
+
+
+def ip_argument(
+    name: names.VmName, address: ipaddress.IPv4Address, network: ipaddress.IPv4Network, dns: tuple[str, ...]
+) -> str:
+    """The value of `ip=`: client::gateway:netmask:hostname:device:autoconf[:dns0[:dns1]].
+
+    Source: Linux, Documentation/admin-guide/nfs/nfsroot.rst.
+    """
+    gateway = names.bridge_address(network)
+    fields = [str(address), "", str(gateway), str(network.netmask), name, "eth0", "off", *dns[:2]]
+    return ":".join(fields)
+
+
+def compose(*, has_initrd: bool, ip: str) -> str:
+    """Direct boot gets `ip=`; with an initrd the network driver is a module, and `ip=` would stall."""
+    direct = (f"ip={ip}",) if ip and not has_initrd else ()
+    return " ".join((*_COMMON, *direct, f"init={names.GUEST_BINARY}"))

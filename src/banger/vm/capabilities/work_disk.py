@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""The work disk: a second ext4 at /root, made from the image's seed, kept over stop and start."""
+
+from __future__ import annotations
+
+import asyncio
+
+from banger.contract import privileged
+from banger.storage import workdisk
+from banger.vm import capabilities
+
+
+class WorkDisk:
+    """`work.ext4` in the VM's directory, handed to the VMM as its second drive."""
+
+    name = "work_disk"
+
+    async def check(self, context: capabilities.Context) -> None:
+        """Nothing beyond what the image already proved by being there."""
+
+    async def prepare(self, context: capabilities.Context) -> None:
+        vm, layout = context.vm, context.host.layout
+        path = layout.work_disk(vm.id)
+        if not path.exists():
+            context.created.add(self.name)
+            await asyncio.to_thread(
+                workdisk.create, path, size_mib=vm.disk_size_mib, seed=layout.work_seed(vm.image_id)
+            )
+        await context.host.privileged(privileged.AttachWorkDisk(vm_id=vm.id, slot=vm.slot))
+
+    async def after_start(self, context: capabilities.Context) -> None:
+        """The guest mounts the disk itself."""
+
+    async def clean_up(self, context: capabilities.Context) -> None:
+        await context.host.privileged(privileged.DetachWorkDisk(vm_id=context.vm.id))
+        if self.name in context.created:
+            context.host.layout.work_disk(context.vm.id).unlink(missing_ok=True)
+            context.created.discard(self.name)

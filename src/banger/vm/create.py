@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""From a request to a row: everything resolved and checked, nothing made yet."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+
+from banger.contract import names, resources
+from banger.vm import record
+
+_ADJECTIVES: Final = (
+    "amber", "brave", "brisk", "calm", "clear", "clever", "crisp", "deft", "eager", "early",
+    "fair", "fleet", "fresh", "gentle", "glad", "golden", "green", "happy", "hardy", "keen",
+    "kind", "light", "lively", "lucky", "mellow", "merry", "mild", "neat", "nimble", "noble",
+    "plucky", "proud", "quick", "quiet", "rapid", "ready", "sharp", "silver", "smart", "snowy",
+    "steady", "sunny", "swift", "tidy", "true", "vivid", "warm", "wise", "witty", "young",
+)  # fmt: skip
+_NOUNS: Final = (
+    "acorn", "badger", "beacon", "birch", "bison", "brook", "cedar", "comet", "coral", "crane",
+    "delta", "dune", "eagle", "ember", "falcon", "fern", "finch", "fjord", "forest", "fox",
+    "garnet", "glacier", "harbor", "hawk", "heron", "ibex", "island", "juniper", "kestrel", "lagoon",
+    "lark", "lynx", "maple", "marten", "meadow", "nebula", "oak", "orchid", "osprey", "otter",
+    "pebble", "pine", "quartz", "raven", "reef", "ridge", "river", "robin", "spruce", "willow",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A value and where it came from."""
+
+    value: int
+    source: resources.SizeSource
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a create request comes to once every default has been applied."""
+
+    image_id: names.ImageId
+    kernel_id: names.KernelId
+    vcpus: Sized
+    memory_mib: Sized
+    disk_size_mib: Sized
+    network: bool
+
+
+def new_name(taken: Collection[str]) -> names.VmName:
+    """An adjective and a noun; with a number once the plain ones are mostly used up."""
+    for _ in range(32):
+        name = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_NOUNS)}"
+        if name not in taken:
+            return names.VmName(name)
+    return names.VmName(f"{name}-{secrets.randbelow(10**6)}")
+
+
+def draft(
+    vm_id: names.VmId, name: names.VmName, slot: int, resolved: Resolved, now: datetime.datetime
+) -> record.VmRecord:
+    """The row of a VM that is only reserved: no file, no process, no device yet."""
+    return record.VmRecord(
+        id=vm_id,
+        name=name,
+        slot=slot,
+        image_id=resolved.image_id,
+        kernel_id=resolved.kernel_id,
+        vcpus=resolved.vcpus.value,
+        memory_mib=resolved.memory_mib.value,
+        disk_size_mib=resolved.disk_size_mib.value,
+        network=resolved.network,
+        state=resources.VmState.CREATED,
+        created_at=now,
+        sources={
+            "vcpus": resolved.vcpus.source,
+            "memory_mib": resolved.memory_mib.source,
+            "disk_size_mib": resolved.disk_size_mib.source,
+        },
+    )

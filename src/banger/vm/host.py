@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""What a VM's life cycle needs from outside, handed in by the daemon: helper, guest, files, row."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from banger import steps
+from banger.contract import guest, names, privileged
+from banger.vm import record
+
+
+class Agent(Protocol):
+    """The guest's agent, as far as the life cycle speaks with it. Every call has its own deadline."""
+
+    async def health(self) -> guest.Health: ...
+
+    async def flush(self, *, deadline_s: float) -> None: ...
+
+    async def power_off(self, *, grace_ms: int) -> None: ...
+
+
+class Records(Protocol):
+    """Where the row is kept."""
+
+    def save(self, vm: record.VmRecord, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the owner's files are. Everything of one VM is derivable from its id."""
+
+    state: Path
+    jails: Path
+    logs: Path
+
+    def vm_dir(self, vm_id: names.VmId) -> Path:
+        return self.state / "vms" / vm_id
+
+    def overlay(self, vm_id: names.VmId) -> Path:
+        return self.vm_dir(vm_id) / "overlay.cow"
+
+    def work_disk(self, vm_id: names.VmId) -> Path:
+        return self.vm_dir(vm_id) / "work.ext4"
+
+    def image_dir(self, image_id: names.ImageId) -> Path:
+        return self.state / "images" / image_id
+
+    def rootfs(self, image_id: names.ImageId) -> Path:
+        return self.image_dir(image_id) / "rootfs.ext4"
+
+    def work_seed(self, image_id: names.ImageId) -> Path:
+        return self.image_dir(image_id) / "work-seed.tar"
+
+    def kernel_dir(self, kernel_id: names.KernelId) -> Path:
+        return self.state / "kernels" / kernel_id
+
+    def console_log(self, vm_id: names.VmId) -> Path:
+        return self.logs / vm_id / "console.log"
+
+    def api_socket(self, vm_id: names.VmId) -> Path:
+        return Path(privileged.api_socket(str(self.jails), vm_id))
+
+    def vsock_socket(self, vm_id: names.VmId) -> Path:
+        return Path(privileged.vsock_socket(str(self.jails), vm_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Deadlines in seconds, from the configuration."""
+
+    agent_s: float = 60.0
+    flush_s: float = 10.0
+    power_off_s: float = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The daemon's doors. `ops` may be the socket client, the in-process adapter or a fake."""
+
+    ops: privileged.PrivilegedOps
+    records: Records
+    layout: Layout
+    network: ipaddress.IPv4Network
+    agent: Callable[[names.VmId], Agent]
+    vmm_gone: Callable[[names.VmId], Awaitable[None]]
+    """Returns once the VM's VMM is no more; at once when there is none."""
+    dns: tuple[str, ...] = ()
+    guest_sha256: str = ""
+    """Of the guest binary this program carries; an image with another one is patched at start."""
+    limits: Limits = Limits()
+
+    async def privileged(self, request: privileged.Request[privileged.ResultT]) -> privileged.ResultT:
+        """Asks the helper and awaits its answer even when cancelled: root's work cannot be called back."""
+        return await steps.finish(_call(self.ops, request))
+
+
+async def _call(
+    ops: privileged.PrivilegedOps, request: privileged.Request[privileged.ResultT]
+) -> privileged.ResultT:
+    return await ops.call(request)

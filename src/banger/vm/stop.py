@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""Ending a VM: orderly (flush, power off, wait), or by signal. Both leave nothing of its runtime behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from banger.contract import errors, privileged, resources
+from banger.vm import capabilities, host, record
+
+_log = logging.getLogger(__name__)
+
+
+async def stop(
+    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+) -> record.VmRecord:
+    """Flushes the guest's file systems, asks it to power off, then ends the VMM; returns the saved row.
+
+    A guest that does not answer is ended all the same, within the limits' sum; its last writes may be lost,
+    which is logged as a warning.
+    """
+    await _ask_guest(host, vm)
+    return await _end(host, vm, features)
+
+
+async def kill(
+    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+) -> record.VmRecord:
+    """Ends the VMM with SIGKILL, without a word to the guest; same clean-up as `stop`."""
+    await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
+    return await _end(host, vm, features)
+
+
+async def delete(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:
+    """Runtime, disks and logs are gone; the row is the caller's, who deletes it last."""
+    await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
+    await release(host, vm, features)
+    await host.privileged(privileged.PurgeLogs(vm_id=vm.id))
+    await asyncio.to_thread(_delete_files, host, vm)
+
+
+async def release(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:
+    """Capabilities first, then whatever else the helper finds under this VM's id."""
+    await capabilities.clean_up_all(features, capabilities.Context(host=host, vm=vm))
+    await host.privileged(privileged.TearDown(vm_id=vm.id))
+
+
+async def _ask_guest(host: host.Host, vm: record.VmRecord) -> None:
+    limits = host.limits
+    agent = host.agent(vm.id)
+    try:
+        await agent.flush(deadline_s=limits.flush_s)
+        await agent.power_off(grace_ms=int(limits.power_off_s * 1000))
+        async with asyncio.timeout(limits.power_off_s + 1):
+            await host.vmm_gone(vm.id)
+    except (errors.BangerError, TimeoutError) as error:
+        _log.warning(
+            "guest did not power off by itself; ending its VMM",
+            extra={"vm": vm.id, "error": str(error) or "it took too long"},
+        )
+
+
+async def _end(
+    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+) -> record.VmRecord:
+    await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
+    await release(host, vm, features)
+    stopped = msgspec.structs.replace(vm, state=resources.VmState.STOPPED, boot_id="", last_error=None)
+    host.records.save(stopped)
+    return stopped
+
+
+def _delete_files(host: host.Host, vm: record.VmRecord) -> None:
+    """Only plain files of banger's lie here; anything else is an error that names it, not deleted."""
+    directory = host.layout.vm_dir(vm.id)
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
