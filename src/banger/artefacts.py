@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Directories that are published whole: `<root>/<id>/` with files and one JSON record. Images and kernels.
+
+A new one is staged beside its place and appears by rename; a deleted one disappears by rename first. So a
+reader sees all of it or nothing, and a crash leaves only names with a dot in front, which `sweep` removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Generic, Protocol, TypeVar
+
+import msgspec
+
+from banger.contract import errors, names
+
+_STAGED: Final = ".new"
+_DELETED: Final = ".gone"
+
+
+class Record(Protocol):
+    """What every published directory's record says of itself."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def created_at(self) -> str: ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+def now() -> str:
+    """The time as records hold it: RFC 3339, UTC, fine enough to order by."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Artefacts(Generic[R]):
+    """All published directories of one kind below a root."""
+
+    def __init__(self, root: Path, what: str, record_name: str, record_type: type[R]) -> None:
+        self._root = root
+        self._what = what
+        self._record_name = record_name
+        self._type = record_type
+
+    def path(self, artefact_id: str) -> Path:
+        return self._root / names.parse_id(artefact_id, f"{self._what} id")
+
+    def records(self) -> list[R]:
+        """Every readable record, oldest first; a broken one is not listed, but `broken` names it."""
+        found: list[R] = []
+        for artefact_id in self._ids():
+            with contextlib.suppress(errors.BangerError):
+                found.append(self.read(artefact_id))
+        return sorted(found, key=lambda record: (record.created_at, record.id))
+
+    def broken(self) -> dict[str, str]:
+        """Directories whose record cannot be read, and why."""
+        reasons: dict[str, str] = {}
+        for artefact_id in self._ids():
+            try:
+                self.read(artefact_id)
+            except errors.BangerError as error:
+                reasons[artefact_id] = str(error)
+        return reasons
+
+    def read(self, artefact_id: str) -> R:
+        path = self.path(artefact_id) / self._record_name
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=self._type)
+        except FileNotFoundError as error:
+            raise errors.NotFoundError(f"there is no {self._what} {artefact_id}") from error
+        except msgspec.DecodeError as error:
+            raise errors.OperationFailedError(
+                f"the record of {self._what} {artefact_id} cannot be read: {error}",
+                hint=f"delete the {self._what} and make it again",
+            ) from error
+        if record.id != artefact_id:
+            raise errors.OperationFailedError(f"{path} says it belongs to {record.id}")
+        return record
+
+    def find(self, reference: str) -> R:
+        """By id, or by name: the newest of that name."""
+        if (self._root / reference / self._record_name).exists() and reference in self._ids():
+            return self.read(reference)
+        named = [record for record in self.records() if record.name == reference]
+        if not named:
+            raise errors.NotFoundError(
+                f"there is no {self._what} {reference!r}", hint=f"see: banger {self._what} list"
+            )
+        return named[-1]
+
+    @contextlib.contextmanager
+    def stage(self, artefact_id: str) -> Iterator[Path]:
+        """A directory to fill; what the block does not `publish` is gone after it."""
+        staged = self._root / f".{names.parse_id(artefact_id)}{_STAGED}"
+        staged.mkdir(parents=True)
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def publish(self, staged: Path, record: R) -> R:
+        """Writes the record last, makes everything durable, then gives the directory its name."""
+        encoded = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+        (staged / self._record_name).write_bytes(encoded)
+        for path in (*staged.iterdir(), staged):
+            _sync(path)
+        try:
+            staged.rename(self.path(record.id))
+        except OSError as error:
+            raise errors.AlreadyExistsError(f"{self._what} {record.id} is already there") from error
+        _sync(self._root)
+        return record
+
+    def delete(self, artefact_id: str) -> None:
+        """Whether something still uses it is for the caller to check, under its lock. Gone is fine."""
+        doomed = self._root / f".{names.parse_id(artefact_id)}{_DELETED}"
+        with contextlib.suppress(FileNotFoundError):
+            self.path(artefact_id).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def sweep(self) -> list[str]:
+        """Removes what a crash left half made or half deleted; only while nothing is being staged."""
+        swept = [
+            path
+            for path in self._entries()
+            if path.name.startswith(".") and path.suffix in (_STAGED, _DELETED)
+        ]
+        for path in swept:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in swept]
+
+    def _ids(self) -> list[str]:
+        return [path.name for path in self._entries() if not path.name.startswith(".") and _is_id(path.name)]
+
+    def _entries(self) -> list[Path]:
+        return sorted(self._root.iterdir()) if self._root.is_dir() else []
+
+
+def _is_id(text: str) -> bool:
+    with contextlib.suppress(errors.BadRequestError):
+        return bool(names.parse_id(text))
+    return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The distribution's signed archive: which of the host's package sources serve a suite, and files from them.
+
+apt verifies everything against the archive's own keyring, whatever the host trusts besides. Works as any
+user, in a directory of its own, and leaves the host's apt state alone. Used by `images` and `kernels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from banger import run
+from banger.contract import errors
+
+KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
+APT_ENVIRONMENT: Final = ("*_proxy", "*_PROXY", "SSL_CERT_*", "HOME", "TMPDIR")
+_TARGETS_FORMAT: Final = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
+_UPDATE_DEADLINE_S: Final = 300.0
+_DOWNLOAD_DEADLINE_S: Final = 600.0
+_QUERY_DEADLINE_S: Final = 60.0
+_VERSION = re.compile(r"^(Version|Depends): (.*)$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Package:
+    """A package file that apt fetched and verified."""
+
+    name: str
+    version: str
+    path: Path
+
+
+def sources(suite: str, *, mirror: str = "") -> list[str]:
+    """One-line sources for a suite and its updates: of the mirror if one is named, or the host's."""
+    if not KEYRING.exists():
+        raise errors.MissingToolError(
+            f"the keyring {KEYRING} is not here", hint="install the package debian-archive-keyring"
+        )
+    if mirror:
+        return [_entry(mirror, release) for release in (suite, f"{suite}-updates")]
+    wanted = (suite, f"{suite}-updates", f"{suite}-security")
+    said = run.run(
+        [
+            "apt-get",
+            "indextargets",
+            "--no-release-info",
+            "--format",
+            _TARGETS_FORMAT,
+            "Created-By: Packages",
+        ],
+        deadline_s=_QUERY_DEADLINE_S,
+        env=run.environment(*APT_ENVIRONMENT),
+    ).text
+    rows = (line.split("|") for line in said.splitlines() if line.count("|") == 2)
+    entries = {
+        _entry(uri, release) for uri, release, component in rows if release in wanted and component == "main"
+    }
+    return sorted(entries)
+
+
+def _entry(uri: str, release: str) -> str:
+    return f"deb [signed-by={KEYRING}] {uri} {release} main"
+
+
+class Apt:
+    """apt for one suite in a directory of its own."""
+
+    def __init__(self, directory: Path, entries: Sequence[str], arch: str) -> None:
+        if not entries:
+            raise errors.UnavailableError(
+                "none of the host's package sources serves this suite", hint="name a mirror with --mirror"
+            )
+        self._directory = directory
+        for name in ("lists/partial", "cache/archives/partial", "downloads"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        (directory / "status").touch()
+        (directory / "sources.list").write_text("".join(f"{entry}\n" for entry in entries))
+        self._options = [
+            *("-o", f"APT::Architecture={ARCHITECTURES[arch]}"),
+            *("-o", f"APT::Architectures={ARCHITECTURES[arch]}"),
+            *("-o", f"Dir::State::Lists={directory / 'lists'}"),
+            *("-o", f"Dir::State::status={directory / 'status'}"),
+            *("-o", f"Dir::Cache={directory / 'cache'}"),
+            *("-o", f"Dir::Etc::SourceList={directory / 'sources.list'}"),
+            *("-o", "Dir::Etc::SourceParts=/dev/null"),
+            *("-o", "Acquire::Languages=none"),
+            *("-o", "APT::Sandbox::User=root"),
+        ]
+
+    def update(self) -> None:
+        self._apt("apt-get", "update", "-qq", "--error-on=any", deadline_s=_UPDATE_DEADLINE_S)
+
+    def depends(self, package: str) -> list[str]:
+        """The names that the newest version of a package depends on, first alternatives only."""
+        shown = dict(_VERSION.findall(self._show(package)))
+        parts = shown.get("Depends", "").split(",")
+        return [re.split(r"[ |(:]", part.strip())[0] for part in parts if part.strip()]
+
+    def download(self, package: str) -> Package:
+        """Fetches a package file; apt refuses it unless the signed index names its hash."""
+        shown = dict(_VERSION.findall(self._show(package)))
+        downloads = self._directory / "downloads"
+        self._apt("apt-get", "download", "-qq", package, deadline_s=_DOWNLOAD_DEADLINE_S, cwd=downloads)
+        found = sorted(downloads.glob(f"{package}_*.deb"))
+        if not found or "Version" not in shown:
+            raise errors.OperationFailedError(f"apt left no file of package {package!r}")
+        return Package(package, shown["Version"], found[-1])
+
+    def _show(self, package: str) -> str:
+        result = self._apt("apt-cache", "show", "--no-all-versions", package, deadline_s=_QUERY_DEADLINE_S)
+        return result.text
+
+    def _apt(self, program: str, *arguments: str, deadline_s: float, cwd: Path | None = None) -> run.Result:
+        return run.run(
+            [program, *self._options, *arguments],
+            deadline_s=deadline_s,
+            env=run.environment(*APT_ENVIRONMENT),
+            cwd=cwd,
+        )
