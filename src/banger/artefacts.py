@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Generic, Protocol, TypeVar
@@ -35,6 +36,14 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """A temporary directory on the disk of `parent`, for work too large for a memory file system."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".work-") as path:
+        yield Path(path)
 
 
 def now() -> str:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""What is known about an image. It is `<state>/images/<id>/{rootfs.ext4,work-seed.tar,image.json}`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger import artefacts
+
+ROOTFS: Final = "rootfs.ext4"
+WORK_SEED: Final = "work-seed.tar"
+RECORD: Final = "image.json"
+
+
+class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`size_bytes` is the root disk's, `stored_bytes` what it takes here; `kernel` is a kernel's name."""
+
+    id: str
+    name: str
+    tags: tuple[str, ...] = ()
+    arch: str
+    size_bytes: int
+    stored_bytes: int
+    source: str
+    guest_sha256: str
+    has_init: bool
+    kernel: str
+    created_at: str
+
+
+class Images(artefacts.Artefacts[Image]):
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, "image", RECORD, Image)
+
+    def rootfs(self, image_id: str) -> Path:
+        return self.path(image_id) / ROOTFS
+
+    def work_seed(self, image_id: str) -> Path:
+        return self.path(image_id) / WORK_SEED
