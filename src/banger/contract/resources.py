@@ -164,6 +164,8 @@ class ExecRequest(Body, frozen=True, kw_only=True):
     tty: bool = False
     rows: int = 0
     cols: int = 0
+    remove: bool = False
+    """Delete the VM when this command ends or this client goes away (`vm run --rm`)."""
 
 
 class ExecControl(Body, frozen=True, kw_only=True):
