@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import subprocess
@@ -43,7 +44,12 @@ class Accelerator:
     reason: str
     arguments: tuple[str, ...]
 
+    @property
+    def is_software(self) -> bool:
+        return self.name == "tcg"
 
+
+@functools.cache
 def choose() -> Accelerator:
     """Probe this machine; a failed probe is no error, software always works."""
     reason = _refusal()

@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--cpus", type=int, default=qemu.DEFAULT_CPUS, help="default: %(default)s")
     up.add_argument("--memory-mib", type=int, default=qemu.DEFAULT_MEMORY_MIB, help="default: %(default)s")
     up.add_argument("--artefacts", type=Path, metavar="DIR", help="directory to appear at /artefacts")
+    up.add_argument("--layer", metavar="KEY", help="start from what `commit` kept")
+    up.add_argument("--cold", action="store_true", help="boot, even if a saved state could be restored")
+    commit = add("commit", _commit, "keep a lab as a layer that others start from; the lab itself ends")
+    commit.add_argument("key")
     add("down", _down, "end a lab and delete its disk")
     add("status", _status, "list the labs of this user", named=False)
     ssh = add("ssh", _ssh, "open a shell in a lab")
@@ -93,13 +97,26 @@ def _build(options: argparse.Namespace) -> int:
 
 def _up(options: argparse.Namespace) -> int:
     hardware = qemu.Hardware(options.cpus, options.memory_mib)
-    lab = session.Lab.up(options.name, hardware=hardware, artefacts=options.artefacts, detached=True)
+    lab = session.Lab.up(
+        options.name,
+        hardware=hardware,
+        artefacts=options.artefacts,
+        layer_key=options.layer,
+        cold=options.cold,
+        detached=True,
+    )
     print(f"lab {lab.name} is up after {lab.boot_s:.1f} s, ssh on port {lab.machine.record.ssh_port}")
     return 0
 
 
+def _commit(options: argparse.Namespace) -> int:
+    session.Lab.find(options.name).commit(options.key)
+    return 0
+
+
 def _down(options: argparse.Namespace) -> int:
-    session.take_down(options.name)
+    if not session.take_down(options.name):
+        print(f"there was no lab named {options.name}")
     return 0
 
 

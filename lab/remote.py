@@ -108,7 +108,7 @@ class Shell:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         check: bool = True,
     ) -> Result:
-        """Run a program in the lab; at the deadline it is killed there, with all it started."""
+        """Run a program in the lab; at the deadline it is killed there, with its process group."""
         remote = remote_line(argv, user=user, cwd=cwd, env=env, timeout_s=timeout_s)
         ssh = [*self.ssh_argv("-T"), remote]
         done = command.run(ssh, timeout_s=timeout_s + GRACE_S, stdin=stdin, cwd=self._directory, check=False)
@@ -170,13 +170,23 @@ class Shell:
     def get(self, remote: str, local: Path, *, timeout_s: float = 300) -> None:
         """Copy a file or a tree from the lab to exactly this path, as the caller's own files."""
         source = PurePosixPath(remote)
-        with tempfile.TemporaryDirectory(dir=local.absolute().parent) as stage:
-            sending = self.run(
-                ["tar", "-c", "-C", str(source.parent), "-f", "-", source.name], timeout_s=timeout_s
-            )
+        target = local.absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sender = ["tar", "-c", "-C", str(source.parent), "-f", "-", source.name]
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent) as stage,
+            self.open(sender, limit_s=timeout_s) as sending,
+        ):
+            assert sending.stderr is not None
             unpack = ["tar", "-x", "--no-same-owner", "-C", stage, "-f", "-"]
-            command.run(unpack, stdin=sending.stdout, timeout_s=timeout_s)
-            Path(stage, source.name).rename(local)
+            with subprocess.Popen(unpack, stdin=sending.stdout, stderr=subprocess.PIPE) as unpacking:
+                _, unpack_problem = unpacking.communicate(timeout=timeout_s + GRACE_S)
+            problem = sending.stderr.read() + unpack_problem
+            if sending.wait(timeout=GRACE_S) != 0 or unpacking.returncode != 0:
+                raise errors.LabError(
+                    f"copying {remote} to {local} failed", hint=problem.decode(errors="replace")
+                )
+            Path(stage, source.name).rename(target)
 
 
 def _wait_banner(port: int, deadline: float, is_alive: Callable[[], bool]) -> None:

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""One lab as an object: brought up, used, cut off, taken down. For tests, benchmarks and the command line."""
+"""One lab as an object: brought up, used, cut off, taken down. For tests, benchmarks, the command line."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from lab import cache, disk, errors, image, instance, qemu, remote
+from lab import accel, cache, disk, errors, evidence, instance, layer, qemu, remote, resume
 
 log = logging.getLogger("lab")
 
@@ -24,7 +25,7 @@ READY_STATES = ("running", "degraded")
 class Lab:
     """A running lab: `up` makes one that dies with this process, `find` takes up one of the command line."""
 
-    def __init__(self, root: Path, place: instance.Instance, base: image.Image, life: qemu.Life) -> None:
+    def __init__(self, root: Path, place: instance.Instance, base: layer.Base, life: qemu.Life) -> None:
         self._root = root
         self._place = place
         self._base = base
@@ -41,21 +42,34 @@ class Lab:
         *,
         hardware: qemu.Hardware | None = None,
         artefacts: Path | None = None,
+        layer_key: str | None = None,
+        cold: bool = False,
         detached: bool = False,
         root: Path | None = None,
     ) -> Lab:
-        """Bring up a fresh lab; a detached one goes on when this process ends, until `down`."""
+        """Bring up a fresh lab; a detached one goes on when this process ends, until `down`.
+
+        It starts from a layer when one is named, and from a saved state unless it has to boot (`cold`).
+        """
         root = root or cache.default_root()
         hardware = hardware or qemu.Hardware()
-        base = image.ensure(root)
         instance.prune(root)
+        if layer_key is not None:
+            base = layer.need(root, layer_key)
+        elif cold or not accel.choose().is_software:
+            base = layer.bare(root)
+        else:
+            base = _booted(root, hardware)
         place = instance.create(root, name)
         life = qemu.Life(CLI_LIFE_S if detached else TEST_LIFE_S, owned=not detached, ephemeral=not detached)
         lab = cls(root, place, base, life)
         try:
             qemu.make_disk(place.path, base.disk)
-            place.write(instance.Identity(base.key, hardware.cpus, hardware.memory_mib))
-            lab.start()
+            place.write(
+                instance.Identity(base.image.key, hardware.cpus, hardware.memory_mib, base.layer_key)
+            )
+            fits = not cold and base.made_on == layer.signature(hardware)
+            lab.start(state=base.state if fits else None)
             if artefacts is not None:
                 lab.attach_artefacts(artefacts)
         except BaseException:
@@ -69,13 +83,14 @@ class Lab:
         root = root or cache.default_root()
         place = instance.find(root, name)
         identity = place.read()
-        entry = cache.Cache(root, "image", image.KEPT_IMAGES).open(identity.image_key)
         running = qemu.Machine.find(place.path)
-        if entry is None or running is None:
+        layer_key = identity.layer_key
+        base = layer.find(root, layer_key) if layer_key else layer.image_base(root, identity.image_key)
+        if base is None or running is None:
             raise errors.NotRunningError(
                 f"the lab named {name} has ended", hint=f"run: python -m lab up --name {name}"
             )
-        lab = cls(root, place, image.Image(identity.image_key, entry), qemu.Life(CLI_LIFE_S, owned=False))
+        lab = cls(root, place, base, qemu.Life(CLI_LIFE_S, owned=False))
         lab._machine = running
         lab._shell = lab._make_shell(running)
         return lab
@@ -108,25 +123,29 @@ class Lab:
             raise errors.NotRunningError(f"the lab named {self.name} is switched off")
         return self._shell
 
-    def start(self) -> None:
+    def start(self, *, state: Path | None = None) -> None:
         """Switch the machine on and return when commands can be run and systemd has settled."""
         identity = self._place.read()
         started = time.monotonic()
-        held = [self._base.entry.lock_fd]
+        held = self._base.held_fds
         if self._place.lock_fd is not None:
             held.append(self._place.lock_fd)
         self._machine = qemu.Machine.start(
             self.directory,
             qemu.Hardware(identity.cpus, identity.memory_mib),
-            kernel=self._base.kernel,
-            initrd=self._base.initrd,
+            kernel=self._base.image.kernel,
+            initrd=self._base.image.initrd,
             life=self._life,
             held_fds=held,
+            state=state,
         )
         chosen = self._machine.record
         log.info("lab %s: QEMU runs (%s: %s)", self.name, chosen.accelerator, chosen.accelerator_reason)
         self._shell = self._make_shell(self._machine)
-        self._wait_ready(started)
+        if state is None:
+            self._wait_ready(started)
+        else:
+            self._resume(started)
         if self._artefacts is not None:
             self._plug_artefacts(self._artefacts)
 
@@ -184,6 +203,10 @@ class Lab:
         self.machine.wait_end(timeout_s=SHUTDOWN_LIMIT_S)
         self._off()
 
+    def evidence(self, directory: Path) -> None:
+        """Save what explains a failure: console, journals, rows, devices, rules, VMM logs. Never raises."""
+        evidence.save(self.directory, self._shell, directory)
+
     def down(self) -> None:
         """End the lab and delete all it had."""
         if self._machine is not None:
@@ -194,7 +217,40 @@ class Lab:
             self._artefacts = None
         self._place.close()
         instance.delete(self._root, self.name)
-        self._base.entry.close()
+        self._base.close()
+
+    def commit(self, key: str, *, with_state: bool = True) -> None:
+        """Keep this lab as a layer that others start from; this one is switched off and at its end.
+
+        With state, others go on from this very instant (clock and random numbers are set right); without,
+        the host is shut down and they boot.
+        """
+        identity = self._place.read()
+        machine = layer.signature(qemu.Hardware(identity.cpus, identity.memory_mib))
+        layer.ensure(
+            self._root, key, self._base, machine, self._save if with_state else self._save_disk
+        ).close()
+        self.down()
+
+    def _save(self, stage: Path) -> None:
+        self._unplug_artefacts()
+        self.run(["sync"])
+        self.shell.close()
+        self.machine.wait_disconnected()
+        self.machine.save(stage / layer.STATE)
+        self._off()
+        (self.directory / qemu.DISK).rename(stage / layer.DISK)
+
+    def _save_disk(self, stage: Path) -> None:
+        self.shut_down()
+        (self.directory / qemu.DISK).rename(stage / layer.DISK)
+
+    def _resume(self, started: float) -> None:
+        """Enter a restored machine and make it honest: the right time, random numbers of its own."""
+        self._connect(started + BOOT_LIMIT_S)
+        resume.refresh(self.shell)
+        self.boot_s = time.monotonic() - started
+        log.info("lab %s: restored, ssh after %.1f s", self.name, self.boot_s)
 
     def _off(self) -> None:
         if self._shell is not None:
@@ -202,7 +258,7 @@ class Lab:
         self._machine = self._shell = None
 
     def _make_shell(self, running: qemu.Machine) -> remote.Shell:
-        keys = self._base
+        keys = self._base.image
         return remote.Shell(self.directory, running.record.ssh_port, keys.private_key, keys.known_hosts)
 
     def _boot_id(self) -> str:
@@ -238,21 +294,41 @@ class Lab:
             raise
 
     def _plug_artefacts(self, entry: cache.Entry) -> None:
-        with self.machine.control() as control:
-            file = {"driver": "file", "filename": str(entry.path / disk.DISK), "read-only": True}
-            control.execute(
-                "blockdev-add", {"node-name": "artefacts", "driver": "raw", "read-only": True, "file": file}
-            )
-            device = {"driver": "virtio-blk-pci", "id": "artefacts", "serial": "artefacts"}
-            control.execute("device_add", {**device, "drive": "artefacts", "bus": "slot0"})
+        disk.plug(self.machine, entry)
         self.run(["systemctl", "start", "artefacts.mount"])
 
+    def _unplug_artefacts(self) -> None:
+        if disk.is_plugged(self.machine):
+            self.run(["systemctl", "stop", "artefacts.mount"])
+            disk.unplug(self.machine)
 
-def take_down(name: str, *, root: Path | None = None) -> None:
-    """End the lab of this name, whatever state it is in, and delete all it had."""
+
+def _booted(root: Path, hardware: qemu.Hardware) -> layer.Base:
+    """Open the layer of the bare image, booted and settled; make it when there is none."""
+    base = layer.bare(root)
+    machine = layer.signature(hardware)
+    key = cache.key_of(["booted", base.image.key, machine])
+
+    def save(stage: Path) -> None:
+        log.info("booting the host once, to save its state")
+        with Lab.up(f"booting-{os.getpid()}", hardware=hardware, cold=True, root=root) as lab:
+            lab._save(stage)
+
+    try:
+        return layer.ensure(root, key, base, machine, save)
+    finally:
+        base.close()
+
+
+def take_down(name: str, *, root: Path | None = None) -> bool:
+    """End the lab of this name in whatever state, and delete all it had; say whether there was one."""
     root = root or cache.default_root()
-    place = instance.find(root, name)
+    try:
+        place = instance.find(root, name)
+    except errors.NotRunningError:
+        return False
     if running := qemu.Machine.find(place.path):
         running.kill()
     if not instance.delete(root, name):
         raise errors.BusyError(f"the lab named {name} is still held by the program that started it")
+    return True

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""Labs for tests, each named by the state it hands over. A lab that cannot run is an error, never a skip."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Generator, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from lab import cache, instance
+from lab.session import Lab
+
+TREE = Path(__file__).parents[2]
+TEST_LIMIT_S = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies here; fixtures are bounded by the lab's own limits, as the first one builds things."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.lab)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_LIMIT_S, func_only=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Save evidence of a failed test from every lab it had, before they go down."""
+    report = yield
+    if report.failed and report.when in ("setup", "call"):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", item.nodeid.partition("::")[2])
+        labs = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Lab)]
+        for lab in labs:
+            directory = TREE / "build" / "evidence" / name / lab.name
+            lab.evidence(directory)
+            report.sections.append(("evidence", str(directory)))
+    return report
+
+
+@pytest.fixture(scope="session")
+def new_name() -> Callable[[str], str]:
+    """A function that names labs of this test session."""
+    numbers = count()
+    return lambda purpose: f"{purpose}-{os.getpid()}-{next(numbers)}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_lab_left() -> Iterator[None]:
+    """Fail the session that leaves a lab behind."""
+    yield
+    left = [name for name in instance.names(cache.default_root()) if f"-{os.getpid()}-" in name]
+    assert not left, f"labs left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
+    """A host that has booted, with nothing of ours installed; shared, so leave it as it was."""
+    with Lab.up(new_name("host")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def fresh_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
+    """A host of the test's own, with nothing of ours installed."""
+    with Lab.up(new_name("fresh")) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def installed_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
+    """A host with banger, both kernels and the default image; shared, so clean up what you make."""
+    from lab import provision
+
+    with provision.installed(new_name("installed")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def fresh_installed_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
+    """A host of the test's own with banger installed, for tests that break or remove it."""
+    from lab import provision
+
+    with provision.installed(new_name("broken")) as lab:
+        yield lab
