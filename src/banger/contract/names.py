@@ -23,10 +23,15 @@ VM_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"
 
 BRIDGE: Final = "br-fc"
-CGROUP_PARENT: Final = "banger"
+CGROUP_PARENT: Final = "banger.slice/banger-vms.service"
+"""A unit that systemd delegates to the helper: the VMs' cgroups outlive both services in it."""
 DM_PREFIX: Final = "fc-rootfs-"
 TAP_PREFIX: Final = "tap-"
 MAX_SLOTS: Final = 4000
+UID_BASE: Final = 2_100_000_000
+"""Above what systemd, containers, subuids (to 600,100,000) and sssd (to 2,000,200,000) hand out; below 2**31."""
+NETWORK: Final = "10.213.240.0/20"
+"""Outside the default ranges of Docker, libvirt, Kubernetes and AWS; holds MAX_SLOTS guests."""
 AGENT_PORT: Final = 1023
 GUEST_DIR: Final = "/.banger"
 GUEST_BINARY: Final = "/.banger/guest"
@@ -78,7 +83,7 @@ def tap_name(vm_id: VmId) -> str:
 
 
 def cgroup_path(vm_id: VmId) -> str:
-    """Relative to the cgroup v2 mount."""
+    """Relative to the cgroup v2 mount. Holds the VM's VMM and nothing else of user space."""
     return f"{CGROUP_PARENT}/{vm_id}"
 
 

@@ -197,7 +197,7 @@ class DeleteTap(Request[Done], tag="delete_tap", frozen=True):
 
 
 class PrepareJail(Request[Done], tag="prepare_jail", frozen=True):
-    """The VM's jail directory, with the log and metrics files that the VMM writes."""
+    """The VM's jail directory and its log directory: console.log, vmm.log and metrics.log, each bounded."""
 
     vm_id: Id
     slot: Slot
@@ -238,13 +238,13 @@ class GrantVsock(Request[Done], tag="grant_vsock", frozen=True):
 
 
 class FindVmm(Request[Vmm], tag="find_vmm", frozen=True):
-    """The running VMM by the jail's pidfile, verified by its cgroup and executable; pid 0 if none."""
+    """The process in the VM's cgroup, which root alone can fill; pid 0 if none. No file is believed."""
 
     vm_id: Id
 
 
 class KillVmm(Request[Done], tag="kill_vmm", frozen=True):
-    """SIGTERM or SIGKILL through a pidfd, then waits until the process is gone."""
+    """SIGHUP (Firecracker then flushes its metrics and ends) or SIGKILL by pidfd; waits until it is gone."""
 
     vm_id: Id
     force: bool
