@@ -9,6 +9,7 @@ PY := $(VENV)/bin/python
 $(VENV)/ready: requirements/dev.txt
 	python3 -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
 .PHONY: lint unit clean help
