@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The VMs' cgroups (v2): made, filled and removed here, and nowhere else. They name a VM's processes.
+
+`banger-vms.service` delegates its cgroup to us. A process of its own keeps systemd from pruning it; that one
+must move into a leaf before controllers can be enabled for the leaves (the rule of no inner processes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Final
+
+from banger.contract import errors, names
+from banger.helper import policy as policies
+from banger.helper.linux import libc, pidfd
+
+HOLDER: Final = "holder"
+CONSOLES: Final = "consoles"
+CONTROLLERS: Final = ("cpu", "io", "memory", "pids")
+OVERHEAD_MIB: Final = 128
+_OVERHEAD_PIDS: Final = 16
+_PERIOD_US: Final = 100_000
+
+
+def ensure_parent(policy: policies.Policy) -> None:
+    """The delegated cgroup has its controllers; without systemd it is simply made."""
+    parent = f"{policy.cgroup_mount}/{names.CGROUP_PARENT}"
+    if set(CONTROLLERS) <= set(_read(f"{parent}/cgroup.subtree_control").split()):
+        return
+    path = policy.cgroup_mount
+    for part in names.CGROUP_PARENT.split("/"):
+        _enable(path)
+        path = f"{path}/{part}"
+        _make(path)
+    for leaf in (HOLDER, CONSOLES):
+        _make(f"{parent}/{leaf}")
+    for pid in _read(f"{parent}/cgroup.procs").split():
+        with contextlib.suppress(ProcessLookupError):
+            _write(f"{parent}/{HOLDER}/cgroup.procs", pid)
+    _enable(parent)
+
+
+def create(policy: policies.Policy, vm_id: names.VmId, *, vcpus: int, memory_mib: int) -> None:
+    """A cgroup with limits: what the VM was promised, and room for the VMM itself."""
+    ensure_parent(policy)
+    path = _path(policy, vm_id)
+    _make(path)
+    _write(f"{path}/cpu.max", f"{(vcpus + 1) * _PERIOD_US} {_PERIOD_US}")
+    _write(f"{path}/memory.max", str((memory_mib + OVERHEAD_MIB) << 20))
+    _write(f"{path}/pids.max", str(vcpus + _OVERHEAD_PIDS))
+
+
+def delete(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> None:
+    """Ends whatever runs in the VM's cgroup, and removes it. Gone is gone."""
+    path = _path(policy, vm_id)
+    with contextlib.suppress(FileNotFoundError):
+        _write(f"{path}/cgroup.kill", "1")
+    if not _await_empty(path, deadline):
+        raise errors.ConflictError(f"the processes of VM {vm_id} do not end", vm=vm_id)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
+def adopt_console(policy: policies.Policy, pid: int) -> None:
+    """The log writer outlives us as the VMM does, but is not the VMM: it has a cgroup elsewhere."""
+    _write(f"{policy.cgroup_mount}/{names.CGROUP_PARENT}/{CONSOLES}/cgroup.procs", str(pid))
+
+
+def processes(policy: policies.Policy, vm_id: str) -> dict[int, int]:
+    """pid to start time, of the VM's cgroup; KVM's kernel threads are there too and do not count."""
+    pids = [int(pid) for pid in _read(f"{_path(policy, vm_id)}/cgroup.procs").split()]
+    return {pid: ticks for pid in pids if (ticks := pidfd.start_ticks(pid))}
+
+
+def vm_ids(policy: policies.Policy) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        parent = f"{policy.cgroup_mount}/{names.CGROUP_PARENT}"
+        leaves = [entry.name for entry in os.scandir(parent) if entry.is_dir()]
+        return [leaf for leaf in leaves if leaf not in {HOLDER, CONSOLES}]
+    return []
+
+
+def usage(policy: policies.Policy, vm_id: str) -> dict[str, int]:
+    """Counters under the names of privileged.Usage; zero where the kernel offers none."""
+    path = _path(policy, vm_id)
+    cpu = dict(line.split() for line in _read(f"{path}/cpu.stat").splitlines())
+    io = [field.split("=") for field in _read(f"{path}/io.stat").split() if "=" in field]
+    return {
+        "cpu_usec": int(cpu.get("usage_usec", 0)),
+        "memory_bytes": int(_read(f"{path}/memory.current") or 0),
+        "memory_peak_bytes": int(_read(f"{path}/memory.peak") or 0),
+        "read_bytes": sum(int(value) for key, value in io if key == "rbytes"),
+        "write_bytes": sum(int(value) for key, value in io if key == "wbytes"),
+    }
+
+
+def _await_empty(path: str, deadline: float) -> bool:
+    """Waits for `populated 0` in cgroup.events; the kernel tells of each change by inotify."""
+    try:
+        watch = libc.inotify(f"{path}/cgroup.events", libc.IN_MODIFY)
+    except FileNotFoundError:
+        return True
+    try:
+        while "populated 1" in _read(f"{path}/cgroup.events"):
+            if not pidfd.wait(watch, deadline=deadline):
+                return False
+            os.read(watch, 4096)
+        return True
+    finally:
+        os.close(watch)
+
+
+def _path(policy: policies.Policy, vm_id: str) -> str:
+    return f"{policy.cgroup_mount}/{names.cgroup_path(names.VmId(vm_id))}"
+
+
+def _enable(path: str) -> None:
+    """Missing controllers are left out: a host without one of them still runs VMs, with fewer limits."""
+    offered = _read(f"{path}/cgroup.controllers").split()
+    enabled = _read(f"{path}/cgroup.subtree_control").split()
+    for controller in CONTROLLERS:
+        if controller in offered and controller not in enabled:
+            _write(f"{path}/cgroup.subtree_control", f"+{controller}")
+
+
+def _make(path: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        return file.read()
+    return ""
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""Files and directories: the owner's are opened without trust, ours (jails, logs, kernels) are made here.
+
+What the owner or a VMM can write is only reached by descriptors: opened without following links, checked,
+and then acted upon. Everything above `<jail>/root` belongs to root alone and is reached by path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import threading
+from typing import Final
+
+from banger.contract import errors, privileged
+from banger.helper import policy as policies
+from banger.helper.linux import libc, pidfd
+
+LOGS: Final = ("console", "vmm", "metrics")
+MAX_DISK_BYTES: Final = 16 << 40
+MAX_KERNEL_BYTES: Final = 1 << 30
+_KEPT_KERNELS: Final = 8
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_RESOLVE: Final = (
+    libc.RESOLVE_BENEATH | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS | libc.RESOLVE_NO_XDEV
+)
+_claims = threading.Lock()
+
+
+def open_owned(policy: policies.Policy, path: str, *, writable: bool, max_bytes: int) -> int:
+    """A regular file of the owner, `path` beneath the state directory. Leases and pipes cannot stall us."""
+    top = os.open(policy.state_dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = libc.openat2(top, path, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+    except OSError as error:
+        if error.errno == 2:
+            raise errors.NotFoundError(f"{policy.state_dir}/{path} does not exist") from None
+        raise errors.UnauthorizedError(f"{policy.state_dir}/{path}: {error.strerror}") from None
+    finally:
+        os.close(top)
+    try:
+        status = os.fstat(found)
+        good = stat.S_ISREG(status.st_mode) and status.st_uid == policy.owner_uid and status.st_nlink == 1
+        if not good or not 0 < status.st_size <= max_bytes:
+            raise errors.UnauthorizedError(f"{policy.state_dir}/{path} is not a plain file of the owner's")
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{found}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+
+
+# --- jails ---
+
+
+def jail(policy: policies.Policy, vm_id: str) -> str:
+    return os.path.dirname(privileged.jail_root(policy.jails, vm_id))
+
+
+def claim(policy: policies.Policy, vm_id: str, slot: int) -> int:
+    """The VM's uid; refused while another VM's jail has it. A jail's file `uid` is owned by that uid."""
+    uid = policy.uid(slot)
+    base = os.path.dirname(jail(policy, vm_id))
+    with contextlib.suppress(FileNotFoundError):
+        for other in os.listdir(base):
+            with contextlib.suppress(FileNotFoundError):
+                taken = os.lstat(f"{base}/{other}/uid").st_uid
+                if (taken == uid) != (other == vm_id):
+                    raise errors.ConflictError(f"slot {slot}: VM {other} has uid {taken}", vm=vm_id)
+    return uid
+
+
+def make_jail(policy: policies.Policy, vm_id: str, slot: int) -> int:
+    """An empty jail, for the VM's uid alone."""
+    place = jail(policy, vm_id)
+    for directory in (policy.jails, os.path.dirname(place)):
+        _make_directory(directory, 0o711)
+    if os.statvfs(policy.jails).f_flag & os.ST_NODEV:
+        hint = "mount it without nodev: jails hold the device nodes of their VM"
+        raise errors.MissingToolError(f"{policy.jails} is on a file system mounted nodev", hint=hint)
+    with _claims:
+        uid = claim(policy, vm_id, slot)
+        _make_directory(place, 0o710, gid=policy.owner_gid)
+        with open(f"{place}/uid", "wb") as marker:
+            os.fchown(marker.fileno(), uid, uid)
+    remove_tree(f"{place}/root")
+    for directory in (f"{place}/root", f"{place}/root/run"):
+        os.mkdir(directory, 0o700)
+        os.chown(directory, uid, uid, follow_symlinks=False)
+    return uid
+
+
+def open_jail(policy: policies.Policy, vm_id: str) -> int:
+    """A descriptor of the jail's root."""
+    try:
+        return os.open(f"{jail(policy, vm_id)}/root", _DIRECTORY)
+    except FileNotFoundError:
+        raise errors.NotFoundError(f"VM {vm_id} has no jail") from None
+
+
+def open_run(root: int) -> int:
+    return os.open("run", _DIRECTORY, dir_fd=root)
+
+
+def freeze_jail(root: int) -> int:
+    """Takes the jail's directories from the VMM: what is in them stays what it is. A descriptor of /run."""
+    kept = -1
+    for path in (".", "run", "dev", "dev/net"):
+        with contextlib.suppress(FileNotFoundError):
+            directory = os.open(path, _DIRECTORY, dir_fd=root)
+            os.fchown(directory, 0, 0)
+            os.fchmod(directory, 0o711)
+            if path == "run":
+                kept = directory
+            else:
+                os.close(directory)
+    if kept < 0:
+        raise errors.NotFoundError("the jail has no run directory")
+    return kept
+
+
+def wait_for(directory: int, name: str, *, process: int, deadline: float) -> bool:
+    """True when `name` is in the directory, False when the process ended before or the deadline passed."""
+    watch = libc.inotify(f"/proc/self/fd/{directory}", libc.IN_CREATE | libc.IN_MOVED_TO)
+    try:
+        while not _exists(directory, name):
+            ready = pidfd.wait(process, deadline=deadline, other=watch)
+            if process in ready or not ready:
+                return False
+            os.read(watch, 65536)
+        return True
+    finally:
+        os.close(watch)
+
+
+def grant_socket(policy: policies.Policy, directory: int, name: str, uid: int) -> None:
+    """The owner's group may connect. `directory` is frozen, so that nothing can take the socket's place."""
+    try:
+        socket = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        raise errors.NotFoundError(f"the VMM made no socket {name}") from None
+    try:
+        status = os.fstat(socket)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != uid or status.st_nlink != 1:
+            raise errors.UnauthorizedError(f"{name} in the jail is not the VMM's socket")
+        os.chown(f"/proc/self/fd/{socket}", -1, policy.owner_gid)
+        os.chmod(f"/proc/self/fd/{socket}", 0o660)
+    finally:
+        os.close(socket)
+
+
+def make_node(root: int, name: str, device: int, uid: int) -> None:
+    os.mknod(name, stat.S_IFBLK | 0o600, device, dir_fd=root)
+    os.chown(name, uid, uid, dir_fd=root, follow_symlinks=False)
+
+
+def open_node(policy: policies.Policy, device: int, uid: int) -> int:
+    """A descriptor through which a program of that uid may open the block device; it has no name."""
+    name = f"node-{secrets.token_hex(8)}"
+    top = os.open(policy.helper_dir, _DIRECTORY)
+    try:
+        make_node(top, name, device, uid)
+        try:
+            return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+        finally:
+            os.unlink(name, dir_fd=top)
+    finally:
+        os.close(top)
+
+
+def write_file(directory: int, name: str, data: bytes) -> None:
+    """A new file of root's that a VMM may read."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
+    with open(fd, "wb") as file:
+        os.fchmod(fd, 0o644)
+        file.write(data)
+
+
+def remove_tree(path: str) -> None:
+    """However deep the tree: directories are moved up before they are emptied. Gone is gone."""
+    try:
+        top = os.open(path, _DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        while entries := os.listdir(top):
+            for name in entries:
+                _remove_entry(top, name)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def _remove_entry(top: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=top)
+        return
+    except IsADirectoryError:
+        child = os.open(name, _DIRECTORY, dir_fd=top)
+    try:
+        for inner in os.listdir(child):
+            os.rename(inner, secrets.token_hex(16), src_dir_fd=child, dst_dir_fd=top)
+    finally:
+        os.close(child)
+    os.rmdir(name, dir_fd=top)
+
+
+def _exists(directory: int, name: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(name, dir_fd=directory)
+        return True
+    return False
+
+
+def _make_directory(path: str, mode: int, *, gid: int = 0) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    os.chown(path, 0, gid, follow_symlinks=False)
+    os.chmod(path, mode)
+
+
+# --- logs ---
+
+
+def logs(policy: policies.Policy, vm_id: str) -> str:
+    return f"{policy.helper_dir}/logs/{vm_id}"
+
+
+def make_logs(policy: policies.Policy, vm_id: str) -> None:
+    """Empty logs that the owner may read; the last start's remain as `.1`."""
+    directory = logs(policy, vm_id)
+    _make_directory(os.path.dirname(directory), 0o711)
+    _make_directory(directory, 0o750, gid=policy.owner_gid)
+    for name in LOGS:
+        path = f"{directory}/{name}.log"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, f"{path}.1")
+        for each in (path, f"{path}.1"):
+            os.close(open_log(policy, each))
+
+
+def open_log(policy: policies.Policy, path: str) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.fchown(fd, 0, policy.owner_gid)
+    os.fchmod(fd, 0o640)
+    return fd
+
+
+def log_tail(policy: policies.Policy, vm_id: str, name: str, limit: int = 1500) -> str:
+    with contextlib.suppress(OSError), open(f"{logs(policy, vm_id)}/{name}.log", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
+        return file.read().decode(errors="replace").strip()
+    return ""
+
+
+# --- kernels ---
+
+
+def link_kernel(policy: policies.Policy, root: int, kernel_id: str, name: str) -> None:
+    """Puts the owner's kernel file into a jail as a hard link of root's copy, made once for each version.
+
+    A version is (device, inode, size, mtime, ctime): nobody but root can change a file and keep its ctime.
+    """
+    source = open_owned(policy, f"kernels/{kernel_id}/{name}", writable=False, max_bytes=MAX_KERNEL_BYTES)
+    try:
+        identity = _identity(source)
+        cache = f"{policy.helper_dir}/kernels"
+        _make_directory(cache, 0o700)
+        kept = f"{cache}/{identity}"
+        if not os.path.exists(kept):
+            _copy(source, kept)
+            if _identity(source) != identity:
+                os.unlink(kept)
+                raise errors.ConflictError(f"kernel {kernel_id} changed while it was read")
+            _prune(cache, keep=identity)
+        os.link(kept, name, dst_dir_fd=root)
+    finally:
+        os.close(source)
+
+
+def _identity(fd: int) -> str:
+    status = os.fstat(fd)
+    parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return "-".join(f"{part:x}" for part in parts)
+
+
+def _copy(source: int, target: str) -> None:
+    staged = f"{target}.{secrets.token_hex(4)}"
+    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(source).st_size
+        offset = 0
+        while offset < size and (count := _copy_range(source, fd, size - offset, offset)):
+            offset += count
+        os.fchmod(fd, 0o444)
+        os.rename(staged, target)
+    except BaseException:
+        os.unlink(staged)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _copy_range(source: int, target: int, count: int, offset: int) -> int:
+    """Shares the blocks where the file system can."""
+    try:
+        return os.copy_file_range(source, target, count, offset, offset)
+    except OSError as error:
+        if error.errno not in {18, 22, 38, 95}:  # EXDEV, EINVAL, ENOSYS, EOPNOTSUPP
+            raise
+        return os.sendfile(target, source, offset, count)
+
+
+def _prune(cache: str, *, keep: str) -> None:
+    """The copies used last stay; linking one into a jail changes its ctime."""
+    unused = []
+    for name in os.listdir(cache):
+        status = os.lstat(f"{cache}/{name}")
+        if name != keep and status.st_nlink == 1:
+            unused.append((status.st_ctime_ns, name))
+    for _, name in sorted(unused, reverse=True)[_KEPT_KERNELS:]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{cache}/{name}")

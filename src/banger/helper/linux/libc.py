@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""System calls that the standard library lacks, and ioctl with errors that name their object."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from typing import Final
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_SYS_OPENAT2: Final = 437
+RESOLVE_NO_XDEV: Final = 0x01
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+IN_CREATE: Final = 0x100
+IN_MODIFY: Final = 0x2
+IN_MOVED_TO: Final = 0x80
+IN_CLOEXEC: Final = os.O_CLOEXEC
+PR_CAPBSET_DROP: Final = 24
+PR_SET_NO_NEW_PRIVS: Final = 38
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+    return result
+
+
+def ioctl(fd: int, request: int, argument: int | bytes | bytearray, what: str) -> int:
+    """`fcntl.ioctl`, changing a bytearray in place."""
+    try:
+        if isinstance(argument, bytes):
+            fcntl.ioctl(fd, request, argument)
+            return 0
+        return fcntl.ioctl(fd, request, argument)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, what) from None
+
+
+def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
+    """open(2) that refuses what `resolve` forbids on the way, not only at the last component."""
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    return _checked(_LIBC.syscall(_SYS_OPENAT2, directory, os.fsencode(path), how, len(how)), path)
+
+
+def inotify(path: str, mask: int) -> int:
+    """A descriptor that becomes readable when `mask` happens to `path`."""
+    fd = _checked(_LIBC.inotify_init1(IN_CLOEXEC), path)
+    try:
+        _checked(_LIBC.inotify_add_watch(fd, os.fsencode(path), mask), path)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def prctl(option: int, value: int) -> None:
+    _checked(_LIBC.prctl(option, *(ctypes.c_ulong(word) for word in (value, 0, 0, 0))), f"prctl {option}")
+
+
+def capset(mask: int) -> None:
+    """Effective and permitted become `mask`, inheritable becomes empty; of the calling thread."""
+    header = struct.pack("=Ii", 0x20080522, 0)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    _checked(_LIBC.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)), "capset")

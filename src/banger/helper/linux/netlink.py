@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""Links and addresses by rtnetlink (linux/rtnetlink.h, if_link.h), and taps by /dev/net/tun (if_tun.h).
+
+Only what the helper needs: importing a full library costs 20 MB and, on a slow host, a second of start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from banger.helper.linux import libc
+
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_GETADDR = 20, 22
+NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+AF_BRIDGE: Final = 7
+IFF_UP: Final = 1
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_PROTINFO, IFLA_LINKINFO = 1, 3, 10, 12, 18
+IFLA_IFALIAS, IFLA_STATS64, IFLA_AF_SPEC = 20, 23, 26
+IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+IFLA_TUN_OWNER: Final = 1
+IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
+IFLA_BRPORT_ISOLATED: Final = 33
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
+_HEADER: Final = struct.Struct("=IHHII")
+_IFINFO: Final = struct.Struct("=BxHiII")
+_IFADDR: Final = struct.Struct("=BBBBI")
+
+Attributes = dict[int, bytes]
+
+
+class Link(NamedTuple):
+    number: int
+    name: str
+    kind: str
+    alias: str
+    is_up: bool
+    master: int
+    tun_owner: int
+    """uid that may open it; -1 when it is no tap or has no owner."""
+    rx_bytes: int
+    tx_bytes: int
+
+
+class Address(NamedTuple):
+    link: int
+    local: str
+    prefix_length: int
+
+
+def links() -> list[Link]:
+    return [_link(body) for body in _request(RTM_GETLINK, NLM_F_DUMP, _ifinfo())]
+
+
+def find(name: str) -> Link | None:
+    wanted = _attribute(IFLA_IFNAME, name.encode() + b"\0")
+    try:
+        return _link(_request(RTM_GETLINK, 0, _ifinfo() + wanted, name)[0])
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+
+
+def add_bridge(name: str, *, alias: str, mac: bytes) -> None:
+    """With a fixed hardware address: a bridge otherwise takes that of a port, and changes it with them."""
+    info = _attribute(IFLA_INFO_KIND, b"bridge")
+    attributes = _attribute(IFLA_IFNAME, name.encode() + b"\0") + _attribute(IFLA_ADDRESS, mac)
+    attributes += _attribute(IFLA_LINKINFO | NLA_F_NESTED, info)
+    _request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, _ifinfo() + attributes, name)
+    link = find(name)
+    if link is None:
+        raise OSError(errno.ENODEV, "bridge vanished", name)
+    try:
+        bring_up(link.number, alias=alias)
+    except BaseException:
+        delete(link.number, name)
+        raise
+
+
+def bring_up(index: int, *, alias: str, master: int = 0) -> None:
+    """Labels the link and brings it up, without the IPv6 address by which guests could pass around rules."""
+    mode = _attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
+    attributes = _attribute(IFLA_IFALIAS, alias.encode())
+    attributes += _attribute(IFLA_AF_SPEC | NLA_F_NESTED, _attribute(socket.AF_INET6 | NLA_F_NESTED, mode))
+    if master:
+        attributes += _attribute(IFLA_MASTER, struct.pack("=I", master))
+    _request(RTM_SETLINK, 0, _ifinfo(index) + attributes, alias)
+    if master:
+        isolated = _attribute(IFLA_PROTINFO | NLA_F_NESTED, _attribute(IFLA_BRPORT_ISOLATED, b"\1"))
+        _request(RTM_SETLINK, 0, _ifinfo(index, family=AF_BRIDGE) + isolated, alias)
+    _request(RTM_SETLINK, 0, _ifinfo(index, flags=IFF_UP, change=IFF_UP), alias)
+
+
+def delete(index: int, name: str) -> None:
+    """Gone is gone, whoever did it."""
+    try:
+        _request(RTM_DELLINK, 0, _ifinfo(index), name)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+
+
+def addresses() -> list[Address]:
+    """IPv4 addresses of all links."""
+    found = []
+    for body in _request(RTM_GETADDR, NLM_F_DUMP, _IFADDR.pack(socket.AF_INET, 0, 0, 0, 0)):
+        _, prefix_length, _, _, index = _IFADDR.unpack_from(body)
+        attributes = _attributes(body[_IFADDR.size :])
+        local = attributes.get(IFA_LOCAL) or attributes[IFA_ADDRESS]
+        found.append(Address(index, socket.inet_ntoa(local), prefix_length))
+    return found
+
+
+def add_address(address: Address, name: str) -> None:
+    packed = socket.inet_aton(address.local)
+    attributes = _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
+    head = _IFADDR.pack(socket.AF_INET, address.prefix_length, 0, 0, address.link)
+    _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, head + attributes, name)
+
+
+def open_tap(name: str, *, owner: int) -> int:
+    """A new tap that lives as long as the descriptor, until `keep_tap`."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL
+        libc.ioctl(fd, TUNSETIFF, struct.pack("=16sH22x", name.encode(), flags), name)
+        libc.ioctl(fd, TUNSETOWNER, owner, name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def keep_tap(fd: int, name: str) -> None:
+    libc.ioctl(fd, TUNSETPERSIST, 1, name)
+
+
+def _ifinfo(index: int = 0, *, family: int = socket.AF_UNSPEC, flags: int = 0, change: int = 0) -> bytes:
+    return _IFINFO.pack(family, 0, index, flags, change)
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def _attributes(data: bytes) -> Attributes:
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        found[kind & NLA_TYPE_MASK] = data[4:length]
+        data = data[max(4, (length + 3) & ~3) :]
+    return found
+
+
+def _link(body: bytes) -> Link:
+    _, _, index, flags, _ = _IFINFO.unpack_from(body)
+    attributes = _attributes(body[_IFINFO.size :])
+    info = _attributes(attributes.get(IFLA_LINKINFO, b""))
+    kind = _text(info.get(IFLA_INFO_KIND, b""))
+    tun = _attributes(info.get(IFLA_INFO_DATA, b"")) if kind == "tun" else {}
+    stats = attributes.get(IFLA_STATS64, bytes(32))
+    return Link(
+        index,
+        _text(attributes[IFLA_IFNAME]),
+        kind,
+        _text(attributes.get(IFLA_IFALIAS, b"")),
+        bool(flags & IFF_UP),
+        _u32(attributes.get(IFLA_MASTER, bytes(4))),
+        _u32(tun[IFLA_TUN_OWNER]) if IFLA_TUN_OWNER in tun else -1,
+        *struct.unpack_from("=16x2Q", stats),
+    )
+
+
+def _text(data: bytes) -> str:
+    return data.rstrip(b"\0").decode(errors="replace")
+
+
+def _u32(data: bytes) -> int:
+    return int.from_bytes(data[:4], "little" if struct.pack("=H", 1)[0] else "big")
+
+
+def _request(kind: int, flags: int, payload: bytes, what: str = "netlink") -> list[bytes]:
+    """Sends one message; the bodies of a dump, or nothing for an acknowledgement."""
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+    ) as wire:
+        wire.settimeout(5)
+        wire.bind((0, 0))
+        if flags & NLM_F_DUMP != NLM_F_DUMP:
+            flags |= NLM_F_ACK
+        wire.send(_HEADER.pack(_HEADER.size + len(payload), kind, flags | NLM_F_REQUEST, 1, 0) + payload)
+        return list(_replies(wire, what))
+
+
+def _replies(wire: socket.socket, what: str) -> Iterator[bytes]:
+    while True:
+        data = wire.recv(1 << 18)
+        while len(data) >= _HEADER.size:
+            length, kind, _, _, _ = _HEADER.unpack_from(data)
+            body = data[_HEADER.size : length]
+            if kind == NLMSG_DONE:
+                return
+            if kind == NLMSG_ERROR:
+                (number,) = struct.unpack_from("=i", body)
+                if number:
+                    raise OSError(-number, os.strerror(-number), what)
+                return
+            yield body
+            data = data[(length + 3) & ~3 :]

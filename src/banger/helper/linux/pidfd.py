@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Processes held by descriptor: a pid may be reused, a pidfd never means another process."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import time
+from typing import Final
+
+_PF_KTHREAD: Final = 0x00200000
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/<pid>/stat; 0 for a kernel thread, a zombie, or nothing."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+        if fields[0] not in "ZX" and not int(fields[6]) & _PF_KTHREAD:
+            return int(fields[19])
+    return 0
+
+
+def wait(pidfd: int, *, deadline: float, other: int = -1) -> list[int]:
+    """The descriptors that became readable (a pidfd does when its process ends); none at the deadline."""
+    poll = select.poll()
+    for fd in (pidfd, other):
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+
+
+def send(pidfd: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Privileged operations on links: the bridge and the taps. A link's alias says whose it is."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from typing import Final
+
+from banger.contract import errors, names, privileged
+from banger.helper import filesystem
+from banger.helper import policy as policies
+from banger.helper.linux import netlink
+
+BRIDGE_ALIAS: Final = "banger/bridge"
+_BRIDGE_MAC: Final = bytes.fromhex("02fc00000001")
+_DONE: Final = privileged.Done()
+
+
+def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) -> privileged.Done:
+    bridge = find_bridge(policy)
+    wanted = str(names.bridge_address(policy.prefix))
+    addresses = netlink.addresses()
+    index = bridge.number if bridge is not None else 0
+    _refuse_overlap(policy, [address for address in addresses if address.link != index])
+    if bridge is None:
+        netlink.add_bridge(policy.bridge, alias=BRIDGE_ALIAS, mac=_BRIDGE_MAC)
+        bridge = find_bridge(policy)
+        if bridge is None:
+            raise errors.ConflictError(f"bridge {policy.bridge} vanished while it was made")
+    if not bridge.is_up:
+        netlink.bring_up(bridge.number, alias=BRIDGE_ALIAS)
+    address = netlink.Address(bridge.number, wanted, policy.prefix.prefixlen)
+    if address not in addresses:
+        netlink.add_address(address, policy.bridge)
+    return _DONE
+
+
+def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) -> privileged.Done:
+    bridge = find_bridge(policy)
+    if bridge is not None:
+        ports = [link.name for link in netlink.links() if link.master == bridge.number]
+        if ports:
+            raise errors.ConflictError(f"bridge {policy.bridge} still has {', '.join(sorted(ports)[:5])}")
+        netlink.delete(bridge.number, policy.bridge)
+    return _DONE
+
+
+def create_tap(policy: policies.Policy, request: privileged.CreateTap) -> privileged.Done:
+    vm_id = names.VmId(request.vm_id)
+    uid = filesystem.claim(policy, vm_id, request.slot)
+    name = names.tap_name(vm_id)
+    bridge = find_bridge(policy)
+    if bridge is None:
+        raise errors.NotFoundError(f"bridge {policy.bridge} does not exist", hint="ensure the bridge first")
+    old = find_tap(policy, vm_id)
+    if old is not None:
+        netlink.delete(old.number, name)
+    tap = netlink.open_tap(name, owner=uid)
+    try:
+        made = netlink.find(name)
+        if made is None:
+            raise errors.ConflictError(f"tap {name} vanished while it was made", vm=vm_id)
+        netlink.bring_up(made.number, alias=_tap_alias(vm_id), master=bridge.number)
+        netlink.keep_tap(tap, name)  # last: whatever fails or kills us before leaves no tap
+    finally:
+        os.close(tap)
+    return _DONE
+
+
+def delete_tap(policy: policies.Policy, request: privileged.DeleteTap) -> privileged.Done:
+    """A foreign interface of that name is left alone: nothing of the VM's is left then either."""
+    vm_id = names.VmId(request.vm_id)
+    tap = netlink.find(names.tap_name(vm_id))
+    if tap is not None and is_tap_of(policy, tap, vm_id):
+        netlink.delete(tap.number, tap.name)
+    return _DONE
+
+
+def find_bridge(policy: policies.Policy) -> netlink.Link | None:
+    """Our bridge; raises when something else has its name."""
+    bridge = netlink.find(policy.bridge)
+    if bridge is not None and (bridge.kind != "bridge" or bridge.alias != BRIDGE_ALIAS):
+        hint = f"rename or delete it, or set another bridge in {policies.DEFAULT_PATH}"
+        raise errors.ConflictError(f"interface {policy.bridge} exists and is not banger's", hint=hint)
+    return bridge
+
+
+def find_tap(policy: policies.Policy, vm_id: names.VmId) -> netlink.Link | None:
+    """The VM's tap; raises when something else has its name."""
+    name = names.tap_name(vm_id)
+    tap = netlink.find(name)
+    if tap is not None and not is_tap_of(policy, tap, vm_id):
+        raise errors.ConflictError(f"interface {name} exists and is not the tap of VM {vm_id}", vm=vm_id)
+    return tap
+
+
+def is_tap_of(policy: policies.Policy, link: netlink.Link, vm_id: names.VmId) -> bool:
+    return link.kind == "tun" and policy.is_vm_uid(link.tun_owner) and link.alias == _tap_alias(vm_id)
+
+
+def tap_owners(policy: policies.Policy, links: list[netlink.Link]) -> list[str]:
+    """The ids of all VMs that have a tap."""
+    labels = [link.alias.rpartition("/")[2] for link in links]
+    return [
+        vm_id
+        for vm_id, link in zip(labels, links, strict=True)
+        if is_tap_of(policy, link, names.VmId(vm_id))
+    ]
+
+
+def _tap_alias(vm_id: names.VmId) -> str:
+    return f"banger/{vm_id}"
+
+
+def _refuse_overlap(policy: policies.Policy, others: list[netlink.Address]) -> None:
+    for other in others:
+        network = ipaddress.IPv4Interface(f"{other.local}/{other.prefix_length}").network
+        if network.overlaps(policy.prefix) and network.prefixlen > 0:
+            hint = f"set another network in {policies.DEFAULT_PATH}"
+            message = f"network {policy.prefix} overlaps {network}, which this host already uses"
+            raise errors.ConflictError(message, hint=hint)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""The closed table from request type to function, and how each one is run: one at a time for each VM.
+
+Called by the server for the socket, and by banger.inprocess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+import banger
+from banger.contract import errors, names, privileged
+from banger.helper import cgroup, network, process, storage
+from banger.helper import policy as policies
+from banger.helper.linux import devmapper, loop, netlink
+
+LOCK_DEADLINE_S: Final = 60.0
+_RUNTIME_RECORD: Final = "runtime.json"
+
+
+def get_host(policy: policies.Policy, _request: privileged.GetHost) -> privileged.HostInfo:
+    return privileged.HostInfo(
+        version=banger.__version__,
+        protocol=privileged.PROTOCOL_VERSION,
+        firecracker_version=_firecracker_version(policy),
+        firecracker_sha256=policy.firecracker_sha256,
+        jailer_sha256=policy.jailer_sha256,
+    )
+
+
+def check_runtime(policy: policies.Policy, _request: privileged.CheckRuntime) -> privileged.HostInfo:
+    process.check_runtime(policy)
+    return get_host(policy, privileged.GetHost())
+
+
+def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privileged.World:
+    snapshots = {name.removeprefix(names.DM_PREFIX) for name in devmapper.names(names.DM_PREFIX)}
+    loops = [found.label.split("/")[1] for found in loop.scan("banger/")]
+    links = netlink.links()
+    taps = set(network.tap_owners(policy, links))
+    jails = _entries(f"{policy.jails}/firecracker")
+    cgroups = set(cgroup.vm_ids(policy))
+    logs = _entries(f"{policy.helper_dir}/logs")
+    vms = []
+    for vm_id in sorted(filter(names.is_id, snapshots | set(loops) | taps | jails | cgroups | logs)):
+        vmm = process.find(policy, vm_id)
+        vms.append(
+            privileged.VmWorld(
+                vm_id=vm_id,
+                snapshot=vm_id in snapshots,
+                loops=loops.count(vm_id),
+                tap=vm_id in taps,
+                jail=vm_id in jails,
+                cgroup=vm_id in cgroups,
+                logs=vm_id in logs,
+                vmm_pid=vmm.pid,
+                vmm_start_ticks=vmm.start_ticks,
+            )
+        )
+    bridge = any(link.name == policy.bridge and link.alias == network.BRIDGE_ALIAS for link in links)
+    return privileged.World(vms=tuple(vms), bridge=bridge)
+
+
+def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileged.Done:
+    """In the order of dependence; goes on after an error, and reports all."""
+    vm_id = request.vm_id
+    failed: list[Exception] = []
+    parts: tuple[tuple[Callable[[policies.Policy, Any], privileged.Done], privileged.Request[Any]], ...] = (
+        (process.kill_vmm, privileged.KillVmm(vm_id=vm_id, force=True)),
+        (network.delete_tap, privileged.DeleteTap(vm_id=vm_id)),
+        (storage.delete_snapshot, privileged.DeleteSnapshot(vm_id=vm_id)),
+        (storage.detach_work_disk, privileged.DetachWorkDisk(vm_id=vm_id)),
+        (process.delete_jail, privileged.DeleteJail(vm_id=vm_id)),
+    )
+    for function, part in parts:
+        try:
+            function(policy, part)
+        except (errors.BangerError, OSError) as error:
+            failed.append(_explained(part, error))
+    if failed:
+        for other in failed[1:]:
+            failed[0].add_note(str(other))
+        raise failed[0]
+    return privileged.Done()
+
+
+# Any: the table pairs each request type with the function that takes it, which a type cannot say.
+OPERATIONS: Final[
+    dict[type[privileged.Request[Any]], Callable[[policies.Policy, Any], privileged.Result]]
+] = {
+    privileged.GetHost: get_host,
+    privileged.ListWorld: list_world,
+    privileged.EnsureBridge: network.ensure_bridge,
+    privileged.DeleteBridge: network.delete_bridge,
+    privileged.CheckRuntime: check_runtime,
+    privileged.CreateSnapshot: storage.create_snapshot,
+    privileged.CheckSnapshot: storage.check_snapshot,
+    privileged.PatchRoot: storage.patch_root,
+    privileged.DeleteSnapshot: storage.delete_snapshot,
+    privileged.AttachWorkDisk: storage.attach_work_disk,
+    privileged.DetachWorkDisk: storage.detach_work_disk,
+    privileged.CreateTap: network.create_tap,
+    privileged.DeleteTap: network.delete_tap,
+    privileged.PrepareJail: process.prepare_jail,
+    privileged.DeleteJail: process.delete_jail,
+    privileged.LaunchVmm: process.launch,
+    privileged.GrantApiSocket: process.grant_api_socket,
+    privileged.GrantVsock: process.grant_vsock,
+    privileged.FindVmm: process.find_vmm,
+    privileged.KillVmm: process.kill_vmm,
+    privileged.GetUsage: process.get_usage,
+    privileged.TearDown: tear_down,
+    privileged.PurgeLogs: process.purge_logs,
+}
+_UNLOCKED: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
+
+
+def execute(policy: policies.Policy, request: privileged.Request[privileged.ResultT]) -> privileged.ResultT:
+    """Runs one operation; whatever the kernel refuses becomes a BangerError that names it."""
+    with _alone(request):
+        try:
+            return OPERATIONS[type(request)](policy, request)  # type: ignore[return-value]
+        except OSError as error:
+            raise _explained(request, error) from error
+
+
+class _Lock:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+_locks: weakref.WeakValueDictionary[str, _Lock] = weakref.WeakValueDictionary()
+_locks_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone(request: privileged.Request[Any]) -> Iterator[None]:
+    """Two operations on one VM, or two on the bridge, wait for each other; a lock lives while it is used."""
+    if isinstance(request, _UNLOCKED):
+        yield
+        return
+    with _locks_guard:
+        held = _locks.setdefault(getattr(request, "vm_id", ""), _Lock())
+    if not held.lock.acquire(timeout=LOCK_DEADLINE_S):
+        raise errors.ConflictError("another operation on the same VM takes too long")
+    try:
+        yield
+    finally:
+        held.lock.release()
+
+
+def _explained(request: privileged.Request[Any], error: Exception) -> errors.BangerError:
+    if isinstance(error, errors.BangerError):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    what = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    message = f"{operation_name(request)}{what}: {os.strerror(number) if number else error}"
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        return errors.NoSpaceError(message, hint="free some space on the host")
+    if number == errno.EBUSY:
+        return errors.ConflictError(message)
+    return errors.OperationFailedError(message)
+
+
+def operation_name(request: privileged.Request[Any]) -> str:
+    return str(request.__struct_config__.tag)
+
+
+def _entries(directory: str) -> set[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return set(os.listdir(directory))
+    return set()
+
+
+def _firecracker_version(policy: policies.Policy) -> str:
+    """As recorded by the installation beside the files; root wrote it."""
+    with contextlib.suppress(OSError, errors.UnauthorizedError, msgspec.DecodeError):
+        fd = policies.open_root_owned(f"{os.path.dirname(policy.firecracker)}/{_RUNTIME_RECORD}")
+        with open(fd, "rb") as file:
+            record = msgspec.json.decode(file.read(), type=dict[str, dict[str, str]])
+        return record.get("firecracker", {}).get("version", "")
+    return ""

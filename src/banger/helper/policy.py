@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""What this helper may touch: read once from install.toml, frozen, never changed by a request."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+
+from banger.contract import errors, names
+
+DEFAULT_PATH: Final = Path("/etc/banger/install.toml")
+_MAX_POLICY_BYTES: Final = 64 * 1024
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
+
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+AbsolutePath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The keys of install.toml. The last two are not written there: tests and development set them."""
+
+    owner_uid: Annotated[int, msgspec.Meta(ge=0)]
+    owner_gid: Annotated[int, msgspec.Meta(ge=0)]
+    owner_name: str
+    uid_base: Annotated[int, msgspec.Meta(ge=65536, le=2**31 - 1 - names.MAX_SLOTS)] = names.UID_BASE
+    uid_count: Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)] = names.MAX_SLOTS
+    bridge: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,14}$")] = names.BRIDGE
+    network: str = names.NETWORK
+    state_dir: AbsolutePath = "/var/lib/banger"
+    helper_dir: AbsolutePath = "/var/lib/banger-root"
+    firecracker_sha256: Sha256
+    jailer_sha256: Sha256
+    guest_dir: AbsolutePath = str(Path(__file__).parents[1] / "_guest")
+    cgroup_mount: AbsolutePath = "/sys/fs/cgroup"
+
+    def __post_init__(self) -> None:
+        if self.prefix.num_addresses < self.uid_count + 3:
+            raise ValueError(f"network {self.network} is too small for {self.uid_count} VMs")
+
+    @property
+    def prefix(self) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Network(self.network)
+
+    @property
+    def jails(self) -> str:
+        return f"{self.helper_dir}/jails"
+
+    @property
+    def firecracker(self) -> str:
+        return f"{self.helper_dir}/runtime/firecracker"
+
+    @property
+    def jailer(self) -> str:
+        return f"{self.helper_dir}/runtime/jailer"
+
+    @property
+    def console(self) -> str:
+        return f"{self.guest_dir}/banger-console-{os.uname().machine}"
+
+    @property
+    def guest(self) -> str:
+        return f"{self.guest_dir}/banger-guest-{os.uname().machine}"
+
+    def uid(self, slot: int) -> int:
+        """The uid of the VM in that slot; its gid is the same number."""
+        if not 1 <= slot <= self.uid_count:
+            raise errors.BadRequestError(f"slot {slot} is outside 1 to {self.uid_count}")
+        return self.uid_base + slot
+
+    def is_vm_uid(self, uid: int) -> bool:
+        return self.uid_base < uid <= self.uid_base + self.uid_count
+
+
+def load(path: Path = DEFAULT_PATH) -> Policy:
+    """Raises UnauthorizedError unless root alone can write the file, BadRequestError when it is wrong."""
+    fd = open_root_owned(str(path))
+    with open(fd, "rb") as file:
+        text = file.read(_MAX_POLICY_BYTES)
+    try:
+        return msgspec.convert(tomllib.loads(text.decode()), Policy)
+    except (ValueError, msgspec.ValidationError) as error:
+        hint = "run banger system install again"
+        raise errors.BadRequestError(f"{path} is not valid: {error}", hint=hint) from error
+
+
+def open_root_owned(path: str) -> int:
+    """A descriptor for reading a file that root alone can change or replace, down from /."""
+    hint = "run banger system install again"
+    for directory in Path(path).parents:
+        found = os.lstat(directory)
+        sticky = found.st_mode & stat.S_ISVTX  # as /tmp: what root owns there, others cannot rename
+        open_to_others = found.st_mode & _WRITABLE_BY_OTHERS and not sticky
+        if found.st_uid != 0 or open_to_others or not stat.S_ISDIR(found.st_mode):
+            raise errors.UnauthorizedError(f"{directory}, above {path}, is not root's alone", hint=hint)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    if found.st_uid != 0 or found.st_mode & _WRITABLE_BY_OTHERS or not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise errors.UnauthorizedError(f"{path} is not a file of root's alone", hint=hint)
+    return fd
+
+
+def require_pinned(path: str, sha256: str) -> None:
+    """Raises unless `path` is root's alone and has this content."""
+    try:
+        fd = open_root_owned(path)
+    except FileNotFoundError:
+        hint = "run banger runtime pull, then banger system install"
+        raise errors.MissingToolError(f"{path} is not installed", hint=hint) from None
+    try:
+        found = os.fstat(fd)
+        if (
+            _digest(fd, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            != sha256
+        ):
+            raise errors.UnauthorizedError(
+                f"{path} is not the file recorded at installation, sha256 {sha256}"
+            )
+    finally:
+        os.close(fd)
+
+
+_digests: dict[tuple[int, ...], str] = {}
+
+
+def _digest(fd: int, identity: tuple[int, ...]) -> str:
+    """Read again only when the file was changed or replaced: only root can do that, and it changes ctime."""
+    if identity not in _digests:
+        with open(fd, "rb", closefd=False) as file:
+            _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[identity]

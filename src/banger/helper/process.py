@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: MIT
+"""Privileged operations on VMMs: jail, launch, find, signal, measure. A VMM is what runs in its VM's cgroup.
+
+Firecracker is started by its jailer as init of a pid namespace: the jailer's first process ends at once, so
+that the VMM is a child of systemd's and neither service's end touches it. Only root can put a process into
+the cgroup, so no pidfile is needed, and none is believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+import msgspec
+
+from banger.contract import errors, names, privileged
+from banger.helper import cgroup, filesystem, network, program, storage
+from banger.helper import policy as policies
+from banger.helper.linux import netlink, pidfd
+
+LAUNCH_DEADLINE_S: Final = 20.0
+SOCKET_DEADLINE_S: Final = 10.0
+END_DEADLINE_S: Final = 10.0
+LOG_LIMIT_BYTES: Final = 512 << 10
+GUEST_CID: Final = 3
+_DONE: Final = privileged.Done()
+
+
+def prepare_jail(policy: policies.Policy, request: privileged.PrepareJail) -> privileged.Done:
+    if find(policy, request.vm_id).pid:
+        raise errors.ConflictError(f"VM {request.vm_id} is running", vm=request.vm_id)
+    try:
+        filesystem.make_jail(policy, request.vm_id, request.slot)
+        filesystem.make_logs(policy, request.vm_id)
+    except BaseException:
+        filesystem.remove_tree(filesystem.jail(policy, request.vm_id))
+        raise
+    return _DONE
+
+
+def delete_jail(policy: policies.Policy, request: privileged.DeleteJail) -> privileged.Done:
+    if find(policy, request.vm_id).pid:
+        raise errors.ConflictError(f"VM {request.vm_id} is running", hint="kill it first", vm=request.vm_id)
+    cgroup.delete(policy, names.VmId(request.vm_id), deadline=time.monotonic() + END_DEADLINE_S)
+    filesystem.remove_tree(filesystem.jail(policy, request.vm_id))
+    return _DONE
+
+
+def purge_logs(policy: policies.Policy, request: privileged.PurgeLogs) -> privileged.Done:
+    filesystem.remove_tree(filesystem.logs(policy, request.vm_id))
+    return _DONE
+
+
+# --- launch ---
+
+
+def launch(policy: policies.Policy, request: privileged.LaunchVmm) -> privileged.Vmm:
+    vm_id = names.VmId(request.vm_id)
+    os.close(filesystem.open_jail(policy, vm_id))
+    if find(policy, vm_id).pid:
+        raise errors.ConflictError(f"VM {vm_id} is running already", vm=vm_id)
+    check_runtime(policy)
+    uid = filesystem.make_jail(
+        policy, vm_id, request.slot
+    )  # anew: the jailer refuses what an earlier try left
+    deadline = time.monotonic() + LAUNCH_DEADLINE_S
+    with contextlib.ExitStack() as undo:
+        root = filesystem.open_jail(policy, vm_id)
+        undo.callback(os.close, root)
+        _furnish(policy, request, root, uid)
+        on_failure = undo.enter_context(contextlib.ExitStack())
+        on_failure.callback(_end, policy, vm_id)
+        cgroup.create(policy, vm_id, vcpus=request.vcpus, memory_mib=request.memory_mib)
+        console = _start_console(policy, vm_id, root, uid)
+        try:
+            _run_jailer(policy, vm_id, uid, console, deadline)
+        finally:
+            os.close(console)
+        vmm = _await_vmm(policy, vm_id, root, deadline)
+        on_failure.pop_all()
+        return vmm
+
+
+def _furnish(policy: policies.Policy, request: privileged.LaunchVmm, root: int, uid: int) -> None:
+    """What the VMM finds in its jail."""
+    vm_id = names.VmId(request.vm_id)
+    filesystem.make_node(root, "rootfs", storage.snapshot_device(vm_id), uid)
+    if request.work_disk:
+        filesystem.make_node(root, "work", storage.work_device(vm_id), uid)
+    if request.tap:
+        tap = network.find_tap(policy, vm_id)
+        if tap is None or tap.tun_owner != uid:
+            raise errors.NotFoundError(f"VM {vm_id} has no tap", vm=vm_id)
+    filesystem.link_kernel(policy, root, request.kernel_id, "vmlinux")
+    if request.initrd:
+        filesystem.link_kernel(policy, root, request.kernel_id, "initrd")
+    for name in ("vmm.log", "metrics.log"):
+        os.mkfifo(name, 0o600, dir_fd=root)
+        os.chown(name, uid, uid, dir_fd=root, follow_symlinks=False)
+    filesystem.write_file(root, "vm.json", msgspec.json.encode(_configuration(request)))
+
+
+def _configuration(request: privileged.LaunchVmm) -> dict[str, object]:
+    """Firecracker's own configuration format; all paths are inside the jail."""
+    vm_id = names.VmId(request.vm_id)
+    source = {"kernel_image_path": "/vmlinux", "boot_args": request.boot_args}
+    if request.initrd:
+        source["initrd_path"] = "/initrd"
+    drives = ["rootfs", "work"] if request.work_disk else ["rootfs"]
+    interface = {
+        "iface_id": "eth0",
+        "guest_mac": names.mac_address(vm_id),
+        "host_dev_name": names.tap_name(vm_id),
+    }
+    return {
+        "boot-source": source,
+        "drives": [
+            {
+                "drive_id": drive,
+                "path_on_host": f"/{drive}",
+                "is_root_device": False,  # true would add root= to the arguments: those are the daemon's
+                "is_read_only": False,
+            }
+            for drive in drives
+        ],
+        "machine-config": {"vcpu_count": request.vcpus, "mem_size_mib": request.memory_mib},
+        "network-interfaces": [interface] if request.tap else [],
+        "vsock": {"guest_cid": GUEST_CID, "uds_path": "/run/vsock.sock"},
+        "logger": {"log_path": "/vmm.log", "level": "Info"},
+        "metrics": {"metrics_path": "/metrics.log"},
+    }
+
+
+def _start_console(policy: policies.Policy, vm_id: names.VmId, root: int, uid: int) -> int:
+    """Starts the program that keeps the logs bounded; returns the pipe that becomes the VMM's output.
+
+    It runs as the VM's uid with these descriptors alone, and ends when the VMM has let go of the pipe.
+    """
+    directory = filesystem.logs(policy, vm_id)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    fds = [read_end]
+    try:
+        for name in filesystem.LOGS:
+            if name != "console":
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+                fds.append(os.open(f"{name}.log", flags, dir_fd=root))
+            fds.append(filesystem.open_log(policy, f"{directory}/{name}.log"))
+            fds.append(filesystem.open_log(policy, f"{directory}/{name}.log.1"))
+        os.close(policies.open_root_owned(policy.console))
+        streams = [":".join(str(fd) for fd in fds[at : at + 3]) for at in range(0, len(fds), 3)]
+        argv = [policy.console, str(LOG_LIMIT_BYTES), *streams]
+        _reap_consoles()
+        _consoles[vm_id] = program.start(argv, uid=uid, fds=fds, output=subprocess.DEVNULL)
+        cgroup.adopt_console(policy, _consoles[vm_id].pid)
+    except BaseException:
+        os.close(write_end)
+        raise
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return write_end
+
+
+def _run_jailer(policy: policies.Policy, vm_id: names.VmId, uid: int, output: int, deadline: float) -> None:
+    """Returns when the jailer's first process has ended, which it does once the VMM's exists."""
+    argv = [
+        policy.jailer,
+        "--id",
+        vm_id,
+        "--exec-file",
+        policy.firecracker,
+        "--uid",
+        str(uid),
+        "--gid",
+        str(uid),
+    ]
+    argv += ["--chroot-base-dir", policy.jails, "--new-pid-ns", "--cgroup-version", "2"]
+    argv += ["--parent-cgroup", names.cgroup_path(vm_id)]
+    # Nothing in the jail needs a regular file to grow: logs are pipes, disks are block devices.
+    argv += ["--resource-limit", "fsize=0", "--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={}, cwd="/", start_new_session=True
+    )
+    held = os.pidfd_open(process.pid)
+    try:
+        pidfd.wait(held, deadline=deadline)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        os.close(held)
+    if process.wait() != 0:
+        _fail_launch(policy, vm_id, "the jailer failed")
+
+
+def _await_vmm(policy: policies.Policy, vm_id: names.VmId, root: int, deadline: float) -> privileged.Vmm:
+    """The VMM has made its sockets: its configuration was good, and it goes on to load the kernel."""
+    with _held(policy, vm_id) as (vmm, process):
+        if process >= 0:
+            run = filesystem.open_run(root)
+            try:
+                if filesystem.wait_for(run, "vsock.sock", process=process, deadline=deadline):
+                    return vmm
+            finally:
+                os.close(run)
+    _fail_launch(
+        policy, vm_id, "Firecracker ended" if not find(policy, vm_id).pid else "Firecracker is stuck"
+    )
+
+
+def _fail_launch(policy: policies.Policy, vm_id: names.VmId, what: str) -> NoReturn:
+    """With the end of the VMM's log, once it is written: the log writer ends after the VMM."""
+    cgroup.delete(policy, vm_id, deadline=time.monotonic() + END_DEADLINE_S)
+    _await_console(vm_id, deadline_s=1.0)
+    said = filesystem.log_tail(policy, vm_id, "vmm") or filesystem.log_tail(policy, vm_id, "console")
+    raise errors.OperationFailedError(f"{what}, for VM {vm_id}: {said}", vm=vm_id, log=said)
+
+
+def _end(policy: policies.Policy, vm_id: names.VmId) -> None:
+    """Undoes a launch. The jail's contents are made anew by the next one, or deleted with it."""
+    cgroup.delete(policy, vm_id, deadline=time.monotonic() + END_DEADLINE_S)
+
+
+_consoles: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def _await_console(vm_id: str, *, deadline_s: float) -> None:
+    console = _consoles.get(vm_id)
+    if console is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            console.wait(deadline_s)
+
+
+def _reap_consoles() -> None:
+    """Children that ended; those of an earlier life of this service are init's."""
+    for vm_id, console in list(_consoles.items()):
+        if console.poll() is not None:
+            _consoles.pop(vm_id, None)
+
+
+# --- what runs ---
+
+
+def find_vmm(policy: policies.Policy, request: privileged.FindVmm) -> privileged.Vmm:
+    return find(policy, request.vm_id)
+
+
+def find(policy: policies.Policy, vm_id: str) -> privileged.Vmm:
+    for pid, ticks in sorted(cgroup.processes(policy, vm_id).items()):
+        return privileged.Vmm(pid=pid, start_ticks=ticks)
+    return privileged.Vmm(pid=0)
+
+
+@contextlib.contextmanager
+def _held(policy: policies.Policy, vm_id: str) -> Iterator[tuple[privileged.Vmm, int]]:
+    """The VMM and a pidfd of it, -1 if none runs: looked up again once held, for a pid may be reused."""
+    vmm, process = find(policy, vm_id), -1
+    try:
+        if vmm.pid:
+            with contextlib.suppress(ProcessLookupError):
+                process = os.pidfd_open(vmm.pid)
+                vmm = find(policy, vm_id)
+        yield vmm, process if vmm.pid else -1
+    finally:
+        if process >= 0:
+            os.close(process)
+
+
+def grant_api_socket(policy: policies.Policy, request: privileged.GrantApiSocket) -> privileged.Done:
+    _grant(policy, request.vm_id, request.slot, "api.sock")
+    return _DONE
+
+
+def grant_vsock(policy: policies.Policy, request: privileged.GrantVsock) -> privileged.Done:
+    _grant(policy, request.vm_id, request.slot, "vsock.sock")
+    return _DONE
+
+
+def _grant(policy: policies.Policy, vm_id: str, slot: int, name: str) -> None:
+    uid = filesystem.claim(policy, vm_id, slot)
+    with contextlib.ExitStack() as stack:
+        vmm, process = stack.enter_context(_held(policy, vm_id))
+        if not vmm.pid:
+            raise errors.NotRunningError(f"VM {vm_id} is not running", vm=vm_id)
+        root = filesystem.open_jail(policy, vm_id)
+        stack.callback(os.close, root)
+        run = filesystem.open_run(root)
+        stack.callback(os.close, run)
+        deadline = time.monotonic() + SOCKET_DEADLINE_S
+        for each in ("api.sock", "vsock.sock"):  # both, since the VMM can make none once the jail is frozen
+            if not filesystem.wait_for(run, each, process=process, deadline=deadline):
+                said = filesystem.log_tail(policy, vm_id, "vmm")
+                raise errors.OperationFailedError(f"the VMM of VM {vm_id} made no {each}: {said}", vm=vm_id)
+        frozen = filesystem.freeze_jail(root)
+        stack.callback(os.close, frozen)
+        filesystem.grant_socket(policy, frozen, name, uid)
+
+
+def kill_vmm(policy: policies.Policy, request: privileged.KillVmm) -> privileged.Done:
+    deadline = time.monotonic() + END_DEADLINE_S
+    while True:
+        with _held(policy, request.vm_id) as (vmm, process):
+            if process < 0:
+                return _DONE
+            # init of a pid namespace is deaf to SIGTERM; Firecracker handles SIGHUP: metrics, then exit
+            pidfd.send(process, signal.SIGKILL if request.force else signal.SIGHUP)
+            if not pidfd.wait(process, deadline=deadline):
+                hint = "use force" if not request.force else ""
+                message = f"the VMM of VM {request.vm_id} (pid {vmm.pid}) does not end"
+                raise errors.DeadlineError(message, hint=hint, vm=request.vm_id)
+
+
+def get_usage(policy: policies.Policy, request: privileged.GetUsage) -> privileged.Usage:
+    """What the tap sends, the guest receives."""
+    tap = netlink.find(names.tap_name(names.VmId(request.vm_id)))
+    counters = cgroup.usage(policy, request.vm_id)
+    if tap is not None and network.is_tap_of(policy, tap, names.VmId(request.vm_id)):
+        counters |= {"rx_bytes": tap.tx_bytes, "tx_bytes": tap.rx_bytes}
+    return privileged.Usage(**counters)
+
+
+# --- the runtime ---
+
+
+def check_runtime(policy: policies.Policy) -> None:
+    policies.require_pinned(policy.firecracker, policy.firecracker_sha256)
+    policies.require_pinned(policy.jailer, policy.jailer_sha256)

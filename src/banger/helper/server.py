@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""Serves the socket: one typed request a connection, from root or the owner, answered and logged once."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from typing import Any, Final
+
+import msgspec
+
+from banger.contract import errors, privileged
+from banger.helper import operations
+from banger.helper import policy as policies
+
+READ_DEADLINE_S: Final = 5.0
+WRITE_DEADLINE_S: Final = 10.0
+STOP_DEADLINE_S: Final = 20.0
+MAX_CONNECTIONS: Final = 64
+_LENGTH: Final = struct.Struct("!I")
+_PEER: Final = struct.Struct("=iII")
+_LEVELS: Final = {"error": "<3>", "warning": "<4>", "info": "<6>", "debug": "<7>"}
+# What a scan or a look does is of interest to nobody when it went well.
+_QUIET: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
+_REFUSALS: Final = (errors.UnauthorizedError, errors.BadRequestError)
+
+_decoder: Final = msgspec.json.Decoder(privileged.Envelope)
+_encoder: Final = msgspec.json.Encoder()
+
+
+def log(level: str, message: str, **fields: object) -> None:
+    """One line of JSON for the journal, which takes the level from its head."""
+    line = _encoder.encode({"level": level, "message": message, **fields}).decode()
+    sys.stderr.write(f"{_LEVELS[level]}{line}\n")
+    sys.stderr.flush()
+
+
+class Server:
+    """Accepts until told to stop; each connection has a thread, and there are never many."""
+
+    def __init__(self, policy: policies.Policy, listener: socket.socket) -> None:
+        self._policy = policy
+        self._listener = listener
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._stop = os.eventfd(0)
+
+    def serve(self) -> None:
+        """Returns after `stop`, once what runs has ended or a moment has passed."""
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        while all(fd != self._stop for fd, _ in poll.poll()):
+            self._places.acquire()
+            connection, _ = self._listener.accept()
+            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        deadline = time.monotonic() + STOP_DEADLINE_S
+        for _ in range(MAX_CONNECTIONS):
+            self._places.acquire(timeout=max(0.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """Safe in a signal handler. The listener is systemd's too: shutting it down would be for good."""
+        os.eventfd_write(self._stop, 1)
+
+    def _handle(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                exchange(self._policy, connection)
+        except OSError as error:
+            log("debug", "peer went away", error=str(error))
+        finally:
+            self._places.release()
+
+
+def exchange(policy: policies.Policy, connection: socket.socket) -> None:
+    """Reads one request, runs it, answers. The peer is judged before a byte of it is read."""
+    began = time.monotonic()
+    pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    envelope: privileged.Envelope | None = None
+    try:
+        if uid not in {0, policy.owner_uid}:
+            raise errors.UnauthorizedError(f"uid {uid} may not ask the helper")
+        envelope = _decode(_receive(connection, began + READ_DEADLINE_S))
+        reply = privileged.Reply(result=operations.run(policy, envelope.request))
+        error = None
+    except Exception as caught:  # whatever fails, the peer gets an answer and the journal a line
+        error = caught
+        reply = privileged.Reply(error=errors.to_body(caught, op_id=envelope.op_id if envelope else ""))
+    _log_end(envelope, error, uid, pid, time.monotonic() - began)
+    connection.settimeout(WRITE_DEADLINE_S)
+    data = _encoder.encode(reply)
+    connection.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(connection: socket.socket, deadline: float) -> bytes:
+    (size,) = _LENGTH.unpack(_receive_exactly(connection, _LENGTH.size, deadline))
+    if size > privileged.MAX_REQUEST_BYTES:
+        raise errors.BadRequestError(f"a request of {size} bytes is too long")
+    return _receive_exactly(connection, size, deadline)
+
+
+def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            part = connection.recv(size - len(data))
+        except TimeoutError:
+            raise errors.DeadlineError("the request did not arrive in time") from None
+        if not part:
+            raise errors.BadRequestError("the peer closed before its request was complete")
+        data += part
+    return bytes(data)
+
+
+def _decode(data: bytes) -> privileged.Envelope:
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise errors.BadRequestError(f"the request is not valid: {error}") from None
+
+
+def _log_end(
+    envelope: privileged.Envelope | None, error: Exception | None, uid: int, pid: int, elapsed_s: float
+) -> None:
+    fields: dict[str, Any] = {"peer_uid": uid, "peer_pid": pid, "elapsed_ms": round(elapsed_s * 1000, 1)}
+    level = "info"
+    if envelope is not None:
+        fields |= {
+            "op": operations.operation_name(envelope.request),
+            "op_id": envelope.op_id,
+            "vm": getattr(envelope.request, "vm_id", ""),
+        }
+        level = "debug" if isinstance(envelope.request, _QUIET) else "info"
+    if error is not None:
+        level = "warning" if isinstance(error, errors.BangerError) else "error"
+        fields |= {"error": str(error), "code": getattr(error, "code", type(error).__name__)}
+    refused = isinstance(error, _REFUSALS)
+    outcome = "refused" if refused else "done" if error is None else "failed"
+    log(level, "privileged operation", outcome=outcome, **fields)
