@@ -76,11 +76,8 @@ def launch(policy: policies.Policy, request: privileged.LaunchVmm) -> privileged
         on_failure = undo.enter_context(contextlib.ExitStack())
         on_failure.callback(_end, policy, vm_id)
         cgroup.create(policy, vm_id, vcpus=request.vcpus, memory_mib=request.memory_mib)
-        console = _start_console(policy, vm_id, root, uid)
-        try:
-            _run_jailer(policy, vm_id, uid, console, deadline)
-        finally:
-            os.close(console)
+        output = _start_console(policy, vm_id, root, uid)
+        _run_jailer(policy, vm_id, uid, output, deadline)
         vmm = _await_vmm(policy, vm_id, root, deadline)
         on_failure.pop_all()
         return vmm
@@ -167,7 +164,7 @@ def _start_console(policy: policies.Policy, vm_id: names.VmId, root: int, uid: i
 
 
 def _run_jailer(policy: policies.Policy, vm_id: names.VmId, uid: int, output: int, deadline: float) -> None:
-    """Returns when the jailer's first process has ended, which it does once the VMM's exists."""
+    """Returns when the jailer's first process has ended, once the VMM's exists. Closes `output`."""
     argv = [
         policy.jailer,
         "--id",
@@ -181,11 +178,20 @@ def _run_jailer(policy: policies.Policy, vm_id: names.VmId, uid: int, output: in
     ]
     argv += ["--chroot-base-dir", policy.jails, "--new-pid-ns", "--cgroup-version", "2"]
     argv += ["--parent-cgroup", names.cgroup_path(vm_id)]
-    # Nothing in the jail needs a regular file to grow: logs are pipes, disks are block devices.
-    argv += ["--resource-limit", "fsize=0", "--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={}, cwd="/", start_new_session=True
-    )
+    # No file in the jail grows but the jailer's pidfile: logs are pipes, disks are block devices.
+    argv += ["--resource-limit", "fsize=4096", "--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        os.close(output)  # the log writer ends when nobody holds it
     held = os.pidfd_open(process.pid)
     try:
         pidfd.wait(held, deadline=deadline)

@@ -50,7 +50,7 @@ class Client:
             raise errors.DeadlineError(message, hint=_HINT) from None
         except (OSError, asyncio.IncompleteReadError) as error:
             raise errors.UnavailableError(f"the root helper does not answer: {error}", hint=_HINT) from error
-        return self._open(data)
+        return _result(data, self._decoder)  # type: ignore[return-value]
 
     async def _exchange(self, data: bytes) -> bytes:
         reader, writer = await asyncio.open_unix_connection(str(self._path))
@@ -63,16 +63,15 @@ class Client:
         finally:
             writer.close()
 
-    def _open(self, data: bytes) -> privileged.ResultT:
-        try:
-            reply = self._decoder.decode(data)
-        except msgspec.MsgspecError as error:
-            hint = "both services must be of one version: run banger system restart"
-            raise errors.ProtocolError(
-                f"the root helper's answer is not valid: {error}", hint=hint
-            ) from error
-        if reply.error is not None:
-            raise errors.from_body(reply.error)
-        if reply.result is None:
-            raise errors.ProtocolError("the root helper's answer is empty")
-        return reply.result  # type: ignore[return-value]
+
+def _result(data: bytes, decoder: msgspec.json.Decoder[privileged.Reply]) -> privileged.AnyResult:
+    try:
+        reply = decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        hint = "both services must be of one version: run banger system restart"
+        raise errors.ProtocolError(f"the root helper's answer is not valid: {error}", hint=hint) from error
+    if reply.error is not None:
+        raise errors.from_body(reply.error)
+    if reply.result is None:
+        raise errors.ProtocolError("the root helper's answer is empty")
+    return reply.result
