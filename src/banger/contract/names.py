@@ -53,6 +53,10 @@ def parse_id(text: str, what: str = "id") -> str:
     return text
 
 
+def is_id(text: str) -> bool:
+    return _ID.fullmatch(text) is not None
+
+
 def parse_vm_name(text: str) -> VmName:
     """Raises BadRequestError unless `text` is 1–63 characters of a-z, 0-9 and inner hyphens."""
     if not _VM_NAME.fullmatch(text):
