@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lab import errors
 
@@ -19,9 +19,9 @@ from lab import errors
 class Qmp:
     """One control connection; QEMU serves one at a time, so it is opened for a few commands and closed."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, reader: BinaryIO) -> None:
         self._socket = connection
-        self._reader = connection.makefile("rb")
+        self._reader = reader
 
     def execute(
         self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None
@@ -75,8 +75,9 @@ def connect(path: Path, *, timeout_s: float) -> Iterator[Qmp]:
             raise errors.QemuError(f"cannot reach QEMU through {path}: {error}") from error
         finally:
             os.close(directory)
-        control = Qmp(connection)
-        control._read("greeting")
-        control.execute("qmp_capabilities")
-        connection.settimeout(max(0.1, deadline - time.monotonic()))
-        yield control
+        with connection.makefile("rb") as reader:
+            control = Qmp(connection, reader)
+            control._read("greeting")
+            control.execute("qmp_capabilities")
+            connection.settimeout(max(0.1, deadline - time.monotonic()))
+            yield control
