@@ -23,23 +23,13 @@ MAX_DISK_BYTES: Final = 16 << 40
 MAX_KERNEL_BYTES: Final = 1 << 30
 _KEPT_KERNELS: Final = 8
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_RESOLVE: Final = (
-    libc.RESOLVE_BENEATH | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS | libc.RESOLVE_NO_XDEV
-)
+_PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _claims = threading.Lock()
 
 
 def open_owned(policy: policies.Policy, path: str, *, writable: bool, max_bytes: int) -> int:
     """A regular file of the owner, `path` beneath the state directory. Leases and pipes cannot stall us."""
-    top = os.open(policy.state_dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = libc.openat2(top, path, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
-    except OSError as error:
-        if error.errno == 2:
-            raise errors.NotFoundError(f"{policy.state_dir}/{path} does not exist") from None
-        raise errors.UnauthorizedError(f"{policy.state_dir}/{path}: {error.strerror}") from None
-    finally:
-        os.close(top)
+    found = _walk(policy.state_dir, path)
     try:
         status = os.fstat(found)
         good = stat.S_ISREG(status.st_mode) and status.st_uid == policy.owner_uid and status.st_nlink == 1
@@ -49,6 +39,35 @@ def open_owned(policy: policies.Policy, path: str, *, writable: bool, max_bytes:
         return os.open(f"/proc/self/fd/{found}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(found)
+
+
+def _walk(top: str, path: str) -> int:
+    """One name after the other, through no link and onto no other mount (the owner may mount with FUSE).
+
+    openat2(2) would do it in one call, but systemd's RestrictSUIDSGID= has to refuse that call.
+    """
+    here = os.open(top, _PATH_ONLY | os.O_DIRECTORY)
+    mount = _mount_of(here)
+    for name in path.split("/"):
+        above = here
+        try:
+            here = os.open(name, _PATH_ONLY, dir_fd=above)
+        except FileNotFoundError:
+            raise errors.NotFoundError(f"{top}/{path} does not exist") from None
+        except OSError as error:
+            raise errors.UnauthorizedError(f"{top}/{path}: {error.strerror} at {name}") from None
+        finally:
+            os.close(above)
+        if _mount_of(here) != mount:
+            os.close(here)
+            raise errors.UnauthorizedError(f"{top}/{path}: {name} is on another mount")
+    return here
+
+
+def _mount_of(fd: int) -> str:
+    """Asks the kernel's table, not the file system, which may be one that never answers."""
+    with open(f"/proc/thread-self/fdinfo/{fd}") as lines:
+        return next(line for line in lines if line.startswith("mnt_id:"))
 
 
 # --- jails ---

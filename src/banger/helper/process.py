@@ -179,7 +179,15 @@ def _run_jailer(policy: policies.Policy, vm_id: names.VmId, uid: int, output: in
     argv += ["--chroot-base-dir", policy.jails, "--new-pid-ns", "--cgroup-version", "2"]
     argv += ["--parent-cgroup", names.cgroup_path(vm_id)]
     # No file in the jail grows but the jailer's pidfile: logs are pipes, disks are block devices.
-    argv += ["--resource-limit", "fsize=4096", "--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
+    argv += [
+        "--resource-limit",
+        "fsize=4096",
+        "--",
+        "--config-file",
+        "/vm.json",
+        "--api-sock",
+        "/run/api.sock",
+    ]
     try:
         process = subprocess.Popen(
             argv,

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Sequence
@@ -14,32 +14,33 @@ from banger.contract import errors
 from banger.helper.linux import pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
-_MAX_FILE_BYTES: Final = 8 << 20
-_TAIL_BYTES: Final = 4096
+MAX_OUTPUT_BYTES: Final = 1 << 20
 
 
 class Ended(NamedTuple):
     status: int
-    tail: str
+    output: bytes
 
 
 def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], deadline_s: float) -> Ended:
     """Runs a program of the host to its end; it inherits only `fds`. Its output may be hostile and long."""
     deadline = time.monotonic() + deadline_s
-    with open(os.memfd_create("output"), "w+b") as output:
-        process = start([_find(name), *arguments], uid=uid, fds=fds, output=output.fileno())
+    output = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(output, MAX_OUTPUT_BYTES)
+        fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)  # what goes beyond is refused
+        process = start([_find(name), *arguments], uid=uid, fds=fds, output=output)
         held = os.pidfd_open(process.pid)
         try:
-            # What it writes to files is bounded; block devices are not subject to this limit.
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
             if not pidfd.wait(held, deadline=deadline):
                 raise errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s")
         finally:
             process.kill()
             process.wait()
             os.close(held)
-        output.seek(max(0, output.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        return Ended(process.returncode, output.read().decode(errors="replace"))
+        return Ended(process.returncode, os.pread(output, os.lseek(output, 0, os.SEEK_CUR), 0))
+    finally:
+        os.close(output)
 
 
 def start(argv: Sequence[str], *, uid: int, fds: Sequence[int], output: int) -> subprocess.Popen[bytes]:

@@ -132,27 +132,24 @@ def patch_ext4(policy: policies.Policy, request: privileged.PatchRoot, device: i
     held = [filesystem.open_node(policy, device, uid)]
     try:
         lines = [f"mkdir {names.GUEST_DIR}", "mkdir /etc"]
-        copies = []
         for path, (mode, data) in files.items():
-            source, copy = _memory(data), _memory(b"")
-            held += [source, copy]
-            copies.append((path, data, copy))
-            lines += _write_commands(path, mode, source, copy)
+            held.append(_memory(data))
+            lines += _write_commands(path, mode, held[-1])
         script = _memory("\n".join([*lines, ""]).encode())
         held.append(script)
         arguments = ["-w", "-f", f"/proc/self/fd/{script}", f"/proc/self/fd/{held[0]}"]
         ended = program.run("debugfs", arguments, uid=uid, fds=held, deadline_s=PATCH_DEADLINE_S)
-        for path, data, copy in copies:
-            if ended.status != 0 or os.pread(copy, len(data) + 1, 0) != data:
-                said = _complaint(ended.tail)
-                raise errors.OperationFailedError(f"could not write {path} into the root disk: {said}")
     finally:
         for fd in held:
             os.close(fd)
+    for path, (_, data) in files.items():
+        if ended.status != 0 or _echo(path) + data not in ended.output:
+            said = _complaint(ended.output)
+            raise errors.OperationFailedError(f"could not write {path} into the root disk: {said}")
     _flush(policy, device)
 
 
-def _write_commands(path: str, mode: int, source: int, copy: int) -> list[str]:
+def _write_commands(path: str, mode: int, source: int) -> list[str]:
     directory, name = path.rsplit("/", 1)
     return [
         f"cd {directory}",
@@ -161,8 +158,13 @@ def _write_commands(path: str, mode: int, source: int, copy: int) -> list[str]:
         f"sif {name} mode 0{0o100000 | mode:o}",
         f"sif {name} uid 0",
         f"sif {name} gid 0",
-        f"dump {name} /proc/self/fd/{copy}",
+        f"cat {name}",
     ]
+
+
+def _echo(path: str) -> bytes:
+    """What debugfs prints before the content of a file."""
+    return f"debugfs: cat {os.path.basename(path)}\n".encode()
 
 
 def _guest_config(request: privileged.PatchRoot) -> bytes:
@@ -175,12 +177,11 @@ def _guest_config(request: privileged.PatchRoot) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _complaint(output: str) -> str:
-    """The last thing debugfs said that is not an echo of our commands, nor of a file that was not there."""
-    said = [
-        line for line in output.splitlines() if not line.startswith("debugfs") and "not found" not in line
-    ]
-    return said[-1][:200] if said else "debugfs said nothing"
+def _complaint(output: bytes) -> str:
+    """The last thing a tool said that is not an echo of our commands, nor of a file that was not there."""
+    lines = output[-4096:].decode(errors="replace").splitlines()
+    said = [line for line in lines if not line.startswith("debugfs") and "not found" not in line]
+    return said[-1][:200] if said else "it said nothing"
 
 
 def _memory(data: bytes) -> int:
@@ -217,7 +218,7 @@ def _check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
                 return privileged.Check(repaired=ended.status == 1)
     finally:
         os.close(node)
-    said = _complaint(ended.tail)
+    said = _complaint(ended.output)
     raise errors.OperationFailedError(
         f"e2fsck could not repair the file system (status {ended.status}): {said}"
     )

@@ -26,7 +26,7 @@ def keep_only(names: frozenset[str]) -> None:
     kept = {CAPABILITIES[name] for name in names}
     with open("/proc/sys/kernel/cap_last_cap") as last:
         for number in range(int(last.read()) + 1):
-            if number not in kept:
+            if number not in kept and libc.prctl(libc.PR_CAPBSET_READ, number):
                 libc.prctl(libc.PR_CAPBSET_DROP, number)
     libc.capset(sum(1 << number for number in kept))
 

@@ -10,15 +10,11 @@ import struct
 from typing import Final
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
-_SYS_OPENAT2: Final = 437
-RESOLVE_NO_XDEV: Final = 0x01
-RESOLVE_NO_MAGICLINKS: Final = 0x02
-RESOLVE_NO_SYMLINKS: Final = 0x04
-RESOLVE_BENEATH: Final = 0x08
 IN_CREATE: Final = 0x100
 IN_MODIFY: Final = 0x2
 IN_MOVED_TO: Final = 0x80
 IN_CLOEXEC: Final = os.O_CLOEXEC
+PR_CAPBSET_READ: Final = 23
 PR_CAPBSET_DROP: Final = 24
 PR_SET_NO_NEW_PRIVS: Final = 38
 
@@ -41,12 +37,6 @@ def ioctl(fd: int, request: int, argument: int | bytes | bytearray, what: str) -
         raise OSError(error.errno, error.strerror, what) from None
 
 
-def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
-    """open(2) that refuses what `resolve` forbids on the way, not only at the last component."""
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
-    return _checked(_LIBC.syscall(_SYS_OPENAT2, directory, os.fsencode(path), how, len(how)), path)
-
-
 def inotify(path: str, mask: int) -> int:
     """A descriptor that becomes readable when `mask` happens to `path`."""
     fd = _checked(_LIBC.inotify_init1(IN_CLOEXEC), path)
@@ -58,8 +48,10 @@ def inotify(path: str, mask: int) -> int:
     return fd
 
 
-def prctl(option: int, value: int) -> None:
-    _checked(_LIBC.prctl(option, *(ctypes.c_ulong(word) for word in (value, 0, 0, 0))), f"prctl {option}")
+def prctl(option: int, value: int) -> int:
+    return _checked(
+        _LIBC.prctl(option, *(ctypes.c_ulong(word) for word in (value, 0, 0, 0))), f"prctl {option}"
+    )
 
 
 def capset(mask: int) -> None:
