@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""What every command has: examples in its help, and the root's options, also after its own name.
+
+Start-up time is felt, so the nouns are modules that are imported only when they are used; the tables that
+name them carry the help texts, so that `banger --help` and completion import none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from banger.cli import client
+
+DEFAULT_SOCKET: Final = "/run/banger/bangerd.sock"
+_HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@dataclass(slots=True)
+class Settings:
+    """The root's options. Given anywhere on the command line they mean the same."""
+
+    json: bool = False
+    socket: str = ""
+
+    def client(self) -> client.Client:
+        from banger.cli import client
+
+        return client.Client(self.socket or os.environ.get("BANGER_SOCKET") or DEFAULT_SOCKET)
+
+
+@dataclass(frozen=True, slots=True)
+class Noun:
+    """A command or group that is imported when it is used: the object `command` of its module."""
+
+    module: str
+    summary: str
+
+
+def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).json = True
+
+
+def _set_socket(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value:
+        ctx.ensure_object(Settings).socket = value
+
+
+def _common_options() -> list[click.Parameter]:
+    json_option = click.Option(
+        ["--json"], is_flag=True, expose_value=False, callback=_set_json, help="Print JSON, for programs."
+    )
+    socket_option = click.Option(
+        ["--socket"],
+        metavar="PATH",
+        expose_value=False,
+        callback=_set_socket,
+        help="The daemon's socket [default: $BANGER_SOCKET, else /run/banger/bangerd.sock].",
+    )
+    return [json_option, socket_option]
+
+
+class _Documented(click.Command):
+    """Help ends with examples."""
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
+        kwargs["context_settings"] = _HELP | dict(kwargs.get("context_settings") or {})
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+        self.params += _common_options()
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_epilog(ctx, formatter)
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write_dl([(line, what) for line, what in self.examples], col_max=52)
+
+
+class Command(_Documented):
+    """A command of banger."""
+
+
+class TailCommand(Command):
+    """A command that ends in the user's own: what follows `--` arrives untouched as the parameter `argv`.
+
+    Without `--` nothing after the first positional argument is read as an option.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        has_tail = "--" in args
+        cut = args.index("--") if has_tail else len(args)
+        tail = args[cut + 1 :]
+        ctx.allow_interspersed_args = has_tail or not tail
+        ctx.params["argv"] = tuple(tail)
+        ctx.meta["banger.has_tail"] = has_tail
+        return super().parse_args(ctx, args[:cut])
+
+
+class Group(_Documented, click.Group):
+    """Commands declared in the group's own module."""
+
+
+class LazyGroup(_Documented, click.Group):
+    """Commands that live in modules of their own."""
+
+    def __init__(self, *args: Any, nouns: Mapping[str, Noun], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.nouns = dict(nouns)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.nouns)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        noun = self.nouns.get(cmd_name)
+        if noun is None:
+            return None
+        loaded: click.Command = importlib.import_module(noun.module).command
+        return loaded
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.nouns and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise click.NoSuchCommand(args[0], possibilities=self.nouns, ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, noun.summary) for name, noun in self.nouns.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=noun.summary)
+            for name, noun in self.nouns.items()
+            if name.startswith(incomplete)
+        ]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
+
+
+def declare(
+    group: click.Group,
+    name: str,
+    *,
+    examples: Sequence[tuple[str, str]],
+    cls: type[Command] = Command,
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Adds a command to a group; its docstring is its help, and examples are required."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        made: click.Command = click.command(name, cls=cls, examples=examples)(function)
+        group.add_command(made)
+        return made
+
+    return decorate

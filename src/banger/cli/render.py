@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""How things look in a terminal, as text; no command prints what a guest or a VM said without `safe`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Final, TextIO
+
+from banger.contract import errors
+
+# Control characters, and those that reorder the text around them.
+_UNSAFE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNSAFE_IN_LOG: Final = re.compile("(?!\x1b\\[[0-9;]*m)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SPANS: Final = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+
+
+def safe(text: str) -> str:
+    """One line of harmless text: a terminal would obey control characters."""
+    return _UNSAFE.sub(lambda found: _escaped(found[0]), text)
+
+
+def safe_log(text: str) -> str:
+    """Lines of a log for a terminal: tabs, line ends and colours stay."""
+    return _UNSAFE_IN_LOG.sub(lambda found: _escaped(found[0]), text.replace("\r\n", "\n"))
+
+
+def _escaped(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
+
+
+def has_colour(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, code: str, stream: TextIO) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if has_colour(stream) else text
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; every cell is made safe."""
+    cells = [list(headers), *([safe(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = (
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+    return "\n".join(lines)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A name and a value on each line, for `show`."""
+    shown = [(name, safe(value)) for name, value in rows]
+    width = max((len(name) for name, _ in shown), default=0)
+    return "\n".join(f"{name + ':':<{width + 2}}{value}".rstrip() for name, value in shown)
+
+
+def span(seconds: float) -> str:
+    """`5 seconds`, `3 hours`: the largest unit that fits."""
+    for size, unit in _SPANS:
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    return "0 seconds"
+
+
+def age(moment: datetime.datetime | None) -> str:
+    """How long ago; empty for never."""
+    if moment is None:
+        return ""
+    return span((datetime.datetime.now(datetime.UTC) - moment).total_seconds())
+
+
+def elapsed(milliseconds: float) -> str:
+    return f"{milliseconds / 1000:.2f}s" if milliseconds < 100_000 else f"{milliseconds / 1000:.0f}s"
+
+
+def describe(error: errors.BangerError, stream: TextIO) -> str:
+    """The lines of an error: what failed, what else did, what to do, and the id to grep for."""
+    fields = dict(error.fields)
+    operation, step = fields.pop("op_id", ""), fields.pop("step", "")
+    lines = [f"{styled('banger: error:', '1;31', stream)} {safe(error.message)}"]
+    if step:
+        lines.append(f"  step: {safe(step)}")
+    lines += [f"  also: {safe(note)}" for note in getattr(error, "__notes__", ())]
+    if error.hint:
+        lines.append(f"  hint: {safe(error.hint)}")
+    if operation:
+        lines.append(f"  operation: {safe(operation)}")
+    return "\n".join(lines)
+
+
+def note(text: str) -> None:
+    """A line of banger's own beside the output of what the user runs."""
+    print(f"banger: {safe(text)}", file=sys.stderr, flush=True)
