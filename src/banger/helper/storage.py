@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from typing import Final
 
@@ -17,6 +18,10 @@ BUSY_DEADLINE_S: Final = 10.0
 CHECK_DEADLINE_S: Final = 120.0
 PATCH_DEADLINE_S: Final = 30.0
 BASE, OVERLAY, WORK = "base", "overlay", "work"
+_EXT2_SUPER_MAGIC: Final = 0xEF53
+_EXT2_VALID_FS: Final = 1
+_INCOMPAT_RECOVER: Final = 0x4
+_RO_COMPAT_ORPHAN_PRESENT: Final = 0x10000
 _DONE: Final = privileged.Done()
 
 
@@ -208,6 +213,8 @@ def _check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
     """e2fsck as the VM's uid: it parses what the owner or the guest made."""
     node = filesystem.open_node(policy, device, uid)
     try:
+        if _is_clean(node):
+            return privileged.Check(repaired=False)
         deadline = time.monotonic() + CHECK_DEADLINE_S
         for mode in ("-p", "-y"):
             left_s = max(1.0, deadline - time.monotonic())
@@ -222,6 +229,22 @@ def _check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
     raise errors.OperationFailedError(
         f"e2fsck could not repair the file system (status {ended.status}): {said}"
     )
+
+
+def _is_clean(node: int) -> bool:
+    """What makes `e2fsck -p` end at once (struct ext2_super_block); starting it to hear that is not free."""
+    fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        block = os.pread(fd, 1024, 1024)
+    finally:
+        os.close(fd)
+    if len(block) < 1024:
+        return False
+    magic, state = struct.unpack_from("<HH", block, 0x38)
+    incompatible, read_only = struct.unpack_from("<II", block, 0x60)
+    (last_orphan,) = struct.unpack_from("<I", block, 0xE8)
+    pending = incompatible & _INCOMPAT_RECOVER or read_only & _RO_COMPAT_ORPHAN_PRESENT or last_orphan
+    return magic == _EXT2_SUPER_MAGIC and state == _EXT2_VALID_FS and not pending
 
 
 # --- devices ---
