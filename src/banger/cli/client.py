@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The daemon's API over its unix socket, typed: every answer is decoded strictly, every error is a BangerError.
+"""The daemon's API over its unix socket, typed: answers are decoded strictly, errors are BangerErrors.
 
 Used by the commands; nothing here prints.
 """
@@ -122,11 +122,13 @@ class Client:
     def stream(self, path: str) -> Iterator[http.client.HTTPResponse]:
         """An answer of unknown length, read as it comes and without a deadline."""
         connection = _UnixConnection(self.path, ANSWER_S)
-        with contextlib.closing(connection), _spoken():
-            response = _send(connection, "GET", path, None)
-            _check(response)
+        with contextlib.closing(connection):
+            with _spoken():
+                response = _send(connection, "GET", path, None)
+                _check(response)
             connection.sock.settimeout(None)
-            yield response
+            with _spoken(reading=True):
+                yield response
 
     def upgrade(self, path: str, headers: dict[str, str]) -> tuple[socket.socket, dict[str, str], bytes]:
         """The socket of an accepted protocol upgrade, the answer's headers, and what was read too far."""
@@ -142,7 +144,7 @@ class Client:
             taken.setblocking(False)
             ahead = response.fp.peek()
             undo.pop_all()
-        connection.sock = None  # type: ignore[assignment]  # http.client's own word for "not connected"
+        connection.sock = None  # http.client's own word for "not connected"
         return taken, {name.lower(): value for name, value in response.getheaders()}, ahead
 
     def _ask(self, method: str, path: str, body: resources.Body | None, timeout_s: float) -> bytes:
@@ -162,14 +164,16 @@ def _send(
 
 
 @contextlib.contextmanager
-def _spoken() -> Iterator[None]:
+def _spoken(*, reading: bool = False) -> Iterator[None]:
     """What goes wrong with the connection, as errors of ours."""
     try:
         yield
     except TimeoutError as error:
-        hint = "see `journalctl -u bangerd`"
-        raise errors.DeadlineError("bangerd took the request and did not answer in time", hint=hint) from error
+        text = "bangerd took the request and did not answer in time"
+        raise errors.DeadlineError(text, hint="see `journalctl -u bangerd`") from error
     except (http.client.HTTPException, ConnectionError) as error:
+        if reading and isinstance(error, BrokenPipeError):
+            raise  # who reads does not write to the daemon: it is our own output that is gone
         text = f"the connection to bangerd was lost: {str(error) or type(error).__name__}"
         raise errors.UnavailableError(text, hint=_START_HINT) from error
 

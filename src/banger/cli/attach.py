@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: MIT
+"""Runs a command in a guest as if it ran here: bytes, signals, window size and exit status are exact.
+
+One poll loop. Nothing is read that could not be passed on: a few hundred KiB at most wait in a direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import msgspec
+
+from banger.cli import client, exits, signals, terminal, websocket
+from banger.contract import errors, resources
+
+_HELD_BYTES: Final = 256 * 1024
+_READ_BYTES: Final = 64 * 1024
+# A pipe or terminal that polls writable takes this much without blocking (PIPE_BUF).
+_PIECE_BYTES: Final = 4096
+_PATIENCE: Final = 3
+_LET_GO_MS: Final = 60_000
+_FORWARDED: Final = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+_READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
+_WRITABLE: Final = select.POLLOUT | select.POLLHUP | select.POLLERR
+
+
+def run(
+    api: client.Client,
+    ref: str,
+    request: resources.ExecRequest,
+    *,
+    stdin: bool = True,
+    on_begin: Callable[[], None] = lambda: None,
+) -> int:
+    """The command's exit status. `on_begin` is called when the daemon has the request."""
+    channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
+    with contextlib.closing(channel), contextlib.ExitStack() as stack:
+        channel.send(websocket.Opcode.TEXT, msgspec.json.encode(request))
+        session = _Session(channel, stack.enter_context(_handled_signals()), tty=request.tty)
+        if stdin:
+            session.open_stdin(0)
+        else:
+            session.end_stdin()
+        if request.tty and terminal.is_terminal(0):
+            session.raw = stack.enter_context(terminal.raw(0))
+        channel.flush()
+        on_begin()
+        return _status(session.run())
+
+
+@contextlib.contextmanager
+def _handled_signals() -> Iterator[socket.socket]:
+    with signals.collected((*_FORWARDED, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)) as reader:
+        yield reader
+
+
+def _status(end: resources.ExecEnd) -> int:
+    if end.error is not None:
+        raise client.failure(end.error)
+    if end.exit_status is None:
+        raise errors.ProtocolError("bangerd did not say how the command ended")
+    return end.exit_status
+
+
+class _Output:
+    """Our stdout or stderr, written to without ever blocking, so that signals are always heard."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.held = bytearray()
+        try:
+            self._piece = _HELD_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else _PIECE_BYTES
+        except OSError:  # closed by whoever started us: output goes nowhere
+            self.fd = -1
+
+    def put(self, data: memoryview) -> None:
+        if self.fd >= 0:
+            self.held += data
+
+    def write(self) -> None:
+        written = os.write(self.fd, memoryview(self.held)[: self._piece])
+        del self.held[:written]
+
+
+class _Session:
+    """One running command and the descriptors that stand for it here."""
+
+    def __init__(self, channel: websocket.WebSocket, woken: socket.socket, *, tty: bool) -> None:
+        self.raw: terminal.RawMode | None = None
+        self._channel = channel
+        self._woken = woken
+        self._tty = tty
+        self._stdin = -1
+        self._outputs = {1: _Output(1), 2: _Output(2)}
+        self._end: resources.ExecEnd | None = None
+        self._asked_to_end = 0
+
+    def open_stdin(self, fd: int) -> None:
+        try:
+            os.fstat(fd)
+        except OSError:
+            self.end_stdin()
+            return
+        self._stdin = fd
+
+    def end_stdin(self) -> None:
+        """An empty message ends the command's input."""
+        self._stdin = -1
+        self._channel.send(websocket.Opcode.BINARY, b"")
+
+    def run(self) -> resources.ExecEnd:
+        """Until the command has ended, all it wrote is written, and the daemon has let go."""
+        while not self._is_done():
+            self._turn()
+        if self._end is None:
+            hint = "the VM may still run; see `banger vm list` and `journalctl -u bangerd`"
+            raise errors.UnavailableError("the connection to bangerd was lost", hint=hint)
+        return self._end
+
+    def _is_done(self) -> bool:
+        return self._channel.at_end and not any(output.held for output in self._outputs.values())
+
+    def _turn(self) -> None:
+        ready = dict(self._poller().poll(None if self._end is None else _LET_GO_MS))
+        if not ready:  # the command has ended, and the daemon takes its time to say goodbye
+            self._channel.at_end = True
+        if self._woken.fileno() in ready:
+            for number in signals.arrived(self._woken):
+                self._handle(signal.Signals(number))
+        for output in self._outputs.values():
+            if output.held and output.fd in ready:
+                output.write()
+        if self._channel.fileno() in ready:
+            self._exchange()
+        if self._stdin in ready:
+            self._read_stdin()
+
+    def _poller(self) -> select.poll:
+        poller = select.poll()
+        poller.register(self._woken, select.POLLIN)
+        for output in self._outputs.values():
+            if output.held:
+                poller.register(output.fd, _WRITABLE)
+        wanted = select.POLLOUT if self._channel.pending_bytes else 0
+        if sum(len(output.held) for output in self._outputs.values()) < _HELD_BYTES:
+            wanted |= select.POLLIN
+        if wanted and not self._channel.at_end:
+            poller.register(self._channel, wanted)
+        if self._stdin >= 0 and self._end is None and self._channel.pending_bytes < _HELD_BYTES:
+            poller.register(self._stdin, _READABLE)
+        return poller
+
+    def _exchange(self) -> None:
+        if self._channel.pending_bytes:
+            with contextlib.suppress(ConnectionError):  # reading says what came before it
+                self._channel.flush()
+        for message in self._channel.receive():
+            if message.opcode is websocket.Opcode.BINARY:
+                self._take_output(message.data)
+            elif message.opcode is websocket.Opcode.TEXT:
+                self._end = _decode_end(message.data)
+            else:
+                self._take_close(message.data)
+
+    def _take_output(self, data: bytes) -> None:
+        if not data or data[0] not in self._outputs:
+            raise errors.ProtocolError("bangerd sent output of neither stdout nor stderr")
+        self._outputs[data[0]].put(memoryview(data)[1:])
+
+    def _take_close(self, data: bytes) -> None:
+        self._channel.send(websocket.Opcode.CLOSE, data[:2])
+        with contextlib.suppress(ConnectionError):
+            self._channel.flush()
+        self._channel.at_end = True
+        if self._end is None:
+            why = data[2:].decode(errors="replace")
+            raise errors.UnavailableError(f"bangerd ended the connection: {why or 'it gave no reason'}")
+
+    def _read_stdin(self) -> None:
+        try:
+            data = os.read(self._stdin, _READ_BYTES)
+        except OSError:  # a terminal that hung up
+            data = b""
+        if data:
+            self._channel.send(websocket.Opcode.BINARY, data)
+        else:
+            self.end_stdin()
+
+    def _handle(self, number: signal.Signals) -> None:
+        match number:
+            case signal.SIGWINCH:
+                if self._tty:
+                    self._control(resources.ExecControl(resize=terminal.size(0)))
+            case signal.SIGTSTP:
+                self._stop()
+            case signal.SIGCONT:
+                self._resume()
+            case _:
+                self._forward(number)
+
+    def _forward(self, number: signal.Signals) -> None:
+        """The command may ignore it; who asks a third time wants out."""
+        if self._end is not None:
+            self._channel.at_end = True
+            return
+        if number in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
+            self._asked_to_end += 1
+        if self._asked_to_end >= _PATIENCE:
+            raise exits.SignalledError(number)
+        self._control(resources.ExecControl(signal=number))
+
+    def _control(self, control: resources.ExecControl) -> None:
+        self._channel.send(websocket.Opcode.TEXT, msgspec.json.encode(control))
+
+    def _stop(self) -> None:
+        """Stopped from outside (in raw mode Ctrl-Z is a byte): the terminal must be usable meanwhile."""
+        if self.raw is not None:
+            self.raw.leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _resume(self) -> None:
+        if self.raw is not None:
+            self.raw.enter()
+            self._control(resources.ExecControl(resize=terminal.size(0)))
+
+
+def _decode_end(data: bytes) -> resources.ExecEnd:
+    try:
+        return msgspec.json.decode(data, type=resources.ExecEnd)
+    except msgspec.DecodeError as error:
+        raise errors.ProtocolError(f"bangerd's last word makes no sense: {error}") from error

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The live display of operations on a terminal. Imported only when there is one: rich is slow to load."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+
+import rich.console
+import rich.live
+import rich.spinner
+import rich.table
+import rich.text
+
+from banger.cli import render
+from banger.contract import resources
+
+
+@dataclasses.dataclass(slots=True)
+class _Stage:
+    name: str
+    detail: str
+    began: float
+    ended: float | None = None
+    share: str = ""
+
+    def row(self, now: float) -> tuple[rich.text.Text, rich.text.Text, rich.text.Text]:
+        took = (self.ended if self.ended is not None else now) - self.began
+        style = "dim" if self.ended is not None else ""
+        detail = " ".join(part for part in (self.detail, self.share) if part)
+        return (
+            rich.text.Text(self.name, style=style),
+            rich.text.Text(render.safe(detail), style="dim", overflow="ellipsis", no_wrap=True),
+            rich.text.Text(f"{took:.1f}s", style=style, justify="right"),
+        )
+
+
+class _Track:
+    """The stages of one operation so far. Clocks are ours: a stage must visibly go on between events."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.stages: list[_Stage] = []
+        self.is_done = False
+
+    def hear(self, event: resources.Event) -> None:
+        now = time.monotonic()
+        if event.kind in {"stage", "end"} and self.stages:
+            self.stages[-1].ended = now
+        if event.kind == "stage":
+            self.stages.append(_Stage(render.safe(event.stage), event.detail, now))
+        elif event.kind == "end":
+            self.is_done = True
+        elif self.stages:
+            self.stages[-1].detail = event.detail or self.stages[-1].detail
+            self.stages[-1].share = f"{100 * event.current // event.total}%" if event.total else ""
+
+
+class Live:
+    """One operation shows all its stages, several show the one each is in; nothing stays on the screen."""
+
+    def __init__(self) -> None:
+        self._tracks: dict[str, _Track] = {}
+        self._spinner = rich.spinner.Spinner("dots")
+        console = rich.console.Console(file=sys.stderr, highlight=False)
+        self._live = rich.live.Live(
+            get_renderable=self._render,
+            console=console,
+            transient=True,
+            refresh_per_second=10,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._live.start()
+
+    def hear(self, operation: resources.Operation, event: resources.Event) -> None:
+        track = self._tracks.setdefault(operation.id, _Track(operation.target))
+        if event.kind == "note":
+            self._live.console.print(rich.text.Text(render.safe(event.detail)))
+        track.hear(event)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _render(self) -> rich.table.Table:
+        grid = rich.table.Table.grid(padding=(0, 2))
+        for row in self._rows(time.monotonic()):
+            grid.add_row(*row)
+        return grid
+
+    def _rows(self, now: float) -> Iterator[tuple[rich.console.RenderableType, ...]]:
+        tracks = list(self._tracks.values())
+        many = len(tracks) > 1
+        for track in tracks:
+            for stage in track.stages[-1:] if many else track.stages:
+                running = stage.ended is None and not track.is_done
+                mark = self._spinner if running else rich.text.Text("✓", style="green")
+                title = (rich.text.Text(render.safe(track.title)),) if many else ()
+                yield (mark, *title, *stage.row(now))

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Watches operations to their end and shows how far they are, always on stderr: stdout is for results.
+
+On a terminal a live display, in a pipe a line per stage, with `--json` a JSON object per event.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from banger.cli import client, render
+from banger.contract import errors, resources
+
+_WAIT_S: Final = 3600.0
+
+
+@dataclasses.dataclass(slots=True)
+class Timing:
+    """How long each stage of one operation took, from the events alone."""
+
+    stages: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    _since_ms: float = 0.0
+    _stage: str = ""
+
+    def hear(self, event: resources.Event) -> None:
+        if event.kind not in {"stage", "end"}:
+            return
+        if self._stage:
+            self.stages.append((self._stage, event.elapsed_ms - self._since_ms))
+        self._stage, self._since_ms = event.stage if event.kind == "stage" else "", event.elapsed_ms
+
+    def text(self) -> str:
+        return ", ".join(f"{render.safe(stage)} {render.elapsed(took)}" for stage, took in self.stages)
+
+
+class Display(Protocol):
+    """Shows events of one or several operations."""
+
+    def hear(self, operation: resources.Operation, event: resources.Event, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """For what the user did not ask for, such as tidying up."""
+
+    def hear(self, operation: resources.Operation, event: resources.Event) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class Lines:
+    """A line for each stage as it begins: what is shown last is what is going on."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, str] = {}
+
+    def hear(self, operation: resources.Operation, event: resources.Event) -> None:
+        if event.kind == "end" or (event.kind == "progress" and not self._is_news(operation, event)):
+            return
+        name = event.stage or event.kind
+        detail = event.detail or (operation.target if event.kind == "stage" else "")
+        if event.total:
+            detail = f"{detail} {100 * event.current // event.total}%".strip()
+        line = f"{name:<22} {render.safe(detail):<32} {render.elapsed(event.elapsed_ms)}"
+        print(line, file=sys.stderr, flush=True)
+
+    def _is_news(self, operation: resources.Operation, event: resources.Event) -> bool:
+        """Of a count only every tenth of the whole."""
+        tenth = f"{event.stage} {event.detail} {10 * event.current // event.total if event.total else 0}"
+        if self._shown.get(operation.id) == tenth:
+            return False
+        self._shown[operation.id] = tenth
+        return True
+
+    def close(self) -> None:
+        return
+
+
+class JsonLines:
+    """Each event as the daemon sent it."""
+
+    def hear(self, operation: resources.Operation, event: resources.Event) -> None:
+        print(msgspec.json.encode(event).decode(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        return
+
+
+def display(*, json: bool) -> Display:
+    """The one that fits where stderr goes."""
+    if json:
+        return JsonLines()
+    if sys.stderr.isatty():
+        from banger.cli import live
+
+        return live.Live()
+    return Lines()
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """How an operation ended. `operation.error` says why it failed."""
+
+    operation: resources.Operation
+    timing: Timing
+
+    def require(self) -> resources.Operation:
+        """Raises the operation's error unless it succeeded."""
+        ended = self.operation
+        if ended.status is resources.OperationStatus.SUCCEEDED:
+            return ended
+        if ended.status is resources.OperationStatus.CANCELLED:
+            raise cancelled(ended)
+        if ended.error is None:
+            raise errors.OperationFailedError(f"{ended.kind} of {ended.target} failed", op_id=ended.id)
+        error = client.failure(ended.error)
+        error.fields.setdefault("op_id", ended.id)
+        raise error
+
+
+def cancelled(operation: resources.Operation) -> errors.CancelledError:
+    error = errors.CancelledError(f"{operation.kind} of {operation.target} was cancelled")
+    error.fields["op_id"] = operation.id
+    if operation.error is not None:
+        for undone in operation.error.also:
+            error.add_note(undone)
+    return error
+
+
+_Heard = tuple[int, resources.Event | BaseException]
+
+
+class _Watch:
+    """A thread per event stream; their events meet in one queue."""
+
+    def __init__(
+        self, api: client.Client, operations: Sequence[resources.Operation], *, bound: bool
+    ) -> None:
+        self.heard: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
+        for index, operation in enumerate(operations):
+            arguments = (api, index, operation.id, bound)
+            threading.Thread(target=self._read, args=arguments, daemon=True).start()
+
+    def _read(self, api: client.Client, index: int, operation_id: str, bound: bool) -> None:
+        try:
+            for event in api.events(operation_id, cancel_on_disconnect=bound):
+                self.heard.put((index, event))
+                if event.kind == "end":
+                    return
+            text = "bangerd went away while the operation was running"
+            raise errors.UnavailableError(text, hint="`banger vm list` shows what became of it")
+        except BaseException as error:
+            self.heard.put((index, error))
+
+
+def follow(
+    api: client.Client,
+    operations: Sequence[resources.Operation],
+    shown: Display,
+    *,
+    cancellable: bool,
+) -> list[Outcome | errors.BangerError]:
+    """Waits for all. Ctrl-C cancels what can be cancelled and waits for its rollback.
+
+    With `cancellable` the daemon also cancels what runs when this process dies.
+    """
+    outcomes: list[Outcome | errors.BangerError | None] = [None] * len(operations)
+    timings = [Timing() for _ in operations]
+    try:
+        _collect(_Watch(api, operations, bound=cancellable), operations, shown, timings, outcomes)
+    except KeyboardInterrupt:
+        if not cancellable:
+            hint = "bangerd finishes it; `banger vm list` shows the outcome"
+            raise errors.CancelledError("interrupted, not waiting any longer", hint=hint) from None
+        render.note("cancelling, and taking back what was made …")
+        for index, operation in enumerate(operations):
+            if outcomes[index] is None:
+                outcomes[index] = Outcome(api.cancel(operation.id), timings[index])
+    finally:
+        shown.close()
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _collect(
+    watch: _Watch,
+    operations: Sequence[resources.Operation],
+    shown: Display,
+    timings: Sequence[Timing],
+    outcomes: list[Outcome | errors.BangerError | None],
+) -> None:
+    deadline = time.monotonic() + _WAIT_S
+    while any(outcome is None for outcome in outcomes):
+        try:
+            index, heard = watch.heard.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise errors.DeadlineError(f"not done after {_WAIT_S:g} s", hint="see `banger ps`") from None
+        if isinstance(heard, errors.BangerError):
+            outcomes[index] = heard
+        elif isinstance(heard, BaseException):
+            raise heard
+        else:
+            timings[index].hear(heard)
+            shown.hear(operations[index], heard)
+            if heard.kind == "end":
+                ended = heard.result or operations[index]
+                outcomes[index] = Outcome(ended, timings[index])
+
+
+def follow_one(
+    api: client.Client, operation: resources.Operation, shown: Display, *, cancellable: bool
+) -> Outcome:
+    (outcome,) = follow(api, [operation], shown, cancellable=cancellable)
+    if isinstance(outcome, errors.BangerError):
+        outcome.fields.setdefault("op_id", operation.id)
+        raise outcome
+    return outcome
