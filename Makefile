@@ -3,24 +3,67 @@
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST := $(VENV)/bin/pytest
+HOST ?= lab
+NAME ?= lab
 
 .DEFAULT_GOAL := help
 
+# What `python3 -m venv` itself needs comes first; everything else is installed by tools from that environment.
 $(VENV)/ready: requirements/dev.txt
-	python3 -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@python3 -c 'import ensurepip' 2>/dev/null || { echo "installing python3-venv"; \
+	  apt-get -q update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get -q -y install python3-venv >/dev/null; }
+	@echo "making $(VENV)"
+	@python3 -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
-.PHONY: lint unit clean help
+.PHONY: run test lint unit contract root lab guest wheel setup lab-up lab-ssh lab-down bench clean help
+
+run: setup  ## Boot a microVM and run a command in it, in the lab (HOST=local: on this machine)
+	$(PY) -m lab.demo --host $(HOST)
+
+test: setup lint guest  ## Install what is missing and run every test
+	$(PYTEST) tests
+
+setup: $(VENV)/ready
+	@$(PY) -m lab setup
 
 lint: $(VENV)/ready  ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-unit: $(VENV)/ready  ## Run the unit tests
-	$(VENV)/bin/pytest tests/style tests/unit
+unit: guest  ## Run the style and unit tests
+	$(PYTEST) tests/style tests/unit
+
+contract: guest  ## Run the contract tests: the pipeline on fakes
+	$(PYTEST) tests/contract
+
+root: setup guest  ## Run the tests that need root on this machine
+	$(PYTEST) tests/root
+
+lab: setup guest  ## Run the tests that boot real microVMs in the lab
+	$(PYTEST) tests/lab
+
+guest: $(VENV)/ready  ## Build the guest binary
+	@$(PY) guest/build_hook.py
+
+wheel: guest  ## Build banger's wheel into dist/
+	$(PY) -m build --wheel --no-isolation
+
+lab-up: setup  ## Bring up a lab with banger installed, to use by hand (NAME=lab)
+	$(PY) -m lab.demo --up $(NAME)
+
+lab-ssh:  ## Open a shell in that lab
+	$(PY) -m lab ssh --name $(NAME) --user dev
+
+lab-down:  ## End that lab
+	$(PY) -m lab down --name $(NAME)
+
+bench: setup guest  ## Measure, each figure beside its rival in one run
+	$(PY) -m bench
 
 clean:  ## Remove what the build made in this tree
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/banger/_guest

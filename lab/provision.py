@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""Installs banger in a lab the way a user does: a root-owned venv from hashed wheels, then `system install`.
+
+The result is kept as a layer, keyed by everything that went into it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lab import artefacts, cache, command, layer, session, wheels
+
+log = logging.getLogger("lab")
+
+VENV = "/usr/local/lib/banger"
+OWNER = "dev"
+IMAGE = "debian-bookworm"
+KERNELS = ("generic-6.12", "debian-6.1")
+INSTALL_LIMIT_S = 600
+
+
+def bundle(root: Path) -> cache.Entry:
+    """Open the directory that is handed to the lab: wheels, runtime files, kernels and the default image."""
+    fetched, made, files = wheels.pinned(root), wheels.own(root), artefacts.ensure(root)
+    key = cache.key_of(
+        [fetched.path.name, made.path.name, files.path.name, wheels.REQUIREMENTS.read_bytes()]
+    )
+
+    def build(stage: Path) -> None:
+        stage.chmod(0o755)
+        shutil.copytree(fetched.path, stage / "wheels")
+        shutil.copytree(made.path, stage / "dist")
+        shutil.copy(wheels.REQUIREMENTS, stage / "requirements.txt")
+        for part in files.path.iterdir():
+            _link_tree(part, stage / part.name)
+
+    try:
+        return cache.Cache(root, "bundle", 3).ensure(key, build)
+    finally:
+        for entry in (fetched, made, files):
+            entry.close()
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links where the cache allows it: the image alone is hundreds of megabytes."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_or_copy, symlinks=True)
+    else:
+        _link_or_copy(str(source), str(target))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def installed(name: str, *, detached: bool = False, root: Path | None = None) -> session.Lab:
+    """Bring up a lab with banger installed, its kernels imported and its default image registered.
+
+    Installs into a fresh lab on the first call for this content, and starts from the kept layer after that.
+    """
+    root = root or cache.default_root()
+    parcel = bundle(root)
+    try:
+        key = cache.key_of(["installed", parcel.path.name])
+        found = layer.find(root, key)
+        if found is None:
+            with session.Lab.up(f"installing-{os.getpid()}", artefacts=parcel.path, root=root) as lab:
+                install(lab, Path("/artefacts"))
+                lab.commit(key)
+        else:
+            found.close()
+        return session.Lab.up(name, layer_key=key, artefacts=parcel.path, detached=detached, root=root)
+    finally:
+        parcel.close()
+
+
+class Machine(Protocol):
+    """Where banger is installed: a lab, or this machine."""
+
+    name: str
+
+    def run(
+        self, argv: Sequence[str], /, *, user: str = "root", timeout_s: float = INSTALL_LIMIT_S
+    ) -> object: ...
+
+
+class ThisMachine:
+    """The machine that `make run HOST=local` was asked to use."""
+
+    name = "local"
+
+    def run(
+        self, argv: Sequence[str], /, *, user: str = "root", timeout_s: float = INSTALL_LIMIT_S
+    ) -> object:
+        """Runs it to its end as this user; raises CommandError when it fails."""
+        as_user = (
+            [] if user == "root" else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+        )
+        return command.run([*as_user, *argv], timeout_s=timeout_s)
+
+
+def install(machine: Machine, parcel: Path) -> None:
+    """The commands of README.md's installation, with the parcel's files instead of a registry's."""
+    pip = [f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index"]
+    wheels_at = f"{parcel}/wheels"
+    runtime = [f"--{tool}={parcel}/runtime/{tool}" for tool in ("firecracker", "jailer")]
+    _step(machine, "making the virtual environment", ["python3", "-m", "venv", VENV])
+    _step(
+        machine,
+        "installing the pinned wheels",
+        [*pip, "--require-hashes", "--find-links", wheels_at, "-r", f"{parcel}/requirements.txt"],
+    )
+    _step(machine, "installing banger", [*pip, "--no-deps", "--find-links", f"{parcel}/dist", "banger"])
+    _step(
+        machine,
+        "banger system install",
+        [f"{VENV}/bin/banger", "system", "install", "--owner", OWNER, *runtime],
+    )
+    for kernel in KERNELS:
+        import_kernel = ["banger", "kernel", "import", f"{parcel}/kernels/{kernel}", "--name", kernel]
+        _step(machine, f"importing kernel {kernel}", import_kernel, user=OWNER)
+    register = ["banger", "image", "register", f"{parcel}/images/{IMAGE}", "--name", IMAGE]
+    _step(machine, f"registering image {IMAGE}", register, user=OWNER)
+
+
+def _step(machine: Machine, title: str, argv: Sequence[str], *, user: str = "root") -> None:
+    began = time.monotonic()
+    log.info("%s: %s …", machine.name, title)
+    machine.run(argv, user=user, timeout_s=INSTALL_LIMIT_S)
+    log.info("%s: %s: %.1f s", machine.name, title, time.monotonic() - began)

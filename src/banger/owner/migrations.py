@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The database's schema as ordered, forward-only migrations; `user_version` says how far a file is."""
+
+from __future__ import annotations
+
+import enum
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from banger.contract import errors
+
+# Append only: a migration that has shipped never changes.
+MIGRATIONS: Final[tuple[str, ...]] = (
+    """
+    CREATE TABLE vms (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        slot INTEGER NOT NULL UNIQUE,
+        state TEXT NOT NULL,
+        image_id TEXT NOT NULL,
+        kernel_id TEXT NOT NULL,
+        created_at TEXT NOT NULL,
+        record TEXT NOT NULL
+    ) STRICT
+    """,
+)
+
+
+class Verdict(enum.IntEnum):
+    """The exit status of `bangerd --check-migrations`."""
+
+    CURRENT = 0
+    WILL_MIGRATE = 1
+    TOO_NEW = 2
+
+
+def check(path: Path) -> Verdict:
+    """Looks without changing anything; a file that does not exist yet will be migrated."""
+    if not path.exists():
+        return Verdict.WILL_MIGRATE
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        version = _version(connection)
+    finally:
+        connection.close()
+    if version == len(MIGRATIONS):
+        return Verdict.CURRENT
+    return Verdict.WILL_MIGRATE if version < len(MIGRATIONS) else Verdict.TOO_NEW
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Brings the file to this program's version, each migration in one transaction.
+
+    Raises ConflictError when the file is newer than this program.
+    """
+    version = _version(connection)
+    if version > len(MIGRATIONS):
+        raise errors.ConflictError(
+            f"the database has version {version}, newer than this program's {len(MIGRATIONS)}",
+            hint="install the banger that wrote it, or a newer one",
+        )
+    for number, statement in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)

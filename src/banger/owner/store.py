@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""The rows: what the daemon wants and remembers. SQLite in WAL mode; every call is one short transaction."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger.contract import errors, names, resources
+from banger.owner import migrations
+from banger.vm import record
+
+_log = logging.getLogger(__name__)
+
+_BUSY_TIMEOUT_MS: Final = 5000
+_SHORTEST_PREFIX: Final = 4
+_COLUMNS: Final = "id, name, slot, state, image_id, kernel_id, created_at, record"
+
+
+class Store:
+    """One connection, guarded by a lock: the daemon is the only writer, and its transactions are tiny."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens and migrates. Raises ConflictError for a file of a newer program."""
+        self._lock = threading.Lock()
+        self._connection = connect(path)
+        migrations.migrate(self._connection)
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def reserve(self, draft: Callable[[int], record.VmRecord]) -> record.VmRecord:
+        """Leases the lowest free slot and inserts the row drafted for it, in one transaction.
+
+        Raises AlreadyExistsError for a name that is taken, ConflictError when every slot is.
+        """
+        with self._transaction() as connection:
+            taken = {slot for (slot,) in connection.execute("SELECT slot FROM vms")}
+            slot = next((n for n in range(1, names.MAX_SLOTS + 1) if n not in taken), 0)
+            if slot == 0:
+                raise errors.ConflictError(
+                    f"all {names.MAX_SLOTS} VM slots are taken", hint="delete VMs that are no longer needed"
+                )
+            vm = draft(slot)
+            try:
+                connection.execute(f"INSERT INTO vms ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?)", _row(vm))  # noqa: S608
+            except sqlite3.IntegrityError:
+                raise _name_taken(vm.name) from None
+        return vm
+
+    def save(self, vm: record.VmRecord) -> None:
+        """Raises NotFoundError when the row was deleted meanwhile."""
+        with self._transaction() as connection:
+            try:
+                done = connection.execute(
+                    "UPDATE vms SET (id, name, slot, state, image_id, kernel_id, created_at, record)"
+                    " = (?,?,?,?,?,?,?,?) WHERE id = ?",
+                    (*_row(vm), vm.id),
+                )
+            except sqlite3.IntegrityError:
+                raise _name_taken(vm.name) from None
+            if done.rowcount == 0:
+                raise errors.NotFoundError(f"VM {vm.name} does not exist any more")
+
+    def get(self, vm_id: names.VmId) -> record.VmRecord:
+        """Raises NotFoundError."""
+        for row in self._select("WHERE id = ?", vm_id):
+            return row
+        raise errors.NotFoundError(f"VM {vm_id} does not exist any more")
+
+    def find(self, ref: str) -> record.VmRecord:
+        """By name, id or unambiguous beginning of an id. Raises NotFoundError or BadRequestError."""
+        for row in self._select("WHERE name = ? OR id = ?", ref, ref):
+            return row
+        found = self._select("WHERE substr(id, 1, ?) = ?", len(ref), ref) if _is_prefix(ref) else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise errors.BadRequestError(f"{ref!r} is the beginning of {len(found)} VM ids")
+        close = difflib.get_close_matches(ref, [vm.name for vm in self.list()], n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "`banger vm list` shows what there is"
+        raise errors.NotFoundError(f"there is no VM {ref!r}", hint=hint)
+
+    def list(self) -> list[record.VmRecord]:
+        """All rows, the oldest first."""
+        return self._select("ORDER BY created_at, id")
+
+    def delete(self, vm_id: names.VmId) -> None:
+        """A row that is gone already is fine."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+
+    def names_using_image(self, image_id: str) -> tuple[str, ...]:
+        return tuple(vm.name for vm in self._select("WHERE image_id = ? ORDER BY name", image_id))
+
+    def names_using_kernel(self, kernel_id: str) -> tuple[str, ...]:
+        return tuple(vm.name for vm in self._select("WHERE kernel_id = ? ORDER BY name", kernel_id))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def _select(self, where: str, *values: str | int) -> list[record.VmRecord]:
+        # Only fixed clauses of this module come in as `where`; values are bound.
+        with self._lock:
+            rows = self._connection.execute(f"SELECT {_COLUMNS} FROM vms {where}", values).fetchall()  # noqa: S608
+        return [_parse(row) for row in rows]
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection with every pragma set: they belong to a connection, not to the file.
+
+    WAL with synchronous=NORMAL: a power cut may lose the last transactions but never corrupts, and reconcile
+    finds out at the next start what really runs.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def _row(vm: record.VmRecord) -> tuple[str | int, ...]:
+    text = msgspec.json.encode(vm).decode()
+    return (vm.id, vm.name, vm.slot, vm.state, vm.image_id, vm.kernel_id, vm.created_at.isoformat(), text)
+
+
+def _parse(row: tuple[str, str, int, str, str, str, str, str]) -> record.VmRecord:
+    try:
+        return msgspec.json.decode(row[-1], type=record.VmRecord)
+    except msgspec.MsgspecError as error:
+        _log.error("a row is corrupt", extra={"vm": row[0], "error": str(error)})
+        return _salvaged(row, str(error))
+
+
+def _salvaged(row: tuple[str, str, int, str, str, str, str, str], why: str) -> record.VmRecord:
+    """One corrupt row must not take the others down: what the columns still say, in state `error`."""
+    vm_id, name, slot, _, image_id, kernel_id, created_at, _ = row
+    return msgspec.convert(
+        {
+            "id": vm_id,
+            "name": name,
+            "slot": slot,
+            "image_id": image_id,
+            "kernel_id": kernel_id,
+            "vcpus": 1,
+            "memory_mib": 512,
+            "disk_size_mib": 1024,
+            "network": True,
+            "state": resources.VmState.ERROR,
+            "created_at": created_at,
+            "last_error": {
+                "code": "operation_failed",
+                "message": f"the row of {name} is corrupt: {why}",
+                "hint": f"its disks are untouched; `banger vm delete {name}` removes it",
+            },
+        },
+        type=record.VmRecord,
+    )
+
+
+def _is_prefix(ref: str) -> bool:
+    return len(ref) >= _SHORTEST_PREFIX and set(ref) <= set("0123456789abcdef")
+
+
+def _name_taken(name: str) -> errors.AlreadyExistsError:
+    return errors.AlreadyExistsError(
+        f"there is a VM named {name} already", hint="choose another name, or leave it out"
+    )
