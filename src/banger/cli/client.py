@@ -81,6 +81,10 @@ def segment(ref: str) -> str:
     return quoted
 
 
+class _Named(msgspec.Struct, frozen=True):
+    name: str
+
+
 class Client:
     """One connection per request: the socket is local, and a watched operation holds one for minutes."""
 
@@ -89,6 +93,10 @@ class Client:
 
     def get(self, path: str, kind: type[T], *, timeout_s: float = ANSWER_S) -> T:
         return _decode(self._ask("GET", path, None, timeout_s), kind)
+
+    def names(self, path: str, *, timeout_s: float) -> list[str]:
+        """Of a collection's members, without the rest."""
+        return [item.name for item in self.get(path, list[_Named], timeout_s=timeout_s)]
 
     def post(self, path: str, body: resources.Body | None = None) -> resources.Operation:
         return _decode(self._ask("POST", path, body, ANSWER_S), resources.Operation)

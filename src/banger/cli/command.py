@@ -39,10 +39,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Noun:
-    """A command or group that is imported when it is used: the object `command` of its module."""
+    """A command or group that is imported when it is used. `summary` is the first line of its help."""
 
     module: str
     summary: str
+    attribute: str = "group"
 
 
 def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -123,7 +124,7 @@ class LazyGroup(_Documented, click.Group):
         noun = self.nouns.get(cmd_name)
         if noun is None:
             return None
-        loaded: click.Command = importlib.import_module(noun.module).command
+        loaded: click.Command = getattr(importlib.import_module(noun.module), noun.attribute)
         return loaded
 
     def resolve_command(
@@ -148,18 +149,19 @@ class LazyGroup(_Documented, click.Group):
         return found or click.Command.shell_complete(self, ctx, incomplete)
 
 
-def declare(
-    group: click.Group,
+def make(
     name: str,
     *,
     examples: Sequence[tuple[str, str]],
+    group: click.Group | None = None,
     cls: type[Command] = Command,
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Adds a command to a group; its docstring is its help, and examples are required."""
+    """Makes a command of a function: its docstring is its help, and examples are required."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
         made: click.Command = click.command(name, cls=cls, examples=examples)(function)
-        group.add_command(made)
+        if group is not None:
+            group.add_command(made)
         return made
 
     return decorate

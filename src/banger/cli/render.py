@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Final, TextIO
 
+import msgspec
+
 from banger.contract import errors
 
 # Control characters, and those that reorder the text around them.
@@ -91,6 +93,17 @@ def describe(error: errors.BangerError, stream: TextIO) -> str:
     if operation:
         lines.append(f"  operation: {safe(operation)}")
     return "\n".join(lines)
+
+
+def error_body(error: errors.BangerError) -> errors.ErrorBody:
+    fields = dict(error.fields)
+    body = errors.to_body(error, op_id=fields.pop("op_id", ""), step=fields.pop("step", ""))
+    return msgspec.structs.replace(body, fields=fields)
+
+
+def error_json(error: errors.BangerError) -> str:
+    """One line: `{"error": {code, message, hint, op_id, …}}`."""
+    return msgspec.json.encode({"error": error_body(error)}).decode()
 
 
 def note(text: str) -> None:

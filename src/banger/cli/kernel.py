@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""`banger kernel`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import click
+
+from banger.cli import client, command, many, output, params, progress, render, signals
+from banger.contract import resources, sizes
+
+group = command.Group(
+    "kernel",
+    help="Get and keep the kernels that VMs boot.",
+    no_args_is_help=True,
+    examples=[
+        ("banger kernel list --available", "what can be pulled"),
+        ("banger kernel pull generic-6.12", "the default kernel"),
+    ],
+)
+
+
+def _finish(settings: command.Settings, operation: resources.Operation) -> None:
+    shown = progress.display(json=settings.json)
+    ended = progress.follow_one(settings.client(), operation, shown, cancellable=True).require()
+    if settings.json:
+        output.json(ended.kernel)
+    else:
+        output.text(ended.kernel.name if ended.kernel is not None else ended.target)
+
+
+@command.make(
+    "list",
+    group=group,
+    examples=[
+        ("banger kernel list", "those on this host"),
+        ("banger kernel list --available", "and those in the catalog"),
+    ],
+)
+@click.option("--available", is_flag=True, help="Also those that can be pulled.")
+@click.option("-q", "--quiet", is_flag=True, help="Print names only.")
+@click.pass_obj
+def list_kernels(settings: command.Settings, available: bool, quiet: bool) -> None:
+    """List kernels."""
+    path = client.query("/v1/kernels", available=str(available).lower())
+    kernels = settings.client().get(path, list[resources.Kernel])
+    if settings.json:
+        output.json(kernels)
+    elif quiet:
+        output.text("".join(f"{render.safe(kernel.name)}\n" for kernel in kernels))
+    else:
+        headers = ("NAME", "VERSION", "KIND", "ARCH", "SIZE", "HERE", "USED BY")
+        output.text(render.table(headers, map(_row, kernels)))
+
+
+def _row(kernel: resources.Kernel) -> tuple[str, ...]:
+    return (
+        kernel.name,
+        kernel.version,
+        kernel.kind,
+        kernel.arch,
+        sizes.text_of_bytes(kernel.size_bytes) if kernel.size_bytes else "-",
+        "no" if kernel.available else "yes",
+        ", ".join(kernel.used_by) or "-",
+    )
+
+
+@command.make("pull", group=group, examples=[("banger kernel pull generic-6.12", "from the catalog")])
+@click.argument("name", type=params.CATALOG_KERNEL)
+@click.pass_obj
+def pull(settings: command.Settings, name: str) -> None:
+    """Get a kernel of the catalog, verified by its sha256 or the distribution's signature."""
+    with signals.raised():
+        with signals.held_back():
+            operation = settings.client().post("/v1/kernels/pull", resources.PullKernel(name=name))
+        _finish(settings, operation)
+
+
+@command.make(
+    "import",
+    group=group,
+    examples=[
+        ("banger kernel import ./vmlinux --name mine", "a kernel file, compressed or not"),
+        ("banger kernel import linux-image.deb --name deb", "a distribution's package"),
+    ],
+)
+@click.argument("path", type=click.Path(exists=True))
+@click.option("--name", required=True, type=params.NEW_KERNEL, help="Name of the kernel.")
+@click.pass_obj
+def import_kernel(settings: command.Settings, path: str, name: str) -> None:
+    """Copy a kernel of yours in.
+
+    Takes a vmlinux, a vmlinuz, a directory of them with an initrd, or a distribution's kernel package. The
+    daemon's owner must be able to read it.
+    """
+    with signals.raised():
+        with signals.held_back():
+            asked = resources.ImportKernel(path=os.path.abspath(path), name=name)
+            operation = settings.client().post("/v1/kernels/import", asked)
+        _finish(settings, operation)
+
+
+@command.make("show", group=group, examples=[("banger kernel show generic-6.12", "everything about it")])
+@click.argument("name", type=params.KERNEL)
+@click.pass_obj
+def show(settings: command.Settings, name: str) -> None:
+    """Show everything about a kernel."""
+    kernel = settings.client().get(f"/v1/kernels/{client.segment(name)}", resources.Kernel)
+    if settings.json:
+        output.json(kernel)
+    else:
+        output.text(render.facts(_facts(kernel)))
+
+
+def _facts(kernel: resources.Kernel) -> Iterator[tuple[str, str]]:
+    yield "name", kernel.name
+    yield "id", kernel.id
+    yield "version", kernel.version
+    yield "kind", "boots directly" if kernel.kind == "direct" else "boots through an initrd"
+    yield "architecture", kernel.arch
+    yield "size", sizes.text_of_bytes(kernel.size_bytes)
+    yield "source", kernel.source
+    if kernel.created_at is not None:
+        yield "created", f"{kernel.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(kernel.created_at)} ago"
+    yield "used by", ", ".join(kernel.used_by) or "no VM"
+
+
+@command.make("rm", group=group, examples=[("banger kernel rm old older", "several at once")])
+@click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.KERNEL)
+@click.pass_obj
+def remove(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """Delete kernels that no VM uses."""
+    many.delete(settings, "/v1/kernels", names)

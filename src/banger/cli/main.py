@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Entry point of `banger`: the table of nouns, and the edge where errors become messages and statuses."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from banger.cli import command
+
+if TYPE_CHECKING:
+    from banger.contract import errors
+
+NOUNS: Final = {
+    "vm": command.Noun("banger.cli.vm", "Create, run and look after VMs."),
+    "ps": command.Noun("banger.cli.vm_look", "List the VMs that are running.", "ps"),
+    "image": command.Noun("banger.cli.image", "Build and keep the images that VMs are made from."),
+    "kernel": command.Noun("banger.cli.kernel", "Get and keep the kernels that VMs boot."),
+    "runtime": command.Noun("banger.cli.runtime", "See to Firecracker and its jailer."),
+    "system": command.Noun("banger.cli.system", "Install banger on this host, look after it, take it off."),
+    "version": command.Noun("banger.cli.version", "Show the versions of banger and its daemon.", "version"),
+    "completion": command.Noun(
+        "banger.cli.completion", "Print a script that completes in your shell.", "completion"
+    ),
+}
+
+root = command.LazyGroup(
+    name="banger",
+    help="One-command development machines on Firecracker microVMs.",
+    nouns=NOUNS,
+    no_args_is_help=True,
+    examples=[
+        ("banger vm run", "a shell in a new VM"),
+        ("banger vm run --rm -- make check", "a command in a VM that is gone afterwards"),
+        ("banger vm list --json", "every command speaks JSON"),
+    ],
+)
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status of one command line."""
+    settings = command.Settings()
+    try:
+        status = root.main(args=list(arguments), prog_name="banger", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _broken_pipe()
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.message)
+        return 2
+    except click.UsageError as error:
+        return _usage(error)
+    except click.ClickException as error:
+        return _say(error.format_message(), error.exit_code)
+    except BaseException as error:
+        return _failed(error, json=settings.json)
+    return status if isinstance(status, int) else 0
+
+
+def _failed(error: BaseException, *, json: bool) -> int:
+    from banger.cli import exits
+    from banger.contract import errors
+
+    match error:
+        case SystemExit():
+            raise error
+        case exits.CommandEnd():
+            return error.status
+        case exits.SomeFailedError():
+            return exits.FAILED
+        case exits.SignalledError():
+            return _say(f"ended by signal {error.number}", 128 + error.number)
+        case exits.FailedError():
+            return _report(error.error, error.status, json=json)
+        case errors.BangerError():
+            return _report(error, exits.status_of(error), json=json)
+    if os.environ.get("BANGER_DEBUG"):
+        traceback.print_exception(error)
+    fault = errors.OperationFailedError(
+        f"unexpected error: {type(error).__name__}: {error}",
+        hint="this is a fault in banger; BANGER_DEBUG=1 shows where",
+    )
+    return _report(fault, exits.FAILED, json=json)
+
+
+def _report(error: errors.BangerError, status: int, *, json: bool) -> int:
+    from banger.cli import render
+
+    print(render.error_json(error) if json else render.describe(error, sys.stderr), file=sys.stderr)
+    return status
+
+
+def _usage(error: click.UsageError) -> int:
+    where = error.ctx.command_path if error.ctx is not None else "banger"
+    _say(error.format_message(), error.exit_code)
+    print(f"  hint: see `{where} --help`", file=sys.stderr)
+    return error.exit_code
+
+
+def _say(message: str, status: int) -> int:
+    from banger.cli import render
+
+    print(f"banger: error: {render.safe(message)}", file=sys.stderr)
+    return status
+
+
+def _broken_pipe() -> int:
+    """Whoever read our output has gone; as if SIGPIPE had ended us. Nothing may be flushed any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 141
+
+
+if __name__ == "__main__":
+    main()

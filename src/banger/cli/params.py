@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Types of arguments and options: checked before anything is sent, and completed by the shell."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from banger.cli import command
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+_COMPLETION_S: Final = 1.0
+
+
+class _Name(click.ParamType[str]):
+    """A name of something the daemon has; completing it is quick, and silent when it does not answer."""
+
+    def __init__(self, what: str, collection: str) -> None:
+        self.name = what
+        self._collection = collection
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from banger.contract import errors, names
+
+        try:
+            if self.name == "vm":
+                return names.parse_vm_name(value)
+            return names.parse_artefact_name(value, self.name)
+        except errors.BadRequestError as error:
+            self.fail(f"{error.message}: {error.hint}", param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        if not self._collection:
+            return []
+        given = ctx.params.get(param.name or "") or ()
+        return [
+            CompletionItem(name)
+            for name in self._names(ctx.ensure_object(command.Settings))
+            if name.startswith(incomplete) and name not in given
+        ]
+
+    def _names(self, settings: command.Settings) -> list[str]:
+        from banger.contract import errors
+
+        with contextlib.suppress(errors.BangerError, OSError):
+            return settings.client().names(self._collection, timeout_s=_COMPLETION_S)
+        return []
+
+
+class _Size(click.ParamType[int]):
+    """`2G`, `512M`; a bare number is MiB."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from banger.contract import errors, sizes
+
+        if isinstance(value, int):
+            return value
+        try:
+            return sizes.parse_mib(value)
+        except errors.BadRequestError as error:
+            self.fail(f"{error.message}: {error.hint}", param, ctx)
+
+
+class _Variable(click.ParamType[str]):
+    """`NAME=value`, or `NAME` for the caller's own value."""
+
+    name = "variable"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name, equals, _ = value.partition("=")
+        if not name:
+            self.fail(f"{value!r} is not NAME=value", param, ctx)
+        if equals:
+            return value
+        if name not in os.environ:
+            self.fail(f"{name} is not set here", param, ctx)
+        return f"{name}={os.environ[name]}"
+
+
+VM: Final = _Name("vm", "/v1/vms")
+NEW_VM: Final = _Name("vm", "")
+IMAGE: Final = _Name("image", "/v1/images")
+NEW_IMAGE: Final = _Name("image", "")
+KERNEL: Final = _Name("kernel", "/v1/kernels")
+NEW_KERNEL: Final = _Name("kernel", "")
+CATALOG_KERNEL: Final = _Name("kernel", "/v1/kernels?available=true")
+SIZE: Final = _Size()
+VARIABLE: Final = _Variable()

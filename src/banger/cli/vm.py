@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm`: the table of its commands; each module is imported when one of its commands is used."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from banger.cli import command
+
+_LIFE: Final = "banger.cli.vm_life"
+_LOOK: Final = "banger.cli.vm_look"
+_RUN: Final = "banger.cli.vm_run"
+
+NOUNS: Final = {
+    "run": command.Noun(_RUN, "Create and start a VM and run a command, or a shell, in it.", "run"),
+    "create": command.Noun(_LIFE, "Create a VM and start it.", "create"),
+    "start": command.Noun(_LIFE, "Start VMs.", "start"),
+    "stop": command.Noun(_LIFE, "Stop VMs, losing nothing that they wrote.", "stop"),
+    "restart": command.Noun(_LIFE, "Stop VMs and start them again.", "restart"),
+    "kill": command.Noun(_LIFE, "End VMs at once, as if their power failed.", "kill"),
+    "delete": command.Noun(_LIFE, "Delete VMs and their disks, stopping them first.", "delete"),
+    "set": command.Noun(_LIFE, "Change a VM's name, size or kernel.", "change"),
+    "list": command.Noun(_LOOK, "List VMs.", "list_vms"),
+    "show": command.Noun(_LOOK, "Show everything about VMs.", "show"),
+    "logs": command.Noun(_LOOK, "Show a VM's console, or what its VMM says.", "logs"),
+    "stats": command.Noun(_LOOK, "Show what running VMs use.", "stats"),
+    "exec": command.Noun(_RUN, "Run a command in a running VM.", "execute"),
+}
+
+group = command.LazyGroup(
+    name="vm",
+    help="Create, run and look after VMs.",
+    nouns=NOUNS,
+    no_args_is_help=True,
+    examples=[
+        ("banger vm run --rm -- uname -a", "a command in a VM that is gone afterwards"),
+        ("banger vm create web --memory 2G", "a VM that stays"),
+        ("banger vm exec web -- make check", "a command in it"),
+        ("banger vm delete web", "the VM and its disks"),
+    ],
+)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm create|start|stop|restart|kill|delete|set`. Several names are worked on at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import click
+import msgspec
+
+from banger.cli import client, command, many, output, params, progress, render, signals
+from banger.contract import errors, resources
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_MANY: Final = click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
+
+
+def size_options(function: _F) -> _F:
+    """The options of `create` and `run` that say what VM to make."""
+    options = (
+        click.option(
+            "--image", type=params.IMAGE, help="Image to make it from [default: the configured one]."
+        ),
+        click.option("--kernel", type=params.KERNEL, help="Kernel to boot [default: the image's]."),
+        click.option("--vcpu", "vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs."),
+        click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G."),
+        click.option("--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root."),
+        click.option("--no-network", is_flag=True, help="Without a network interface."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def request(name: str | None, chosen: dict[str, Any], **more: bool) -> resources.CreateVm:
+    """The request of options as click gives them; ranges are checked as the daemon will."""
+    chosen = dict(chosen)
+    network = not chosen.pop("no_network")
+    try:
+        return msgspec.convert({"name": name, "network": network, **chosen, **more}, resources.CreateVm)
+    except msgspec.ValidationError as error:
+        raise errors.BadRequestError(f"cannot make such a VM: {error}") from error
+
+
+def submit_create(
+    api: client.Client, asked: resources.CreateVm, shown: progress.Display
+) -> progress.Outcome:
+    """Creates and waits. When it did not work out, says what is left of it."""
+    with signals.held_back():
+        operation = api.post("/v1/vms", asked)
+    outcome = progress.follow_one(api, operation, shown, cancellable=True)
+    if outcome.operation.status is not resources.OperationStatus.SUCCEEDED:
+        render.note(_what_is_left(api, outcome.operation.target))
+    return outcome
+
+
+def _what_is_left(api: client.Client, name: str) -> str:
+    try:
+        left = api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
+    except errors.NotFoundError:
+        return f"nothing is left of {name}"
+    except errors.BangerError as error:
+        return f"whether anything is left of {name} is unknown: {error.message}"
+    return f"{name} is kept, {left.state}; `banger vm show {name}`, `banger vm delete {name}`"
+
+
+def made_vm(ended: resources.Operation) -> resources.Vm:
+    if ended.vm is None:
+        raise errors.ProtocolError(f"bangerd did not say which VM {ended.kind} made")
+    return ended.vm
+
+
+def say_timing(outcome: progress.Outcome, *, json: bool) -> None:
+    """How long each stage took, in one line on stderr."""
+    if not json and outcome.timing.stages:
+        total = sum(took for _, took in outcome.timing.stages)
+        render.note(f"{outcome.operation.target}: {render.elapsed(total)} ({outcome.timing.text()})")
+
+
+@command.make(
+    "create",
+    examples=[
+        ("banger vm create", "a VM with a generated name"),
+        ("banger vm create web --vcpu 2 --memory 2G", "a name and sizes"),
+        ("banger vm create db --no-start", "without starting it"),
+    ],
+)
+@click.argument("name", required=False, type=params.NEW_VM)
+@click.option("--name", "name_option", type=params.NEW_VM, help="The same as the argument.")
+@size_options
+@click.option("--no-start", is_flag=True, help="Do not start it.")
+@click.pass_obj
+def create(
+    settings: command.Settings, /, name: str | None, name_option: str | None, no_start: bool, **chosen: Any
+) -> None:
+    """Create a VM and start it.
+
+    Prints the VM's name when its guest answers. Values that are not given come from the configuration, then
+    from this host's size, then from a constant; `banger vm show` says which.
+    """
+    if name and name_option and name != name_option:
+        raise errors.BadRequestError(f"two names were given: {name} and {name_option}")
+    asked = request(name or name_option, chosen, start=not no_start)
+    with signals.raised():
+        outcome = submit_create(settings.client(), asked, progress.display(json=settings.json))
+    vm = made_vm(outcome.require())
+    say_timing(outcome, json=settings.json)
+    if settings.json:
+        output.json(vm)
+    else:
+        output.text(vm.name)
+
+
+@command.make("start", examples=[("banger vm start web db", "several at once")])
+@_MANY
+@click.pass_obj
+def start(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """Start VMs."""
+    _each(settings, names, "start", cancellable=True)
+
+
+@command.make("stop", examples=[("banger vm stop web db", "several at once")])
+@_MANY
+@click.pass_obj
+def stop(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """Stop VMs, losing nothing that they wrote."""
+    _each(settings, names, "stop", cancellable=False)
+
+
+@command.make("restart", examples=[("banger vm restart web", "a new boot, the same disks")])
+@_MANY
+@click.pass_obj
+def restart(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """Stop VMs and start them again."""
+    _each(settings, names, "restart", cancellable=True)
+
+
+@command.make("kill", examples=[("banger vm kill web", "when it does not stop")])
+@_MANY
+@click.pass_obj
+def kill(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """End VMs at once, as if their power failed."""
+    _each(settings, names, "kill", cancellable=False)
+
+
+@command.make(
+    "delete",
+    examples=[
+        ("banger vm delete web db", "several at once"),
+        ("banger vm delete $(banger vm list -q)", "all of them"),
+    ],
+)
+@_MANY
+@click.pass_obj
+def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """Delete VMs and their disks, stopping them first."""
+    _each(settings, names, "delete", cancellable=False)
+
+
+@command.make(
+    "set",
+    examples=[
+        ("banger vm set web --memory 4G --vcpu 4", "takes effect at the next start"),
+        ("banger vm set web --name shop", "another name"),
+    ],
+)
+@click.argument("vm", metavar="NAME", type=params.VM)
+@click.option("--name", type=params.NEW_VM, help="New name.")
+@click.option("--vcpu", "vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs.")
+@click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G.")
+@click.option("--kernel", type=params.KERNEL, help="Kernel to boot.")
+@click.pass_obj
+def change(settings: command.Settings, /, vm: str, **chosen: Any) -> None:
+    """Change a VM's name, size or kernel.
+
+    The VM must not be running.
+    """
+    if all(value is None for value in chosen.values()):
+        raise errors.BadRequestError("nothing to change was given", hint="see `banger vm set --help`")
+    try:
+        asked = msgspec.convert(chosen, resources.SetVm)
+    except msgspec.ValidationError as error:
+        raise errors.BadRequestError(f"cannot change {vm} like that: {error}") from error
+    changed = settings.client().patch(f"/v1/vms/{client.segment(vm)}", asked, resources.Vm)
+    if settings.json:
+        output.json(changed)
+    else:
+        output.text(changed.name)
+
+
+def _each(settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool) -> None:
+    """Does it to every name, whatever becomes of the others; reports each."""
+    api = settings.client()
+    wanted = list(dict.fromkeys(names))
+    submitted: dict[str, resources.Operation] = {}
+    failed: dict[str, errors.BangerError] = {}
+    with signals.raised():
+        with signals.held_back():
+            for name in wanted:
+                try:
+                    submitted[name] = _submit(api, name, verb)
+                except errors.UnavailableError:
+                    raise
+                except errors.BangerError as error:
+                    failed[name] = error
+        shown = progress.display(json=settings.json) if submitted else progress.Silent()
+        outcomes = progress.follow(api, list(submitted.values()), shown, cancellable=cancellable)
+    ended = dict(zip(submitted, outcomes, strict=True))
+    many.finish(settings, [_result(settings, name, failed.get(name) or ended[name]) for name in wanted])
+
+
+def _submit(api: client.Client, name: str, verb: str) -> resources.Operation:
+    path = f"/v1/vms/{client.segment(name)}"
+    if verb != "delete":
+        return api.post(f"{path}/{verb}")
+    operation = api.delete(path)
+    if operation is None:
+        raise errors.ProtocolError("bangerd did not say how the deletion goes")
+    return operation
+
+
+def _result(
+    settings: command.Settings, name: str, outcome: progress.Outcome | errors.BangerError
+) -> many.Result:
+    if isinstance(outcome, errors.BangerError):
+        return many.failed(settings, name, outcome)
+    try:
+        ended = outcome.require()
+    except errors.BangerError as error:
+        return many.failed(settings, name, error)
+    say_timing(outcome, json=settings.json)
+    return many.done(settings, name, ended.vm)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm list|show|logs|stats` and `banger ps`."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import click
+
+from banger.cli import client, command, output, params, render
+from banger.contract import errors, resources, sizes
+
+_CHUNK: Final = 1 << 16
+_SOURCES: Final = {
+    resources.SizeSource.REQUEST: "as asked",
+    resources.SizeSource.CONFIG: "from the configuration",
+    resources.SizeSource.HOST: "from this host's size",
+    resources.SizeSource.DEFAULT: "default",
+}
+_FORMAT: Final = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How to print it.",
+)
+_QUIET: Final = click.option("-q", "--quiet", is_flag=True, help="Print names only.")
+
+
+@command.make(
+    "list",
+    examples=[
+        ("banger vm list", "a table"),
+        ("banger vm list -q", "names only"),
+        ("banger vm list --state running", "only those"),
+    ],
+)
+@_QUIET
+@click.option("--state", type=click.Choice([str(state) for state in resources.VmState]), help="Only these.")
+@_FORMAT
+@click.pass_obj
+def list_vms(settings: command.Settings, quiet: bool, state: str | None, form: str) -> None:
+    """List VMs."""
+    _list(settings, state, quiet=quiet, json=form == "json")
+
+
+@command.make(
+    "ps",
+    examples=[("banger ps", "what runs"), ("banger ps -a", "the same as `banger vm list`")],
+)
+@click.option("-a", "--all", "everything", is_flag=True, help="Also those that do not run.")
+@_QUIET
+@_FORMAT
+@click.pass_obj
+def ps(settings: command.Settings, everything: bool, quiet: bool, form: str) -> None:
+    """List the VMs that are running."""
+    state = None if everything else resources.VmState.RUNNING
+    _list(settings, state, quiet=quiet, json=form == "json")
+
+
+def _list(settings: command.Settings, state: str | None, *, quiet: bool, json: bool) -> None:
+    found = settings.client().get("/v1/vms", list[resources.Vm])
+    vms = [vm for vm in found if state is None or vm.state == state]
+    if settings.json or json:
+        output.json(vms)
+    elif quiet:
+        output.text("".join(f"{render.safe(vm.name)}\n" for vm in vms))
+    else:
+        headers = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "ADDRESS", "CREATED", "UPTIME")
+        output.text(render.table(headers, map(_row, vms)))
+
+
+def _row(vm: resources.Vm) -> Sequence[str]:
+    running = vm.state is resources.VmState.RUNNING
+    return (
+        vm.name,
+        vm.state,
+        vm.image,
+        str(vm.vcpus),
+        sizes.text_of_mib(vm.memory_mib),
+        vm.address or "-",
+        f"{render.age(vm.created_at)} ago",
+        render.age(vm.started_at) if running else "-",
+    )
+
+
+@command.make("show", examples=[("banger vm show web", "sizes, where they come from, the last error")])
+@click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
+@click.pass_obj
+def show(settings: command.Settings, names: tuple[str, ...]) -> None:
+    """Show everything about VMs."""
+    api = settings.client()
+    vms = [api.get(f"/v1/vms/{client.segment(name)}", resources.Vm) for name in names]
+    if settings.json:
+        output.json(vms[0] if len(vms) == 1 else vms)
+    else:
+        output.text("\n\n".join(render.facts(_facts(vm)) for vm in vms))
+
+
+def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
+    yield "name", vm.name
+    yield "id", vm.id
+    yield "state", vm.state
+    yield "image", f"{vm.image} ({vm.image_id})"
+    yield "kernel", f"{vm.kernel} ({vm.kernel_id})"
+    yield "cpus", _sourced(vm, str(vm.vcpus), "vcpus")
+    yield "memory", _sourced(vm, sizes.text_of_mib(vm.memory_mib), "memory_mib")
+    yield "work disk", _sourced(vm, sizes.text_of_mib(vm.disk_size_mib), "disk_size_mib")
+    yield "address", vm.address or ("none yet" if vm.network else "no network")
+    yield "created", f"{vm.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.created_at)} ago"
+    if vm.started_at is not None:
+        yield "started", f"{vm.started_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.started_at)} ago"
+    if vm.pid:
+        yield "VMM", f"pid {vm.pid}"
+    if vm.boot_id:
+        yield "boot id", vm.boot_id
+    if vm.last_error is not None:
+        yield from _error_facts(vm.last_error)
+    if vm.last_start:
+        yield "last start", ""
+        for step in vm.last_start:
+            yield f"  {render.safe(step.name)}", f"{step.elapsed_ms:.1f} ms"
+
+
+def _sourced(vm: resources.Vm, text: str, field: str) -> str:
+    source = vm.sources.get(field)
+    return text if source is None else f"{text} ({_SOURCES[source]})"
+
+
+def _error_facts(error: errors.ErrorBody) -> Iterator[tuple[str, str]]:
+    yield "last error", error.message
+    if error.step:
+        yield "  step", error.step
+    for note in error.also:
+        yield "  also", note
+    if error.hint:
+        yield "  hint", error.hint
+    if error.op_id:
+        yield "  operation", error.op_id
+
+
+@command.make(
+    "logs",
+    examples=[
+        ("banger vm logs web", "what the guest printed on its console"),
+        ("banger vm logs -f web", "and what it prints from now on"),
+        ("banger vm logs --source vmm web", "what Firecracker says"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
+@click.option(
+    "--source",
+    type=click.Choice(["console", "vmm"]),
+    default="console",
+    show_default=True,
+    help="The guest's console, or the VMM's own log.",
+)
+@click.pass_obj
+def logs(settings: command.Settings, name: str, follow: bool, source: str) -> None:
+    """Show a VM's console, or what its VMM says.
+
+    In a pipe it is written as it is; on a terminal control characters are shown, not obeyed.
+    """
+    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
+    with settings.client().stream(asked) as response:
+        for data in _pieces(response, by_line=sys.stdout.isatty()):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+
+def _pieces(response: http.client.HTTPResponse, *, by_line: bool) -> Iterator[bytes]:
+    """Lines made safe for a terminal, or whatever comes as it comes."""
+    if by_line:
+        while line := response.readline(_CHUNK):
+            yield render.safe_log(line.decode(errors="replace")).encode()
+    else:
+        while data := response.read1(_CHUNK):
+            yield data
+
+
+@command.make(
+    "stats",
+    examples=[
+        ("banger vm stats", "of all that run"),
+        ("banger vm stats --watch web", "again every 2 seconds"),
+    ],
+)
+@click.argument("names", metavar="[NAME]…", nargs=-1, type=params.VM)
+@click.option("-w", "--watch", is_flag=True, help="Show it again every 2 seconds, until interrupted.")
+@click.pass_obj
+def stats(settings: command.Settings, names: tuple[str, ...], watch: bool) -> None:
+    """Show what running VMs use.
+
+    CPU is the time used since the start; with --watch, the share of one CPU since the last look.
+    """
+    api = settings.client()
+    before: dict[str, resources.VmStats] = {}
+    pause = threading.Event()
+    while True:
+        began = time.monotonic()
+        found = [
+            api.get(f"/v1/vms/{client.segment(name)}/stats", resources.VmStats)
+            for name in names or _running(api)
+        ]
+        if settings.json:
+            output.json(found[0] if len(names) == 1 else found)
+        else:
+            clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
+            output.text(clear + _stats_table(found, before if watch else None))
+        if not watch:
+            return
+        sys.stdout.flush()
+        before = {item.id: item for item in found}
+        pause.wait(max(0.0, began + 2.0 - time.monotonic()))
+
+
+def _running(api: client.Client) -> list[str]:
+    vms = api.get("/v1/vms", list[resources.Vm])
+    return [vm.name for vm in vms if vm.state is resources.VmState.RUNNING]
+
+
+def _stats_table(found: Sequence[resources.VmStats], before: dict[str, resources.VmStats] | None) -> str:
+    headers = (
+        "NAME",
+        "CPU",
+        "MEMORY",
+        "GUEST MEMORY",
+        "NET IN/OUT",
+        "DISK READ/WRITE",
+        "OVERLAY",
+        "WORK DISK",
+    )
+    rows = []
+    for item in found:
+        used = item.guest_memory_total_bytes - item.guest_memory_available_bytes
+        rows.append(
+            (
+                item.name,
+                _cpu(item, before.get(item.id) if before is not None else None),
+                sizes.text_of_bytes(item.memory_bytes),
+                f"{sizes.text_of_bytes(used)} / {sizes.text_of_bytes(item.guest_memory_total_bytes)}",
+                f"{sizes.text_of_bytes(item.rx_bytes)} / {sizes.text_of_bytes(item.tx_bytes)}",
+                f"{sizes.text_of_bytes(item.read_bytes)} / {sizes.text_of_bytes(item.write_bytes)}",
+                sizes.text_of_bytes(item.overlay_bytes),
+                sizes.text_of_bytes(item.work_disk_bytes),
+            )
+        )
+    return render.table(headers, rows)
+
+
+def _cpu(now: resources.VmStats, before: resources.VmStats | None) -> str:
+    """A share needs two looks at one run of the VM."""
+    if before is None or before.pid != now.pid or now.uptime_ms <= before.uptime_ms:
+        return f"{now.cpu_usec / 1e6:.1f}s"
+    return f"{(now.cpu_usec - before.cpu_usec) / (now.uptime_ms - before.uptime_ms) / 10:.0f}%"

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm run` and `banger vm exec`: the user's command in a guest.
+
+Its exit status is ours. Whatever else goes wrong ends with 125 and a message, so the two cannot be mixed up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+
+from banger.cli import attach, client, command, exits, output, params, progress, render, signals, terminal
+from banger.cli import vm_life as life
+from banger.contract import errors, resources
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# The user's login shell in the guest, else the best there is. The agent sets SHELL from the guest's passwd.
+_SHELL: Final = (
+    "/bin/sh",
+    "-c",
+    'for shell in "$SHELL" /bin/bash; do [ -x "$shell" ] && exec "$shell" -l; done; exec /bin/sh -l',
+)
+
+
+def _exec_options(function: _F) -> _F:
+    options = (
+        click.option("-u", "--user", default="", help="User in the guest [default: root]."),
+        click.option("--cwd", default="", help="Directory in the guest [default: the user's home]."),
+        click.option(
+            "-e",
+            "--env",
+            metavar="NAME[=VALUE]",
+            multiple=True,
+            type=params.VARIABLE,
+            help="Set a variable; without a value, the one it has here.",
+        ),
+        click.option(
+            "-t/-T",
+            "--tty/--no-tty",
+            default=None,
+            help="With a terminal in the guest [default: when stdin and stdout are terminals].",
+        ),
+        click.option(
+            "-i/-n",
+            "--stdin/--no-stdin",
+            default=True,
+            help="Pass on our input, or give the command none [default: pass it on].",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _exec_request(argv: tuple[str, ...], chosen: dict[str, Any], *, remove: bool) -> resources.ExecRequest:
+    tty = chosen["tty"]
+    if tty is None:
+        tty = chosen["stdin"] and terminal.is_terminal(0) and terminal.is_terminal(1)
+    env = tuple(chosen["env"])
+    if tty and "TERM" in os.environ and not any(item.startswith("TERM=") for item in env):
+        env += (f"TERM={os.environ['TERM']}",)
+    rows, columns = terminal.size(1 if terminal.is_terminal(1) else 0) if tty else (0, 0)
+    return resources.ExecRequest(
+        argv=argv,
+        env=env,
+        cwd=chosen["cwd"],
+        user=chosen["user"],
+        tty=tty,
+        rows=rows,
+        cols=columns,
+        remove=remove,
+    )
+
+
+@command.make(
+    "exec",
+    cls=command.TailCommand,
+    examples=[
+        ("banger vm exec web -- make check", "a command; its exit status is yours"),
+        ("banger vm exec web -- sh -c 'cd /srv && ls'", "arguments arrive exactly as given"),
+        ("banger vm exec web", "a shell"),
+        ("tar -c . | banger vm exec web -- tar -x -C /srv", "stdin and stdout are binary clean"),
+        ("banger vm exec -u www-data -e DEBUG=1 web -- id", "as another user, with a variable"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.argument("words", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
+@_exec_options
+@click.pass_context
+def execute(
+    ctx: click.Context, /, name: str, words: tuple[str, ...], argv: tuple[str, ...], **chosen: Any
+) -> NoReturn:
+    """Run a command in a running VM.
+
+    Options end at `--` or at the first word of the command. On a terminal Ctrl-C is a key for the command;
+    otherwise SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on to it. Ends with the command's exit status,
+    128 + n after signal n, or 125 when banger itself failed.
+    """
+    if words and ctx.meta["banger.has_tail"]:
+        raise click.UsageError(f"{words[0]!r} stands between the VM's name and --", ctx)
+    if words and words[0].startswith("-"):
+        raise click.UsageError(f"put options before {name!r}, or -- before the command", ctx)
+    settings = ctx.ensure_object(command.Settings)
+    with exits.failures_as(exits.BEFORE_COMMAND):
+        request = _exec_request(words or argv or _SHELL, chosen, remove=False)
+        status = attach.run(settings.client(), name, request, stdin=chosen["stdin"])
+    raise exits.CommandEnd(status)
+
+
+@command.make(
+    "run",
+    cls=command.TailCommand,
+    examples=[
+        ("banger vm run", "a shell in a new VM, which stays"),
+        ("banger vm run --rm -- uname -a", "a command in a VM that is gone afterwards"),
+        ("banger vm run -d --name web --memory 2G", "start it and come back"),
+        ("echo hi | banger vm run --rm -- wc -c", "stdin reaches the command"),
+    ],
+)
+@click.argument("path", required=False)
+@click.option("--rm", "remove", is_flag=True, help="Delete the VM when the command ends.")
+@click.option("-d", "--detach", is_flag=True, help="Start the VM, print its name, and run nothing.")
+@click.option("--name", type=params.NEW_VM, help="Name of the VM [default: a generated one].")
+@life.size_options
+@_exec_options
+@click.pass_obj
+def run(
+    settings: command.Settings,
+    /,
+    path: str | None,
+    argv: tuple[str, ...],
+    remove: bool,
+    detach: bool,
+    name: str | None,
+    **chosen: Any,
+) -> None:
+    """Create and start a VM and run a command, or a shell, in it.
+
+    The stages are shown on stderr, then the command has the terminal. Ends with the command's exit status,
+    128 + n after signal n, or 125 when banger itself failed. Ctrl-C while the VM starts takes back what was
+    made. Without --rm the VM stays.
+    """
+    _refuse_what_cannot_be(path, argv, detach=detach, remove=remove)
+    with exits.failures_as(exits.BEFORE_COMMAND):
+        exec_fields = {field: chosen.pop(field) for field in ("user", "cwd", "env", "tty", "stdin")}
+        asked = life.request(name, chosen, remove_on_failure=remove)
+        api = settings.client()
+        with signals.raised():
+            outcome = life.submit_create(api, asked, progress.display(json=settings.json))
+        vm = life.made_vm(outcome.require())
+        life.say_timing(outcome, json=settings.json)
+        if detach:
+            _print_started(settings, vm)
+            return
+        request = _exec_request(argv or _SHELL, exec_fields, remove=remove)
+        status = _attached(api, vm, request, stdin=exec_fields["stdin"])
+    raise exits.CommandEnd(status)
+
+
+def _refuse_what_cannot_be(path: str | None, argv: tuple[str, ...], *, detach: bool, remove: bool) -> None:
+    if path is not None:
+        raise errors.BadRequestError(
+            f"vm run cannot take the repository {path!r} yet",
+            hint=f"for a command put -- before it: `banger vm run -- {path}`",
+        )
+    if detach and remove:
+        raise errors.BadRequestError(
+            "-d and --rm exclude each other: nothing would tell when to delete the VM",
+            hint="leave out --rm and run `banger vm delete` when you are done",
+        )
+    if detach and argv:
+        raise errors.BadRequestError(
+            "-d runs no command", hint="start the VM with -d, then use `banger vm exec NAME -- CMD`"
+        )
+
+
+def _print_started(settings: command.Settings, vm: resources.Vm) -> None:
+    if settings.json:
+        output.json(vm)
+    else:
+        output.text(vm.name)
+
+
+def _attached(api: client.Client, vm: resources.Vm, request: resources.ExecRequest, *, stdin: bool) -> int:
+    """The command's status. With `remove` the VM is gone when this returns or raises."""
+    handed_over = False
+
+    def begun() -> None:
+        nonlocal handed_over
+        handed_over = True
+
+    try:
+        with signals.raised():
+            return attach.run(api, vm.id, request, stdin=stdin, on_begin=begun)
+    finally:
+        if request.remove:
+            _wait_until_gone(api, vm, deletes_itself=handed_over)
+        else:
+            render.note(f"{vm.name} goes on; `banger vm exec {vm.name}`, `banger vm delete {vm.name}`")
+
+
+def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bool) -> None:
+    """The daemon deletes the VM when the command's connection ends; without one, that is ours to do."""
+    try:
+        deletion = _running_deletion(api, vm) if deletes_itself else None
+        if deletion is None:
+            deletion = api.delete(f"/v1/vms/{vm.id}")
+        if deletion is not None:
+            progress.follow_one(api, deletion, progress.Silent(), cancellable=False).require()
+    except errors.NotFoundError:
+        return
+    except errors.BangerError as error:
+        render.note(f"{vm.name} may not be deleted: {error.message}; `banger vm delete {vm.name}`")
+
+
+def _running_deletion(api: client.Client, vm: resources.Vm) -> resources.Operation | None:
+    for operation in api.get("/v1/operations", list[resources.Operation]):
+        if operation.kind == "vm.delete" and operation.target in {vm.name, vm.id}:
+            return operation
+    return None
