@@ -165,7 +165,9 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
 
 def _pack_seed(tree: trees.Tree, archive: Path) -> None:
     """The work disk is mounted over `/root`: what an image has there becomes the disk's first content."""
-    home = tree.attributes.get(_HOME, trees.Attributes(stat.S_IFDIR | 0o700))
+    if not tree.exists(_HOME):
+        tree.mkdir(_HOME, trees.Attributes(stat.S_IFDIR | 0o700))
+    home = tree.attributes[_HOME]
     if not stat.S_ISDIR(home.mode):
         raise errors.BadRequestError(f"{_HOME} of the image is not a directory")
     tree.pack(_HOME, archive)

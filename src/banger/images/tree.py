@@ -24,6 +24,7 @@ from banger.images import ext4
 _XATTR_PREFIX: Final = "SCHILY.xattr."
 _CHUNK: Final = 1 << 20
 _INODE_BYTES: Final = 256
+_BYTES_PER_INODE: Final = 16384
 _MAX_LINKS: Final = 40
 _TYPES: Final = {
     tarfile.CHRTYPE: stat.S_IFCHR,
@@ -137,8 +138,9 @@ class Tree:
         return None
 
     def pack(self, path: str, archive: Path) -> None:
-        """Writes what lies below a directory into a tar, with the owners and modes it shall have."""
+        """Writes a directory into a tar, as `.`, with the owners and modes it shall have."""
         with tarfile.open(archive, "x", format=tarfile.PAX_FORMAT) as out:
+            self._pack_member(out, path, ".", self.attributes[path])
             for each, wanted in self.attributes.items():
                 if each.startswith(f"{path}/"):
                     self._pack_member(out, each, each[len(path) + 1 :], wanted)
@@ -164,14 +166,21 @@ class Tree:
         return total
 
     def make_ext4(
-        self, image: Path, *, size_bytes: int, options: tuple[str, ...] = (), label: str = ""
+        self,
+        image: Path,
+        *,
+        size_bytes: int,
+        options: tuple[str, ...] = (),
+        label: str = "",
+        checked: bool = True,
     ) -> None:
         """The file system: the staged files, then in one batch everything staging could not hold."""
-        inodes = max(size_bytes // 16384, 2 * len(self.attributes))
+        inodes = max(size_bytes // _BYTES_PER_INODE, 2 * len(self.attributes))
         ext4.make(image, size_bytes=size_bytes, tree=self.root, options=options, label=label, inodes=inodes)
         try:
             ext4.apply(image, self._differences())
-            ext4.check(image)
+            if checked:
+                ext4.check(image)
         except BaseException:
             image.unlink(missing_ok=True)
             raise
@@ -186,11 +195,12 @@ class Tree:
                 )
                 continue
             found = self.staged(path).lstat()
+            whole = path == "/"  # mkfs takes nothing of its root directory from the staged one
             script.set_attributes(
                 path,
-                mode=wanted.mode if found.st_mode != wanted.mode else None,
-                uid=wanted.uid if found.st_uid != wanted.uid else None,
-                gid=wanted.gid if found.st_gid != wanted.gid else None,
+                mode=wanted.mode if whole or found.st_mode != wanted.mode else None,
+                uid=wanted.uid if whole or found.st_uid != wanted.uid else None,
+                gid=wanted.gid if whole or found.st_gid != wanted.gid else None,
             )
             for name, value in wanted.xattrs:
                 script.set_xattr(path, name, value)
