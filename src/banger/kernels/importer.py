@@ -12,6 +12,8 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from banger import artefacts, pinned
 from banger.contract import errors, names
 from banger.kernels import deb, initrd, inspect, modules, records
@@ -69,11 +71,12 @@ def publish(
 ) -> records.Kernel:
     """Inspects, builds the initrd if one is needed, and publishes."""
     kernel = inspect.inspect(parts.image.read_bytes())
+    before = _earlier_record(parts)
     kernel_id = names.new_id()
     load = modules.closure(parts.module_dir) if parts.module_dir is not None else []
     with kernels.stage(kernel_id) as staged:
         (staged / records.VMLINUX).write_bytes(kernel.vmlinux)
-        guest_sha256 = ""
+        guest_sha256 = before.guest_sha256 if before else ""
         if load:
             (staged / records.INITRD).write_bytes(initrd.build(guest_binary, load))
             guest_sha256 = pinned.sha256_of_path(guest_binary)
@@ -93,8 +96,20 @@ def publish(
                 initrd_sha256=pinned.sha256_of_path(ready) if ready.exists() else "",
                 initrd_bytes=ready.stat().st_size if ready.exists() else 0,
                 guest_sha256=guest_sha256,
-                modules=tuple(module.name for module in load),
-                source=source,
+                modules=before.modules if before else tuple(module.name for module in load),
+                source=before.source if before else source,
                 created_at=artefacts.now(),
             ),
         )
+
+
+def _earlier_record(parts: Parts) -> records.Kernel | None:
+    """What banger said of a directory it published elsewhere, as long as the initrd is still that one."""
+    try:
+        said = (parts.image.parent / records.RECORD).read_bytes()
+        record = msgspec.json.decode(said, type=records.Kernel)
+    except (OSError, msgspec.DecodeError):
+        return None
+    if parts.initrd is None or pinned.sha256_of_path(parts.initrd) != record.initrd_sha256:
+        return None
+    return record
