@@ -29,7 +29,7 @@ DM_PREFIX: Final = "fc-rootfs-"
 TAP_PREFIX: Final = "tap-"
 MAX_SLOTS: Final = 4000
 UID_BASE: Final = 2_100_000_000
-"""Above what systemd, containers, subuids (to 600,100,000) and sssd (to 2,000,200,000) hand out; below 2**31."""
+"""Above what systemd, containers, subuids (to 600,100,000) and sssd (to 2,000,200,000) take; below 2**31."""
 NETWORK: Final = "10.213.240.0/20"
 """Outside the default ranges of Docker, libvirt, Kubernetes and AWS; holds MAX_SLOTS guests."""
 AGENT_PORT: Final = 1023

@@ -58,6 +58,15 @@ class Progress:
     def note(self, text: str) -> None:
         self._add("note", stage=self._entry.operation.stage, detail=text)
 
+    def line(self) -> Callable[[str], None]:
+        """A `note` for blocking work in another thread."""
+        loop = asyncio.get_running_loop()
+
+        def say(text: str) -> None:
+            loop.call_soon_threadsafe(self.note, text)
+
+        return say
+
     def end(self, operation: resources.Operation) -> None:
         self._entry.operation = operation
         self._add("end", stage=operation.stage, result=operation)

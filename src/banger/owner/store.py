@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_MS: Final = 5000
 _SHORTEST_PREFIX: Final = 4
+Rows = list[record.VmRecord]
 _COLUMNS: Final = "id, name, slot, state, image_id, kernel_id, created_at, record"
 
 
@@ -116,7 +117,7 @@ class Store:
                 raise
             self._connection.execute("COMMIT")
 
-    def _select(self, where: str, *values: str | int) -> list[record.VmRecord]:
+    def _select(self, where: str, *values: str | int) -> Rows:
         # Only fixed clauses of this module come in as `where`; values are bound.
         with self._lock:
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM vms {where}", values).fetchall()  # noqa: S608

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import msgspec
 
 from banger import steps
-from banger.contract import errors, names, privileged, resources
+from banger.contract import errors, guest, names, privileged, resources
 from banger.owner import guest as guests
 from banger.owner import live, locks, operations, store, views
 from banger.vm import capabilities, create, host, record, start, stop, timeline
@@ -154,15 +154,16 @@ class VmService:
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
         vm = self._running(ref)
-        async with self._connect(vm.id).exec(
-            request.argv,
+        spec = guest.ExecSpec(
+            argv=request.argv,
             env=request.env,
             cwd=request.cwd,
             user=request.user,
             tty=request.tty,
             rows=request.rows,
             cols=request.cols,
-        ) as running:
+        )
+        async with self._connect(vm.id).exec(spec) as running:
             yield running
 
     async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:

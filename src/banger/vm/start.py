@@ -120,8 +120,7 @@ class Start:
     async def _make_overlay(self) -> None:
         path = self._host.layout.overlay(self._vm.id)
         base_bytes = self._host.layout.rootfs(self._vm.image_id).stat().st_size
-        self._created_overlay = not path.exists()
-        overlay.ensure(path, base_bytes=base_bytes)
+        self._created_overlay = overlay.ensure(path, base_bytes=base_bytes)
 
     async def _remove_overlay(self) -> None:
         if self._created_overlay:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Sequence
 
 import msgspec
@@ -75,10 +76,6 @@ async def _end(
 
 
 def _delete_files(host: host.Host, vm: record.VmRecord) -> None:
-    """Only plain files of banger's lie here; anything else is an error that names it, not deleted."""
     directory = host.layout.vm_dir(vm.id)
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()
+    if directory.is_dir():
+        shutil.rmtree(directory)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The HTTP application: routes, one table from error codes to statuses, the OpenAPI document."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import litestar
+import msgspec
+from litestar import di, exceptions, openapi, response
+from litestar.openapi import plugins
+
+import banger
+from banger.contract import errors
+from banger.owner import operations, routes
+from banger.owner.routes import commands, machines, sources, work
+
+_log = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES: Final = 1024 * 1024
+STATUS: Final = {
+    "bad_request": 400,
+    "unauthorized": 403,
+    "not_found": 404,
+    "already_exists": 409,
+    "not_running": 409,
+    "conflict": 409,
+    "cancelled": 409,
+    "unavailable": 503,
+    "timed_out": 504,
+    "no_space": 507,
+}
+
+
+def create_app(services: routes.Services) -> litestar.Litestar:
+    """One application over these services; nothing global."""
+    return litestar.Litestar(
+        route_handlers=[*machines.HANDLERS, *sources.HANDLERS, *work.HANDLERS, *commands.HANDLERS],
+        dependencies={"services": di.Provide(lambda: services, sync_to_thread=False)},
+        exception_handlers={Exception: _answer},
+        openapi_config=openapi.OpenAPIConfig(
+            title="banger",
+            version=banger.__version__,
+            path="/v1",
+            render_plugins=[plugins.JsonRenderPlugin(path="/openapi.json")],
+        ),
+        request_max_body_size=_MAX_BODY_BYTES,
+        logging_config=None,
+    )
+
+
+def _answer(
+    request: litestar.Request[object, object, litestar.datastructures.State], error: Exception
+) -> response.Response[bytes]:
+    body = _body(error)
+    status = STATUS.get(body.code, 500)
+    if status == 500:
+        _log.error("request failed", exc_info=error, extra={"path": request.url.path})
+    return response.Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
+
+
+def _body(error: Exception) -> errors.ErrorBody:
+    op_id = operations.current_op_id.get()
+    if isinstance(error, exceptions.HTTPException) and error.status_code < 500:
+        code = "not_found" if error.status_code == 404 else "bad_request"
+        return errors.ErrorBody(code=code, message=_reason(error), op_id=op_id)
+    return errors.to_body(error, op_id=op_id)
+
+
+def _reason(error: exceptions.HTTPException) -> str:
+    """Litestar puts the validation's own words into `extra`."""
+    extra = error.extra
+    if isinstance(extra, list):
+        parts = [f"{part.get('key', '')}: {part.get('message', '')}".strip(": ") for part in extra]
+        return "; ".join(parts) or error.detail
+    return error.detail

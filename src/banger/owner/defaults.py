@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""From what was asked to what is made: request, then configuration, then the host, then a constant."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from banger.contract import names, resources
+from banger.owner import config, images, kernels
+from banger.vm import create
+
+_MIB: Final = 1024 * 1024
+_VCPUS: Final = 2
+_MEMORY_MIB: Final = 1024
+_DISK_SIZE_MIB: Final = 8 * 1024
+_LEAST_MEMORY_MIB: Final = 256
+
+
+class Defaults:
+    """Meets the VM service's Resolver."""
+
+    def __init__(
+        self, config: config.Config, images: images.ImageService, kernels: kernels.KernelService
+    ) -> None:
+        self._config = config
+        self._images = images
+        self._kernels = kernels
+
+    def resolve(self, body: resources.CreateVm) -> create.Resolved:
+        """Raises NotFoundError for an image or kernel that is not here, saying how to get it."""
+        image = self._images.find(body.image or self._config.image)
+        kernel = self._kernels.find(body.kernel or self._config.kernel or image.kernel)
+        return create.Resolved(
+            image_id=names.ImageId(image.id),
+            kernel_id=names.KernelId(kernel.id),
+            vcpus=_sized(body.vcpus, self._config.vcpus, _host_vcpus(), _VCPUS),
+            memory_mib=_sized(body.memory_mib, self._config.memory_mib, _host_memory_mib(), _MEMORY_MIB),
+            disk_size_mib=_sized(body.disk_size_mib, self._config.disk_size_mib, None, _DISK_SIZE_MIB),
+            network=body.network,
+        )
+
+    def kernel_id(self, ref: str) -> names.KernelId:
+        return names.KernelId(self._kernels.find(ref).id)
+
+
+def _sized(asked: int | None, configured: int | None, host: int | None, default: int) -> create.Sized:
+    source = resources.SizeSource
+    if asked is not None:
+        return create.Sized(asked, source.REQUEST)
+    if configured is not None:
+        return create.Sized(configured, source.CONFIG)
+    if host is not None:
+        return create.Sized(host, source.HOST)
+    return create.Sized(default, source.DEFAULT)
+
+
+def _host_vcpus() -> int | None:
+    """A host with fewer processors than the default lends no more than it has."""
+    count = os.cpu_count() or _VCPUS
+    return count if count < _VCPUS else None
+
+
+def _host_memory_mib() -> int | None:
+    """At most a quarter of a small host's memory."""
+    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB // 4
+    return max(_LEAST_MEMORY_MIB, quarter) if quarter < _MEMORY_MIB else None

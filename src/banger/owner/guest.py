@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's only door to a guest: its agent, over vsock. One connection is one request.
+
+Whatever is on the other side may be hostile: frames are bounded, every wait has a deadline, and nothing it
+says is believed beyond being shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from banger.contract import errors, guest, names
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connector = Callable[[], Awaitable[Stream]]
+
+_REPLY_S: Final = 10.0
+_CONNECT_S: Final = 5.0
+_SUN_PATH_BYTES: Final = 107
+_ACCEPTED: Final = b"OK "
+_LINE_BYTES: Final = 64
+
+
+def vsock_connector(socket: Path, port: int = names.AGENT_PORT) -> Connector:
+    """Connects through Firecracker's vsock socket: `CONNECT <port>`, answered by `OK <its port>`.
+
+    Source: firecracker, docs/vsock.md. Raises UnavailableError while nobody listens in the guest.
+    """
+
+    async def connect() -> Stream:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                reader, writer = await _open(socket)
+                try:
+                    writer.write(f"CONNECT {port}\n".encode())
+                    line = await reader.readuntil(b"\n")
+                except BaseException:
+                    writer.close()
+                    raise
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError) as error:
+            raise errors.UnavailableError(f"the guest's agent does not answer: {_reason(error)}") from error
+        if not line.startswith(_ACCEPTED) or len(line) > _LINE_BYTES:
+            writer.close()
+            raise errors.ProtocolError("the VMM's vsock socket does not speak as Firecracker's")
+        return reader, writer
+
+    return connect
+
+
+async def _open(socket: Path) -> Stream:
+    """A path too long for a socket address is reached through its directory's descriptor."""
+    if len(os.fsencode(socket)) <= _SUN_PATH_BYTES:
+        return await asyncio.open_unix_connection(str(socket), limit=guest.MAX_PAYLOAD_BYTES * 2)
+    directory = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        short = f"/proc/self/fd/{directory}/{socket.name}"
+        return await asyncio.open_unix_connection(short, limit=guest.MAX_PAYLOAD_BYTES * 2)
+    finally:
+        os.close(directory)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_CONNECT_S:g} s"
+    return str(error) or "the connection was closed"
+
+
+class GuestClient:
+    """Requests to one guest's agent. Every method opens a connection of its own."""
+
+    def __init__(self, connect: Connector) -> None:
+        self._connect = connect
+
+    async def health(self) -> guest.Health:
+        greeting, payload = await self._ask(guest.FrameType.HEALTH, b"")
+        return guest.parse_health(payload, greeting)
+
+    async def flush(self, *, deadline_s: float) -> None:
+        """The guest's file systems are on its disks."""
+        await self._ask(guest.FrameType.FLUSH, b"", deadline_s=deadline_s)
+
+    async def power_off(self, *, grace_ms: int) -> None:
+        """Answers before it happens; wait for the VMM to end."""
+        await self._ask(guest.FrameType.POWER_OFF, guest.encode([(guest.Tag.GRACE_MS, grace_ms)]))
+
+    async def set_time(self, realtime_ns: int) -> None:
+        await self._ask(guest.FrameType.TIME, guest.encode([(guest.Tag.REALTIME_NS, realtime_ns)]))
+
+    @asynccontextmanager
+    async def exec(self, spec: guest.ExecSpec, *, stdin: bool = True) -> AsyncIterator[Exec]:
+        """A running command; leaving the block before its end hangs it up."""
+        async with self._request(guest.FrameType.EXEC, guest.exec_payload(spec, stdin=stdin)) as link:
+            yield Exec(link)
+
+    async def _ask(
+        self, kind: guest.FrameType, payload: bytes, *, deadline_s: float = _REPLY_S
+    ) -> tuple[guest.Fields, bytes]:
+        try:
+            async with asyncio.timeout(deadline_s), self._request(kind, payload) as link:
+                return link.greeting, await link.expect(guest.FrameType.REPLY)
+        except TimeoutError:
+            raise errors.DeadlineError(
+                f"the guest's agent did not finish {kind.name.lower()} within {deadline_s:g} s"
+            ) from None
+
+    @asynccontextmanager
+    async def _request(self, kind: guest.FrameType, payload: bytes) -> AsyncIterator[_Link]:
+        reader, writer = await self._connect()
+        try:
+            writer.write(guest.hello() + guest.request(kind, payload))
+            yield await _greeted(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+
+@dataclass(slots=True)
+class _Link:
+    """One connection after the agent's hello."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    greeting: guest.Fields
+
+    async def receive(self) -> tuple[int, bytes]:
+        return await _receive(self.reader)
+
+    async def expect(self, wanted: guest.FrameType) -> bytes:
+        kind, payload = await self.receive()
+        if kind == guest.FrameType.ERROR:
+            raise guest.parse_error(payload)
+        if kind != wanted:
+            raise errors.ProtocolError(f"the guest's agent sent frame {kind:#x} instead of {wanted.name}")
+        return payload
+
+
+async def _greeted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Link:
+    try:
+        async with asyncio.timeout(_REPLY_S):
+            kind, payload = await _receive(reader)
+    except TimeoutError:
+        raise errors.DeadlineError(f"the guest's agent said no hello within {_REPLY_S:g} s") from None
+    if kind == guest.FrameType.ERROR:
+        raise guest.parse_error(payload)
+    greeting = guest.Fields(payload)
+    if kind != guest.FrameType.HELLO or greeting.text(guest.Tag.MAGIC).encode() != guest.MAGIC:
+        raise errors.ProtocolError("what answers in the guest is not banger's agent")
+    return _Link(reader, writer, greeting)
+
+
+async def _receive(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    try:
+        kind, size = guest.parse_header(await reader.readexactly(guest.HEADER.size))
+        return kind, await reader.readexactly(size)
+    except (OSError, asyncio.IncompleteReadError) as error:
+        raise errors.UnavailableError("the guest's agent closed the connection") from error
+
+
+class Exec:
+    """A command that runs in the guest. One task writes, one reads."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self._credit = guest.STDIN_WINDOW_BYTES
+        self._granted = asyncio.Event()
+        self._ended = False
+
+    async def output(self) -> AsyncIterator[tuple[int, bytes] | guest.ExitStatus]:
+        """`(1 or 2, data)` for stdout and stderr, at the end the exit status.
+
+        Raises the agent's error, or UnavailableError when the guest goes away before that.
+        """
+        try:
+            while True:
+                kind, payload = await self._link.receive()
+                if kind == guest.FrameType.STDOUT and payload:
+                    yield 1, payload
+                elif kind == guest.FrameType.STDERR and payload:
+                    yield 2, payload
+                elif kind == guest.FrameType.WINDOW:
+                    self._credit += guest.Fields(payload).number(guest.Tag.COUNT)
+                    self._granted.set()
+                elif kind == guest.FrameType.EXIT:
+                    yield guest.parse_exit(payload)
+                    return
+                elif kind == guest.FrameType.ERROR:
+                    raise guest.parse_error(payload)
+        finally:
+            self._ended = True
+            self._granted.set()
+
+    async def write(self, data: bytes) -> None:
+        """Sends stdin, waiting while the command does not read; drops it once the command has ended."""
+        view = memoryview(data)
+        while view and not self._ended:
+            if self._credit == 0:
+                self._granted.clear()
+                await self._granted.wait()
+                continue
+            size = min(len(view), self._credit, guest.MAX_PAYLOAD_BYTES)
+            self._credit -= size
+            await self._send(guest.FrameType.STDIN, bytes(view[:size]))
+            view = view[size:]
+
+    async def close_stdin(self) -> None:
+        await self._send(guest.FrameType.STDIN, b"")
+
+    async def resize(self, rows: int, cols: int) -> None:
+        fields: list[tuple[guest.Tag, guest.Value]] = [(guest.Tag.ROWS, rows), (guest.Tag.COLUMNS, cols)]
+        await self._send(guest.FrameType.RESIZE, guest.encode(fields))
+
+    async def signal(self, number: int) -> None:
+        await self._send(guest.FrameType.SIGNAL, guest.encode([(guest.Tag.SIGNAL, number)]))
+
+    async def _send(self, kind: guest.FrameType, payload: bytes) -> None:
+        """A command that has ended hears nothing any more; that is no error."""
+        with contextlib.suppress(OSError):
+            self._link.writer.write(guest.frame(kind, payload))
+            await self._link.writer.drain()

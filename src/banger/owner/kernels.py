@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""The kernel service: pulled from the catalog or imported, as operations."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+
+from banger import guest_binary, run
+from banger.contract import errors, resources
+from banger.kernels import catalog, importer, records
+from banger.owner import locks, operations, store
+
+
+class KernelService:
+    """Publication is one rename; deleting refuses while a VM boots with the kernel."""
+
+    def __init__(
+        self, root: Path, cache: Path, store: store.Store, operations: operations.Operations
+    ) -> None:
+        self._kernels = records.Kernels(root)
+        self._cache = cache
+        self._store = store
+        self._operations = operations
+        self._pulling = locks.Lifecycle()
+
+    def sweep(self) -> None:
+        """Removes what a crash left half made; only before anything is being made."""
+        self._kernels.sweep()
+
+    def list(self, *, available: bool = False) -> list[resources.Kernel]:
+        """With `available`, also what the catalog could pull."""
+        here = [self._view(kernel) for kernel in self._kernels.records()]
+        if not available:
+            return here
+        names = {kernel.name for kernel in here}
+        arch = platform.machine()
+        return here + [_offered(entry) for entry in catalog.entries(arch) if entry.name not in names]
+
+    def get(self, ref: str) -> resources.Kernel:
+        return self._view(self._kernels.find(ref))
+
+    def find(self, ref: str) -> records.Kernel:
+        """Raises NotFoundError with how to get the kernel."""
+        try:
+            return self._kernels.find(ref)
+        except errors.NotFoundError as error:
+            if ref in {entry.name for entry in catalog.entries(platform.machine())}:
+                error.hint = f"pull it: `banger kernel pull {ref}`"
+            raise
+
+    def name(self, kernel_id: str) -> str:
+        """For showing; the id itself when the kernel is gone."""
+        try:
+            return self._kernels.read(kernel_id).name
+        except errors.BangerError:
+            return kernel_id
+
+    def pull(self, body: resources.PullKernel) -> resources.Operation:
+        arch = platform.machine()
+        entry = catalog.find(body.name, arch)
+
+        async def work(progress: operations.Progress) -> resources.Kernel:
+            progress.stage(resources.Stage.PULL_KERNEL, f"pulling {body.name}")
+            async with self._pulling.hold(body.name, progress.op_id):
+                made = await run.in_thread(
+                    catalog.pull,
+                    self._kernels,
+                    entry,
+                    cache_dir=self._cache,
+                    guest_binary=guest_binary.path(arch),
+                    on_line=progress.line(),
+                )
+            return self._view(made)
+
+        return self._operations.start("kernel.pull", body.name, work)
+
+    def import_path(self, body: resources.ImportKernel) -> resources.Operation:
+        async def work(progress: operations.Progress) -> resources.Kernel:
+            progress.stage(resources.Stage.PULL_KERNEL, f"importing {body.path}")
+            made = await run.in_thread(
+                importer.import_path,
+                self._kernels,
+                Path(body.path),
+                name=body.name,
+                guest_binary=guest_binary.path(platform.machine()),
+            )
+            return self._view(made)
+
+        return self._operations.start("kernel.import", body.name, work)
+
+    def delete(self, ref: str) -> None:
+        """Raises ConflictError while VMs boot with it."""
+        kernel = self._kernels.find(ref)
+        users = self._store.names_using_kernel(kernel.id)
+        if users:
+            raise errors.ConflictError(
+                f"kernel {kernel.name} is used by {', '.join(users)}", hint="delete these VMs first"
+            )
+        self._kernels.delete(kernel.id)
+
+    def _view(self, kernel: records.Kernel) -> resources.Kernel:
+        return resources.Kernel(
+            id=kernel.id,
+            name=kernel.name,
+            kind=kernel.kind,
+            version=kernel.version,
+            arch=kernel.arch,
+            size_bytes=kernel.vmlinux_bytes + kernel.initrd_bytes,
+            source=kernel.source,
+            created_at=datetime.datetime.fromisoformat(kernel.created_at),
+            used_by=self._store.names_using_kernel(kernel.id),
+        )
+
+
+def _offered(entry: catalog.Entry) -> resources.Kernel:
+    return resources.Kernel(
+        id="",
+        name=entry.name,
+        kind="direct" if entry.embedded else "initrd",
+        version="",
+        arch=entry.arch,
+        size_bytes=0,
+        source=entry.summary,
+        available=True,
+    )

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: MIT
+"""The API's routes, one module per noun. They parse, call a service and answer; nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from banger.contract import privileged
+from banger.owner import images, kernels, operations, runtime, vms
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes may call; made in `main.py`."""
+
+    vms: vms.VmService
+    images: images.ImageService
+    kernels: kernels.KernelService
+    operations: operations.Operations
+    ops: privileged.PrivilegedOps
+    runtime: runtime.RuntimeService
+    started_at: datetime
