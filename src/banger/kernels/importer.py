@@ -71,7 +71,7 @@ def publish(
 ) -> records.Kernel:
     """Inspects, builds the initrd if one is needed, and publishes."""
     kernel = inspect.inspect(parts.image.read_bytes())
-    before = _earlier_record(parts)
+    before = _earlier_record(parts, kernel)
     kernel_id = names.new_id()
     load = modules.closure(parts.module_dir) if parts.module_dir is not None else []
     with kernels.stage(kernel_id) as staged:
@@ -103,13 +103,13 @@ def publish(
         )
 
 
-def _earlier_record(parts: Parts) -> records.Kernel | None:
-    """What banger said of a directory it published elsewhere, as long as the initrd is still that one."""
+def _earlier_record(parts: Parts, kernel: inspect.Kernel) -> records.Kernel | None:
+    """What banger said of a directory it published elsewhere, as long as the files are still those."""
     try:
         said = (parts.image.parent / records.RECORD).read_bytes()
         record = msgspec.json.decode(said, type=records.Kernel)
     except (OSError, msgspec.DecodeError):
         return None
-    if parts.initrd is None or pinned.sha256_of_path(parts.initrd) != record.initrd_sha256:
-        return None
-    return record
+    found = pinned.sha256_of_path(parts.initrd) if parts.initrd is not None else ""
+    same = hashlib.sha256(kernel.vmlinux).hexdigest() == record.vmlinux_sha256
+    return record if same and found == record.initrd_sha256 else None
