@@ -21,7 +21,7 @@ from banger.helper.linux import libc, pidfd
 LOGS: Final = ("console", "vmm", "metrics")
 MAX_DISK_BYTES: Final = 16 << 40
 MAX_KERNEL_BYTES: Final = 1 << 30
-_KEPT_KERNELS: Final = 8
+KEPT_KERNELS: Final = 8
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _claims = threading.Lock()
@@ -338,6 +338,6 @@ def _prune(cache: str, *, keep: str) -> None:
         status = os.lstat(f"{cache}/{name}")
         if name != keep and status.st_nlink == 1:
             unused.append((status.st_ctime_ns, name))
-    for _, name in sorted(unused, reverse=True)[_KEPT_KERNELS:]:
+    for _, name in sorted(unused, reverse=True)[KEPT_KERNELS:]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{cache}/{name}")

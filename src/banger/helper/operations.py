@@ -170,6 +170,10 @@ def _explained(request: privileged.Request[Any], error: Exception) -> errors.Ban
     message = f"{operation_name(request)}{what}: {os.strerror(number) if number else error}"
     if number in {errno.ENOSPC, errno.EDQUOT}:
         return errors.NoSpaceError(message, hint="free some space on the host")
+    if number == errno.ENOENT and isinstance(error, OSError) and str(error.filename).startswith("/dev/"):
+        return errors.MissingToolError(
+            message, hint="load the kernel modules loop, dm_snapshot, tun and kvm"
+        )
     if number == errno.EBUSY:
         return errors.ConflictError(message)
     return errors.OperationFailedError(message)

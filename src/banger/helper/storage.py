@@ -1,27 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Privileged operations on block devices: loops, dm-snapshots, and edits of the ext4 on a snapshot."""
+"""Privileged operations on block devices: loop devices, dm-snapshots, and the ext4 on them."""
 
 from __future__ import annotations
 
 import os
-import struct
 import time
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.helper import filesystem, program
+from banger.helper import ext4, filesystem
 from banger.helper import policy as policies
 from banger.helper.linux import devmapper, loop
 
 CHUNK_SECTORS: Final = 8
 BUSY_DEADLINE_S: Final = 10.0
-CHECK_DEADLINE_S: Final = 120.0
-PATCH_DEADLINE_S: Final = 30.0
 BASE, OVERLAY, WORK = "base", "overlay", "work"
-_EXT2_SUPER_MAGIC: Final = 0xEF53
-_EXT2_VALID_FS: Final = 1
-_INCOMPAT_RECOVER: Final = 0x4
-_RO_COMPAT_ORPHAN_PRESENT: Final = 0x10000
 _DONE: Final = privileged.Done()
 
 
@@ -69,7 +62,7 @@ def delete_snapshot(_policy: policies.Policy, request: privileged.DeleteSnapshot
 
 def check_snapshot(policy: policies.Policy, request: privileged.CheckSnapshot) -> privileged.Check:
     uid = filesystem.claim(policy, request.vm_id, request.slot)
-    return _check(policy, snapshot_device(names.VmId(request.vm_id)), uid)
+    return ext4.check(policy, snapshot_device(names.VmId(request.vm_id)), uid)
 
 
 def attach_work_disk(policy: policies.Policy, request: privileged.AttachWorkDisk) -> privileged.Done:
@@ -81,7 +74,7 @@ def attach_work_disk(policy: policies.Policy, request: privileged.AttachWorkDisk
     held: list[int] = []
     try:
         _attach(policy, f"vms/{vm_id}/work.ext4", vm_id, WORK, held)
-        _check(policy, os.fstat(held[0]).st_rdev, uid)
+        ext4.check(policy, os.fstat(held[0]).st_rdev, uid)
     except BaseException:
         loop.detach(label, deadline=time.monotonic())
         raise
@@ -114,137 +107,12 @@ def work_device(vm_id: names.VmId) -> int:
     return os.stat(loops[0].path).st_rdev
 
 
-# --- ext4 on the snapshot ---
-
-
 def patch_root(policy: policies.Policy, request: privileged.PatchRoot) -> privileged.Done:
     vm_id = names.VmId(request.vm_id)
     uid = filesystem.claim(policy, vm_id, request.slot)
-    patch_ext4(policy, request, snapshot_device(vm_id), uid)
+    ext4.patch(policy, request, snapshot_device(vm_id), uid)
     _require_valid(vm_id)
     return _DONE
-
-
-def patch_ext4(policy: policies.Policy, request: privileged.PatchRoot, device: int, uid: int) -> None:
-    """One run of debugfs writes each file and reads it back; it exits 0 always, so only that counts."""
-    files = {
-        "/etc/hostname": (0o644, f"{request.hostname}\n".encode()),
-        f"{names.GUEST_DIR}/config": (0o644, _guest_config(request)),
-    }
-    if request.inject_guest:
-        with open(policies.open_root_owned(policy.guest), "rb") as binary:
-            files[names.GUEST_BINARY] = (0o755, binary.read())
-    held = [filesystem.open_node(policy, device, uid)]
-    try:
-        lines = [f"mkdir {names.GUEST_DIR}", "mkdir /etc"]
-        for path, (mode, data) in files.items():
-            held.append(_memory(data))
-            lines += _write_commands(path, mode, held[-1])
-        script = _memory("\n".join([*lines, ""]).encode())
-        held.append(script)
-        arguments = ["-w", "-f", f"/proc/self/fd/{script}", f"/proc/self/fd/{held[0]}"]
-        ended = program.run("debugfs", arguments, uid=uid, fds=held, deadline_s=PATCH_DEADLINE_S)
-    finally:
-        for fd in held:
-            os.close(fd)
-    for path, (_, data) in files.items():
-        if ended.status != 0 or _echo(path) + data not in ended.output:
-            said = _complaint(ended.output)
-            raise errors.OperationFailedError(f"could not write {path} into the root disk: {said}")
-    _flush(policy, device)
-
-
-def _write_commands(path: str, mode: int, source: int) -> list[str]:
-    directory, name = path.rsplit("/", 1)
-    return [
-        f"cd {directory}",
-        f"rm {name}",
-        f"write /proc/self/fd/{source} {name}",
-        f"sif {name} mode 0{0o100000 | mode:o}",
-        f"sif {name} uid 0",
-        f"sif {name} gid 0",
-        f"cat {name}",
-    ]
-
-
-def _echo(path: str) -> bytes:
-    """What debugfs prints before the content of a file."""
-    return f"debugfs: cat {os.path.basename(path)}\n".encode()
-
-
-def _guest_config(request: privileged.PatchRoot) -> bytes:
-    lines = [f"hostname={request.hostname}"]
-    if request.ip_arg:
-        lines.append(f"ip={request.ip_arg}")
-    lines += [f"dns={address}" for address in request.dns]
-    if request.work_disk:
-        lines.append("mount=/dev/vdb:/root:ext4")
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def _complaint(output: bytes) -> str:
-    """The last thing a tool said that is not an echo of our commands, nor of a file that was not there."""
-    lines = output[-4096:].decode(errors="replace").splitlines()
-    said = [line for line in lines if not line.startswith("debugfs") and "not found" not in line]
-    return said[-1][:200] if said else "it said nothing"
-
-
-def _memory(data: bytes) -> int:
-    """An anonymous file of root's with this content, of mode 0777: the VM's uid may open it by number."""
-    fd = os.memfd_create("banger")
-    os.write(fd, data)
-    return fd
-
-
-def _flush(policy: policies.Policy, device: int) -> None:
-    """What debugfs wrote has reached the overlay, or we hear of it now."""
-    node = filesystem.open_node(policy, device, 0)
-    try:
-        fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(node)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
-    """e2fsck as the VM's uid: it parses what the owner or the guest made."""
-    node = filesystem.open_node(policy, device, uid)
-    try:
-        if _is_clean(node):
-            return privileged.Check(repaired=False)
-        deadline = time.monotonic() + CHECK_DEADLINE_S
-        for mode in ("-p", "-y"):
-            left_s = max(1.0, deadline - time.monotonic())
-            ended = program.run(
-                "e2fsck", [mode, f"/proc/self/fd/{node}"], uid=uid, fds=[node], deadline_s=left_s
-            )
-            if ended.status in {0, 1}:
-                return privileged.Check(repaired=ended.status == 1)
-    finally:
-        os.close(node)
-    said = _complaint(ended.output)
-    raise errors.OperationFailedError(
-        f"e2fsck could not repair the file system (status {ended.status}): {said}"
-    )
-
-
-def _is_clean(node: int) -> bool:
-    """What makes `e2fsck -p` end at once (struct ext2_super_block); starting it to hear that is not free."""
-    fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        block = os.pread(fd, 1024, 1024)
-    finally:
-        os.close(fd)
-    if len(block) < 1024:
-        return False
-    magic, state = struct.unpack_from("<HH", block, 0x38)
-    incompatible, read_only = struct.unpack_from("<II", block, 0x60)
-    (last_orphan,) = struct.unpack_from("<I", block, 0xE8)
-    pending = incompatible & _INCOMPAT_RECOVER or read_only & _RO_COMPAT_ORPHAN_PRESENT or last_orphan
-    return magic == _EXT2_SUPER_MAGIC and state == _EXT2_VALID_FS and not pending
 
 
 # --- devices ---

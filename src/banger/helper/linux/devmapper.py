@@ -72,10 +72,11 @@ def create(name: str, uuid: str, *, sectors: int, target: str, parameters: str) 
 
 
 def find(name: str) -> Device | None:
+    """None too where the kernel has no device-mapper: then it has no device either."""
     try:
         header, _ = _call(DM_DEV_STATUS, name)
     except OSError as error:
-        if error.errno == errno.ENXIO:
+        if error.errno in {errno.ENXIO, errno.ENOENT}:
             return None
         raise
     return Device(header.dev, header.uuid.split(b"\0")[0].decode(), header.open_count)
@@ -88,7 +89,10 @@ def status(name: str) -> str:
 
 
 def names(prefix: str) -> list[str]:
-    header, data = _call(DM_LIST_DEVICES, "")
+    try:
+        header, data = _call(DM_LIST_DEVICES, "")
+    except FileNotFoundError:
+        return []
     if header.flags & DM_BUFFER_FULL_FLAG:
         raise OSError(errno.ENOBUFS, "too many devices to list", "device-mapper")
     found = []

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: MIT
+"""Loop devices and ext4 edits on the real kernel and e2fsprogs. Device-mapper is tested in the lab."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger.contract import errors, names, privileged
+from banger.helper import ext4, filesystem, operations, program, storage
+from banger.helper.linux import loop
+from tests.root import helper_world
+from tests.root.helper_world import VM, HelperWorld
+
+WORK = f"vms/{VM}/work.ext4"
+LABEL = names.loop_label(names.VmId(VM), "work")
+
+
+@pytest.fixture(autouse=True)
+def no_loop_left() -> Iterator[None]:
+    yield
+    left = loop.scan("banger/")
+    for each in left:
+        loop.detach(each.label, deadline=time.monotonic() + 1)
+    assert not left
+
+
+def attach(world: HelperWorld, path: str, role: str = "work") -> int:
+    held: list[int] = []
+    storage._attach(world.policy, path, names.VmId(VM), role, held)
+    return held[0]
+
+
+@pytest.fixture
+def root_disk(helper_world_here: HelperWorld, tmp_path: Path) -> Iterator[int]:
+    """A descriptor of a loop device over an ext4 that has a hostname and the usual directories."""
+    content = tmp_path / "content"
+    for directory in ("etc", "bin", "proc"):
+        (content / directory).mkdir(parents=True)
+    (content / "etc" / "hostname").write_text("image\n")
+    (content / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    image = helper_world_here.owned(WORK)
+    helper_world.make_ext4(image, content=content)
+    fd = attach(helper_world_here, WORK)
+    yield fd
+    os.close(fd)
+    loop.detach(LABEL, deadline=time.monotonic() + 5)
+
+
+def patch(world: HelperWorld, disk: int, **changes: object) -> None:
+    request = privileged.PatchRoot(**{"vm_id": VM, "slot": 1, "hostname": "mars", **changes})  # type: ignore[arg-type]
+    ext4.patch(world.policy, request, os.fstat(disk).st_rdev, world.policy.uid(1))
+
+
+def read(world: HelperWorld, command: str) -> str:
+    return helper_world.read_ext4(world.state / WORK, command)
+
+
+def test_loop_is_found_by_its_label_and_freed(helper_world_here: HelperWorld) -> None:
+    helper_world_here.owned(WORK, b"x" * 8192)
+    fd = attach(helper_world_here, WORK)
+    found = loop.scan(f"banger/{VM}/")
+    assert [each.label for each in found] == [LABEL]
+    assert not loop.detach(LABEL, deadline=time.monotonic() + 0.05), "it is in use"
+    os.close(fd)
+    assert loop.detach(LABEL, deadline=time.monotonic() + 5)
+    assert loop.detach(LABEL, deadline=time.monotonic() + 5), "gone is gone"
+
+
+def test_base_and_overlay_live_as_long_as_they_are_open(helper_world_here: HelperWorld) -> None:
+    helper_world_here.owned(WORK, b"x" * 8192)
+    fd = attach(helper_world_here, WORK, "base")
+    with pytest.raises(OSError, match=r"Operation not permitted|Read-only|Bad file"):
+        os.pwrite(fd, b"y" * 512, 0)
+    os.close(fd)
+    deadline = time.monotonic() + 5
+    while loop.scan("banger/"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_patch_writes_what_a_start_needs(helper_world_here: HelperWorld, root_disk: int) -> None:
+    world = helper_world_here
+    patch(
+        world,
+        root_disk,
+        ip_arg="10.213.240.2::10.213.240.1:255.255.240.0:mars:eth0:off",
+        dns=("10.0.0.1", "10.0.0.2"),
+        inject_guest=True,
+    )
+    os.fsync(root_disk)
+    assert read(world, "cat /etc/hostname") == "mars\n"
+    assert read(world, "cat /.banger/config").splitlines() == [
+        "hostname=mars",
+        "ip=10.213.240.2::10.213.240.1:255.255.240.0:mars:eth0:off",
+        "dns=10.0.0.1",
+        "dns=10.0.0.2",
+        "mount=/dev/vdb:/root:ext4",
+    ]
+    guest = Path(world.policy.guest).read_bytes()
+    status = read(world, "stat /.banger/guest")
+    assert "Mode:  0755" in status
+    assert "Type: regular" in status
+    assert f"Size: {len(guest)}" in status
+    assert "User:     0" in status
+    assert read(world, "cat /etc/passwd").startswith("root:")
+
+
+def test_patch_again_replaces_and_leaves_a_sound_file_system(
+    helper_world_here: HelperWorld, root_disk: int
+) -> None:
+    patch(helper_world_here, root_disk, inject_guest=True)
+    patch(helper_world_here, root_disk, hostname="venus", work_disk=False)
+    assert read(helper_world_here, "cat /.banger/config") == "hostname=venus\n"
+    checked = subprocess.run(
+        ["e2fsck", "-f", "-n", helper_world_here.state / WORK], capture_output=True, text=True, timeout=30
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_a_link_in_the_image_is_replaced_not_followed(
+    helper_world_here: HelperWorld, root_disk: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("rm /etc/hostname\nsymlink /etc/hostname /etc/passwd\n")
+    subprocess.run(
+        ["debugfs", "-w", "-f", script, "/dev/fd/9"], check=False, capture_output=True, timeout=30
+    )
+    device = f"/proc/self/fd/{root_disk}"
+    subprocess.run(
+        ["debugfs", "-w", "-f", script, device],
+        check=True,
+        pass_fds=[root_disk],
+        capture_output=True,
+        timeout=30,
+    )
+    patch(helper_world_here, root_disk)
+    assert read(helper_world_here, "cat /etc/passwd").startswith("root:")
+    assert read(helper_world_here, "cat /etc/hostname") == "mars\n"
+
+
+def test_image_without_directories_gets_them(helper_world_here: HelperWorld, tmp_path: Path) -> None:
+    content = tmp_path / "empty"
+    content.mkdir()
+    helper_world.make_ext4(helper_world_here.owned(WORK), content=content)
+    disk = attach(helper_world_here, WORK)
+    try:
+        patch(helper_world_here, disk)
+    finally:
+        os.close(disk)
+        loop.detach(LABEL, deadline=time.monotonic() + 5)
+    assert read(helper_world_here, "cat /etc/hostname") == "mars\n"
+    assert read(helper_world_here, "cat /.banger/config").startswith("hostname=mars\n")
+
+
+def test_what_could_not_be_written_is_an_error(helper_world_here: HelperWorld) -> None:
+    """debugfs exits 0 all the same."""
+    image = helper_world_here.owned("other", b"no file system" * 400)
+    fd = attach(helper_world_here, str(image.relative_to(helper_world_here.state)), "base")
+    try:
+        with pytest.raises(errors.OperationFailedError, match="could not write"):
+            patch(helper_world_here, fd)
+    finally:
+        os.close(fd)
+
+
+def test_full_file_system_is_an_error(helper_world_here: HelperWorld, root_disk: int) -> None:
+    big = Path(helper_world_here.policy.guest)
+    big.write_bytes(os.urandom(20 << 20))
+    with pytest.raises(errors.OperationFailedError, match=r"could not write /\.banger/guest"):
+        patch(helper_world_here, root_disk, inject_guest=True)
+
+
+def test_work_disk_is_checked_before_it_is_attached(helper_world_here: HelperWorld) -> None:
+    world = helper_world_here
+    image = world.owned(WORK)
+    helper_world.make_ext4(image)
+    # Not unmounted cleanly, and a free block count that is wrong: e2fsck has something to do.
+    subprocess.run(
+        ["debugfs", "-w", "-R", "set_super_value state 0", image],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    subprocess.run(
+        ["debugfs", "-w", "-R", "set_super_value free_blocks_count 1", image],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    operations.execute(world.policy, privileged.AttachWorkDisk(vm_id=VM, slot=1))
+    assert len(loop.scan(LABEL)) == 1
+    with pytest.raises(errors.ConflictError):
+        operations.execute(world.policy, privileged.AttachWorkDisk(vm_id=VM, slot=1))
+    assert storage.work_device(names.VmId(VM)) == os.stat(loop.scan(LABEL)[0].path).st_rdev
+    operations.execute(world.policy, privileged.DetachWorkDisk(vm_id=VM))
+    assert subprocess.run(["e2fsck", "-n", image], capture_output=True, timeout=30).returncode == 0
+
+
+def test_work_disk_that_cannot_be_repaired_leaves_no_loop(helper_world_here: HelperWorld) -> None:
+    helper_world_here.owned(WORK, b"\0" * (1 << 20))
+    with pytest.raises(errors.OperationFailedError, match="e2fsck"):
+        operations.execute(helper_world_here.policy, privileged.AttachWorkDisk(vm_id=VM, slot=1))
+    assert loop.scan("banger/") == []
+
+
+def test_programs_run_without_privilege(helper_world_here: HelperWorld, tmp_path: Path) -> None:
+    script = tmp_path / "show"
+    script.write_text(
+        "#!/bin/sh\nid -u; id -g; id -G; grep -E 'CapEff' /proc/self/status; ls /proc/self/fd; env\n"
+    )
+    script.chmod(0o755)
+    tmp_path.chmod(0o755)
+    uid = helper_world_here.policy.uid(3)
+    (name, where) = ("show", str(tmp_path))
+    path = program.ENVIRONMENT["PATH"]
+    program.ENVIRONMENT["PATH"] = where + ":" + path
+    try:
+        for parent in tmp_path.parents:
+            if parent != Path("/") and not os.stat(parent).st_mode & 0o001:
+                parent.chmod(0o755)
+        ended = program.run(name, [], uid=uid, fds=[], deadline_s=10)
+    finally:
+        program.ENVIRONMENT["PATH"] = path
+    lines = ended.output.decode().split()
+    assert lines[:3] == [str(uid)] * 3
+    assert lines[4] == "0000000000000000"
+
+
+def test_program_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with pytest.raises(errors.DeadlineError):
+        program.run("sleep", ["60"], uid=65534, fds=[], deadline_s=0.2)
+    assert time.monotonic() - began < 5
+
+
+def test_output_of_a_program_is_bounded() -> None:
+    ended = program.run("head", ["-c", "5000000", "/dev/zero"], uid=65534, fds=[], deadline_s=10)
+    assert len(ended.output) <= program.MAX_OUTPUT_BYTES
+
+
+def test_missing_image_and_kernel_are_not_found(helper_world_here: HelperWorld) -> None:
+    request = privileged.CreateSnapshot(vm_id=VM, slot=1, image_id=helper_world.IMAGE)
+    with pytest.raises(errors.NotFoundError):
+        operations.execute(helper_world_here.policy, request)
+
+
+def test_node_is_opened_by_the_vms_uid_alone(helper_world_here: HelperWorld, root_disk: int) -> None:
+    uid = helper_world_here.policy.uid(1)
+    node = filesystem.open_node(helper_world_here.policy, os.fstat(root_disk).st_rdev, uid)
+    try:
+        for who, status in ((uid, 0), (uid + 1, 1)):
+            path = f"/proc/self/fd/{node}"
+            ended = program.run("head", ["-c", "1", path], uid=who, fds=[node], deadline_s=10)
+            assert ended.status == status
+    finally:
+        os.close(node)
