@@ -57,6 +57,8 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for link in self.link:
             tree.makedirs(os.path.dirname(link.path))
             tree.symlink(link.path, link.target)
+        if self.mask:
+            tree.makedirs(_SYSTEMD_UNITS)
         for unit in self.mask:
             tree.symlink(f"{_SYSTEMD_UNITS}/{unit}", "/dev/null")
 

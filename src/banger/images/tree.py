@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import shutil
 import stat
@@ -55,10 +56,15 @@ class Tree:
 
     def unpack(self, archive: IO[bytes]) -> None:
         """Adds a tar stream; refuses members that would leave the tree, by name or through a link."""
-        with tarfile.open(fileobj=archive, mode="r|") as members:
-            for member in members:
-                run.check_cancelled()
-                self._add_member(members, member)
+        stream = _Watched(archive)
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as members:
+                for member in members:
+                    run.check_cancelled()
+                    self._add_member(members, member)
+        except tarfile.TarError as error:
+            raise errors.BadRequestError(f"the archive is damaged: {error}") from error
+        stream.check_end()
         for path, mtime in reversed(self._times.items()):
             os.utime(self.staged(path), (mtime, mtime), follow_symlinks=False)
 
@@ -273,3 +279,22 @@ def _attributes(member: tarfile.TarInfo, kind: int) -> Attributes:
     permissions = 0o777 if kind == stat.S_IFLNK else member.mode & 0o7777
     device = (member.devmajor, member.devminor)
     return Attributes(kind | permissions, member.uid, member.gid, device, xattrs)
+
+
+class _Watched(io.BufferedIOBase):
+    """A stream that saw a tar's end mark, or not: tarfile takes a cut archive for a short one."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._tail = b""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = self._stream.read(-1 if size is None else size)
+        self._tail = (self._tail + data)[-tarfile.BLOCKSIZE :]
+        return data
+
+    def check_end(self) -> None:
+        while self.read(_CHUNK):
+            run.check_cancelled()
+        if self._tail != bytes(tarfile.BLOCKSIZE):
+            raise errors.BadRequestError("the archive is cut short", hint="make or fetch it again")

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""Pinned files: any source, one hash; with the real pip, on an index of this machine's own."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from banger import pinned
+from banger.contract import errors
+from banger.system import runtime
+
+CONTENT = b"#!/bin/sh\necho 'Firecracker v1.12.1'\n"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+WHEEL = "banger_sample-1.0-py3-none-any.whl"
+
+
+def pin(*sources: pinned.Source, sha256: str = SHA256) -> pinned.PinnedFile:
+    return pinned.PinnedFile(
+        name="firecracker",
+        version="1.12.1",
+        arch="x86_64",
+        sha256=sha256,
+        size_bytes=len(CONTENT),
+        licence="Apache-2.0",
+        sources=sources,
+    )
+
+
+def local(path: Path, content: bytes = CONTENT) -> pinned.LocalFile:
+    path.write_bytes(content)
+    return pinned.LocalFile(str(path))
+
+
+def kept(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "pinned").iterdir())
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pinned.WheelMember:
+    """A wheel that pip finds in a directory, and nowhere else."""
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / WHEEL, "w") as archive:
+        archive.writestr("sample/bin/firecracker", CONTENT)
+        archive.writestr(
+            "banger_sample-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: banger-sample\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            "banger_sample-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("banger_sample-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return pinned.WheelMember(
+        package="banger-sample",
+        version="1.0",
+        wheel=WHEEL,
+        wheel_sha256=pinned.sha256_of_path(index / WHEEL),
+        member="sample/bin/firecracker",
+    )
+
+
+def test_a_member_of_a_wheel(tmp_path: Path, wheel: pinned.WheelMember) -> None:
+    found = pinned.fetch(pin(wheel), tmp_path / "cache")
+    assert found.path.read_bytes() == CONTENT
+    assert found.source == "banger-sample 1.0 of the Python package index"
+    assert kept(tmp_path / "cache") == [SHA256]
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, wheel: pinned.WheelMember) -> None:
+    other = pinned.WheelMember(
+        package=wheel.package, version="1.0", wheel=WHEEL, wheel_sha256="0" * 64, member=wheel.member
+    )
+    with pytest.raises(errors.UnavailableError, match="another sha256"):
+        pinned.fetch(pin(other), tmp_path / "cache")
+    assert kept(tmp_path / "cache") == []
+
+
+def test_a_package_the_index_lacks(tmp_path: Path, wheel: pinned.WheelMember) -> None:
+    missing = pinned.WheelMember(
+        package="banger-sample-missing", version="1.0", wheel=WHEEL, wheel_sha256="", member=wheel.member
+    )
+    with pytest.raises(errors.UnavailableError) as caught:
+        pinned.fetch(pin(missing), tmp_path / "cache")
+    assert "--from" in caught.value.hint
+
+
+def test_platform_tags_come_from_the_wheel_name() -> None:
+    member = pinned.WheelMember("p", "1", "p-1-cp310-abi3-manylinux_2_28_x86_64.whl", "", "m")
+    assert (member.platform, member.abi) == ("manylinux_2_28_x86_64", "abi3")
+
+
+def test_the_next_source_is_tried(tmp_path: Path) -> None:
+    sources = (pinned.LocalFile("/nowhere"), local(tmp_path / "bad", b"other"), local(tmp_path / "good"))
+    found = pinned.fetch(pin(*sources), tmp_path / "cache")
+    assert found.source == f"file {tmp_path / 'good'}"
+
+
+def test_a_directory_of_the_user_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "firecracker").write_bytes(CONTENT)
+    found = pinned.fetch(pin(), tmp_path / "cache", local_dirs=[tmp_path / "mine"])
+    assert str(tmp_path / "mine") in found.source
+    (tmp_path / "mine" / "firecracker").unlink()
+    assert pinned.fetch(pin(), tmp_path / "cache").source == "cache"
+
+
+def test_nothing_unverified_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnavailableError, match="sha256 is"):
+        pinned.fetch(pin(local(tmp_path / "bad", b"x" * len(CONTENT))), tmp_path / "cache")
+    assert kept(tmp_path / "cache") == []
+
+
+def test_a_damaged_cache_is_repaired(tmp_path: Path) -> None:
+    source = local(tmp_path / "good")
+    found = pinned.fetch(pin(source), tmp_path / "cache")
+    found.path.write_bytes(b"x" * len(CONTENT))
+    again = pinned.fetch(pin(source), tmp_path / "cache")
+    assert again.source != "cache"
+    assert again.path.read_bytes() == CONTENT
+
+
+def test_only_https_addresses(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnavailableError, match="not an https address"):
+        pinned.fetch(pin(pinned.Url("http://127.0.0.1:1/x")), tmp_path / "cache")
+
+
+def test_install_verifies_what_it_copies(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(CONTENT)
+    done = pinned.install(source, tmp_path / "runtime", "firecracker", SHA256)
+    assert (done.read_bytes(), done.stat().st_mode & 0o7777) == (CONTENT, 0o755)
+    source.write_bytes(b"changed since")
+    with pytest.raises(errors.OperationFailedError):
+        pinned.install(source, tmp_path / "runtime", "firecracker", SHA256)
+    assert [path.name for path in (tmp_path / "runtime").iterdir()] == ["firecracker"]
+    assert done.read_bytes() == CONTENT
+
+
+def test_the_catalog_pins_both_files() -> None:
+    files = {file.name: file for file in runtime.catalog("x86_64")}
+    assert set(files) == {"firecracker", "jailer"}
+    assert all(len(file.sha256) == 64 and file.sources for file in files.values())
+    with pytest.raises(errors.NotFoundError):
+        runtime.pull(Path("/nonexistent"), arch="riscv64")
+
+
+def rows(directory: Path) -> dict[str, runtime.Status]:
+    return {row.name: row for row in runtime.status(directory)}
+
+
+def test_status_of_an_empty_directory(tmp_path: Path) -> None:
+    assert [row.problem for row in runtime.status(tmp_path)] == [
+        "firecracker is not installed",
+        "jailer is not installed",
+    ]
+
+
+def test_a_users_own_file_is_recorded_as_such(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_bytes(CONTENT)
+    runtime.install_runtime(tmp_path / "runtime", {}, user_files={"firecracker": own})
+    row = rows(tmp_path / "runtime")["firecracker"]
+    assert (row.source, row.version, row.sha256_ok, row.problem) == ("user", "1.12.1", True, "")
+
+
+def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_bytes(CONTENT)
+    runtime.install_runtime(tmp_path / "runtime", {}, user_files={"firecracker": own})
+    (tmp_path / "runtime" / "firecracker").write_bytes(CONTENT + b"# changed\n")
+    row = rows(tmp_path / "runtime")["firecracker"]
+    assert not row.sha256_ok
+    assert "neither the pinned file nor one you supplied" in row.problem
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [("Firecracker v1.10.0", "older than 1.12.0"), ("hello", "says no version")],
+)
+def test_programs_that_will_not_do(tmp_path: Path, said: str, problem: str) -> None:
+    program = tmp_path / "firecracker"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    record = {"firecracker": runtime.Installed(pinned.sha256_of_path(program), "", "user")}
+    runtime._write_record(tmp_path, record)
+    assert problem in rows(tmp_path)["firecracker"].problem
+
+
+def test_a_broken_record_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / runtime.RECORD).write_text("{")
+    assert runtime.read_record(tmp_path) == {}
+
+
+def test_an_unknown_runtime_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.BadRequestError):
+        runtime.install_runtime(tmp_path, {"sh": Path("/bin/sh")})

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""Overlays that cannot overflow, work disks that are whole or absent."""
+
+from __future__ import annotations
+
+import io
+import stat
+import struct
+import tarfile
+import time
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from banger.contract import errors
+from banger.images import ext4
+from banger.storage import overlay, workdisk
+
+MIB = 1 << 20
+
+
+def chunks_used(base_chunks: int) -> int:
+    """Walks through the kernel's allocation: header, an area's metadata, its chunks, the next area."""
+    per_area = overlay.CHUNK_BYTES // 16
+    next_free = 2
+    for _ in range(base_chunks):
+        if next_free % (per_area + 1) == 1:  # the place of the next area's metadata
+            next_free += 1
+        next_free += 1
+    return next_free
+
+
+@hypothesis.given(strategies.integers(1, 70_000))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_a_guest_that_rewrites_everything_fits(base_chunks: int) -> None:
+    needed = chunks_used(base_chunks) * overlay.CHUNK_BYTES
+    room = overlay.store_bytes(base_chunks * overlay.CHUNK_BYTES)
+    assert needed + overlay.CHUNK_BYTES * 258 <= room <= needed + 4 * MIB
+
+
+def test_a_partial_last_chunk_counts() -> None:
+    assert overlay.store_bytes(overlay.CHUNK_BYTES + 1) == overlay.store_bytes(2 * overlay.CHUNK_BYTES)
+
+
+def test_an_overlay_takes_no_space_until_used(tmp_path: Path) -> None:
+    path = tmp_path / "overlay.cow"
+    assert overlay.ensure(path, base_bytes=1 << 34) is True
+    found = path.stat()
+    assert (found.st_size, found.st_blocks) == (overlay.store_bytes(1 << 34), 0)
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert [each.name for each in tmp_path.iterdir()] == ["overlay.cow"]
+
+
+def used_overlay(
+    path: Path, *, magic: int = 0x70416E53, valid: int = 1, version: int = 1, chunk: int = 8
+) -> None:
+    overlay.ensure(path, base_bytes=16 * MIB)
+    with path.open("r+b") as file:
+        file.write(struct.pack("<IIII", magic, valid, version, chunk))
+
+
+def test_an_earlier_overlay_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "overlay.cow"
+    used_overlay(path)
+    before = path.read_bytes()[:64]
+    assert overlay.ensure(path, base_bytes=16 * MIB) is False
+    assert path.read_bytes()[:64] == before
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"magic": 0x12345678}, "not a snapshot store"),
+        ({"version": 2}, "not a snapshot store"),
+        ({"chunk": 16}, "not a snapshot store"),
+        ({"valid": 0}, "marked invalid"),
+    ],
+)
+def test_an_unusable_overlay_is_refused_and_kept(
+    tmp_path: Path, header: dict[str, int], reason: str
+) -> None:
+    path = tmp_path / "overlay.cow"
+    used_overlay(path, **header)
+    with pytest.raises(errors.OperationFailedError, match=reason) as caught:
+        overlay.ensure(path, base_bytes=16 * MIB)
+    assert caught.value.hint
+    assert path.exists()
+
+
+def test_an_overlay_of_a_smaller_image_is_refused(tmp_path: Path) -> None:
+    overlay.ensure(tmp_path / "overlay.cow", base_bytes=16 * MIB)
+    with pytest.raises(errors.OperationFailedError, match="damaged or of another image"):
+        overlay.ensure(tmp_path / "overlay.cow", base_bytes=64 * MIB)
+
+
+def test_a_link_is_no_overlay(tmp_path: Path) -> None:
+    (tmp_path / "overlay.cow").symlink_to("/etc/passwd")
+    with pytest.raises(errors.OperationFailedError, match="not a regular file"):
+        overlay.ensure(tmp_path / "overlay.cow", base_bytes=16 * MIB)
+
+
+# --- work disk ---
+
+
+@pytest.fixture
+def seed(tmp_path: Path) -> Path:
+    """What an image's `/root` looks like."""
+    path = tmp_path / "work-seed.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, mode, content in (
+            (".", 0o700, None),
+            (".bashrc", 0o644, b"PS1=x\n"),
+            ("own", 0o4755, b"x"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.mode, member.uid, member.gid = mode, 0, 0
+            if name == "own":
+                member.uid, member.gid = 1000, 1001
+            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            member.size = len(content or b"")
+            archive.addfile(member, io.BytesIO(content or b""))
+    return path
+
+
+def test_a_work_disk_has_its_final_size_and_the_seed(tmp_path: Path, seed: Path) -> None:
+    disk = tmp_path / "work.ext4"
+    began = time.monotonic()
+    workdisk.create(disk, size_mib=8192, seed=seed)
+    assert time.monotonic() - began < 1.0
+    assert disk.stat().st_size == 8192 * MIB
+    assert disk.stat().st_blocks * 512 < 16 * MIB
+    ext4.check(disk)
+    assert ext4.read(disk, "/.bashrc") == b"PS1=x\n"
+    top, file = ext4.find(disk, "/"), ext4.find(disk, "/own")
+    assert top is not None
+    assert (top.mode, top.uid, top.gid) == (stat.S_IFDIR | 0o700, 0, 0)
+    assert file is not None
+    assert (file.mode, file.uid, file.gid) == (stat.S_IFREG | 0o4755, 1000, 1001)
+
+
+def test_a_work_disk_without_seed_is_empty_and_roots(tmp_path: Path) -> None:
+    workdisk.create(tmp_path / "work.ext4", size_mib=64, seed=tmp_path / "absent")
+    top = ext4.find(tmp_path / "work.ext4", "/")
+    assert top is not None
+    assert (top.mode, top.uid) == (stat.S_IFDIR | 0o700, 0)
+
+
+def test_a_work_disk_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "work.ext4").write_bytes(b"user data")
+    with pytest.raises(errors.AlreadyExistsError):
+        workdisk.create(tmp_path / "work.ext4", size_mib=64)
+    assert (tmp_path / "work.ext4").read_bytes() == b"user data"
+
+
+def test_a_failed_work_disk_leaves_nothing(tmp_path: Path, seed: Path) -> None:
+    directory = tmp_path / "vm"
+    directory.mkdir()
+    seed.write_bytes(seed.read_bytes()[:700])
+    with pytest.raises(errors.BadRequestError, match="cut short"):
+        workdisk.create(directory / "work.ext4", size_mib=64, seed=seed)
+    assert list(directory.iterdir()) == []
+
+
+def test_a_seed_too_large_says_so(tmp_path: Path) -> None:
+    seed = tmp_path / "seed.tar"
+    with tarfile.open(seed, "w") as archive:
+        member = tarfile.TarInfo("big")
+        member.size = 20 * MIB
+        archive.addfile(member, io.BytesIO(bytes(20 * MIB)))
+    with pytest.raises(errors.BadRequestError) as caught:
+        workdisk.create(tmp_path / "work.ext4", size_mib=16, seed=seed)
+    assert "--disk-size" in caught.value.hint
