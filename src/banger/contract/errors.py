@@ -48,6 +48,8 @@ class BangerError(Exception):
         self.message = message
         self.hint = hint
         self.fields = fields
+        self.step = ""
+        """The pipeline's step that failed, once the pipeline knows."""
 
 
 class BadRequestError(BangerError):

@@ -8,6 +8,7 @@ import asyncio
 import datetime
 import fcntl
 import hashlib
+import ipaddress
 import logging
 import os
 import platform
@@ -113,7 +114,9 @@ async def serve(
     async with AsyncExitStack() as stack:
         stack.enter_context(_only_daemon(paths.state))
         ops = _ops(paths, in_process=in_process)
-        services = await stack.enter_async_context(_services(settings, installation, paths, ops))
+        services = await stack.enter_async_context(
+            compose(settings, config.prefix(installation), paths, ops, _guest_sha256())
+        )
         listener = stack.enter_context(_listen(paths.socket))
         stack.callback(paths.socket.unlink, missing_ok=True)
         await _serve_http(services, listener)
@@ -128,11 +131,12 @@ def _ops(paths: config.Paths, *, in_process: bool) -> privileged.PrivilegedOps:
 
 
 @asynccontextmanager
-async def _services(
+async def compose(
     settings: config.Config,
-    installation: config.Installation,
+    network: ipaddress.IPv4Network,
     paths: config.Paths,
     ops: privileged.PrivilegedOps,
+    guest_sha256: str,
 ) -> AsyncIterator[routes.Services]:
     """Everything behind the routes, reconciled with the world; ended in reverse order."""
     rows = store.Store(paths.database)
@@ -141,7 +145,7 @@ async def _services(
     kernel_service = kernels.KernelService(paths.state / "kernels", paths.cache, rows, running)
     image_service.sweep()
     kernel_service.sweep()
-    layout, network = paths.layout, config.prefix(installation)
+    layout = paths.layout
 
     def connect(vm_id: names.VmId) -> guest.GuestClient:
         return guest.GuestClient(guest.vsock_connector(layout.vsock_socket(vm_id)))
@@ -154,7 +158,7 @@ async def _services(
         agent=connect,
         vmm_gone=lambda vm_id: firecracker.wait_gone(layout.api_socket(vm_id)),
         dns=settings.dns,
-        guest_sha256=_guest_sha256(),
+        guest_sha256=guest_sha256,
         limits=settings.limits,
     )
     vm_service = vms.VmService(

@@ -221,6 +221,8 @@ class VmService:
         try:
             await steps.run(pipeline.steps(), seen)
         except BaseException as error:
+            if isinstance(error, errors.BangerError):
+                error.step = seen.failed_step
             await steps.finish(self._failed(vm, seen, error, progress.op_id, remove=remove_on_failure))
             raise
         assert pipeline.started is not None  # noqa: S101 - the pipeline sets it or raises

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's services over a fake world: everything of ours is real but root and the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from banger.contract import names, resources
+from banger.owner import config, main, routes
+from tests.fakes import world as worlds
+
+IMAGE_ID = "0123456789ab"
+KERNEL_ID = "ba9876543210"
+NETWORK = ipaddress.IPv4Network(names.NETWORK)
+SETTINGS = config.Config(
+    image="tiny", agent_deadline_s=1.0, power_off_deadline_s=0.2, disk_size_mib=16, memory_mib=128
+)
+
+
+@dataclass(slots=True)
+class Daemon:
+    """The services, their paths and the world that they believe in."""
+
+    services: routes.Services
+    paths: config.Paths
+    world: worlds.World
+
+    async def create(self, name: str = "web", *, start: bool = True) -> resources.Operation:
+        body = resources.CreateVm(name=name, start=start)
+        return await self.done(await self.services.vms.create(body))
+
+    async def done(self, operation: resources.Operation) -> resources.Operation:
+        async with asyncio.timeout(20):
+            return await self.services.operations.wait(operation.id)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose sockets' paths fit into a socket address, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def paths(short_path: Path) -> config.Paths:
+    """A state directory with one image and one kernel, both as small as they can be."""
+    state, helper = short_path / "s", short_path / "h"
+    for directory in (state / "images" / IMAGE_ID, state / "kernels" / KERNEL_ID, helper / "logs"):
+        directory.mkdir(parents=True)
+    common = {"name": "tiny", "arch": "x86_64", "source": "test", "created_at": "2026-01-01T00:00:00Z"}
+    image = {"id": IMAGE_ID, "size_bytes": 1 << 20, "stored_bytes": 0, "guest_sha256": "0" * 64}
+    kernel = {"id": KERNEL_ID, "version": "1", "kind": "direct", "vmlinux_sha256": "0" * 64}
+    (state / "images" / IMAGE_ID / "image.json").write_text(
+        json.dumps({**common, **image, "has_init": True, "kernel": "tiny"})
+    )
+    (state / "kernels" / KERNEL_ID / "kernel.json").write_text(
+        json.dumps({**common, **kernel, "vmlinux_bytes": 4})
+    )
+    (state / "images" / IMAGE_ID / "rootfs.ext4").write_bytes(bytes(1 << 20))
+    (state / "kernels" / KERNEL_ID / "vmlinux").write_bytes(b"\x7fELF")
+    return config.Paths(
+        state=state,
+        cache=short_path / "c",
+        run=short_path / "r",
+        helper_socket=short_path / "h.sock",
+        helper_dir=helper,
+        install=short_path / "install.toml",
+    )
+
+
+@pytest.fixture
+async def world(paths: config.Paths) -> AsyncIterator[worlds.World]:
+    """An empty host."""
+    made = worlds.World(state=paths.state, jails=paths.helper_dir / "jails", logs=paths.helper_dir / "logs")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def daemon(paths: config.Paths, world: worlds.World) -> AsyncIterator[Daemon]:
+    """A daemon that has started and reconciled."""
+    async with main.compose(SETTINGS, NETWORK, paths, world, "0" * 64) as services:
+        yield Daemon(services, paths, world)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""A VM's life on the fake world: what each command makes, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from banger.contract import errors, guest, privileged, resources
+from banger.owner import config, main
+from tests.contract import conftest
+from tests.fakes import world as worlds
+
+STEPS = [
+    "preflight",
+    "cleanup_runtime",
+    "bridge",
+    "socket_dir",
+    "prepare_sockets",
+    "system_overlay",
+    "dm_snapshot",
+    "fsck_snapshot",
+    "patch_root_overlay",
+    "prepare_host_features",
+    "tap",
+    "metrics_file",
+    "firecracker_binary",
+    "firecracker_launch",
+    "socket_access",
+    "vsock_access",
+    "wait_vsock_agent",
+    "post_start_features",
+    "persist",
+]
+STAGES = [
+    "preflight",
+    "prepare_rootfs",
+    "prepare_host_features",
+    "boot_firecracker",
+    "wait_vsock_agent",
+    "wait_guest_ready",
+    "finalize",
+]
+
+
+async def test_a_start_runs_the_nineteen_steps_in_their_order(daemon: conftest.Daemon) -> None:
+    operation = await daemon.create()
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert operation.vm is not None
+    ran = [timing.name for timing in operation.vm.last_start if not timing.name.startswith("prepare_work")]
+    assert ran == STEPS
+
+
+async def test_a_client_sees_the_stages_once_each_in_their_order(daemon: conftest.Daemon) -> None:
+    operation = await daemon.create()
+    events = [event async for event in daemon.services.operations.events(operation.id)]
+    assert [event.stage for event in events if event.kind == "stage"] == STAGES
+    assert events[-1].kind == "end"
+    assert events[-1].result == operation
+
+
+async def test_running_means_an_agent_answered(daemon: conftest.Daemon) -> None:
+    await daemon.create()
+    vm = await daemon.services.vms.get("web")
+    fake = daemon.world.vm(vm.id).vmm
+    assert fake is not None
+    assert (vm.state, vm.boot_id, vm.pid) == (resources.VmState.RUNNING, fake.boot_id, fake.pid)
+
+
+async def test_stop_flushes_first_and_leaves_only_disks(daemon: conftest.Daemon) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+    operation = await daemon.done(await daemon.services.vms.stop("web"))
+    assert operation.vm is not None
+    assert operation.vm.state is resources.VmState.STOPPED
+    assert fake.flushes == 1
+    assert daemon.world.leftovers() == {}
+    disks = {path.name for path in (daemon.paths.state / "vms" / created.id).iterdir()}
+    assert disks == {"overlay.cow", "work.ext4"}
+
+
+async def test_a_guest_that_will_not_power_off_is_ended_all_the_same(daemon: conftest.Daemon) -> None:
+    daemon.world.behaviour.ignores_power_off = True
+    await daemon.create()
+    operation = await daemon.done(await daemon.services.vms.stop("web"))
+    assert operation.vm is not None
+    assert operation.vm.state is resources.VmState.STOPPED
+    assert daemon.world.leftovers() == {}
+
+
+async def test_a_second_start_checks_the_overlay_and_keeps_it(daemon: conftest.Daemon) -> None:
+    await daemon.create()
+    assert daemon.world.asked(privileged.CheckSnapshot) == 0
+    await daemon.done(await daemon.services.vms.stop("web"))
+    operation = await daemon.done(await daemon.services.vms.start("web"))
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert daemon.world.asked(privileged.CheckSnapshot) == 1
+
+
+async def test_restart_gives_a_new_boot_id(daemon: conftest.Daemon) -> None:
+    before = (await daemon.create()).vm
+    after = (await daemon.done(await daemon.services.vms.restart("web"))).vm
+    assert before is not None
+    assert after is not None
+    assert before.boot_id != after.boot_id
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_delete_leaves_nothing(daemon: conftest.Daemon, running: bool) -> None:
+    await daemon.create(start=running)
+    operation = await daemon.done(await daemon.services.vms.delete("web"))
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert daemon.world.leftovers() == {}
+    assert not any(vm.logs for vm in daemon.world.vms.values())
+    assert await daemon.services.vms.list() == []
+    assert not any((daemon.paths.state / "vms").glob("*"))
+
+
+async def test_kill_needs_no_guest(daemon: conftest.Daemon) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    fake = daemon.world.vm(created.id).vmm
+    operation = await daemon.done(await daemon.services.vms.kill("web"))
+    assert operation.vm is not None
+    assert operation.vm.state is resources.VmState.STOPPED
+    assert fake is not None
+    assert fake.flushes == 0
+    assert daemon.world.leftovers() == {}
+
+
+async def test_ten_creates_at_once(daemon: conftest.Daemon) -> None:
+    results = await asyncio.gather(*(daemon.create(f"vm-{n}") for n in range(10)))
+    assert {result.status for result in results} == {resources.OperationStatus.SUCCEEDED}
+    vms = await daemon.services.vms.list()
+    assert len({vm.address for vm in vms}) == 10
+
+
+async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(daemon: conftest.Daemon) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+    await fake.kill()
+    async with asyncio.timeout(5):
+        vm = await daemon.services.vms.get("web")
+        while vm.state is resources.VmState.RUNNING:
+            await asyncio.sleep(0.01)  # nothing announces it: that the daemon noticed is what is tested
+            vm = await daemon.services.vms.get("web")
+    assert vm.state is resources.VmState.ERROR
+    assert vm.last_error is not None
+    assert "ended unexpectedly" in vm.last_error.message
+    assert daemon.world.leftovers() == {}
+
+
+async def test_an_invalid_request_leaves_no_row(daemon: conftest.Daemon) -> None:
+    with pytest.raises(errors.NotFoundError, match="no image 'nope'"):
+        await daemon.services.vms.create(resources.CreateVm(name="web", image="nope"))
+    assert await daemon.services.vms.list() == []
+
+
+async def test_a_taken_name_is_refused(daemon: conftest.Daemon) -> None:
+    await daemon.create()
+    with pytest.raises(errors.AlreadyExistsError, match="web"):
+        await daemon.services.vms.create(resources.CreateVm(name="web"))
+
+
+async def test_a_daemon_that_starts_again_adopts_what_runs(paths: config.Paths, world: worlds.World) -> None:
+    async def start() -> tuple[str, int]:
+        async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+            if not await services.vms.list():
+                daemon = conftest.Daemon(services, paths, world)
+                await daemon.create()
+            vm = await services.vms.get("web")
+            return vm.boot_id, vm.pid
+
+    assert await start() == await start()
+
+
+async def test_a_daemon_that_starts_again_collects_what_no_row_owns(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    world.vm("ffffffffffff").tap = True
+    (paths.state / "vms" / "ffffffffffff").mkdir(parents=True)
+    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
+        assert world.leftovers() == {}
+        assert not any((paths.state / "vms").iterdir())
+
+
+async def test_exec_echoes_what_it_is_sent(daemon: conftest.Daemon) -> None:
+    await daemon.create()
+    sent = bytes(range(256)) * 4096
+    request = resources.ExecRequest(argv=("cat",))
+    got = bytearray()
+    async with daemon.services.vms.exec("web", request) as running:
+
+        async def feed() -> None:
+            await running.write(sent)
+            await running.close_stdin()
+
+        feeding = asyncio.create_task(feed())
+        async for event in running.output():
+            if isinstance(event, guest.ExitStatus):
+                assert event.as_shell == 0
+            else:
+                got += event[1]
+        await feeding
+    assert bytes(got) == sent
+
+
+async def test_exec_in_a_stopped_vm_says_how_to_start_it(daemon: conftest.Daemon) -> None:
+    await daemon.create(start=False)
+    with pytest.raises(errors.NotRunningError, match="web is not running"):
+        async with daemon.services.vms.exec("web", resources.ExecRequest(argv=("true",))):
+            pass

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""Each of the nineteen steps failing, failing with its undo, cancelled: the world is empty afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from banger import steps
+from banger.contract import errors, privileged, resources
+from banger.vm import start
+from tests.contract import conftest
+from tests.contract.test_lifecycle import STEPS
+
+UNDOS = (
+    "socket_dir",
+    "system_overlay",
+    "dm_snapshot",
+    "prepare_host_features",
+    "tap",
+    "metrics_file",
+    "firecracker_launch",
+)
+
+
+class Sabotage:
+    """Makes one step of the next start fail or hang, before or after its work is done."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+        self._steps = start.Start.steps
+        self.reached = asyncio.Event()
+
+    def fail(self, name: str, *, after: bool) -> None:
+        async def broken(step: steps.Step) -> None:
+            if after:
+                await step.run()
+            raise errors.OperationFailedError(f"{name} was told to fail")
+
+        self._replace(name, broken)
+
+    def hang(self, name: str) -> None:
+        async def stuck(step: steps.Step) -> None:
+            await step.run()
+            self.reached.set()
+            await asyncio.Event().wait()
+
+        self._replace(name, stuck)
+
+    def mend(self) -> None:
+        self._patch.setattr(start.Start, "steps", self._steps)
+
+    def _replace(self, name: str, run: Any) -> None:
+        original = self._steps
+
+        def planned(self: start.Start) -> list[steps.Step]:
+            return [_with_run(step, run) if step.name == name else step for step in original(self)]
+
+        self._patch.setattr(start.Start, "steps", planned)
+
+
+def _with_run(step: steps.Step, run: Any) -> steps.Step:
+    return steps.Step(step.name, lambda: run(step), step.undo, step.stage, step.detail, step.attributes)
+
+
+@pytest.fixture
+def sabotage(monkeypatch: pytest.MonkeyPatch) -> Sabotage:
+    return Sabotage(monkeypatch)
+
+
+async def assert_clean(daemon: conftest.Daemon, step: str) -> resources.Vm:
+    assert daemon.world.leftovers() == {}
+    vm = await daemon.services.vms.get("web")
+    assert vm.state is resources.VmState.ERROR
+    assert vm.last_error is not None
+    assert vm.last_error.step == step
+    assert not (daemon.paths.state / "vms" / vm.id).exists()
+    return vm
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", STEPS)
+async def test_a_step_that_fails(
+    daemon: conftest.Daemon, sabotage: Sabotage, name: str, after: bool
+) -> None:
+    sabotage.fail(name, after=after)
+    operation = await daemon.create()
+    assert operation.status is resources.OperationStatus.FAILED
+    assert operation.error is not None
+    assert operation.error.message == f"{name} was told to fail"
+    vm = await assert_clean(daemon, name)
+    assert vm.last_error is not None
+    assert vm.last_error.op_id == operation.id
+    sabotage.mend()
+    again = await daemon.done(await daemon.services.vms.start("web"))
+    assert again.status is resources.OperationStatus.SUCCEEDED, again.error
+
+
+@pytest.mark.parametrize("undo", UNDOS)
+async def test_an_undo_that_fails_too_hides_nothing_and_stops_nothing(
+    daemon: conftest.Daemon, sabotage: Sabotage, monkeypatch: pytest.MonkeyPatch, undo: str
+) -> None:
+    sabotage.fail("persist", after=False)
+    planned = start.Start.steps
+
+    def with_broken_undo(self: start.Start) -> list[steps.Step]:
+        async def broken() -> None:
+            raise errors.OperationFailedError("the undo was told to fail")
+
+        return [
+            steps.Step(s.name, s.run, broken, s.stage, s.detail) if s.name == undo else s
+            for s in planned(self)
+        ]
+
+    monkeypatch.setattr(start.Start, "steps", with_broken_undo)
+    operation = await daemon.create()
+    assert operation.error is not None
+    assert operation.error.message == "persist was told to fail"
+    assert f"rollback_{undo}: the undo was told to fail" in operation.error.also
+    # What that undo would have taken back is what the next start, or a delete, takes back.
+    sabotage.mend()
+    gone = await daemon.done(await daemon.services.vms.delete("web"))
+    assert gone.status is resources.OperationStatus.SUCCEEDED, gone.error
+    assert daemon.world.leftovers() == {}
+
+
+@pytest.mark.parametrize("name", STEPS)
+async def test_a_step_that_is_cancelled(daemon: conftest.Daemon, sabotage: Sabotage, name: str) -> None:
+    sabotage.hang(name)
+    operation = await daemon.services.vms.create(resources.CreateVm(name="web"))
+    async with asyncio.timeout(10):
+        await sabotage.reached.wait()
+        ended = await daemon.services.operations.cancel(operation.id)
+    assert ended.status is resources.OperationStatus.CANCELLED
+    vm = await assert_clean(daemon, name)
+    assert vm.last_error is not None
+    assert vm.last_error.code == "cancelled"
+    sabotage.mend()
+    again = await daemon.done(await daemon.services.vms.start("web"))
+    assert again.status is resources.OperationStatus.SUCCEEDED, again.error
+
+
+async def test_stop_ends_a_start_that_hangs(daemon: conftest.Daemon, sabotage: Sabotage) -> None:
+    sabotage.hang("wait_vsock_agent")
+    await daemon.services.vms.create(resources.CreateVm(name="web"))
+    await sabotage.reached.wait()
+    operation = await daemon.done(await daemon.services.vms.stop("web"))
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert daemon.world.leftovers() == {}
+
+
+async def test_a_request_to_root_is_awaited_even_when_cancelled(daemon: conftest.Daemon) -> None:
+    """Otherwise the tap would be made after its undo had found nothing to delete."""
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.CreateTap):
+            entered.set()
+            await release.wait()
+
+    daemon.world.before = slow
+    operation = await daemon.services.vms.create(resources.CreateVm(name="web"))
+    await entered.wait()
+    cancelling = asyncio.create_task(daemon.services.operations.cancel(operation.id))
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(cancelling), 0.05)
+    assert not cancelling.done()
+    release.set()
+    await cancelling
+    assert daemon.world.leftovers() == {}
+
+
+async def test_a_guest_whose_kernel_panics_says_why(daemon: conftest.Daemon) -> None:
+    daemon.world.behaviour.panic = "VFS: Unable to mount root fs"
+    operation = await daemon.create()
+    assert operation.error is not None
+    assert "VFS: Unable to mount root fs" in operation.error.message
+    await assert_clean(daemon, "wait_vsock_agent")
+
+
+async def test_an_agent_that_never_answers_is_not_waited_for_for_ever(daemon: conftest.Daemon) -> None:
+    daemon.world.behaviour.silent = True
+    operation = await daemon.create()
+    assert operation.error is not None
+    assert operation.error.code == "timed_out"
+    assert "did not answer within 1 s" in operation.error.message
+    await assert_clean(daemon, "wait_vsock_agent")
+
+
+async def test_a_failed_start_of_a_throw_away_vm_leaves_no_row(
+    daemon: conftest.Daemon, sabotage: Sabotage
+) -> None:
+    sabotage.fail("tap", after=True)
+    body = resources.CreateVm(name="web", remove_on_failure=True)
+    operation = await daemon.done(await daemon.services.vms.create(body))
+    assert operation.status is resources.OperationStatus.FAILED
+    assert await daemon.services.vms.list() == []
+    assert daemon.world.leftovers() == {}
+
+
+async def test_a_user_s_overlay_survives_a_start_that_fails(
+    daemon: conftest.Daemon, sabotage: Sabotage
+) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    await daemon.done(await daemon.services.vms.stop("web"))
+    files = daemon.paths.state / "vms" / created.id
+    sabotage.fail("persist", after=False)
+    operation = await daemon.done(await daemon.services.vms.start("web"))
+    assert operation.status is resources.OperationStatus.FAILED
+    assert {path.name for path in files.iterdir()} == {"overlay.cow", "work.ext4"}

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""A VMM without a machine: real API and vsock sockets, Firecracker's handshake, an agent that answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from banger.contract import guest
+
+_pids = itertools.count(1_000_000)
+F = guest.FrameType
+T = guest.Tag
+
+
+@dataclass(slots=True)
+class Behaviour:
+    """How the next VMMs behave."""
+
+    silent: bool = False
+    """Nobody ever answers in the guest."""
+    panic: str = ""
+    """The guest's kernel panics with this reason instead of coming up."""
+    ignores_power_off: bool = False
+    answers: bytes | None = None
+    """The agent answers every request with these bytes."""
+
+
+class FakeVmm:
+    """Exec runs nothing: it echoes stdin to stdout, and `exit N` as argv ends with N."""
+
+    def __init__(self, api: Path, vsock: Path, console: Path, behaviour: Behaviour) -> None:
+        self.pid = next(_pids)
+        self.boot_id = str(uuid.uuid4())
+        self.flushes = 0
+        self._paths = (api, vsock)
+        self._console = console
+        self._behaviour = behaviour
+        self._servers: list[asyncio.Server] = []
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.is_running = False
+
+    async def start(self) -> None:
+        api, vsock = self._paths
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        self._servers = [
+            await asyncio.start_unix_server(self._serve_api, str(api)),
+            await asyncio.start_unix_server(self._serve_vsock, str(vsock)),
+        ]
+        self.is_running = True
+        if self._behaviour.panic:
+            self._console.write_text(f"[    1.0] Kernel panic - not syncing: {self._behaviour.panic}\n")
+            asyncio.get_running_loop().call_later(0.01, self._die)
+
+    async def kill(self) -> None:
+        self._die()
+        for server in self._servers:
+            await server.wait_closed()
+        self._servers = []
+
+    def _die(self) -> None:
+        self.is_running = False
+        for server in self._servers:
+            server.close()
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _serve_api(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        with contextlib.suppress(OSError):
+            await reader.read()
+        self._writers.discard(writer)
+        writer.close()
+
+    async def _serve_vsock(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            line = await reader.readline()
+            assert line == b"CONNECT 1023\n", line
+            if not (self._behaviour.silent or self._behaviour.panic):
+                writer.write(b"OK 1073741824\n")
+                await self._agent(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _agent(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kind, _ = await _receive(reader)
+        assert kind == F.HELLO, kind
+        if self._behaviour.answers is not None:
+            writer.write(self._behaviour.answers)
+            return
+        greeting = guest.encode([(T.MAGIC, guest.MAGIC), (T.BOOT_ID, self.boot_id)])
+        writer.write(guest.frame(F.HELLO, greeting))
+        kind, payload = await _receive(reader)
+        if kind == F.HEALTH:
+            writer.write(guest.frame(F.REPLY, guest.encode([(T.UPTIME_MS, 5)])))
+        elif kind == F.FLUSH:
+            self.flushes += 1
+            writer.write(guest.frame(F.REPLY))
+        elif kind == F.POWER_OFF:
+            writer.write(guest.frame(F.REPLY))
+            if not self._behaviour.ignores_power_off:
+                asyncio.get_running_loop().call_later(0.005, self._die)
+        elif kind == F.EXEC:
+            await _execute(reader, writer, guest.Fields(payload))
+        else:
+            writer.write(guest.frame(F.ERROR, guest.encode([(T.CODE, "bad_request"), (T.MESSAGE, "no")])))
+
+
+async def _execute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fields: guest.Fields) -> None:
+    argv = fields.texts(T.ARGUMENT)
+    writer.write(guest.frame(F.STARTED, guest.encode([(T.PID, 2)])))
+    code = int(argv[1]) if argv[0] == "exit" else 0
+    while argv[0] == "cat":
+        kind, data = await _receive(reader)
+        if kind == F.SIGNAL:
+            number = guest.Fields(data).number(T.SIGNAL)
+            writer.write(guest.frame(F.EXIT, guest.encode([(T.EXIT_KIND, 1), (T.EXIT_CODE, number)])))
+            return
+        if kind != F.STDIN:
+            continue
+        if not data:
+            break
+        writer.write(guest.frame(F.STDOUT, data))
+        writer.write(guest.frame(F.WINDOW, guest.encode([(T.COUNT, len(data))])))
+        await writer.drain()
+    writer.write(guest.frame(F.EXIT, guest.encode([(T.EXIT_KIND, 0), (T.EXIT_CODE, code)])))
+
+
+async def _receive(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    kind, size = guest.parse_header(await reader.readexactly(guest.HEADER.size))
+    return kind, await reader.readexactly(size)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: MIT
+"""A host that exists only in memory: what privileged operations would have made, and in what order.
+
+Meets `PrivilegedOps`. Its VMMs (tests/fakes/vmm.py) listen on real sockets at the contract's paths. It
+refuses what the real helper refuses, and `leftovers` counts what a test forgot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from banger.contract import errors, privileged
+from tests.fakes import vmm
+
+Hook = Callable[[privileged.Request[Any]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class VmState:
+    """What exists of one VM."""
+
+    snapshot: bool = False
+    work_disk: bool = False
+    tap: bool = False
+    jail: bool = False
+    logs: bool = False
+    vmm: vmm.FakeVmm | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.vmm is not None and self.vmm.is_running
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.snapshot or self.work_disk or self.tap or self.jail or self.runs)
+
+
+async def _nothing(_: privileged.Request[Any]) -> None:
+    return
+
+
+@dataclass(slots=True)
+class World:
+    """The helper and its host in one. `before` and `after` let a test fail, hang or count any operation."""
+
+    state: Path
+    jails: Path
+    logs: Path
+    behaviour: vmm.Behaviour = field(default_factory=vmm.Behaviour)
+    before: Hook = _nothing
+    after: Hook = _nothing
+    bridge: bool = False
+    vms: dict[str, VmState] = field(default_factory=dict)
+    requests: list[privileged.Request[Any]] = field(default_factory=list)
+
+    async def call(self, request: privileged.Request[privileged.ResultT], /) -> privileged.ResultT:
+        self.requests.append(request)
+        await self.before(request)
+        result = await _HANDLERS[type(request)](self, request)
+        await self.after(request)
+        return cast("privileged.ResultT", result)
+
+    def vm(self, vm_id: str) -> VmState:
+        return self.vms.setdefault(vm_id, VmState())
+
+    def leftovers(self) -> dict[str, VmState]:
+        """VMs of which something besides logs exists."""
+        return {vm_id: vm for vm_id, vm in self.vms.items() if not vm.is_empty}
+
+    def asked(self, kind: type[privileged.Request[Any]]) -> int:
+        return sum(isinstance(request, kind) for request in self.requests)
+
+    async def close(self) -> None:
+        for vm in self.vms.values():
+            if vm.vmm is not None:
+                await vm.vmm.kill()
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise errors.ConflictError(message)
+
+
+async def _get_host(world: World, request: Any) -> privileged.Result:
+    return privileged.HostInfo(version="fake", protocol=privileged.PROTOCOL_VERSION)
+
+
+async def _list_world(world: World, request: Any) -> privileged.Result:
+    return privileged.World(
+        vms=tuple(
+            privileged.VmWorld(
+                vm_id=vm_id,
+                snapshot=vm.snapshot,
+                loops=int(vm.work_disk) + 2 * int(vm.snapshot),
+                tap=vm.tap,
+                jail=vm.jail,
+                logs=vm.logs,
+                vmm_pid=vm.vmm.pid if vm.runs and vm.vmm else 0,
+            )
+            for vm_id, vm in world.vms.items()
+            if vm.logs or not vm.is_empty
+        ),
+        bridge=world.bridge,
+    )
+
+
+async def _ensure_bridge(world: World, request: Any) -> privileged.Result:
+    world.bridge = True
+    return privileged.Done()
+
+
+async def _delete_bridge(world: World, request: Any) -> privileged.Result:
+    _need(not any(vm.tap for vm in world.vms.values()), "a tap is attached to the bridge")
+    world.bridge = False
+    return privileged.Done()
+
+
+async def _create_snapshot(world: World, request: privileged.CreateSnapshot) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(not vm.snapshot, "the snapshot exists already")
+    _need((world.state / "images" / request.image_id / "rootfs.ext4").is_file(), "there is no base")
+    _need((world.state / "vms" / request.vm_id / "overlay.cow").is_file(), "there is no overlay")
+    vm.snapshot = True
+    return privileged.Snapshot(device=f"/dev/mapper/fc-rootfs-{request.vm_id}")
+
+
+async def _check_snapshot(world: World, request: privileged.CheckSnapshot) -> privileged.Result:
+    _need(world.vm(request.vm_id).snapshot, "there is no snapshot to check")
+    return privileged.Check(repaired=False)
+
+
+async def _patch_root(world: World, request: privileged.PatchRoot) -> privileged.Result:
+    _need(world.vm(request.vm_id).snapshot, "there is no snapshot to patch")
+    return privileged.Done()
+
+
+async def _delete_snapshot(world: World, request: privileged.DeleteSnapshot) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(not (vm.snapshot and vm.runs), "the snapshot is in use")
+    vm.snapshot = False
+    return privileged.Done()
+
+
+async def _attach_work_disk(world: World, request: privileged.AttachWorkDisk) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(not vm.work_disk, "the work disk is attached already")
+    _need((world.state / "vms" / request.vm_id / "work.ext4").is_file(), "there is no work disk")
+    vm.work_disk = True
+    return privileged.Done()
+
+
+async def _detach_work_disk(world: World, request: privileged.DetachWorkDisk) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(not (vm.work_disk and vm.runs), "the work disk is in use")
+    vm.work_disk = False
+    return privileged.Done()
+
+
+async def _create_tap(world: World, request: privileged.CreateTap) -> privileged.Result:
+    _need(world.bridge, "there is no bridge")
+    world.vm(request.vm_id).tap = True
+    return privileged.Done()
+
+
+async def _delete_tap(world: World, request: privileged.DeleteTap) -> privileged.Result:
+    world.vm(request.vm_id).tap = False
+    return privileged.Done()
+
+
+async def _prepare_jail(world: World, request: privileged.PrepareJail) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(not vm.runs, "the VMM still runs")
+    socket = Path(privileged.api_socket(str(world.jails), request.vm_id))
+    socket.parent.mkdir(parents=True, exist_ok=True)
+    (world.logs / request.vm_id).mkdir(parents=True, exist_ok=True)
+    vm.jail = vm.logs = True
+    return privileged.Done()
+
+
+async def _delete_jail(world: World, request: privileged.DeleteJail) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(not vm.runs, "the VMM still runs")
+    vm.jail = False
+    return privileged.Done()
+
+
+async def _check_runtime(world: World, request: Any) -> privileged.Result:
+    return privileged.HostInfo(version="fake", protocol=privileged.PROTOCOL_VERSION)
+
+
+async def _launch(world: World, request: privileged.LaunchVmm) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    _need(vm.jail and vm.snapshot, "there is no jail or no root disk")
+    _need(vm.work_disk or not request.work_disk, "the work disk is not attached")
+    _need(vm.tap or not request.tap, "there is no tap")
+    _need(not vm.runs, "a VMM runs already")
+    _need((world.state / "kernels" / request.kernel_id / "vmlinux").is_file(), "there is no kernel")
+    vm.vmm = vmm.FakeVmm(
+        Path(privileged.api_socket(str(world.jails), request.vm_id)),
+        Path(privileged.vsock_socket(str(world.jails), request.vm_id)),
+        world.logs / request.vm_id / "console.log",
+        world.behaviour,
+    )
+    await vm.vmm.start()
+    return privileged.Vmm(pid=vm.vmm.pid, start_ticks=1)
+
+
+async def _grant(world: World, request: privileged.GrantApiSocket) -> privileged.Result:
+    _need(world.vm(request.vm_id).runs, "there is no VMM")
+    return privileged.Done()
+
+
+async def _find_vmm(world: World, request: privileged.FindVmm) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    return privileged.Vmm(pid=vm.vmm.pid if vm.vmm and vm.runs else 0)
+
+
+async def _kill_vmm(world: World, request: privileged.KillVmm) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    if vm.vmm is not None:
+        await vm.vmm.kill()
+    return privileged.Done()
+
+
+async def _get_usage(world: World, request: privileged.GetUsage) -> privileged.Result:
+    return privileged.Usage()
+
+
+async def _tear_down(world: World, request: privileged.TearDown) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    if vm.vmm is not None:
+        await vm.vmm.kill()
+    world.vms[request.vm_id] = VmState(logs=vm.logs)
+    return privileged.Done()
+
+
+async def _purge_logs(world: World, request: privileged.PurgeLogs) -> privileged.Result:
+    world.vm(request.vm_id).logs = False
+    return privileged.Done()
+
+
+_HANDLERS: dict[type[privileged.Request[Any]], Callable[[World, Any], Awaitable[privileged.Result]]] = {
+    privileged.GetHost: _get_host,
+    privileged.ListWorld: _list_world,
+    privileged.EnsureBridge: _ensure_bridge,
+    privileged.DeleteBridge: _delete_bridge,
+    privileged.CheckRuntime: _check_runtime,
+    privileged.CreateSnapshot: _create_snapshot,
+    privileged.CheckSnapshot: _check_snapshot,
+    privileged.PatchRoot: _patch_root,
+    privileged.DeleteSnapshot: _delete_snapshot,
+    privileged.AttachWorkDisk: _attach_work_disk,
+    privileged.DetachWorkDisk: _detach_work_disk,
+    privileged.CreateTap: _create_tap,
+    privileged.DeleteTap: _delete_tap,
+    privileged.PrepareJail: _prepare_jail,
+    privileged.DeleteJail: _delete_jail,
+    privileged.LaunchVmm: _launch,
+    privileged.GrantApiSocket: _grant,
+    privileged.GrantVsock: _grant,
+    privileged.FindVmm: _find_vmm,
+    privileged.KillVmm: _kill_vmm,
+    privileged.GetUsage: _get_usage,
+    privileged.TearDown: _tear_down,
+    privileged.PurgeLogs: _purge_logs,
+}
+
+
+async def hang(_: privileged.Request[Any]) -> None:
+    """A hook that never comes back."""
+    await asyncio.Event().wait()
