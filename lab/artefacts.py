@@ -49,7 +49,7 @@ def ensure(root: Path) -> cache.Entry:
         with _timed(f"image {IMAGE}"):
             _image(stage / "images", downloads, guest)
 
-    return cache.Cache(root, "artefacts", KEPT).ensure(cache.key_of(_key_parts(guest)), build)
+    return cache.Cache(root, "made", KEPT).ensure(cache.key_of(_key_parts(guest)), build)
 
 
 def _build_guest() -> Path:
