@@ -86,11 +86,10 @@ def installed(name: str, *, detached: bool = False, root: Path | None = None) ->
 class Machine(Protocol):
     """Where banger is installed: a lab, or this machine."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def run(
-        self, argv: Sequence[str], /, *, user: str = "root", timeout_s: float = INSTALL_LIMIT_S
-    ) -> object: ...
+    def run(self, argv: Sequence[str], *, user: str = "root", timeout_s: float = 60) -> object: ...
 
 
 class ThisMachine:
@@ -98,9 +97,7 @@ class ThisMachine:
 
     name = "local"
 
-    def run(
-        self, argv: Sequence[str], /, *, user: str = "root", timeout_s: float = INSTALL_LIMIT_S
-    ) -> object:
+    def run(self, argv: Sequence[str], *, user: str = "root", timeout_s: float = 60) -> object:
         """Runs it to its end as this user; raises CommandError when it fails."""
         as_user = (
             [] if user == "root" else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]

@@ -39,7 +39,16 @@ def own(root: Path) -> cache.Entry:
 
     def build(stage: Path) -> None:
         log.info("building banger's wheel")
-        argv = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", stage, TREE]
+        argv = [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(stage),
+            str(TREE),
+        ]
         command.run(argv, timeout_s=600)
 
     return cache.Cache(root, "own-wheel", KEPT).ensure(cache.key_of(_sources()), build)
