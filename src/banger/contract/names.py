@@ -18,9 +18,10 @@ VmName = NewType("VmName", str)
 ImageId = NewType("ImageId", str)
 KernelId = NewType("KernelId", str)
 
-ID_PATTERN: Final = r"^[0-9a-f]{12}$"
-VM_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"
+# A `$` alone also matches before a last line feed, and msgspec searches rather than matches in full.
+ID_PATTERN: Final = r"^[0-9a-f]{12}$(?!\n)"
+VM_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$(?!\n)"
+ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$(?!\n)"
 
 BRIDGE: Final = "br-fc"
 CGROUP_PARENT: Final = "banger.slice/banger-vms.service"

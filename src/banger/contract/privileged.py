@@ -24,10 +24,10 @@ PROTOCOL_VERSION: Final = 1
 
 Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
 Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
-OpId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z-]{0,40}$")]
+OpId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z-]{0,40}$(?!\n)")]
 Hostname = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
-BootArgs = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$", max_length=1900)]
-Ipv4 = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$")]
+BootArgs = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$(?!\n)", max_length=1900)]
+Ipv4 = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$(?!\n)")]
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="result", tag=True):
@@ -159,7 +159,7 @@ class PatchRoot(Request[Done], tag="patch_root", frozen=True):
     vm_id: Id
     slot: Slot
     hostname: Hostname
-    ip_arg: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-z.:-]{0,160}$")] = ""
+    ip_arg: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-z.:-]{0,160}$(?!\n)")] = ""
     """The kernel's `ip=` value, for guests that read it from the configuration file; may be empty."""
     dns: tuple[Ipv4, ...] = ()
     work_disk: bool = True

@@ -19,8 +19,8 @@ DEFAULT_PATH: Final = Path("/etc/banger/install.toml")
 _MAX_POLICY_BYTES: Final = 64 * 1024
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-AbsolutePath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+AbsolutePath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$(?!\n)")]
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -31,7 +31,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     owner_name: str
     uid_base: Annotated[int, msgspec.Meta(ge=65536, le=2**31 - 1 - names.MAX_SLOTS)] = names.UID_BASE
     uid_count: Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)] = names.MAX_SLOTS
-    bridge: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,14}$")] = names.BRIDGE
+    bridge: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,14}$(?!\n)")] = names.BRIDGE
     network: str = names.NETWORK
     state_dir: AbsolutePath = "/var/lib/banger"
     helper_dir: AbsolutePath = "/var/lib/banger-root"

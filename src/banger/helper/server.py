@@ -20,6 +20,7 @@ from banger.helper import policy as policies
 
 READ_DEADLINE_S: Final = 5.0
 WRITE_DEADLINE_S: Final = 10.0
+PART_DEADLINE_S: Final = 0.5
 STOP_DEADLINE_S: Final = 20.0
 MAX_CONNECTIONS: Final = 64
 _LENGTH: Final = struct.Struct("!I")
@@ -94,6 +95,16 @@ def exchange(policy: policies.Policy, connection: socket.socket) -> None:
     connection.settimeout(WRITE_DEADLINE_S)
     data = _encoder.encode(reply)
     connection.sendall(_LENGTH.pack(len(data)) + data)
+    _part(connection)
+
+
+def _part(connection: socket.socket) -> None:
+    """Closing with something unread would reset the connection under a peer that reads our answer."""
+    connection.shutdown(socket.SHUT_WR)
+    connection.settimeout(PART_DEADLINE_S)
+    unread = privileged.MAX_REQUEST_BYTES
+    while unread > 0 and (part := connection.recv(unread)):
+        unread -= len(part)
 
 
 def _receive(connection: socket.socket, deadline: float) -> bytes:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""Bridge and taps on the real kernel, in a network namespace of the test's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from banger.contract import errors, names, privileged
+from banger.helper import network, operations
+from banger.helper.linux import netlink
+from tests.root.helper_world import OTHER_VM, VM, HelperWorld
+
+pytestmark = pytest.mark.usefixtures("own_network")
+TAP = names.tap_name(names.VmId(VM))
+
+
+def ask(world: HelperWorld, request: privileged.Request[privileged.Done]) -> None:
+    operations.execute(world.policy, request)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, timeout=10, capture_output=True)
+
+
+def add_foreign(name: str) -> None:
+    """Neither a bridge nor a tap."""
+    ip("link", "add", name, "type", "veth", "peer", "name", "other")
+
+
+def link_names() -> set[str]:
+    return {link.name for link in netlink.links()}
+
+
+def test_bridge_is_made_once_and_repaired(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    first = netlink.find("br-fc")
+    assert first is not None
+    assert first.is_up
+    wanted = netlink.Address(first.number, "10.213.240.1", 20)
+    assert wanted in netlink.addresses()
+    ip("link", "set", "br-fc", "down")
+    ip("addr", "flush", "dev", "br-fc")
+    ask(helper_world_here, privileged.EnsureBridge())
+    again = netlink.find("br-fc")
+    assert again is not None
+    assert again.number == first.number
+    assert again.is_up
+    assert wanted in netlink.addresses()
+
+
+def test_bridge_has_no_ipv6_address(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    shown = subprocess.run(["ip", "-6", "addr"], check=True, capture_output=True, text=True, timeout=10)
+    assert shown.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["veth", "bridge"])
+def test_a_foreign_link_of_the_bridges_name_is_left_alone(helper_world_here: HelperWorld, kind: str) -> None:
+    if kind == "bridge":
+        ip("link", "add", "br-fc", "type", kind)
+    else:
+        add_foreign("br-fc")
+    with pytest.raises(errors.ConflictError, match="br-fc"):
+        ask(helper_world_here, privileged.EnsureBridge())
+    with pytest.raises(errors.ConflictError, match="br-fc"):
+        ask(helper_world_here, privileged.DeleteBridge())
+    assert netlink.addresses() == []
+
+
+def test_a_network_in_use_is_refused(helper_world_here: HelperWorld) -> None:
+    add_foreign("lan0")
+    ip("addr", "add", "10.213.255.7/16", "dev", "lan0")
+    with pytest.raises(errors.ConflictError, match="overlaps"):
+        ask(helper_world_here, privileged.EnsureBridge())
+    assert "br-fc" not in link_names()
+
+
+def test_bridge_with_taps_is_not_deleted(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    with pytest.raises(errors.ConflictError, match=TAP):
+        ask(helper_world_here, privileged.DeleteBridge())
+    ask(helper_world_here, privileged.DeleteTap(vm_id=VM))
+    ask(helper_world_here, privileged.DeleteBridge())
+    ask(helper_world_here, privileged.DeleteBridge())
+    assert link_names() == {"lo"}
+
+
+def test_tap_is_the_vms_isolated_and_persistent(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=5))
+    tap = netlink.find(TAP)
+    bridge = netlink.find("br-fc")
+    assert tap is not None
+    assert bridge is not None
+    assert tap.tun_owner == helper_world_here.policy.uid(5)
+    assert tap.master == bridge.number
+    assert tap.is_up
+    shown = subprocess.run(
+        ["bridge", "-d", "link", "show", "dev", TAP], check=True, capture_output=True, text=True, timeout=10
+    )
+    assert "isolated on" in shown.stdout
+    detail = subprocess.run(
+        ["ip", "-d", "link", "show", TAP], check=True, capture_output=True, text=True, timeout=10
+    ).stdout
+    assert "vnet_hdr on persist on" in detail
+    assert network.tap_owners(helper_world_here.policy, netlink.links()) == [VM]
+
+
+def test_only_the_vms_uid_may_open_its_tap(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=5))
+    uid = helper_world_here.policy.uid(5)
+    program = (
+        "import fcntl,os,struct,sys\n"
+        "fd=os.open('/dev/net/tun',os.O_RDWR)\n"
+        f"fcntl.ioctl(fd,0x400454CA,struct.pack('16sH22x',{TAP.encode()!r},0x5002))\n"
+    )
+    # /dev/net/tun may be closed to others on this machine; a jail has a node of its own.
+    mode = os.stat("/dev/net/tun").st_mode & 0o777
+    os.chmod("/dev/net/tun", 0o666)  # noqa: S103 - put back below
+    try:
+        for who, good in ((uid, True), (uid + 1, False)):
+            tried = subprocess.run(
+                ["/usr/bin/python3", "-c", program],
+                user=who,
+                group=who,
+                extra_groups=[],
+                capture_output=True,
+                timeout=30,
+            )
+            assert (tried.returncode == 0) is good, tried.stderr
+    finally:
+        os.chmod("/dev/net/tun", mode)
+
+
+def test_tap_is_made_anew_when_it_is_ours(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=5))
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=6))
+    tap = netlink.find(TAP)
+    assert tap is not None
+    assert tap.tun_owner == helper_world_here.policy.uid(6)
+
+
+@pytest.mark.parametrize("foreign", ["veth", "tap of root", "tap of another VM"])
+def test_a_foreign_link_of_the_taps_name_is_left_alone(helper_world_here: HelperWorld, foreign: str) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    if foreign == "veth":
+        add_foreign(TAP)
+    else:
+        owner = 0 if foreign == "tap of root" else helper_world_here.policy.uid(9)
+        ip("tuntap", "add", TAP, "mode", "tap", "user", str(owner))
+        ip("link", "set", TAP, "alias", f"banger/{OTHER_VM if owner else VM}")
+    before = netlink.find(TAP)
+    with pytest.raises(errors.ConflictError, match=TAP):
+        ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    ask(helper_world_here, privileged.DeleteTap(vm_id=VM))
+    assert netlink.find(TAP) == before
+
+
+def test_tap_without_bridge_is_refused(helper_world_here: HelperWorld) -> None:
+    with pytest.raises(errors.NotFoundError, match="br-fc"):
+        ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    assert link_names() == {"lo"}
+
+
+def test_half_made_tap_goes_with_its_maker(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last act is to make it persistent; here the act before fails, as it would when we are killed."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "broken", TAP)
+
+    ask(helper_world_here, privileged.EnsureBridge())
+    monkeypatch.setattr(netlink, "bring_up", fail)
+    with pytest.raises(errors.OperationFailedError, match=TAP):
+        ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    assert link_names() == {"lo", "br-fc"}

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: MIT
+"""The helper's socket against peers of every kind: other uids, unknown requests, the slow and the rude."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from banger.contract import errors, names, privileged
+from banger.helper import operations, server
+from banger.owner import helper
+from tests.root.helper_world import OWNER, STRANGER, VM, HelperWorld
+
+# One request as another uid, in a process of its own: SO_PEERCRED cannot be put on like a hat.
+ASK = """
+import socket, struct, sys
+wire = socket.socket(socket.AF_UNIX); wire.settimeout(20); wire.connect(sys.argv[1])
+data = sys.argv[2].encode()
+wire.sendall(struct.pack('!I', len(data)) + data)
+answer = b''
+while part := wire.recv(65536): answer += part
+sys.stdout.write(answer[4:].decode())
+"""
+TABLE: dict[Any, Any] = operations.OPERATIONS
+GET_HOST = '{"request": {"op": "get_host"}, "op_id": "op-1"}'
+
+
+@pytest.fixture
+def socket_path(helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A served socket that any uid may connect to, so that only the helper's own check is met."""
+    monkeypatch.setattr(server, "READ_DEADLINE_S", 1.0)
+    path = helper_world_here.root / "helper.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen(64)
+        serving = server.Server(helper_world_here.policy, listener)
+        thread = threading.Thread(target=serving.serve)
+        thread.start()
+        yield path
+        serving.stop()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def ask_as(uid: int, path: Path, text: str) -> privileged.Reply:
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", ASK, str(path), text],
+        user=uid,
+        group=uid,
+        extra_groups=[],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    return msgspec.json.decode(done.stdout, type=privileged.Reply)
+
+
+def raw(path: Path, data: bytes, *, half_close: bool = False) -> bytes:
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.settimeout(20)
+        wire.connect(str(path))
+        wire.sendall(data)
+        if half_close:
+            wire.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := wire.recv(65536):
+            answer += part
+        return answer
+
+
+def framed(text: str) -> bytes:
+    return struct.pack("!I", len(text.encode())) + text.encode()
+
+
+def error_of(answer: bytes) -> errors.ErrorBody:
+    reply = msgspec.json.decode(answer[4:], type=privileged.Reply)
+    assert reply.error is not None
+    return reply.error
+
+
+@pytest.mark.parametrize("uid", [0, OWNER])
+def test_root_and_owner_are_answered(socket_path: Path, uid: int) -> None:
+    assert isinstance(ask_as(uid, socket_path, GET_HOST).result, privileged.HostInfo)
+
+
+def test_any_other_uid_is_refused(socket_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reply = ask_as(STRANGER, socket_path, GET_HOST)
+    assert reply.result is None
+    assert reply.error is not None
+    assert reply.error.code == "unauthorized"
+    line = next(line for line in capfd.readouterr().err.splitlines() if "refused" in line)
+    assert line.startswith("<4>{")
+    logged = json.loads(line[3:])
+    assert logged["peer_uid"] == STRANGER
+    assert "op" not in logged, "nothing of what it sent was read"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"request": {"op": "run_command", "argv": ["id"]}}',
+        '{"request": {"op": "get_host", "path": "/etc/shadow"}}',
+        '{"request": {"op": "get_host"}, "sudo": true}',
+        '{"request": {"op": "delete_tap", "vm_id": "../../../etc"}}',
+        '{"request": {"op": "delete_tap", "vm_id": "0123456789AB"}}',
+        '{"request": {"op": "delete_tap", "vm_id": "0123456789ab\\n"}}',
+        '{"request": {"op": "delete_tap", "vm_id": 7}}',
+        '{"request": {"op": "delete_tap"}}',
+        '{"request": {"op": "create_tap", "vm_id": "0123456789ab", "slot": 0}}',
+        '{"request": {"op": "create_tap", "vm_id": "0123456789ab", "slot": 4001}}',
+        '{"request": {"op": "create_snapshot", "vm_id": "0123456789ab", "slot": 1, "image_id": "/etc/x"}}',
+        '{"request": {"op": "patch_root", "vm_id": "0123456789ab", "slot": 1, "hostname": "a\\nroot::0"}}',
+        '{"request": {"op": "patch_root", "vm_id": "0123456789ab", "slot": 1, "hostname": "a", "dns": [""]}}',
+        '{"request": {"op": "get_host"}, "op_id": "x\\ny"}',
+        '{"op": "get_host"}',
+        "[]",
+        "",
+        "\x00",
+        "[" * 60000,
+    ],
+)
+def test_what_is_not_exactly_a_request_is_refused(socket_path: Path, text: str) -> None:
+    assert error_of(raw(socket_path, framed(text))).code == "bad_request"
+
+
+@pytest.mark.parametrize("boot_args", ["a\nb", "a\x00b", "x" * 1901, " a", "a ", "a  b", "a\tb", "é"])
+def test_boot_arguments_are_one_plain_line(socket_path: Path, boot_args: str) -> None:
+    request = {
+        "op": "launch_vmm",
+        "vm_id": VM,
+        "slot": 1,
+        "kernel_id": VM,
+        "initrd": False,
+        "vcpus": 1,
+        "memory_mib": 128,
+        "boot_args": boot_args,
+    }
+    assert error_of(raw(socket_path, framed(json.dumps({"request": request})))).code == "bad_request"
+
+
+def test_an_oversized_request_is_refused_unread(socket_path: Path) -> None:
+    began = time.monotonic()
+    answer = raw(socket_path, struct.pack("!I", privileged.MAX_REQUEST_BYTES + 1))
+    assert error_of(answer).code == "bad_request"
+    assert time.monotonic() - began < 0.9, "it did not wait for the rest"
+
+
+def test_half_a_request_is_answered_and_forgotten(socket_path: Path) -> None:
+    assert error_of(raw(socket_path, framed(GET_HOST)[:10], half_close=True)).code == "bad_request"
+
+
+def test_a_slow_peer_is_cut_off_and_keeps_nobody_waiting(socket_path: Path) -> None:
+    slow = []
+    for _ in range(8):
+        wire = socket.socket(socket.AF_UNIX)
+        wire.connect(str(socket_path))
+        wire.sendall(b"\x00")
+        slow.append(wire)
+    began = time.monotonic()
+    assert ask_as(OWNER, socket_path, GET_HOST).result is not None
+    assert time.monotonic() - began < 0.9
+    for wire in slow:
+        wire.settimeout(10)
+        assert error_of(wire.recv(65536)).code == "timed_out"
+        wire.close()
+    assert time.monotonic() - began < 5
+
+
+def test_a_peer_that_leaves_does_no_harm(socket_path: Path) -> None:
+    for _ in range(20):
+        wire = socket.socket(socket.AF_UNIX)
+        wire.connect(str(socket_path))
+        wire.sendall(framed(GET_HOST))
+        wire.close()
+    assert ask_as(OWNER, socket_path, GET_HOST).result is not None
+
+
+def test_each_request_is_logged_once(socket_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps({"request": {"op": "purge_logs", "vm_id": VM}, "op_id": "op-42"})
+    assert ask_as(OWNER, socket_path, text).result == privileged.Done()
+    lines = [line for line in capfd.readouterr().err.splitlines() if "op-42" in line]
+    assert len(lines) == 1
+    logged = json.loads(lines[0][3:])
+    assert (logged["op"], logged["vm"], logged["outcome"]) == ("purge_logs", VM, "done")
+    assert logged["elapsed_ms"] >= 0
+
+
+def test_an_unexpected_error_is_answered_and_logged(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> privileged.Result:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setitem(TABLE, privileged.GetHost, fail)
+    answer = error_of(raw(socket_path, framed(GET_HOST)))
+    assert answer.code == "operation_failed"
+    assert answer.op_id == "op-1"
+    assert "<3>" in capfd.readouterr().err
+
+
+def test_stopping_lets_a_request_finish(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> privileged.Result:
+        started.set()
+        assert release.wait(10)
+        return privileged.Done()
+
+    monkeypatch.setitem(TABLE, privileged.PurgeLogs, slow)
+    path = helper_world_here.root / "stopping.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        serving = server.Server(helper_world_here.policy, listener)
+        thread = threading.Thread(target=serving.serve)
+        thread.start()
+        with socket.socket(socket.AF_UNIX) as wire:
+            wire.settimeout(20)
+            wire.connect(str(path))
+            wire.sendall(framed(json.dumps({"request": {"op": "purge_logs", "vm_id": VM}})))
+            assert started.wait(10)
+            serving.stop()
+            release.set()
+            assert (
+                msgspec.json.decode(wire.recv(65536)[4:], type=privileged.Reply).result == privileged.Done()
+            )
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_one_vm_at_a_time_others_at_once(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[str] = []
+    seen: list[tuple[str, ...]] = []
+    guard = threading.Lock()
+
+    def watch(_: object, request: privileged.PurgeLogs) -> privileged.Result:
+        with guard:
+            running.append(request.vm_id)
+            seen.append(tuple(running))
+        time.sleep(0.1)
+        with guard:
+            running.remove(request.vm_id)
+        return privileged.Done()
+
+    monkeypatch.setitem(TABLE, privileged.PurgeLogs, watch)
+    ids = [VM, VM, VM, "ba9876543210"]
+    threads = [
+        threading.Thread(
+            target=operations.run, args=(helper_world_here.policy, privileged.PurgeLogs(vm_id=each))
+        )
+        for each in ids
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert all(at_once.count(VM) <= 1 for at_once in seen)
+    assert any(len(at_once) == 2 for at_once in seen)
+
+
+def test_every_operation_of_the_contract_is_in_the_table() -> None:
+    assert set(operations.OPERATIONS) == set(privileged.REQUEST_TYPES)
+
+
+# --- the client ---
+
+
+async def test_client_asks_and_is_answered(socket_path: Path) -> None:
+    client = helper.Client(socket_path, op_id=lambda: "op-7")
+    assert (await client.call(privileged.GetHost())).protocol == privileged.PROTOCOL_VERSION
+    with pytest.raises(errors.MissingToolError):
+        await client.call(privileged.CheckRuntime())
+
+
+async def test_client_says_when_nobody_answers(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnavailableError) as caught:
+        await helper.Client(tmp_path / "none.sock").call(privileged.GetHost())
+    assert "systemctl" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"\x00\x00\x00\x02{}", b"\x00\x00\x00\x05hello", b"\xff\xff\xff\xff"]
+)
+async def test_client_does_not_believe_nonsense(tmp_path: Path, answer: bytes) -> None:
+    path = tmp_path / "odd.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                wire, _ = listener.accept()
+                with wire:
+                    wire.recv(65536)
+                    wire.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises((errors.ProtocolError, errors.UnavailableError)):
+            await helper.Client(path).call(privileged.GetHost())
+        thread.join(timeout=10)
+
+
+def test_tear_down_of_nothing_succeeds(helper_world_here: HelperWorld) -> None:
+    operations.execute(helper_world_here.policy, privileged.TearDown(vm_id=VM))
+    assert operations.execute(helper_world_here.policy, privileged.FindVmm(vm_id=VM)).pid == 0
+
+
+def test_tear_down_goes_on_and_reports_all(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jail = Path(helper_world_here.policy.jails) / "firecracker" / VM
+    jail.mkdir(parents=True)
+
+    def fail(_: object, request: privileged.DeleteTap | privileged.DeleteSnapshot) -> privileged.Done:
+        raise OSError(5, "broken", type(request).__name__)
+
+    monkeypatch.setattr("banger.helper.network.delete_tap", fail)
+    monkeypatch.setattr("banger.helper.storage.delete_snapshot", fail)
+    with pytest.raises(errors.OperationFailedError, match="DeleteTap") as caught:
+        operations.execute(helper_world_here.policy, privileged.TearDown(vm_id=VM))
+    assert any("DeleteSnapshot" in note for note in caught.value.__notes__)
+    assert not jail.exists()
+
+
+def test_world_lists_what_is_there(helper_world_here: HelperWorld) -> None:
+    world = helper_world_here
+    (world.root / "jails" / "firecracker" / VM).mkdir(parents=True)
+    (world.root / "logs" / VM).mkdir(parents=True)
+    (world.root / "logs" / "not an id").mkdir()
+    listed = operations.execute(world.policy, privileged.ListWorld())
+    mine = [vm for vm in listed.vms if vm.jail or vm.logs]
+    assert mine == [privileged.VmWorld(vm_id=VM, jail=True, logs=True)]
+    assert names.is_id(VM)
+    assert os.path.isdir(world.root)
