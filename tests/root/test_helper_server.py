@@ -123,7 +123,7 @@ def test_any_other_uid_is_refused(socket_path: Path, capfd: pytest.CaptureFixtur
         '{"request": {"op": "create_tap", "vm_id": "0123456789ab", "slot": 4001}}',
         '{"request": {"op": "create_snapshot", "vm_id": "0123456789ab", "slot": 1, "image_id": "/etc/x"}}',
         '{"request": {"op": "patch_root", "vm_id": "0123456789ab", "slot": 1, "hostname": "a\\nroot::0"}}',
-        '{"request": {"op": "patch_root", "vm_id": "0123456789ab", "slot": 1, "hostname": "a", "dns": [""]}}',
+        '{"request": {"op": "patch_root", "vm_id": "0123456789ab", "slot": 1, "hostname": "a","dns": [""]}}',
         '{"request": {"op": "get_host"}, "op_id": "x\\ny"}',
         '{"op": "get_host"}',
         "[]",
