@@ -245,14 +245,16 @@ def test_an_unknown_key_is_refused() -> None:
 
 
 def test_tree_steps(tree: trees.Tree) -> None:
+    tree.symlink("/usr/lib/systemd/dangling", "/nowhere")
     steps = recipe.TreeSteps(
-        remove=("/usr/bin/s*", "/nothing*"),
+        remove=("/usr/bin/s*", "/nothing*", "/usr/*/systemd/dangling"),
         file=(recipe.File("/etc/deep/conf", "\nline\n", 0o600),),
         link=(recipe.Link("/etc/alias", "/etc/deep"),),
         mask=("slow.service",),
     )
     steps.apply(tree)
     assert not tree.exists("/usr/bin/su")
+    assert not tree.staged("/usr/lib/systemd/dangling").is_symlink()
     assert tree.staged("/etc/deep/conf").read_bytes() == b"line\n"
     assert tree.attributes["/etc/deep/conf"].mode == stat.S_IFREG | 0o600
     assert os.readlink(tree.staged("/etc/systemd/system/slow.service")) == "/dev/null"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -108,9 +109,9 @@ class Tree:
             self._times.pop(each, None)
 
     def glob(self, pattern: str) -> list[str]:
-        """Paths that match an absolute pattern, without following links to elsewhere."""
-        found = self.root.glob(pattern.lstrip("/"))
-        return sorted("/" + str(path.relative_to(self.root)) for path in found)
+        """Paths that match an absolute pattern, in which `*` stands for any part of one name."""
+        wanted = re.compile("[^/]*".join(re.escape(part) for part in pattern.split("*")))
+        return [path for path in self.attributes if wanted.fullmatch(path)]
 
     def exists(self, path: str) -> bool:
         return path in self.attributes
