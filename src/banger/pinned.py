@@ -248,7 +248,7 @@ def _implementation(source: WheelMember) -> str:
 def _pip() -> list[str]:
     """This interpreter's pip, or the system's; both follow the user's own pip configuration."""
     for python in (sys.executable, "/usr/bin/python3"):
-        if Path(python).exists():
+        if os.access(python, os.X_OK):
             probe = run.run([python, "-m", "pip", "--version"], deadline_s=60, ok=range(256))
             if probe.status == 0:
                 return [python, "-m", "pip"]

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""The default image and both kernels, really built, by an ordinary user who can gain no privileges.
+
+This is how the daemon builds. Needs root only to become that user; needs the package archives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import stat
+import tarfile
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from banger.contract import names
+from banger.images import ext4, publish, recipe
+from banger.images import records as image_records
+from banger.kernels import catalog, elf
+from banger.kernels import records as kernel_records
+
+NOBODY = 65534
+ARCH = platform.machine()
+PR_SET_NO_NEW_PRIVS = 38
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """A directory of the ordinary user's, with a stand-in for the guest binary."""
+    with tempfile.TemporaryDirectory(prefix="banger-build-") as name:
+        path = Path(name)
+        (path / "guest").write_bytes(b"\x7fELF stand-in")
+        os.chown(path, NOBODY, NOBODY)
+        path.chmod(0o755)
+        yield path
+
+
+def as_nobody(home: Path, work: Callable[[], object]) -> None:
+    """Runs work in a child without privileges and without a way to get any."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.chdir("/")
+            os.environ |= {"HOME": str(home), "TMPDIR": str(home)}
+            tempfile.tempdir = str(home)
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            if ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
+                work()
+                status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.fixture(scope="module")
+def built(home: Path) -> Path:
+    """The directory of the default image."""
+    images = image_records.Images(home / "images")
+    wanted = recipe.load("debian-bookworm")
+
+    def build() -> None:
+        publish.build(
+            images, wanted, arch=ARCH, cache_dir=home / "cache", guest_binary=home / "guest", on_line=print
+        )
+
+    as_nobody(home, build)
+    return images.path(images.find("debian-bookworm").id)
+
+
+@pytest.mark.timeout(600)
+def test_the_default_image_is_whole(built: Path) -> None:
+    record = image_records.Images(built.parent).read(built.name)
+    rootfs = built / image_records.ROOTFS
+    ext4.check(rootfs)
+    assert (record.has_init, record.size_bytes, record.kernel) == (
+        True,
+        rootfs.stat().st_size,
+        "generic-6.12",
+    )
+    assert record.stored_bytes < 400 << 20
+    assert ext4.read(rootfs, names.GUEST_BINARY) == b"\x7fELF stand-in"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("path", "mode", "group"),
+    [
+        ("/", stat.S_IFDIR | 0o755, "root"),
+        ("/tmp", stat.S_IFDIR | 0o1777, "root"),
+        ("/root", stat.S_IFDIR | 0o700, "root"),
+        ("/usr/bin/sudo", stat.S_IFREG | 0o4755, "root"),
+        ("/usr/lib/openssh/ssh-keysign", stat.S_IFREG | 0o4755, "root"),
+        ("/usr/bin/chage", stat.S_IFREG | 0o2755, "shadow"),
+        ("/etc/shadow", stat.S_IFREG | 0o640, "shadow"),
+        ("/var/mail", stat.S_IFDIR | 0o2775, "mail"),
+        ("/usr/lib/dbus-1.0/dbus-daemon-launch-helper", stat.S_IFREG | 0o4754, "messagebus"),
+    ],
+)
+def test_owners_and_modes_are_the_distributions(built: Path, path: str, mode: int, group: str) -> None:
+    rootfs = built / image_records.ROOTFS
+    lines = (line.split(":") for line in ext4.read(rootfs, "/etc/group").decode().splitlines())
+    groups = {line[0]: int(line[2]) for line in lines}
+    found = ext4.find(rootfs, path)
+    assert found is not None
+    assert (found.mode, found.uid, found.gid) == (mode, 0, groups[group])
+
+
+@pytest.mark.timeout(600)
+def test_nothing_of_the_build_host_is_inside(built: Path) -> None:
+    rootfs = built / image_records.ROOTFS
+    for path in (
+        "/etc/hostname",
+        "/etc/resolv.conf",
+        "/etc/ssh/ssh_host_ed25519_key",
+        "/var/lib/dbus/machine-id",
+    ):
+        found = ext4.find(rootfs, path)
+        assert found is None or stat.S_ISLNK(found.mode), path
+    assert ext4.read(rootfs, "/etc/machine-id") == b""
+
+
+@pytest.mark.timeout(600)
+def test_the_seed_is_roots_home(built: Path) -> None:
+    with tarfile.open(built / image_records.WORK_SEED) as seed:
+        found = {member.name: (member.uid, member.gid, member.mode) for member in seed}
+    assert found["."] == (0, 0, 0o700)
+    assert found[".bashrc"] == (0, 0, 0o644)
+
+
+@pytest.mark.timeout(600)
+def test_a_second_build_takes_the_packages_from_the_cache(built: Path, home: Path) -> None:
+    images = image_records.Images(home / "again")
+    said: list[str] = []
+    publish.build(
+        images,
+        recipe.load("debian-bookworm"),
+        arch=ARCH,
+        cache_dir=home / "cache",
+        guest_binary=home / "guest",
+        on_line=said.append,
+    )
+    assert said == ["unpacking", "making the file system"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("name", "kind"), [("generic-6.12", "direct"), ("debian-6.1", "initrd")])
+def test_kernels_of_the_catalog(home: Path, name: str, kind: str) -> None:
+    kernels = kernel_records.Kernels(home / "kernels")
+    entry = catalog.find(name, "x86_64")
+
+    def pull() -> None:
+        catalog.pull(kernels, entry, cache_dir=home / "cache", guest_binary=home / "guest")
+
+    if kind == "direct":
+        pull()  # pip is in this environment, which others may not enter
+    else:
+        as_nobody(home, pull)
+    made = kernels.find(name)
+    assert made.kind == kind
+    assert made.version.startswith(name.partition("-")[2])
+    assert elf.parse(kernels.vmlinux(made.id).read_bytes()).machine == "x86_64"
+    if kind == "initrd":
+        assert {"virtio_mmio", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"} <= set(made.modules)
