@@ -155,7 +155,7 @@ def test_a_second_build_takes_the_packages_from_the_cache(built: Path, home: Pat
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "kind"), [("generic-6.12", "direct"), ("debian-6.1", "initrd")])
 def test_kernels_of_the_catalog(home: Path, name: str, kind: str) -> None:
-    kernels = kernel_records.Kernels(home / "kernels")
+    kernels = kernel_records.Kernels(home / f"kernels-{kind}")
     entry = catalog.find(name, "x86_64")
 
     def pull() -> None:
