@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Builds the guest binary and the console keeper, static, for every architecture, with `zig cc`.
+
+Run by hatchling when it builds the wheel, and by make; what is up to date is left.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).resolve().parent
+TREE = SOURCES.parent
+OUTPUT = TREE / "src" / "banger" / "_guest"
+ARCHITECTURES = ("x86_64", "aarch64")
+# Its own program on the host; all other sources make the guest binary.
+CONSOLE = "console.c"
+NOT_SHIPPED = ("fuzz",)
+FLAGS = (
+    "-std=c11",
+    "-D_GNU_SOURCE",
+    "-Os",
+    "-static",
+    "-s",
+    "-fstack-protector-strong",
+    "-ffunction-sections",
+    "-fdata-sections",
+    "-Wl,--gc-sections",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Wformat=2",
+    "-Wvla",
+    "-Werror",
+)
+
+
+def version() -> str:
+    """Read, not imported: the package cannot be imported while it is being built."""
+    text = (TREE / "src" / "banger" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("src/banger/__init__.py states no version")
+    return found[1]
+
+
+def programs() -> dict[str, list[Path]]:
+    """Each program with its sources."""
+    sources = sorted(path for path in SOURCES.glob("*.c") if not path.stem.startswith(NOT_SHIPPED))
+    return {
+        "banger-guest": [path for path in sources if path.name != CONSOLE],
+        "banger-console": [SOURCES / CONSOLE],
+    }
+
+
+def build() -> list[Path]:
+    """Compiles what is older than its inputs; every output appears by rename. Returns all outputs."""
+    OUTPUT.mkdir(exist_ok=True)
+    newest = max(path.stat().st_mtime for path in (*SOURCES.glob("*.[ch]"), Path(__file__)))
+    outputs: list[Path] = []
+    for arch in ARCHITECTURES:
+        for name, sources in programs().items():
+            output = OUTPUT / f"{name}-{arch}"
+            outputs.append(output)
+            if not output.exists() or output.stat().st_mtime < newest:
+                _compile(output, sources, arch)
+    return outputs
+
+
+def _compile(output: Path, sources: list[Path], arch: str) -> None:
+    staged = output.with_name(f".{output.name}.{os.getpid()}")
+    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl"]
+    defines = [f'-DBANGER_VERSION="{version()}"']
+    subprocess.run(
+        [*compiler, *FLAGS, *defines, "-o", str(staged), *map(str, sources)],
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    staged.rename(output)
+
+
+def _hook() -> type:
+    """Only where hatchling is: make needs no more than the compiler."""
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+    class GuestBuildHook(BuildHookInterface[Any]):
+        """Puts the binaries into the wheel, which works on every Linux of these architectures."""
+
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            del version
+            for path in build():
+                build_data["force_include"][str(path)] = f"banger/_guest/{path.name}"
+
+    return GuestBuildHook
+
+
+def get_build_hook() -> type:
+    """What hatchling looks for."""
+    return _hook()
+
+
+if __name__ == "__main__":
+    for made in build():
+        print(f"{made.relative_to(TREE)}: {made.stat().st_size} bytes")

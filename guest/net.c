@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: MIT */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <net/route.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "io.h"
+#include "log.h"
+#include "net.h"
+
+static int request_for(const char *device, const char *address, struct ifreq *ret) {
+        struct sockaddr_in in = { .sin_family = AF_INET };
+
+        *ret = (struct ifreq) { 0 };
+        snprintf(ret->ifr_name, sizeof ret->ifr_name, "%s", device);
+        if (address && inet_pton(AF_INET, address, &in.sin_addr) != 1)
+                return -EINVAL;
+        memcpy(&ret->ifr_addr, &in, sizeof in);
+        return 0;
+}
+
+static int device_up(int fd, const char *device) {
+        struct ifreq request;
+
+        (void) request_for(device, NULL, &request);
+        if (ioctl(fd, SIOCGIFFLAGS, &request) < 0)
+                return -errno;
+        if (request.ifr_flags & IFF_UP)
+                return 0;
+        request.ifr_flags |= IFF_UP;
+        return ioctl(fd, SIOCSIFFLAGS, &request) < 0 ? -errno : 0;
+}
+
+static int set_address(int fd, const char *device, unsigned long what, const char *address) {
+        struct ifreq request;
+        int r = request_for(device, address, &request);
+
+        if (r < 0)
+                return r;
+        return ioctl(fd, (int) what, &request) < 0 ? -errno : 0;
+}
+
+static bool has_address(int fd, const char *device) {
+        struct ifreq request;
+
+        (void) request_for(device, NULL, &request);
+        return ioctl(fd, SIOCGIFADDR, &request) == 0;
+}
+
+static int add_default_route(int fd, const char *gateway) {
+        struct rtentry route = { .rt_flags = RTF_UP | RTF_GATEWAY };
+        struct sockaddr_in to = { .sin_family = AF_INET };
+
+        memcpy(&route.rt_dst, &to, sizeof to);
+        memcpy(&route.rt_genmask, &to, sizeof to);
+        if (inet_pton(AF_INET, gateway, &to.sin_addr) != 1)
+                return -EINVAL;
+        memcpy(&route.rt_gateway, &to, sizeof to);
+        return ioctl(fd, SIOCADDRT, &route) < 0 && errno != EEXIST ? -errno : 0;
+}
+
+void net_loopback_up(void) {
+        _cleanup_close_ int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+        if (fd < 0 || set_address(fd, "lo", SIOCSIFADDR, "127.0.0.1") < 0 || device_up(fd, "lo") < 0)
+                log_line(LEVEL_WARNING, "cannot set up the loopback device: %s", strerror(errno));
+}
+
+static int configure(int fd, const char *device, const struct ip_config *ip) {
+        int r = set_address(fd, device, SIOCSIFADDR, ip->address);
+
+        if (r >= 0 && *ip->netmask)
+                r = set_address(fd, device, SIOCSIFNETMASK, ip->netmask);
+        if (r >= 0)
+                r = device_up(fd, device);
+        if (r >= 0 && *ip->gateway)
+                r = add_default_route(fd, ip->gateway);
+        return r;
+}
+
+void net_configure(const struct ip_config *ip) {
+        _cleanup_close_ int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        const char *device = *ip->device ? ip->device : "eth0";
+        int r;
+
+        if (fd < 0 || !*ip->address || if_nametoindex(device) == 0 || has_address(fd, device))
+                return;
+        r = configure(fd, device, ip);
+        if (r < 0)
+                log_line(LEVEL_ERROR, "cannot configure %s: %s", device, strerror(-r));
+}
+
+/* An image's own resolver settings are left alone. */
+void net_write_resolver(const struct config *config) {
+        struct stat status;
+        char text[256] = "";
+        size_t used = 0;
+
+        if (config->dns_count == 0 || (stat("/etc/resolv.conf", &status) == 0 && status.st_size > 0))
+                return;
+        for (size_t i = 0; i < config->dns_count; i++)
+                used += (size_t) snprintf(text + used, sizeof text - used, "nameserver %s\n", config->dns[i]);
+        if (write_file("/etc/resolv.conf", text, O_WRONLY | O_CREAT | O_TRUNC) < 0)
+                log_line(LEVEL_WARNING, "cannot write /etc/resolv.conf: %s", strerror(errno));
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: MIT */
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+
+#include "agent.h"
+#include "io.h"
+#include "log.h"
+#include "power.h"
+
+enum {
+        GRACE_MAX_MS = 10 * 60 * 1000,
+        GRACE_DEFAULT_MS = 5000,
+        STEP_MS = 20,
+        KILL_MS = 500,
+        /* systemd counts from glibc's SIGRTMIN, which is 34; musl's is another. */
+        SYSTEMD_REBOOT = 34 + 5,
+};
+
+/* A kernel thread has no memory map, hence no program. */
+static bool is_user_process(const char *name) {
+        char path[300], target[8];
+        uint64_t pid;
+
+        if (parse_u64(name, 10, INT32_MAX, &pid) < 0 || pid == 1 || (pid_t) pid == getpid() ||
+            (pid_t) pid == getppid())
+                return false;
+        snprintf(path, sizeof path, "/proc/%s/exe", name);
+        return readlink(path, target, sizeof target) > 0;
+}
+
+static bool others_are_left(void) {
+        DIR *directory = opendir("/proc");
+        struct dirent *entry;
+        bool found = false;
+
+        if (!directory)
+                return false;
+        while (!found && (entry = readdir(directory)))
+                found = is_user_process(entry->d_name);
+        closedir(directory);
+        return found;
+}
+
+void power_stop_everything(uint64_t deadline_ms) {
+        (void) kill(-1, SIGTERM);
+        (void) kill(-1, SIGCONT);
+        while (others_are_left() && now_ms() < deadline_ms)
+                sleep_ms(STEP_MS);
+        (void) kill(-1, SIGKILL);
+        deadline_ms = now_ms() + KILL_MS;
+        while (others_are_left() && now_ms() < deadline_ms)
+                sleep_ms(STEP_MS);
+}
+
+/* Later mounts may lie on earlier ones, so the last comes first. */
+static void remount_read_only(void) {
+        _cleanup_(lines_close) struct lines mounts = { .fd = -1 };
+        static char targets[64][256];
+        size_t count = 0;
+        char *line;
+
+        if (lines_open(&mounts, "/proc/self/mounts") < 0)
+                return;
+        while (count < ELEMENTSOF(targets) && lines_next(&mounts, &line) > 0) {
+                char *source = next_token(&line, " "), *target = next_token(&line, " ");
+
+                if (source && target && strncmp(source, "/dev/", 5) == 0 && strlen(target) < sizeof targets[0])
+                        memcpy(targets[count++], target, strlen(target) + 1);
+        }
+        while (count-- > 0)
+                if (mount(NULL, targets[count], NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0 && errno != EROFS)
+                        log_line(LEVEL_WARNING, "cannot make %s read-only: %s", targets[count], strerror(errno));
+}
+
+/* Firecracker leaves at a reset, not at a power-off. */
+void power_reset(void) {
+        sync();
+        remount_read_only();
+        sync();
+        (void) reboot(RB_AUTOBOOT);
+        log_line(LEVEL_FATAL, "cannot reset the machine: %s", strerror(errno));
+        _exit(1);
+}
+
+static void ask_init(enum init_kind kind) {
+        switch (kind) {
+        case INIT_SYSTEMD:
+                (void) kill(1, SYSTEMD_REBOOT);
+                return;
+        case INIT_BUSYBOX:
+                (void) kill(1, SIGTERM);
+                return;
+        default:
+                /* What the kernel sends for Ctrl-Alt-Del: an init that knows anything reboots on it. */
+                (void) kill(1, SIGINT);
+        }
+}
+
+static void power_off(enum init_kind kind, uint64_t grace_ms) {
+        uint64_t deadline_ms = now_ms() + grace_ms;
+
+        (void) signal(SIGTERM, SIG_IGN);
+        (void) signal(SIGHUP, SIG_IGN);
+        if (kind == INIT_OWN)
+                power_stop_everything(deadline_ms);
+        else {
+                ask_init(kind);
+                while (now_ms() < deadline_ms)
+                        sleep_ms(STEP_MS);
+                log_line(LEVEL_WARNING, "the image's init has not powered off in time");
+        }
+        power_reset();
+}
+
+int serve_power_off(struct conn *conn, struct frame *frame) {
+        struct fields fields = { .next = frame->payload, .end = frame->payload + frame->size };
+        enum init_kind kind = machine_init_kind();
+        uint64_t grace_ms = GRACE_DEFAULT_MS;
+        struct builder builder = { 0 };
+        struct field field;
+        int r;
+
+        while ((r = fields_next(&fields, &field)) > 0)
+                if (field.tag != TAG_GRACE_MS || field_u64(&field, GRACE_MAX_MS, &grace_ms) < 0)
+                        return conn_bad_request(conn, "malformed power-off request");
+        if (r < 0)
+                return conn_bad_request(conn, "malformed power-off request");
+        if (!conn->owns_machine)
+                return conn_fail(conn, "unsupported", "this machine is not the agent's to power off");
+        builder_string(&builder, TAG_INIT_KIND, init_kind_name(kind));
+        r = conn_reply(conn, FRAME_REPLY, &builder);
+        if (r < 0)
+                return r;
+        log_line(LEVEL_INFO, "power off asked for, %u ms of grace", (unsigned) grace_ms);
+        power_off(kind, grace_ms);
+        return 0;
+}

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""The real agent, run natively on an inherited socket, through the daemon's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import platform
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger import guest_binary
+from banger.contract import errors, guest
+from banger.owner import guest as guests
+
+MIB = 1 << 20
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def agent_socket() -> Iterator[Path]:
+    """A running agent's socket; the agent has the tests' own uid."""
+    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as directory:
+        path = Path(directory) / "agent.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(64)
+            number = listener.fileno()
+            program = str(guest_binary.path(platform.machine()))
+            running = subprocess.Popen(
+                [program, "agent", "--listen-fd", str(number)], pass_fds=[number], stdin=subprocess.DEVNULL
+            )
+        yield path
+        running.terminate()
+        running.wait(timeout=10)
+
+
+@pytest.fixture
+def client(agent_socket: Path) -> guests.GuestClient:
+    """A client of that agent."""
+    return guests.GuestClient(lambda: asyncio.open_unix_connection(str(agent_socket)))
+
+
+async def run(
+    client: guests.GuestClient, *argv: str, stdin: bytes = b"", **spec: str | tuple[str, ...]
+) -> tuple[guest.ExitStatus, bytes, bytes]:
+    """A command with all its input; its status and both outputs."""
+    outputs = {1: bytearray(), 2: bytearray()}
+    async with client.exec(guest.ExecSpec(argv=argv, **spec)) as running:  # type: ignore[arg-type]
+
+        async def feed() -> None:
+            await running.write(stdin)
+            await running.close_stdin()
+
+        feeding = asyncio.create_task(feed())
+        status = guest.ExitStatus(code=-1)
+        async for event in running.output():
+            if isinstance(event, guest.ExitStatus):
+                status = event
+            else:
+                outputs[event[0]] += event[1]
+        await feeding
+    return status, bytes(outputs[1]), bytes(outputs[2])
+
+
+async def test_health_tells_the_boot_id_of_the_kernel(client: guests.GuestClient) -> None:
+    health = await client.health()
+    assert health.boot_id == BOOT_ID
+
+
+async def test_argv_is_exact(client: guests.GuestClient) -> None:
+    words = ("a b", "", "'\"$HOME`\\", "ü\n")
+    status, out, _ = await run(client, "printf", "%s|", *words)
+    assert status == guest.ExitStatus(0)
+    assert out.decode() == "".join(f"{word}|" for word in words)
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 125, 255])
+async def test_the_exit_status_is_exact(client: guests.GuestClient, code: int) -> None:
+    status, _, _ = await run(client, "sh", "-c", f"exit {code}")
+    assert status.as_shell == code
+
+
+async def test_death_by_a_signal_is_128_and_its_number(client: guests.GuestClient) -> None:
+    status, _, _ = await run(client, "sh", "-c", "kill -TERM $$")
+    assert (status.signal, status.as_shell) == (signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+async def test_a_missing_command_is_127_as_in_a_shell(client: guests.GuestClient) -> None:
+    status, _, err = await run(client, "no-such-command")
+    assert status.code == 127
+    assert b"no-such-command" in err
+
+
+async def test_both_outputs_environment_and_directory(client: guests.GuestClient) -> None:
+    script = "pwd; echo $GREETING >&2"
+    status, out, err = await run(client, "sh", "-c", script, env=("GREETING=hello",), cwd="/usr")
+    assert (status.code, out, err) == (0, b"/usr\n", b"hello\n")
+
+
+async def test_a_long_argument_travels_in_several_frames(client: guests.GuestClient) -> None:
+    word = "x" * 100_000
+    status, out, _ = await run(client, "printf", "%s", word)
+    assert status.code == 0
+    assert out.decode() == word
+
+
+@pytest.mark.timeout(120)
+async def test_256_mib_each_way_arrive_intact(client: guests.GuestClient) -> None:
+    block = hashlib.sha256(b"seed").digest() * (MIB // 32)
+    sent, got, count = hashlib.sha256(), hashlib.sha256(), 0
+    async with client.exec(guest.ExecSpec(argv=("cat",))) as running:
+
+        async def feed() -> None:
+            for number in range(256):
+                piece = number.to_bytes(4, "big") + block[4:]
+                sent.update(piece)
+                await running.write(piece)
+            await running.close_stdin()
+
+        feeding = asyncio.create_task(feed())
+        async for event in running.output():
+            if isinstance(event, guest.ExitStatus):
+                assert event.as_shell == 0
+            else:
+                got.update(event[1])
+                count += len(event[1])
+        await feeding
+    assert count == 256 * MIB
+    assert got.digest() == sent.digest()
+
+
+async def test_twenty_commands_at_once(client: guests.GuestClient) -> None:
+    results = await asyncio.gather(
+        *(run(client, "sh", "-c", f"cat; exit {n}", stdin=str(n).encode()) for n in range(20))
+    )
+    assert [(status.code, out) for status, out, _ in results] == [(n, str(n).encode()) for n in range(20)]
+
+
+async def test_a_signal_reaches_the_command(client: guests.GuestClient) -> None:
+    async with client.exec(guest.ExecSpec(argv=("sh", "-c", "echo ready; sleep 60"))) as running:
+        async for event in running.output():
+            if isinstance(event, guest.ExitStatus):
+                assert event.signal == signal.SIGTERM
+                return
+            await running.signal(signal.SIGTERM)
+    pytest.fail("no exit status came")
+
+
+async def test_a_terminal_has_the_size_it_was_given_and_follows_it(client: guests.GuestClient) -> None:
+    script = "stty size; read -r _; stty size"
+    spec = guest.ExecSpec(argv=("sh", "-c", script), tty=True, rows=11, cols=42)
+    out = bytearray()
+    async with client.exec(spec) as running:
+        async for event in running.output():
+            if isinstance(event, guest.ExitStatus):
+                assert event.as_shell == 0
+                break
+            out += event[1]
+            if out.endswith(b"11 42\r\n"):
+                await running.resize(50, 100)
+                await running.write(b"\r")
+    assert b"50 100\r\n" in out
+
+
+def wait_until_gone(marker: str) -> None:
+    """Nothing tells us of a foreign process's end, so we look."""
+    deadline = time.monotonic() + 10
+    while subprocess.run(["pgrep", "-f", marker], check=False, stdout=subprocess.DEVNULL).returncode == 0:
+        assert time.monotonic() < deadline, "the command goes on without its client"
+        time.sleep(0.05)
+
+
+async def test_a_client_that_leaves_ends_its_command(client: guests.GuestClient) -> None:
+    marker = f"sleep-{id(client)}"
+    async with client.exec(
+        guest.ExecSpec(argv=("sh", "-c", f": {marker}; echo ready; sleep 60"))
+    ) as running:
+        async for event in running.output():
+            assert event == (1, b"ready\n")
+            break
+    await asyncio.to_thread(wait_until_gone, marker)
+
+
+async def test_an_unknown_user_is_named(client: guests.GuestClient) -> None:
+    with pytest.raises(errors.NotFoundError, match="nobody-here"):
+        await run(client, "true", user="nobody-here")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        guest.HEADER.pack(2**32 - 1, 1),
+        guest.frame(guest.FrameType.HEALTH),
+        guest.hello() + guest.frame(guest.FrameType.EXEC),
+        guest.hello() + guest.frame(guest.FrameType.EXEC, b"\x14\xff\xff\xff\xff"),
+        guest.hello() + guest.HEADER.pack(3, 0xEE) + b"abc",
+    ],
+    ids=["http", "huge", "no hello", "empty exec", "lying length", "unknown request"],
+)
+async def test_nonsense_is_refused_and_harms_nobody(agent_socket: Path, sent: bytes) -> None:
+    reader, writer = await asyncio.open_unix_connection(str(agent_socket))
+    writer.write(sent)
+    writer.write_eof()
+    async with asyncio.timeout(15):
+        await reader.read()
+    writer.close()
+    client = guests.GuestClient(lambda: asyncio.open_unix_connection(str(agent_socket)))
+    assert (await client.health()).boot_id
+
+
+def test_the_binaries_are_small_and_static() -> None:
+    for arch in ("x86_64", "aarch64"):
+        path = guest_binary.path(arch)
+        assert path.stat().st_size < 150_000
+        assert b"ld-musl" not in path.read_bytes()
+
+
+async def test_the_agent_takes_less_than_2_mib(client: guests.GuestClient) -> None:
+    assert 0 < (await client.health()).rss_bytes < 2 * MIB
