@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""`banger system`. The work is in banger.system, which is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import click
+
+from banger.cli import command, output, render
+from banger.contract import names, resources
+
+group = command.Group(
+    "system",
+    help="Install banger on this host, look after it, take it off.",
+    no_args_is_help=True,
+    examples=[("sudo banger system install --owner alice", "set up both services for alice")],
+)
+
+
+@command.make(
+    "install",
+    group=group,
+    examples=[
+        ("sudo banger system install", "for the user who called sudo"),
+        ("sudo banger system install --firecracker ./firecracker --jailer ./jailer", "with own files"),
+    ],
+)
+@click.option("--owner", metavar="USER", help="Whose daemon it is [default: who called sudo].")
+@click.option(
+    "--network", metavar="CIDR", default=names.NETWORK, show_default=True, help="The VMs' addresses."
+)
+@click.option("--firecracker", type=click.Path(exists=True, path_type=Path), help="Use this file.")
+@click.option("--jailer", type=click.Path(exists=True, path_type=Path), help="Use this file.")
+def install(owner: str | None, network: str, firecracker: Path | None, jailer: Path | None) -> None:
+    """Set up both services on this host. Run again to upgrade: VMs go on running."""
+    from banger.system import install
+
+    given = {"firecracker": firecracker, "jailer": jailer}
+    choices = install.Choices(
+        owner=owner or os.environ.get("SUDO_USER") or "root",
+        network=network,
+        programs={name: path.resolve() for name, path in given.items() if path is not None},
+    )
+    asyncio.run(install.Install(choices, render.note).run())
+    render.note(f"banger is installed for {choices.owner}; next, as {choices.owner}:")
+    render.note("  banger kernel pull generic-6.12 && banger image build debian-bookworm && banger vm run")
+
+
+@command.make("status", group=group, examples=[("banger system status", "do both services answer")])
+@click.pass_obj
+def status(settings: command.Settings) -> None:
+    """Say whether both services answer, and in which versions."""
+    info = settings.client().get("/v1/info", resources.DaemonInfo)
+    if settings.json:
+        output.json(info)
+        return
+    output.text(
+        f"bangerd:      {info.version}, pid {info.pid}, since {info.started_at:%Y-%m-%d %H:%M:%S} UTC"
+    )
+    output.text(f"bangerd-root: {info.helper_version or 'does not answer'}")
+    output.text(f"firecracker:  {info.firecracker_version or 'not installed'}")
+
+
+@command.make("restart", group=group, examples=[("sudo banger system restart", "VMs go on running")])
+def restart() -> None:
+    """Restart both services. VMs go on running."""
+    from banger.system import host
+
+    host.systemctl("stop", "bangerd-root.service")
+    host.systemctl("restart", "bangerd.service")
+
+
+@command.make(
+    "uninstall",
+    group=group,
+    examples=[
+        ("sudo banger system uninstall", "keeps VMs, images and settings"),
+        ("sudo banger system uninstall --purge", "the host is as before"),
+    ],
+)
+@click.option("--purge", is_flag=True, help="Also delete VMs, images, caches, settings and banger itself.")
+@click.option("--force", is_flag=True, help="End the VMs that run.")
+def uninstall(purge: bool, force: bool) -> None:
+    """Take banger off this host."""
+    from banger.system import uninstall
+
+    uninstall.uninstall(purge=purge, force=force, say=render.note)
+    render.note("banger is off this host" if purge else "banger is off this host; its state was kept")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Where an installation puts things, and what a host must offer. Used by install and uninstall."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import sys
+from pathlib import Path
+from typing import Final
+
+from banger import run
+from banger.contract import errors
+
+ETC: Final = Path("/etc/banger")
+INSTALL_TOML: Final = ETC / "install.toml"
+CONFIG_TOML: Final = ETC / "config.toml"
+STATE: Final = Path("/var/lib/banger")
+CACHE: Final = Path("/var/cache/banger")
+HELPER: Final = Path("/var/lib/banger-root")
+RUNTIME: Final = HELPER / "runtime"
+UNIT_DIR: Final = Path("/etc/systemd/system")
+BIN: Final = Path("/usr/local/bin")
+MODULES: Final = Path("/etc/modules-load.d/banger.conf")
+API_SOCKET: Final = Path("/run/banger/bangerd.sock")
+HELPER_SOCKET: Final = Path("/run/banger-root/bangerd-root.sock")
+UNITS: Final = ("bangerd.service", "bangerd-root.socket", "bangerd-root.service", "banger-vms.service")
+COMMANDS: Final = ("banger", "bangerd")
+_TOOLS: Final = {"e2fsck": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.ext4": "e2fsprogs"}
+_SYSTEMCTL_S: Final = 120.0
+
+
+def unit_sources() -> Path:
+    """In the wheel, or in the tree."""
+    packaged = Path(__file__).parents[1] / "_units"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "units"
+
+
+def systemctl(*arguments: str) -> None:
+    run.run(["systemctl", *arguments], deadline_s=_SYSTEMCTL_S)
+
+
+def check(owner: str) -> pwd.struct_passwd:
+    """Everything that would make an installation fail later, looked at before anything is changed."""
+    if os.geteuid() != 0:
+        raise errors.UnauthorizedError("installing needs root", hint="run it with sudo")
+    if not Path("/run/systemd/system").is_dir():
+        raise errors.MissingToolError("this host does not run systemd")
+    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        raise errors.MissingToolError(
+            "this host does not use cgroup v2", hint="boot with systemd.unified_cgroup_hierarchy=1"
+        )
+    for tool, package in _TOOLS.items():
+        run.require(tool, package)
+    check_root_owned(Path(sys.prefix))
+    return find_owner(owner)
+
+
+def find_owner(owner: str) -> pwd.struct_passwd:
+    try:
+        found = pwd.getpwnam(owner)
+    except KeyError:
+        raise errors.NotFoundError(f"there is no user {owner!r}", hint="see: getent passwd") from None
+    if found.pw_uid == 0:
+        raise errors.BadRequestError(
+            "the owner must not be root", hint="name an ordinary user: --owner USER"
+        )
+    return found
+
+
+def check_root_owned(top: Path) -> None:
+    """What root executes and imports must be writable by root alone, up to the root directory."""
+    for path in (*reversed(top.resolve().parents), top.resolve()):
+        _check_path(path)
+    for directory, names, files in os.walk(top.resolve()):
+        for name in (*names, *files):
+            _check_path(Path(directory, name))
+
+
+def _check_path(path: Path) -> None:
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        if found.st_uid != 0:
+            raise _unsafe(path, "does not belong to root")
+        return
+    if found.st_uid != 0:
+        raise _unsafe(path, "does not belong to root")
+    sticky = bool(found.st_mode & stat.S_ISVTX) and stat.S_ISDIR(found.st_mode)
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        raise _unsafe(path, "can be written by others than root")
+
+
+def _unsafe(path: Path, why: str) -> errors.BangerError:
+    return errors.BadRequestError(
+        f"{path} {why}, and root would execute what is in it",
+        hint="install banger into a root-owned place, such as /usr/local/lib/banger",
+    )

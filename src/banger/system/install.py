@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""`banger system install`: a pipeline like any other; a failure takes back what was made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import os
+import pwd
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger import pinned, run, steps
+from banger.contract import errors, names, resources
+from banger.system import host, runtime
+
+MANIFEST: Final = host.HELPER / "install-manifest.json"
+MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
+_ANSWER_S: Final = 60.0
+_POLL_S: Final = 0.2
+_CONFIG: Final = """\
+# What `banger` uses where a command says nothing. Every key is optional.
+# image = "debian-bookworm"
+# vcpus = 2
+# memory_mib = 1024
+# disk_size_mib = 8192
+# agent_deadline_s = 60
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the installing user decided."""
+
+    owner: str
+    network: str = names.NETWORK
+    programs: dict[str, Path] = field(default_factory=dict)
+    """Own files for `firecracker` and `jailer`; absent ones come from the catalog."""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What this installation made and uninstalling takes away."""
+
+    files: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+
+
+class Install:
+    """One installation. `plan` is data; what each step made is remembered for its undo and the manifest."""
+
+    def __init__(self, choices: Choices, say: Callable[[str], None]) -> None:
+        self._choices = choices
+        self._say = say
+        self._owner: pwd.struct_passwd | None = None
+        self._files: list[Path] = []
+        self._directories: list[Path] = []
+        self._before = read_manifest()
+
+    def plan(self) -> list[steps.Step]:
+        step = steps.Step
+        return [
+            step("check", self._check, detail="checking this host"),
+            step("directories", self._make_directories, self._take_back, detail="making directories"),
+            step("runtime", self._install_runtime, detail="installing Firecracker and its jailer"),
+            step("settings", self._write_settings, detail="writing /etc/banger"),
+            step("commands", self._link_commands, detail="linking the commands"),
+            step("modules", self._load_modules, detail="loading kernel modules"),
+            step("units", self._write_units, detail="writing the units"),
+            step("manifest", self._write_manifest, detail="recording what was made"),
+            step("services", self._start, self._stop, detail="starting the services"),
+            step("answer", self._wait_answer, detail="waiting until the daemon answers"),
+        ]
+
+    async def run(self) -> None:
+        await steps.run(self.plan(), _Said(self._say))
+
+    async def _check(self) -> None:
+        self._owner = host.check(self._choices.owner)
+
+    async def _make_directories(self) -> None:
+        owner = self._found_owner()
+        self._directory(host.ETC, 0, 0o755)
+        self._directory(host.HELPER, 0, 0o711)
+        self._directory(host.RUNTIME, 0, 0o755)
+        self._directory(host.STATE, owner.pw_uid, 0o700)
+        self._directory(host.CACHE, owner.pw_uid, 0o700)
+
+    async def _install_runtime(self) -> None:
+        pins = {file.name: file.sha256 for file in runtime.catalog()}
+        own = self._choices.programs
+        verified = {n: p for n, p in own.items() if pinned.sha256_of_path(p) == pins.get(n)}
+        user = {n: p for n, p in own.items() if n not in verified}
+        if set(own) < {"firecracker", "jailer"}:
+            fetched = await run.in_thread(runtime.pull, host.HELPER / "downloads", on_line=self._say)
+            verified = {name: file.path for name, file in fetched.items() if name not in user} | verified
+        await run.in_thread(runtime.install_runtime, host.RUNTIME, verified, user_files=user)
+        shutil.rmtree(host.HELPER / "downloads", ignore_errors=True)
+        self._files += [path for path in host.RUNTIME.iterdir() if path.is_file()]
+
+    async def _write_settings(self) -> None:
+        owner = self._found_owner()
+        installed = runtime.read_record(host.RUNTIME)
+        lines = [
+            f"owner_uid = {owner.pw_uid}",
+            f"owner_gid = {owner.pw_gid}",
+            f'owner_name = "{owner.pw_name}"',
+            f'network = "{self._choices.network}"',
+            f'state_dir = "{host.STATE}"',
+            f'helper_dir = "{host.HELPER}"',
+            f'firecracker_sha256 = "{installed["firecracker"].sha256}"',
+            f'jailer_sha256 = "{installed["jailer"].sha256}"',
+        ]
+        self._write(host.INSTALL_TOML, "\n".join(lines) + "\n")
+        if not host.CONFIG_TOML.exists():
+            self._write(host.CONFIG_TOML, _CONFIG)
+
+    async def _link_commands(self) -> None:
+        for name in host.COMMANDS:
+            link, target = host.BIN / name, Path(sys.prefix) / "bin" / name
+            if link.is_symlink() and link.readlink() == target:
+                continue
+            if link.exists() or link.is_symlink():
+                raise errors.AlreadyExistsError(f"{link} is there and not ours", hint="move it away first")
+            link.symlink_to(target)
+            self._files.append(link)
+
+    async def _load_modules(self) -> None:
+        self._write(host.MODULES, "\n".join(MODULES) + "\n")
+        for name in MODULES:
+            # A kernel with the feature built in has no module to load; doctor looks at the feature.
+            with contextlib.suppress(errors.BangerError):
+                run.run(["modprobe", "-q", name], deadline_s=30)
+
+    async def _write_units(self) -> None:
+        owner = self._found_owner()
+        for name in host.UNITS:
+            text = (host.unit_sources() / name).read_text().replace("@OWNER@", owner.pw_name)
+            self._write(host.UNIT_DIR / name, text.replace("/usr/local/lib/banger", sys.prefix))
+
+    async def _write_manifest(self) -> None:
+        files = {*self._before.files, *map(str, self._files)}
+        directories = {*self._before.directories, *map(str, self._directories)}
+        made = Manifest(tuple(sorted(files)), tuple(sorted(directories)))
+        MANIFEST.write_bytes(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
+
+    async def _start(self) -> None:
+        host.systemctl("daemon-reload")
+        host.systemctl("enable", "-q", "bangerd-root.socket", "bangerd.service")
+        host.systemctl("start", "banger-vms.service", "bangerd-root.socket")
+        # A stopped helper starts with the next request, in its new version; VMs do not notice.
+        host.systemctl("stop", "bangerd-root.service")
+        host.systemctl("restart", "bangerd.service")
+
+    async def _stop(self) -> None:
+        host.systemctl(
+            "disable", "-q", "--now", "bangerd.service", "bangerd-root.socket", "bangerd-root.service"
+        )
+
+    async def _wait_answer(self) -> None:
+        deadline = time.monotonic() + _ANSWER_S
+        while True:
+            try:
+                info = await asyncio.to_thread(ask_daemon)
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > deadline:
+                    raise errors.DeadlineError(
+                        f"the daemon did not answer within {_ANSWER_S:g} s: {error}",
+                        hint="see: journalctl -u bangerd -u bangerd-root",
+                    ) from error
+                # It is being started by systemd, whose own notice came when it was ready; this is the proof.
+                await asyncio.sleep(_POLL_S)
+                continue
+            if not info.helper_version:
+                raise errors.UnavailableError(
+                    "the daemon answers, the root helper does not", hint="see: journalctl -u bangerd-root"
+                )
+            return
+
+    def _found_owner(self) -> pwd.struct_passwd:
+        assert self._owner is not None  # noqa: S101 - the first step finds it or ends the pipeline
+        return self._owner
+
+    def _directory(self, path: Path, uid: int, mode: int) -> None:
+        if not path.is_dir():
+            path.mkdir(mode=mode)
+            self._directories.append(path)
+        os.chown(path, uid, self._found_owner().pw_gid if uid else 0, follow_symlinks=False)
+        path.chmod(mode)
+
+    def _write(self, path: Path, text: str) -> None:
+        existed = path.exists()
+        staged = path.with_name(f".{path.name}.new")
+        staged.write_text(text)
+        staged.chmod(0o644)
+        staged.rename(path)
+        # What was there before stays ours only if an earlier installation's manifest says so.
+        if not existed:
+            self._files.append(path)
+
+    async def _take_back(self) -> None:
+        """What this run made; what an earlier installation made stays."""
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        for path in reversed(self._directories):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class _Said:
+    """Tells the user of each step as it begins."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def began(self, step: steps.Step, name: str) -> None:
+        self._say(step.detail if name == step.name else f"taking back: {step.detail}")
+
+    def ended(self, step: steps.Step, name: str, elapsed_s: float, error: BaseException | None) -> None:
+        del step, name, elapsed_s, error
+
+
+def read_manifest() -> Manifest:
+    try:
+        return msgspec.json.decode(MANIFEST.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return Manifest()
+
+
+def ask_daemon() -> resources.DaemonInfo:
+    """Who answers at the API socket. Raises OSError while nobody does."""
+    connection = http.client.HTTPConnection("banger", timeout=_ANSWER_S)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.settimeout(_ANSWER_S)
+    try:
+        connection.sock.connect(str(host.API_SOCKET))
+        connection.request("GET", "/v1/info")
+        return msgspec.json.decode(connection.getresponse().read(), type=resources.DaemonInfo)
+    except msgspec.MsgspecError as error:
+        raise OSError(f"not an answer of bangerd: {error}") from error
+    finally:
+        connection.close()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""`banger system uninstall`: exactly what installing made is taken away."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger.contract import errors, names, privileged
+from banger.system import host, install
+
+_LENGTH: Final = struct.Struct("!I")
+_ANSWER_S: Final = 120.0
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+
+
+def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
+    """Raises ConflictError while VMs run, unless `force`."""
+    if not host.INSTALL_TOML.exists():
+        raise errors.NotFoundError("banger is not installed on this host")
+    manifest = install.read_manifest()
+    running = [path.name for path in (_CGROUPS / names.CGROUP_PARENT).glob("*") if names.is_id(path.name)]
+    if running and not force:
+        raise errors.ConflictError(
+            f"{len(running)} VMs are running", hint="stop them first, or add --force to end them"
+        )
+    say("stopping the daemon")
+    host.systemctl("disable", "-q", "--now", "bangerd.service")
+    say("taking down what VMs left on this host")
+    _take_down_vms()
+    say("stopping the root helper")
+    host.systemctl("disable", "-q", "--now", "bangerd-root.socket")
+    host.systemctl("stop", "bangerd-root.service", "banger-vms.service")
+    say("removing files")
+    _remove(manifest, purge=purge)
+    host.systemctl("daemon-reload")
+    host.systemctl("reset-failed")
+
+
+def _take_down_vms() -> None:
+    world = _ask(privileged.ListWorld())
+    if not isinstance(world, privileged.World):
+        raise errors.ProtocolError("the root helper did not list what exists")
+    for vm in world.vms:
+        _ask(privileged.TearDown(vm_id=vm.vm_id))
+    _ask(privileged.DeleteBridge())
+
+
+def _ask(request: privileged.AnyRequest) -> privileged.AnyResult:
+    """One request to the helper, as root; the daemon, whose business it is, has ended."""
+    data = msgspec.json.encode(privileged.Envelope(request=request))
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(_ANSWER_S)
+        link.connect(str(host.HELPER_SOCKET))
+        link.sendall(_LENGTH.pack(len(data)) + data)
+        with link.makefile("rb") as stream:
+            (size,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+            reply = msgspec.json.decode(stream.read(size), type=privileged.Reply)
+    if reply.error is not None:
+        raise errors.from_body(reply.error)
+    if reply.result is None:
+        raise errors.ProtocolError("the root helper answered nothing")
+    return reply.result
+
+
+def _remove(manifest: install.Manifest, *, purge: bool) -> None:
+    kept = () if purge else (host.STATE, host.CACHE, host.ETC, host.HELPER)
+    for name in manifest.files:
+        if purge or Path(name) != host.CONFIG_TOML:
+            Path(name).unlink(missing_ok=True)
+    if not purge:
+        return
+    for name in sorted(manifest.directories, reverse=True):
+        if Path(name) not in kept:
+            shutil.rmtree(name, ignore_errors=True)
+    if Path(sys.prefix) == Path("/usr/local/lib/banger"):
+        shutil.rmtree(sys.prefix)
