@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""`banger` as a process, against a daemon's socket: what the tests of the CLI run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tests.fakes import daemon
+
+DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    status: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class Cli:
+    """Runs `banger` with a clean environment that names the socket."""
+
+    socket: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        return {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": paths,
+            "BANGER_SOCKET": str(self.socket),
+            "LC_ALL": "C.UTF-8",
+            **more,
+        }
+
+    def argv(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "banger.cli.main", *arguments]
+
+    def run(
+        self,
+        *arguments: str,
+        stdin: bytes | IO[bytes] = b"",
+        env: dict[str, str] | None = None,
+        timeout_s: float = DEADLINE_S,
+    ) -> Done:
+        """To its end. Input that is bytes is piped."""
+        piped = isinstance(stdin, bytes)
+        done = subprocess.run(
+            self.argv(*arguments),
+            input=stdin if piped else None,
+            stdin=None if piped else stdin,
+            capture_output=True,
+            env=self.environment(**(env or {})),
+            timeout=timeout_s,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr.decode())
+
+    @contextlib.contextmanager
+    def started(self, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Running, with pipes; gone when the block ends."""
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+        with subprocess.Popen(
+            self.argv(*arguments), env=self.environment(), bufsize=0, **(pipes | options)
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    @contextlib.contextmanager
+    def on_terminal(self, *arguments: str, **env: str) -> Iterator[Terminal]:
+        """Running as the foreground process of a terminal."""
+        parent, child = pty.openpty()
+        process = subprocess.Popen(
+            self.argv(*arguments),
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=self.environment(TERM="xterm", **env),
+            start_new_session=True,
+        )
+        terminal = Terminal(process, parent, child)
+        try:
+            yield terminal
+        finally:
+            process.kill()
+            process.wait()
+            os.close(parent)
+            os.close(child)
+
+
+@dataclass(slots=True)
+class Terminal:
+    """A process and both sides of its terminal."""
+
+    process: subprocess.Popen[bytes]
+    fd: int
+    child_fd: int
+    seen: bytes = b""
+
+    def read_until(self, wanted: bytes) -> bytes:
+        """All that was shown so far, once it holds `wanted`."""
+        deadline = time.monotonic() + DEADLINE_S
+        while wanted not in self.seen:
+            left = deadline - time.monotonic()
+            ready, _, _ = select.select([self.fd], [], [], max(0.0, left))
+            assert ready, f"{wanted!r} never came; the terminal shows {self.seen!r}"
+            self.seen += os.read(self.fd, 65536)
+        return self.seen
+
+    def type(self, data: bytes) -> None:
+        os.write(self.fd, data)
+
+    def wait(self) -> int:
+        """The exit status; what is shown meanwhile is kept, for a full terminal blocks who writes."""
+        deadline = time.monotonic() + DEADLINE_S
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"still running; the terminal shows {self.seen!r}"
+            self._drain(0.02)
+        self._drain(0.0)
+        return self.process.returncode
+
+    def _drain(self, wait_s: float) -> None:
+        while select.select([self.fd], [], [], wait_s)[0]:
+            self.seen += os.read(self.fd, 65536)
+            wait_s = 0.0
+
+
+@contextlib.contextmanager
+def fake_daemon() -> Iterator[daemon.FakeDaemon]:
+    """Serving; its socket's path is short enough, unlike pytest's own directories."""
+    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as directory:
+        made = daemon.FakeDaemon(Path(directory) / "d.sock")
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()
