@@ -7,6 +7,7 @@ Used by the daemon and by the lab; unprivileged.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -157,10 +158,21 @@ def _extents(descriptor: int, size: int) -> list[tuple[int, int]]:
 def _copy_range(source: int, target: int, start: int, end: int) -> None:
     while start < end:
         run.check_cancelled()
-        copied = os.copy_file_range(source, target, min(_COPY_BYTES, end - start), start, start)
+        copied = _copy_some(source, target, start, min(_COPY_BYTES, end - start))
         if copied == 0:
             raise errors.OperationFailedError("a file became shorter while it was copied")
         start += copied
+
+
+def _copy_some(source: int, target: int, start: int, count: int) -> int:
+    """Shares blocks where the file system can; between two file systems the bytes are copied."""
+    try:
+        return os.copy_file_range(source, target, count, start, start)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    os.lseek(target, start, os.SEEK_SET)
+    return os.sendfile(target, source, start, count)
 
 
 def _pack_seed(tree: trees.Tree, archive: Path) -> None:
