@@ -75,11 +75,12 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
         except BaseException:
             if not task.done():
                 raise
-    if cancelled is not None:
-        with contextlib.suppress(BaseException):
-            task.result()
-        raise cancelled
-    return task.result()
+    if cancelled is None:
+        return task.result()
+    failure = None if task.cancelled() else task.exception()
+    if failure is not None:
+        cancelled.add_note(f"meanwhile: {_described(failure)}")
+    raise cancelled
 
 
 async def _roll_back(
@@ -92,8 +93,20 @@ async def _roll_back(
         try:
             async with asyncio.timeout(undo_timeout_s):
                 await _observed(step, name, step.undo, observer)
-        except Exception as undo_error:
-            error.add_note(f"{name}: {str(undo_error) or type(undo_error).__name__}")
+        except TimeoutError as late:
+            error.add_note(f"{name}: {str(late) or f'did not finish within {undo_timeout_s:g} s'}")
+        # Not only Exception: an undo that ends by cancellation must not keep the others from running.
+        except BaseException as undo_error:
+            error.add_note(f"{name}: {_described(undo_error)}")
+
+
+def _described(error: BaseException) -> str:
+    """One line: what failed, the members of a group one by one, and what was noted on it."""
+    if isinstance(error, BaseExceptionGroup):
+        text = "; ".join(_described(member) for member in error.exceptions)
+    else:
+        text = str(error) or type(error).__name__
+    return "; ".join((text, *getattr(error, "__notes__", ())))
 
 
 async def _observed(step: Step, name: str, action: Action, observer: Observer) -> None:
