@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Who may import whom. The directory a module lies in says which process runs it; this keeps it true."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.style import tree
+
+_SHARED = {"artefacts", "contract", "debian", "guest_binary", "pinned", "run", "steps"}
+_PLANNING = _SHARED | {"images", "kernels", "net", "storage"}
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "contract": set(),
+    "helper": {"contract"},
+    "cli": {"contract"},
+    "steps": set(),
+    "run": {"contract"},
+    "artefacts": {"contract"},
+    "debian": {"contract", "run"},
+    "pinned": {"contract", "run"},
+    "guest_binary": {"contract"},
+    "images": _SHARED,
+    "kernels": _SHARED,
+    "net": _SHARED,
+    "storage": _SHARED | {"images"},
+    "vm": _PLANNING,
+    "system": _PLANNING,
+    "owner": _PLANNING | {"inprocess", "system", "vm"},
+    "inprocess": {"contract", "helper"},
+}
+MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"system"}}
+"""Within a function: `system install` and `doctor` do the work themselves, as the root who calls them."""
+
+# `banger` itself holds the version; importing it imports nothing else.
+_VERSION = {"__version__"}
+
+
+def test_every_part_of_the_package_has_its_rule() -> None:
+    parts = {tree.unit_of(path) for path in tree.shipped_modules()} - {"__init__"}
+    assert parts - MAY_IMPORT.keys() == set()
+
+
+@pytest.mark.parametrize("path", tree.shipped_modules(), ids=tree.name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    unit = tree.unit_of(path)
+    if unit == "__init__":
+        assert not list(tree.imports(path))
+        return
+    allowed = MAY_IMPORT[unit] | {unit} | _VERSION
+    lazily = allowed | MAY_IMPORT_LAZILY.get(unit, set())
+    wrong = [found for found in tree.imports(path) if found.part not in (lazily if found.lazy else allowed)]
+    assert wrong == []
+
+
+def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.py"
+    sample.write_text("import banger.helper.main\ndef late():\n    from banger.system import install\n")
+    assert [(found.part, found.lazy) for found in tree.imports(sample)] == [
+        ("helper", False),
+        ("system", True),
+    ]
+
+
+@pytest.mark.parametrize("name", ["banger.helper.main", "banger.cli.main"])
+def test_starting_a_process_loads_only_what_it_may_use(name: str) -> None:
+    """What static reading misses: what is loaded by way of others."""
+    script = f"import sys, {name}; print(*(m for m in sys.modules if m.startswith('banger.')))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tree.ROOT, check=True, capture_output=True, timeout=30
+    )
+    unit = name.split(".")[1]
+    loaded = {module.split(".")[1] for module in done.stdout.decode().split()}
+    assert loaded <= MAY_IMPORT[unit] | {unit}
+
+
+def test_every_module_can_be_imported_alone() -> None:
+    """In this process, one after the other: a module that only works once another is loaded is a cycle."""
+    for path in tree.shipped_modules():
+        name = ".".join(path.relative_to(tree.ROOT / "src").with_suffix("").parts)
+        importlib.import_module(name.removesuffix(".__init__"))
