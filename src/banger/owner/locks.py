@@ -27,6 +27,10 @@ class Lifecycle:
         entry = self._entries.get(key)
         return entry.holder if entry is not None and entry.lock.locked() else None
 
+    @property
+    def is_unused(self) -> bool:
+        return not self._entries
+
     @asynccontextmanager
     async def hold(self, key: str, operation: str) -> AsyncIterator[None]:
         entry = self._entries.setdefault(key, _Entry())

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Structured logs on stderr, for the journal: one line of JSON each, always with the operation's id."""
+"""Structured logs on stderr, for the journal: one line of JSON each, always with the operation's id.
+
+Info is a change of state, debug is chatter. Never logged: command lines, environments, input and output of
+what runs in guests.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import sys
 from typing import Final
-
-import msgspec
 
 from banger.owner import operations
 
@@ -17,7 +20,7 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 
 
 class JsonFormatter(logging.Formatter):
-    """JSON escapes control characters, so nothing a guest says can forge a line or move a cursor."""
+    """ASCII, control characters escaped: nothing a guest says can forge a line or move a cursor."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
@@ -31,7 +34,7 @@ class JsonFormatter(logging.Formatter):
         fields |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(fields, enc_hook=str).decode()
+        return json.dumps(fields, default=str).replace("\x7f", "\\u007f")
 
 
 def set_up(level: str) -> None:
@@ -39,5 +42,13 @@ def set_up(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("uvicorn.access", "httpx", "websockets", "asyncio"):
+    for chatty in (
+        "uvicorn",
+        "uvicorn.error",
+        "uvicorn.access",
+        "httpx",
+        "httpcore",
+        "websockets",
+        "asyncio",
+    ):
         logging.getLogger(chatty).setLevel(logging.WARNING)

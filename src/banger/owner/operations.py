@@ -16,24 +16,31 @@ from typing import Final
 import msgspec
 
 from banger.contract import errors, names, resources
+from banger.owner import events
 
 _log = logging.getLogger(__name__)
 
 Outcome = resources.Vm | resources.Image | resources.Kernel | None
 _KEPT: Final = 200
-_MOST_EVENTS: Final = 5000
+_KEPT_FOR: Final = datetime.timedelta(hours=1)
+_CLOSE_S: Final = 45.0
 
 current_op_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_op_id", default="")
-"""The operation that this task works for; greps in the journal of both services."""
+"""The operation, or the request, that this task works for; greps in the journal of both services."""
 
 
 @dataclass(slots=True)
 class _Entry:
     operation: resources.Operation
     zero: float = field(default_factory=time.monotonic)
-    events: list[resources.Event] = field(default_factory=list)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    events: events.EventLog = field(default_factory=events.EventLog)
+    has_begun: bool = False
+    cancel_requested: bool = False
     task: asyncio.Task[None] | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.operation.status.is_final
 
 
 class Progress:
@@ -82,12 +89,12 @@ class Progress:
         result: resources.Operation | None = None,
     ) -> None:
         entry = self._entry
-        if len(entry.events) >= _MOST_EVENTS and kind != "end":
+        if entry.is_final and kind != "end":
             return
-        entry.events.append(
+        entry.events.add(
             resources.Event(
                 operation=entry.operation.id,
-                seq=len(entry.events),
+                seq=entry.events.next_seq,
                 time=_now(),
                 kind=kind,
                 stage=stage,
@@ -98,7 +105,6 @@ class Progress:
                 result=result,
             )
         )
-        asyncio.get_running_loop().create_task(_notify(entry))
 
 
 Work = Callable[[Progress], Awaitable[Outcome]]
@@ -109,9 +115,12 @@ class Operations:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._closing = False
 
     def start(self, kind: str, target: str, work: Work) -> resources.Operation:
-        """Runs `work` as a task of its own and answers at once."""
+        """Runs `work` as a task of its own and answers at once. Raises UnavailableError while closing."""
+        if self._closing:
+            raise errors.UnavailableError("bangerd is stopping", hint="try again when it is back")
         operation = resources.Operation(
             id=names.new_id(),
             kind=kind,
@@ -120,8 +129,8 @@ class Operations:
             created_at=_now(),
         )
         entry = _Entry(operation)
-        self._entries[operation.id] = entry
         self._forget_old()
+        self._entries[operation.id] = entry
         entry.task = asyncio.create_task(_run(entry, work), name=f"{kind}-{operation.id}")
         return operation
 
@@ -129,44 +138,41 @@ class Operations:
         return [entry.operation for entry in self._entries.values()]
 
     def get(self, operation_id: str) -> resources.Operation:
+        """Raises NotFoundError, also for one that ended long ago."""
         return self._entry(operation_id).operation
 
     async def wait(self, operation_id: str) -> resources.Operation:
         """The operation once it has ended, however it ended."""
         entry = self._entry(operation_id)
-        async with entry.changed:
-            await entry.changed.wait_for(lambda: entry.operation.status.is_final)
+        while not entry.is_final:
+            await entry.events.changed()
         return entry.operation
+
+    def request_cancel(self, operation_id: str) -> None:
+        """Cancels without waiting for the end; an operation that ended, or was cancelled before, is left."""
+        _request_cancel(self._entry(operation_id))
 
     async def cancel(self, operation_id: str) -> resources.Operation:
-        """Cancels and returns when it has ended, with all it rolled back; an ended one is left as it is."""
-        entry = self._entry(operation_id)
-        if entry.task is not None and not entry.task.done():
-            entry.task.cancel()
-            await asyncio.wait({entry.task})
-        return entry.operation
+        """Cancels and returns when it has ended, with all it made rolled back."""
+        self.request_cancel(operation_id)
+        return await self.wait(operation_id)
 
-    async def events(self, operation_id: str) -> AsyncIterator[resources.Event]:
+    def events(self, operation_id: str) -> AsyncIterator[resources.Event]:
         """Every event from the first on; ends after the one of kind `end`."""
-        entry = self._entry(operation_id)
-        seen = 0
-        while True:
-            async with entry.changed:
-                while len(entry.events) == seen:
-                    await entry.changed.wait()
-            for event in entry.events[seen:]:
-                seen += 1
-                yield event
-                if event.kind == "end":
-                    return
+        return self._entry(operation_id).events.watch()
 
     async def close(self) -> None:
-        """Cancels what runs and waits until it has rolled back."""
-        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
-        for task in tasks:
-            task.cancel()
+        """Starts nothing more, cancels what runs and waits, up to a limit, until it has rolled back."""
+        self._closing = True
+        running = [entry for entry in self._entries.values() if not entry.is_final]
+        for entry in running:
+            _request_cancel(entry)
+        tasks = [entry.task for entry in running if entry.task is not None]
         if tasks:
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=_CLOSE_S)
+        for entry in running:
+            if not entry.is_final:
+                _log.error("operation did not end in time", extra=_labels(entry.operation))
 
     def _entry(self, operation_id: str) -> _Entry:
         entry = self._entries.get(operation_id)
@@ -175,23 +181,41 @@ class Operations:
         return entry
 
     def _forget_old(self) -> None:
-        ended = [key for key, entry in self._entries.items() if entry.operation.status.is_final]
-        for key in ended[: max(0, len(self._entries) - _KEPT)]:
-            del self._entries[key]
+        """Ended ones are kept for an hour, and at most so many."""
+        ended = [entry.operation for entry in self._entries.values() if entry.is_final]
+        long_ago = _now() - _KEPT_FOR
+        surplus = len(ended) - _KEPT
+        for number, operation in enumerate(ended):
+            if number < surplus or (operation.ended_at or long_ago) <= long_ago:
+                del self._entries[operation.id]
+
+
+def _request_cancel(entry: _Entry) -> None:
+    """Once only: what a cancelled operation takes back must not be cancelled again."""
+    if entry.cancel_requested or entry.is_final:
+        return
+    entry.cancel_requested = True
+    # A task that is cancelled before its first step never runs, and its operation would never end.
+    if entry.has_begun and entry.task is not None:
+        entry.task.cancel()
 
 
 async def _run(entry: _Entry, work: Work) -> None:
+    entry.has_begun = True
     current_op_id.set(entry.operation.id)
     progress = Progress(entry)
     began = entry.operation
-    _log.info("operation began", extra={"kind": began.kind, "target": began.target})
+    _log.info("operation began", extra=_labels(began))
     ended = msgspec.structs.replace(
         began,
         status=resources.OperationStatus.FAILED,
         error=errors.ErrorBody("operation_failed", "the operation ended without a result"),
     )
+    if entry.cancel_requested and entry.task is not None:
+        entry.task.cancel()
     try:
-        ended = _with_outcome(entry.operation, await work(progress))
+        outcome = await work(progress)
+        ended = _with_outcome(entry.operation, outcome)
     except asyncio.CancelledError as error:
         known = errors.CancelledError(f"{began.kind} of {began.target} was cancelled")
         for note in getattr(error, "__notes__", ()):
@@ -206,8 +230,7 @@ async def _run(entry: _Entry, work: Work) -> None:
         _log.info(
             "operation ended",
             extra={
-                "kind": ended.kind,
-                "target": ended.target,
+                **_labels(ended),
                 "status": str(ended.status),
                 "error": ended.error.message if ended.error else "",
                 "elapsed_ms": round((time.monotonic() - entry.zero) * 1000, 1),
@@ -216,9 +239,8 @@ async def _run(entry: _Entry, work: Work) -> None:
         progress.end(ended)
 
 
-async def _notify(entry: _Entry) -> None:
-    async with entry.changed:
-        entry.changed.notify_all()
+def _labels(operation: resources.Operation) -> dict[str, str]:
+    return {"kind": operation.kind, "target": operation.target}
 
 
 def _with_outcome(operation: resources.Operation, outcome: Outcome) -> resources.Operation:
