@@ -45,9 +45,11 @@ def test_the_readme_begins_with_the_two_commands() -> None:
     assert [line.split()[:2] for line in lines] == [["make", "run"], ["make", "test"]]
 
 
-@pytest.mark.parametrize("command", _commands(cli.root))
-def test_every_command_is_documented(command: str) -> None:
-    assert command in _read("docs/cli.md")
+def test_every_command_is_documented() -> None:
+    text = _read("docs/cli.md")
+    commands = _commands(cli.root)
+    assert "banger vm run" in commands
+    assert [command for command in commands if command not in text] == []
 
 
 def test_the_architecture_names_every_package() -> None:
