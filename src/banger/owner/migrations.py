@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sqlite3
 from pathlib import Path
@@ -36,14 +37,17 @@ class Verdict(enum.IntEnum):
 
 
 def check(path: Path) -> Verdict:
-    """Looks without changing anything; a file that does not exist yet will be migrated."""
+    """Looks without changing anything; a file that does not exist yet will be migrated.
+
+    Raises OperationFailedError for a file that is no database.
+    """
     if not path.exists():
         return Verdict.WILL_MIGRATE
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        version = _version(connection)
-    finally:
-        connection.close()
+        with contextlib.closing(_open_read_only(path)) as connection:
+            version = _version(connection)
+    except sqlite3.DatabaseError as error:
+        raise errors.OperationFailedError(f"{path} cannot be read: {error}") from error
     if version == len(MIGRATIONS):
         return Verdict.CURRENT
     return Verdict.WILL_MIGRATE if version < len(MIGRATIONS) else Verdict.TOO_NEW
@@ -69,6 +73,10 @@ def migrate(connection: sqlite3.Connection) -> None:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+
+
+def _open_read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def _version(connection: sqlite3.Connection) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import logging
 import sqlite3
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_MS: Final = 5000
 _SHORTEST_PREFIX: Final = 4
+Row = tuple[str, str, int, str, str, str, str, str]
 Rows = list[record.VmRecord]
 _COLUMNS: Final = "id, name, slot, state, image_id, kernel_id, created_at, record"
 
@@ -33,7 +35,12 @@ class Store:
         """Opens and migrates. Raises ConflictError for a file of a newer program."""
         self._lock = threading.Lock()
         self._connection = connect(path)
-        migrations.migrate(self._connection)
+        try:
+            with _explained():
+                migrations.migrate(self._connection)
+        except BaseException:
+            self._connection.close()
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -54,8 +61,8 @@ class Store:
             vm = draft(slot)
             try:
                 connection.execute(f"INSERT INTO vms ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?)", _row(vm))  # noqa: S608
-            except sqlite3.IntegrityError:
-                raise _name_taken(vm.name) from None
+            except sqlite3.IntegrityError as error:
+                raise _refused(vm, error) from None
         return vm
 
     def save(self, vm: record.VmRecord) -> None:
@@ -67,8 +74,8 @@ class Store:
                     " = (?,?,?,?,?,?,?,?) WHERE id = ?",
                     (*_row(vm), vm.id),
                 )
-            except sqlite3.IntegrityError:
-                raise _name_taken(vm.name) from None
+            except sqlite3.IntegrityError as error:
+                raise _refused(vm, error) from None
             if done.rowcount == 0:
                 raise errors.NotFoundError(f"VM {vm.name} does not exist any more")
 
@@ -80,7 +87,7 @@ class Store:
 
     def find(self, ref: str) -> record.VmRecord:
         """By name, id or unambiguous beginning of an id. Raises NotFoundError or BadRequestError."""
-        for row in self._select("WHERE name = ? OR id = ?", ref, ref):
+        for row in self._select("WHERE name = ?1 OR id = ?1 ORDER BY id != ?1", ref):
             return row
         found = self._select("WHERE substr(id, 1, ?) = ?", len(ref), ref) if _is_prefix(ref) else []
         if len(found) == 1:
@@ -101,27 +108,50 @@ class Store:
             connection.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
 
     def names_using_image(self, image_id: str) -> tuple[str, ...]:
-        return tuple(vm.name for vm in self._select("WHERE image_id = ? ORDER BY name", image_id))
+        return self._names("SELECT name FROM vms WHERE image_id = ? ORDER BY name", image_id)
 
     def names_using_kernel(self, kernel_id: str) -> tuple[str, ...]:
-        return tuple(vm.name for vm in self._select("WHERE kernel_id = ? ORDER BY name", kernel_id))
+        return self._names("SELECT name FROM vms WHERE kernel_id = ? ORDER BY name", kernel_id)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, _explained():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                # A full disk may have ended the transaction already.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def _select(self, where: str, *values: str | int) -> Rows:
         # Only fixed clauses of this module come in as `where`; values are bound.
-        with self._lock:
+        with self._lock, _explained():
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM vms {where}", values).fetchall()  # noqa: S608
         return [_parse(row) for row in rows]
+
+    def _names(self, query: str, value: str) -> tuple[str, ...]:
+        with self._lock, _explained():
+            return tuple(name for (name,) in self._connection.execute(query, (value,)))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """SQLite's errors, as errors that say what to do."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        name = error.sqlite_errorname if hasattr(error, "sqlite_errorname") else ""
+        if name == "SQLITE_FULL":
+            raise errors.NoSpaceError(
+                "no space left for banger's database", hint="free space in the state directory"
+            ) from error
+        if name.startswith("SQLITE_CORRUPT") or name == "SQLITE_NOTADB":
+            hint = "stop bangerd, move banger.db and its -wal aside, or restore them; disks are untouched"
+            raise errors.OperationFailedError(f"banger's database is damaged: {error}", hint=hint) from error
+        raise errors.OperationFailedError(f"banger's database cannot be used: {error}") from error
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -130,11 +160,17 @@ def connect(path: Path) -> sqlite3.Connection:
     WAL with synchronous=NORMAL: a power cut may lose the last transactions but never corrupts, and reconcile
     finds out at the next start what really runs.
     """
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("PRAGMA foreign_keys = ON")
+    with _explained():
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        with _explained():
+            connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -143,7 +179,7 @@ def _row(vm: record.VmRecord) -> tuple[str | int, ...]:
     return (vm.id, vm.name, vm.slot, vm.state, vm.image_id, vm.kernel_id, vm.created_at.isoformat(), text)
 
 
-def _parse(row: tuple[str, str, int, str, str, str, str, str]) -> record.VmRecord:
+def _parse(row: Row) -> record.VmRecord:
     try:
         return msgspec.json.decode(row[-1], type=record.VmRecord)
     except msgspec.MsgspecError as error:
@@ -151,37 +187,43 @@ def _parse(row: tuple[str, str, int, str, str, str, str, str]) -> record.VmRecor
         return _salvaged(row, str(error))
 
 
-def _salvaged(row: tuple[str, str, int, str, str, str, str, str], why: str) -> record.VmRecord:
+def _salvaged(row: Row, why: str) -> record.VmRecord:
     """One corrupt row must not take the others down: what the columns still say, in state `error`."""
     vm_id, name, slot, _, image_id, kernel_id, created_at, _ = row
-    return msgspec.convert(
-        {
-            "id": vm_id,
-            "name": name,
-            "slot": slot,
-            "image_id": image_id,
-            "kernel_id": kernel_id,
-            "vcpus": 1,
-            "memory_mib": 512,
-            "disk_size_mib": 1024,
-            "network": True,
-            "state": resources.VmState.ERROR,
-            "created_at": created_at,
-            "last_error": {
-                "code": "operation_failed",
-                "message": f"the row of {name} is corrupt: {why}",
-                "hint": f"its disks are untouched; `banger vm delete {name}` removes it",
-            },
-        },
-        type=record.VmRecord,
+    return record.VmRecord(
+        id=names.VmId(vm_id),
+        name=names.VmName(name),
+        slot=slot,
+        image_id=names.ImageId(image_id),
+        kernel_id=names.KernelId(kernel_id),
+        vcpus=1,
+        memory_mib=512,
+        disk_size_mib=1024,
+        network=True,
+        state=resources.VmState.ERROR,
+        created_at=_time(created_at),
+        last_error=errors.ErrorBody(
+            code=errors.OperationFailedError.code,
+            message=f"the row of {name} is corrupt: {why}",
+            hint=f"its disks are untouched; `banger vm delete {name}` removes it",
+        ),
     )
+
+
+def _time(text: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.datetime.fromtimestamp(0, datetime.UTC)
 
 
 def _is_prefix(ref: str) -> bool:
     return len(ref) >= _SHORTEST_PREFIX and set(ref) <= set("0123456789abcdef")
 
 
-def _name_taken(name: str) -> errors.AlreadyExistsError:
-    return errors.AlreadyExistsError(
-        f"there is a VM named {name} already", hint="choose another name, or leave it out"
-    )
+def _refused(vm: record.VmRecord, error: sqlite3.IntegrityError) -> errors.BangerError:
+    if "vms.name" in str(error):
+        return errors.AlreadyExistsError(
+            f"there is a VM named {vm.name} already", hint="choose another name, or leave it out"
+        )
+    return errors.ConflictError(f"the row of {vm.name} cannot be kept: {error}")
