@@ -10,6 +10,7 @@ import click
 import pytest
 
 from banger.cli import main as cli
+from banger.cli import reference
 from tests.style import tree
 
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE")
@@ -74,3 +75,7 @@ def test_every_make_target_named_exists(path: Path) -> None:
     commands = re.findall(r"`(make [a-z-]+)|^(make [a-z-]+)", path.read_text(), re.MULTILINE)
     named = {target for pair in commands for text in pair for target in _TARGET.findall(text)}
     assert named <= targets
+
+
+def test_the_command_reference_is_current() -> None:
+    assert _read("docs/cli.md") == reference.reference(), "run: python -m banger.cli.reference > docs/cli.md"

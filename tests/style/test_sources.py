@@ -13,6 +13,8 @@ import pytest
 from tests.style import tree
 
 MAX_LINES = 500
+TO_BE_SPLIT = {"guest/exec_pump.c", "tests/fakes/daemon.py", "tests/lab/test_helper_lab.py"}
+"""Too long today. Nothing joins this list, and what is split leaves it."""
 HEAD = "SPDX-License-Identifier: MIT"
 SUFFIXES = (".py", ".c", ".h", ".sh", ".service", ".socket", ".slice")
 NAMED = ("Makefile", ".ci/run", "requirements/refresh")
@@ -59,7 +61,8 @@ def test_the_licence_stands_at_the_head(path: Path) -> None:
 
 @pytest.mark.parametrize("path", tree.with_suffix(".py", ".c", ".h", ".sh"), ids=tree.name_of)
 def test_no_module_is_too_long_to_hold_in_the_head(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+    too_long = len(path.read_text().splitlines()) > MAX_LINES
+    assert too_long == (tree.name_of(path) in TO_BE_SPLIT)
 
 
 @pytest.mark.parametrize("path", tree.with_suffix(".py"), ids=tree.name_of)
