@@ -64,11 +64,10 @@ class Cli:
         timeout_s: float = DEADLINE_S,
     ) -> Done:
         """To its end. Input that is bytes is piped."""
-        piped = isinstance(stdin, bytes)
+        source: dict[str, Any] = {"input" if isinstance(stdin, bytes) else "stdin": stdin}
         done = subprocess.run(
             self.argv(*arguments),
-            input=stdin if piped else None,
-            stdin=None if piped else stdin,
+            **source,
             capture_output=True,
             env=self.environment(**(env or {})),
             timeout=timeout_s,

@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,14 @@ import pytest
 from banger.contract import errors
 from tests.contract import cli_process
 from tests.fakes import daemon
+
+STUBBORN = """
+import signal
+signal.signal(signal.SIGINT, lambda *_: print("no", flush=True))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
 
 
 @pytest.fixture
@@ -126,8 +135,7 @@ def test_signals_are_passed_on(cli: cli_process.Cli, number: signal.Signals) -> 
 
 
 def test_third_interrupt_leaves_a_command_that_ignores_it(cli: cli_process.Cli) -> None:
-    script = "trap 'echo no' INT; echo ready; while :; do sleep 0.05; done"
-    with cli.started("vm", "exec", "web", "--", "bash", "-c", script) as process:
+    with cli.started("vm", "exec", "web", "--", sys.executable, "-c", STUBBORN) as process:
         assert process.stdout is not None
         process.stdout.readline()
         for _ in range(2):
@@ -295,6 +303,7 @@ def test_run_detached_prints_the_name(cli: cli_process.Cli, fake: daemon.FakeDae
         (("-d", "--rm"), "exclude each other"),
         (("-d", "--", "true"), "runs no command"),
         (("./repo",), "vm run -- ./repo"),
+        (("ls", "-l"), "vm run -- ls -l"),
         (("--memory", "lots"), "is not a size"),
         (("--memory", "1M"), "memory_mib"),
         (("--name", "-x-"), "not a VM name"),
@@ -331,17 +340,28 @@ def test_run_interrupted_while_it_starts_is_rolled_back(
 ) -> None:
     fake.behaviour.stay_in_stage = "boot_firecracker"
     with cli.started("vm", "run", "--rm", "--", "true") as process:
-        assert fake.reached.wait(cli_process.DEADLINE_S)
+        assert process.stderr is not None
+        assert any(b"boot_firecracker" in line for line in process.stderr)
         process.send_signal(number)
         status = process.wait(cli_process.DEADLINE_S)
-        assert process.stderr is not None
         said = process.stderr.read().decode()
     if number is signal.SIGINT:
         assert status == 130
         assert "nothing is left of calm-otter" in said
     else:
         assert status == (-9 if number is signal.SIGKILL else 143)
+    if number is signal.SIGKILL:
         assert fake.hung_up.wait(cli_process.DEADLINE_S)
+    assert fake.vm_named("calm-otter") is None
+
+
+def test_run_interrupted_at_once_is_rolled_back(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
+    """The signal comes while the request that starts it all is under way."""
+    fake.behaviour.stay_in_stage = "preflight"
+    with cli.started("vm", "run", "--rm", "--", "true") as process:
+        assert fake.reached.wait(cli_process.DEADLINE_S)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(cli_process.DEADLINE_S) == 130
     assert fake.vm_named("calm-otter") is None
 
 

@@ -88,7 +88,9 @@ class FakeDaemon:
         self.reached = threading.Event()
         """An operation is in the stage it was asked to stay in."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        config = uvicorn.Config(self._app, lifespan="off", log_level="critical", ws="websockets-sansio")
+        config = uvicorn.Config(
+            self._app, lifespan="off", log_level="critical", interface="asgi3", ws_per_message_deflate=False
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -407,9 +409,11 @@ class FakeDaemon:
                 raise errors.NotRunningError(
                     f"{vm.name} is not running", hint=f"`banger vm start {vm.name}`"
                 )
-            end = await _run_here(request, receive, send)
-            if request.remove:
-                self._delete(vm)
+            try:
+                end = await _run_here(request, receive, send)
+            finally:
+                if request.remove:
+                    self._delete(vm)
         except errors.BangerError as error:
             end = resources.ExecEnd(error=errors.to_body(error, op_id="0123456789ab"))
         with contextlib.suppress(Exception):
@@ -434,11 +438,13 @@ async def _run_here(request: resources.ExecRequest, receive: Receive, send: Send
             raise errors.NotFoundError(f"no program {request.argv[0]!r} in the guest") from None
         streams.close_child()
         listener = asyncio.ensure_future(_listen(process, streams, receive))
-        await asyncio.gather(*(_pump(fd, tag, send) for tag, fd in streams.outputs))
-        status = await process.wait()
-        listener.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await listener
+        try:
+            await asyncio.gather(*(_pump(fd, tag, send) for tag, fd in streams.outputs))
+            status = await process.wait()
+        finally:
+            _kill(process)
+            listener.cancel()
+            await asyncio.wait([listener])
     signal_number = -status if status < 0 else 0
     return resources.ExecEnd(exit_status=128 - status if status < 0 else status, signal=signal_number)
 
@@ -492,8 +498,7 @@ async def _listen(process: asyncio.subprocess.Process, streams: _Streams, receiv
     while True:
         message = await receive()
         if message["type"] == "websocket.disconnect":
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGHUP)
+            _kill(process)
             return
         if message.get("bytes") is not None:
             await _feed(streams, message["bytes"])
@@ -503,6 +508,11 @@ async def _listen(process: asyncio.subprocess.Process, streams: _Streams, receiv
             streams.resize(*control.resize)
         if control.signal:
             os.killpg(process.pid, control.signal)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _feed(streams: _Streams, data: bytes) -> None:

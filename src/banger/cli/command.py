@@ -100,7 +100,7 @@ class TailCommand(Command):
         has_tail = "--" in args
         cut = args.index("--") if has_tail else len(args)
         tail = args[cut + 1 :]
-        ctx.allow_interspersed_args = has_tail or not tail
+        ctx.allow_interspersed_args = has_tail
         ctx.params["argv"] = tuple(tail)
         ctx.meta["banger.has_tail"] = has_tail
         return super().parse_args(ctx, args[:cut])

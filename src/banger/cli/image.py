@@ -22,9 +22,11 @@ group = command.Group(
 )
 
 
-def _finish(settings: command.Settings, operation: resources.Operation) -> None:
+def _make(settings: command.Settings, path: str, asked: resources.Body) -> None:
+    api = settings.client()
     shown = progress.display(json=settings.json)
-    outcome = progress.follow_one(settings.client(), operation, shown, cancellable=True)
+    with signals.raised():
+        outcome = progress.follow_one(api, lambda: api.post(path, asked), shown, cancellable=True)
     ended = outcome.require()
     if settings.json:
         output.json(ended.image)
@@ -45,11 +47,7 @@ def build(settings: command.Settings, recipe: str, name: str | None) -> None:
 
     The packages come from the distribution's signed archive.
     """
-    with signals.raised():
-        with signals.held_back():
-            asked = resources.BuildImage(recipe=recipe, name=name)
-            operation = settings.client().post("/v1/images/build", asked)
-        _finish(settings, operation)
+    _make(settings, "/v1/images/build", resources.BuildImage(recipe=recipe, name=name))
 
 
 @command.make(
@@ -67,11 +65,9 @@ def register(settings: command.Settings, directory: str, name: str | None) -> No
 
     The directory holds rootfs.ext4 and image.json, and the daemon's owner must be able to read it.
     """
-    with signals.raised():
-        with signals.held_back():
-            asked = resources.RegisterImage(path=os.path.abspath(directory), name=name)
-            operation = settings.client().post("/v1/images/register", asked)
-        _finish(settings, operation)
+    _make(
+        settings, "/v1/images/register", resources.RegisterImage(path=os.path.abspath(directory), name=name)
+    )
 
 
 @command.make(

@@ -22,9 +22,12 @@ group = command.Group(
 )
 
 
-def _finish(settings: command.Settings, operation: resources.Operation) -> None:
+def _make(settings: command.Settings, path: str, asked: resources.Body) -> None:
+    api = settings.client()
     shown = progress.display(json=settings.json)
-    ended = progress.follow_one(settings.client(), operation, shown, cancellable=True).require()
+    with signals.raised():
+        outcome = progress.follow_one(api, lambda: api.post(path, asked), shown, cancellable=True)
+    ended = outcome.require()
     if settings.json:
         output.json(ended.kernel)
     else:
@@ -72,10 +75,7 @@ def _row(kernel: resources.Kernel) -> tuple[str, ...]:
 @click.pass_obj
 def pull(settings: command.Settings, name: str) -> None:
     """Get a kernel of the catalog, verified by its sha256 or the distribution's signature."""
-    with signals.raised():
-        with signals.held_back():
-            operation = settings.client().post("/v1/kernels/pull", resources.PullKernel(name=name))
-        _finish(settings, operation)
+    _make(settings, "/v1/kernels/pull", resources.PullKernel(name=name))
 
 
 @command.make(
@@ -95,11 +95,7 @@ def import_kernel(settings: command.Settings, path: str, name: str) -> None:
     Takes a vmlinux, a vmlinuz, a directory of them with an initrd, or a distribution's kernel package. The
     daemon's owner must be able to read it.
     """
-    with signals.raised():
-        with signals.held_back():
-            asked = resources.ImportKernel(path=os.path.abspath(path), name=name)
-            operation = settings.client().post("/v1/kernels/import", asked)
-        _finish(settings, operation)
+    _make(settings, "/v1/kernels/import", resources.ImportKernel(path=os.path.abspath(path), name=name))
 
 
 @command.make("show", group=group, examples=[("banger kernel show generic-6.12", "everything about it")])

@@ -44,7 +44,17 @@ root = command.LazyGroup(
 
 def main() -> None:
     """Console script."""
+    _fill_standard_descriptors()
     sys.exit(run(sys.argv[1:]))
+
+
+def _fill_standard_descriptors() -> None:
+    """One that the caller closed would become the number of our next socket, and be read as input."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -53,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = root.main(args=list(arguments), prog_name="banger", standalone_mode=False, obj=settings)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click exits by itself on EPIPE alone
         return _broken_pipe()
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted", 130)
@@ -74,8 +84,6 @@ def _failed(error: BaseException, *, json: bool) -> int:
     from banger.contract import errors
 
     match error:
-        case SystemExit():
-            raise error
         case exits.CommandEnd():
             return error.status
         case exits.SomeFailedError():

@@ -41,6 +41,10 @@ def finish(settings: command.Settings, results: Sequence[Result]) -> None:
         raise exits.SomeFailedError
 
 
+def _wait(api: client.Client, operation: resources.Operation) -> None:
+    progress.follow_one(api, lambda: operation, progress.Silent(), cancellable=False).require()
+
+
 def delete(settings: command.Settings, collection: str, names: Sequence[str]) -> None:
     """Deletes members of a collection one after the other: each takes a moment."""
     api = settings.client()
@@ -49,7 +53,7 @@ def delete(settings: command.Settings, collection: str, names: Sequence[str]) ->
         try:
             operation = api.delete(f"{collection}/{client.segment(name)}")
             if operation is not None:
-                progress.follow_one(api, operation, progress.Silent(), cancellable=False).require()
+                _wait(api, operation)
         except errors.UnavailableError:
             raise
         except errors.BangerError as error:

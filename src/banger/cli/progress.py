@@ -6,17 +6,18 @@ On a terminal a live display, in a pipe a line per stage, with `--json` a JSON o
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import queue
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
 
-from banger.cli import client, render
+from banger.cli import client, exits, render, signals
 from banger.contract import errors, resources
 
 _WAIT_S: Final = 3600.0
@@ -164,48 +165,54 @@ class _Watch:
             self.heard.put((index, error))
 
 
-def follow(
-    api: client.Client,
-    operations: Sequence[resources.Operation],
-    shown: Display,
-    *,
-    cancellable: bool,
-) -> list[Outcome | errors.BangerError]:
-    """Waits for all. Ctrl-C cancels what can be cancelled and waits for its rollback.
+Submit = Callable[[], Sequence[resources.Operation]]
+_Ended = Outcome | errors.BangerError
 
-    With `cancellable` the daemon also cancels what runs when this process dies.
+
+def follow(api: client.Client, submit: Submit, shown: Display, *, cancellable: bool) -> list[_Ended]:
+    """Submits operations and waits for all. What ends us cancels what can be cancelled, rolled back and all.
+
+    Signals wait while `submit` runs: only its answer names what there is to cancel. With `cancellable` the
+    daemon also cancels what runs when this process dies.
     """
-    outcomes: list[Outcome | errors.BangerError | None] = [None] * len(operations)
-    timings = [Timing() for _ in operations]
+    operations: Sequence[resources.Operation] = ()
+    outcomes: dict[int, _Ended] = {}
+    timings: dict[int, Timing] = collections.defaultdict(Timing)
     try:
+        with signals.held_back():
+            operations = submit()
         _collect(_Watch(api, operations, bound=cancellable), operations, shown, timings, outcomes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, exits.SignalledError) as end:
         if not cancellable:
             hint = "bangerd finishes it; `banger vm list` shows the outcome"
             raise errors.CancelledError("interrupted, not waiting any longer", hint=hint) from None
+        shown.close()
         render.note("cancelling, and taking back what was made …")
         for index, operation in enumerate(operations):
-            if outcomes[index] is None:
+            if index not in outcomes:
                 outcomes[index] = Outcome(api.cancel(operation.id), timings[index])
+        if isinstance(end, exits.SignalledError):
+            raise
     finally:
         shown.close()
-    return [outcome for outcome in outcomes if outcome is not None]
+    return [outcomes[index] for index in range(len(operations))]
 
 
 def _collect(
     watch: _Watch,
     operations: Sequence[resources.Operation],
     shown: Display,
-    timings: Sequence[Timing],
-    outcomes: list[Outcome | errors.BangerError | None],
+    timings: dict[int, Timing],
+    outcomes: dict[int, _Ended],
 ) -> None:
     deadline = time.monotonic() + _WAIT_S
-    while any(outcome is None for outcome in outcomes):
+    while len(outcomes) < len(operations):
         try:
             index, heard = watch.heard.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             raise errors.DeadlineError(f"not done after {_WAIT_S:g} s", hint="see `banger ps`") from None
         if isinstance(heard, errors.BangerError):
+            heard.fields.setdefault("op_id", operations[index].id)
             outcomes[index] = heard
         elif isinstance(heard, BaseException):
             raise heard
@@ -218,10 +225,9 @@ def _collect(
 
 
 def follow_one(
-    api: client.Client, operation: resources.Operation, shown: Display, *, cancellable: bool
+    api: client.Client, submit: Callable[[], resources.Operation], shown: Display, *, cancellable: bool
 ) -> Outcome:
-    (outcome,) = follow(api, [operation], shown, cancellable=cancellable)
+    (outcome,) = follow(api, lambda: [submit()], shown, cancellable=cancellable)
     if isinstance(outcome, errors.BangerError):
-        outcome.fields.setdefault("op_id", operation.id)
         raise outcome
     return outcome

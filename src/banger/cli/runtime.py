@@ -47,10 +47,9 @@ def pull(settings: command.Settings) -> None:
     """
     api = settings.client()
     with signals.raised():
-        with signals.held_back():
-            operation = api.post("/v1/runtime/pull")
         shown = progress.display(json=settings.json)
-        ended = progress.follow_one(api, operation, shown, cancellable=True).require()
+        outcome = progress.follow_one(api, lambda: api.post("/v1/runtime/pull"), shown, cancellable=True)
+    ended = outcome.require()
     if settings.json:
         output.json(ended)
     else:

@@ -47,9 +47,7 @@ def submit_create(
     api: client.Client, asked: resources.CreateVm, shown: progress.Display
 ) -> progress.Outcome:
     """Creates and waits. When it did not work out, says what is left of it."""
-    with signals.held_back():
-        operation = api.post("/v1/vms", asked)
-    outcome = progress.follow_one(api, operation, shown, cancellable=True)
+    outcome = progress.follow_one(api, lambda: api.post("/v1/vms", asked), shown, cancellable=True)
     if outcome.operation.status is not resources.OperationStatus.SUCCEEDED:
         render.note(_what_is_left(api, outcome.operation.target))
     return outcome
@@ -195,22 +193,26 @@ def _each(settings: command.Settings, names: Sequence[str], verb: str, *, cancel
     wanted = list(dict.fromkeys(names))
     submitted: dict[str, resources.Operation] = {}
     failed: dict[str, errors.BangerError] = {}
+
+    def submit() -> list[resources.Operation]:
+        for name in wanted:
+            try:
+                submitted[name] = submit_action(api, name, verb)
+            except errors.UnavailableError:
+                raise
+            except errors.BangerError as error:
+                failed[name] = error
+        return list(submitted.values())
+
     with signals.raised():
-        with signals.held_back():
-            for name in wanted:
-                try:
-                    submitted[name] = _submit(api, name, verb)
-                except errors.UnavailableError:
-                    raise
-                except errors.BangerError as error:
-                    failed[name] = error
-        shown = progress.display(json=settings.json) if submitted else progress.Silent()
-        outcomes = progress.follow(api, list(submitted.values()), shown, cancellable=cancellable)
+        outcomes = progress.follow(
+            api, submit, progress.display(json=settings.json), cancellable=cancellable
+        )
     ended = dict(zip(submitted, outcomes, strict=True))
     many.finish(settings, [_result(settings, name, failed.get(name) or ended[name]) for name in wanted])
 
 
-def _submit(api: client.Client, name: str, verb: str) -> resources.Operation:
+def submit_action(api: client.Client, name: str, verb: str) -> resources.Operation:
     path = f"/v1/vms/{client.segment(name)}"
     if verb != "delete":
         return api.post(f"{path}/{verb}")

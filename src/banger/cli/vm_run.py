@@ -7,13 +7,25 @@ Its exit status is ours. Whatever else goes wrong ends with 125 and a message, s
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
-from banger.cli import attach, client, command, exits, output, params, progress, render, signals, terminal
-from banger.cli import vm_life as life
+from banger.cli import (
+    attach,
+    client,
+    command,
+    exits,
+    output,
+    params,
+    progress,
+    render,
+    signals,
+    terminal,
+    vm_life,
+)
 from banger.contract import errors, resources
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -121,17 +133,17 @@ def execute(
         ("echo hi | banger vm run --rm -- wc -c", "stdin reaches the command"),
     ],
 )
-@click.argument("path", required=False)
+@click.argument("words", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--rm", "remove", is_flag=True, help="Delete the VM when the command ends.")
 @click.option("-d", "--detach", is_flag=True, help="Start the VM, print its name, and run nothing.")
 @click.option("--name", type=params.NEW_VM, help="Name of the VM [default: a generated one].")
-@life.size_options
+@vm_life.size_options
 @_exec_options
 @click.pass_obj
 def run(
     settings: command.Settings,
     /,
-    path: str | None,
+    words: tuple[str, ...],
     argv: tuple[str, ...],
     remove: bool,
     detach: bool,
@@ -144,15 +156,15 @@ def run(
     128 + n after signal n, or 125 when banger itself failed. Ctrl-C while the VM starts takes back what was
     made. Without --rm the VM stays.
     """
-    _refuse_what_cannot_be(path, argv, detach=detach, remove=remove)
+    _refuse_what_cannot_be(words, argv, detach=detach, remove=remove)
     with exits.failures_as(exits.BEFORE_COMMAND):
         exec_fields = {field: chosen.pop(field) for field in ("user", "cwd", "env", "tty", "stdin")}
-        asked = life.request(name, chosen, remove_on_failure=remove)
+        asked = vm_life.request(name, chosen, remove_on_failure=remove)
         api = settings.client()
         with signals.raised():
-            outcome = life.submit_create(api, asked, progress.display(json=settings.json))
-        vm = life.made_vm(outcome.require())
-        life.say_timing(outcome, json=settings.json)
+            outcome = vm_life.submit_create(api, asked, progress.display(json=settings.json))
+        vm = vm_life.made_vm(outcome.require())
+        vm_life.say_timing(outcome, json=settings.json)
         if detach:
             _print_started(settings, vm)
             return
@@ -161,11 +173,13 @@ def run(
     raise exits.CommandEnd(status)
 
 
-def _refuse_what_cannot_be(path: str | None, argv: tuple[str, ...], *, detach: bool, remove: bool) -> None:
-    if path is not None:
+def _refuse_what_cannot_be(
+    words: tuple[str, ...], argv: tuple[str, ...], *, detach: bool, remove: bool
+) -> None:
+    if words:
         raise errors.BadRequestError(
-            f"vm run cannot take the repository {path!r} yet",
-            hint=f"for a command put -- before it: `banger vm run -- {path}`",
+            f"vm run cannot take the repository {words[0]!r} yet",
+            hint=f"for a command put -- before it: `banger vm run -- {shlex.join(words)}`",
         )
     if detach and remove:
         raise errors.BadRequestError(
@@ -207,10 +221,8 @@ def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bo
     """The daemon deletes the VM when the command's connection ends; without one, that is ours to do."""
     try:
         deletion = _running_deletion(api, vm) if deletes_itself else None
-        if deletion is None:
-            deletion = api.delete(f"/v1/vms/{vm.id}")
-        if deletion is not None:
-            progress.follow_one(api, deletion, progress.Silent(), cancellable=False).require()
+        found = deletion or vm_life.submit_action(api, vm.id, "delete")
+        progress.follow_one(api, lambda: found, progress.Silent(), cancellable=False).require()
     except errors.NotFoundError:
         return
     except errors.BangerError as error:
