@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A host that exists only in memory: what privileged operations would have made, and in what order.
 
-Meets `PrivilegedOps`. Its VMMs (tests/fakes/vmm.py) listen on real sockets at the contract's paths. It
-refuses what the real helper refuses, and `leftovers` counts what a test forgot.
+Meets `PrivilegedOps`, also over a socket (tests/fakes/helper.py). Its VMMs (tests/fakes/vmm.py) listen on
+real sockets at the contract's paths. It refuses what the real helper refuses, with the same codes: both run
+the cases of tests/contract/privileged_cases.py. `leftovers` counts what a test forgot.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class VmState:
     snapshot: bool = False
     work_disk: bool = False
     tap: bool = False
+    tap_slot: int = 0
     jail: bool = False
+    jail_slot: int = 0
+    cgroup: bool = False
     logs: bool = False
     vmm: vmm.FakeVmm | None = None
 
@@ -36,7 +40,8 @@ class VmState:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.snapshot or self.work_disk or self.tap or self.jail or self.runs)
+        kept = (self.snapshot, self.work_disk, self.tap, self.jail, self.cgroup, self.runs)
+        return not any(kept)
 
 
 async def _nothing(_: privileged.Request[Any]) -> None:
@@ -67,6 +72,13 @@ class World:
     def vm(self, vm_id: str) -> VmState:
         return self.vms.setdefault(vm_id, VmState())
 
+    def claim(self, vm_id: str, slot: int) -> VmState:
+        """The VM, unless its slot and another jail's do not agree."""
+        for other, vm in self.vms.items():
+            if vm.jail and (vm.jail_slot == slot) != (other == vm_id):
+                raise errors.ConflictError(f"slot {slot}: VM {other} has slot {vm.jail_slot}")
+        return self.vm(vm_id)
+
     def leftovers(self) -> dict[str, VmState]:
         """VMs of which something besides logs exists."""
         return {vm_id: vm for vm_id, vm in self.vms.items() if not vm.is_empty}
@@ -80,9 +92,15 @@ class World:
                 await vm.vmm.kill()
 
 
-def _need(condition: bool, message: str) -> None:
+def _need(condition: bool, message: str, error: type[errors.BangerError] = errors.ConflictError) -> None:
     if not condition:
-        raise errors.ConflictError(message)
+        raise error(message)
+
+
+def _need_file(path: Path) -> None:
+    """A file of the owner's with something in it."""
+    _need(path.is_file(), f"{path} does not exist", errors.NotFoundError)
+    _need(path.stat().st_size > 0, f"{path} is not a plain file of the owner's", errors.UnauthorizedError)
 
 
 async def _get_host(world: World, request: Any) -> privileged.Result:
@@ -98,8 +116,10 @@ async def _list_world(world: World, request: Any) -> privileged.Result:
                 loops=int(vm.work_disk) + 2 * int(vm.snapshot),
                 tap=vm.tap,
                 jail=vm.jail,
+                cgroup=vm.cgroup,
                 logs=vm.logs,
-                vmm_pid=vm.vmm.pid if vm.runs and vm.vmm else 0,
+                vmm_pid=_vmm(vm).pid,
+                vmm_start_ticks=_vmm(vm).start_ticks,
             )
             for vm_id, vm in world.vms.items()
             if vm.logs or not vm.is_empty
@@ -120,21 +140,23 @@ async def _delete_bridge(world: World, request: Any) -> privileged.Result:
 
 
 async def _create_snapshot(world: World, request: privileged.CreateSnapshot) -> privileged.Result:
-    vm = world.vm(request.vm_id)
+    vm = world.claim(request.vm_id, request.slot)
     _need(not vm.snapshot, "the snapshot exists already")
-    _need((world.state / "images" / request.image_id / "rootfs.ext4").is_file(), "there is no base")
-    _need((world.state / "vms" / request.vm_id / "overlay.cow").is_file(), "there is no overlay")
+    _need_file(world.state / "images" / request.image_id / "rootfs.ext4")
+    _need_file(world.state / "vms" / request.vm_id / "overlay.cow")
     vm.snapshot = True
     return privileged.Snapshot(device=f"/dev/mapper/fc-rootfs-{request.vm_id}")
 
 
 async def _check_snapshot(world: World, request: privileged.CheckSnapshot) -> privileged.Result:
-    _need(world.vm(request.vm_id).snapshot, "there is no snapshot to check")
+    vm = world.claim(request.vm_id, request.slot)
+    _need(vm.snapshot, "there is no snapshot to check", errors.NotFoundError)
     return privileged.Check(repaired=False)
 
 
 async def _patch_root(world: World, request: privileged.PatchRoot) -> privileged.Result:
-    _need(world.vm(request.vm_id).snapshot, "there is no snapshot to patch")
+    vm = world.claim(request.vm_id, request.slot)
+    _need(vm.snapshot, "there is no snapshot to patch", errors.NotFoundError)
     return privileged.Done()
 
 
@@ -146,9 +168,9 @@ async def _delete_snapshot(world: World, request: privileged.DeleteSnapshot) -> 
 
 
 async def _attach_work_disk(world: World, request: privileged.AttachWorkDisk) -> privileged.Result:
-    vm = world.vm(request.vm_id)
+    vm = world.claim(request.vm_id, request.slot)
     _need(not vm.work_disk, "the work disk is attached already")
-    _need((world.state / "vms" / request.vm_id / "work.ext4").is_file(), "there is no work disk")
+    _need_file(world.state / "vms" / request.vm_id / "work.ext4")
     vm.work_disk = True
     return privileged.Done()
 
@@ -161,8 +183,9 @@ async def _detach_work_disk(world: World, request: privileged.DetachWorkDisk) ->
 
 
 async def _create_tap(world: World, request: privileged.CreateTap) -> privileged.Result:
-    _need(world.bridge, "there is no bridge")
-    world.vm(request.vm_id).tap = True
+    vm = world.claim(request.vm_id, request.slot)
+    _need(world.bridge, "there is no bridge", errors.NotFoundError)
+    vm.tap, vm.tap_slot = True, request.slot
     return privileged.Done()
 
 
@@ -172,19 +195,20 @@ async def _delete_tap(world: World, request: privileged.DeleteTap) -> privileged
 
 
 async def _prepare_jail(world: World, request: privileged.PrepareJail) -> privileged.Result:
-    vm = world.vm(request.vm_id)
-    _need(not vm.runs, "the VMM still runs")
+    _need(not world.vm(request.vm_id).runs, "the VMM still runs")
+    vm = world.claim(request.vm_id, request.slot)
     socket = Path(privileged.api_socket(str(world.jails), request.vm_id))
     socket.parent.mkdir(parents=True, exist_ok=True)
     (world.logs / request.vm_id).mkdir(parents=True, exist_ok=True)
     vm.jail = vm.logs = True
+    vm.jail_slot = request.slot
     return privileged.Done()
 
 
 async def _delete_jail(world: World, request: privileged.DeleteJail) -> privileged.Result:
     vm = world.vm(request.vm_id)
     _need(not vm.runs, "the VMM still runs")
-    vm.jail = False
+    vm.jail = vm.cgroup = False
     return privileged.Done()
 
 
@@ -193,12 +217,17 @@ async def _check_runtime(world: World, request: Any) -> privileged.Result:
 
 
 async def _launch(world: World, request: privileged.LaunchVmm) -> privileged.Result:
-    vm = world.vm(request.vm_id)
-    _need(vm.jail and vm.snapshot, "there is no jail or no root disk")
-    _need(vm.work_disk or not request.work_disk, "the work disk is not attached")
-    _need(vm.tap or not request.tap, "there is no tap")
-    _need(not vm.runs, "a VMM runs already")
-    _need((world.state / "kernels" / request.kernel_id / "vmlinux").is_file(), "there is no kernel")
+    missing = errors.NotFoundError
+    _need(world.vm(request.vm_id).jail, "there is no jail", missing)
+    _need(not world.vm(request.vm_id).runs, "a VMM runs already")
+    vm = world.claim(request.vm_id, request.slot)
+    _need(vm.snapshot, "there is no root disk", missing)
+    _need(vm.work_disk or not request.work_disk, "the work disk is not attached", missing)
+    _need((vm.tap and vm.tap_slot == request.slot) or not request.tap, "there is no tap", missing)
+    _need_file(world.state / "kernels" / request.kernel_id / "vmlinux")
+    if request.initrd:
+        _need_file(world.state / "kernels" / request.kernel_id / "initrd")
+    vm.cgroup = True
     vm.vmm = vmm.FakeVmm(
         Path(privileged.api_socket(str(world.jails), request.vm_id)),
         Path(privileged.vsock_socket(str(world.jails), request.vm_id)),
@@ -206,17 +235,21 @@ async def _launch(world: World, request: privileged.LaunchVmm) -> privileged.Res
         world.behaviour,
     )
     await vm.vmm.start()
-    return privileged.Vmm(pid=vm.vmm.pid, start_ticks=1)
+    return _vmm(vm)
+
+
+def _vmm(vm: VmState) -> privileged.Vmm:
+    return privileged.Vmm(pid=vm.vmm.pid, start_ticks=1) if vm.vmm and vm.runs else privileged.Vmm(pid=0)
 
 
 async def _grant(world: World, request: privileged.GrantApiSocket) -> privileged.Result:
-    _need(world.vm(request.vm_id).runs, "there is no VMM")
+    vm = world.claim(request.vm_id, request.slot)
+    _need(vm.runs, "there is no VMM", errors.NotRunningError)
     return privileged.Done()
 
 
 async def _find_vmm(world: World, request: privileged.FindVmm) -> privileged.Result:
-    vm = world.vm(request.vm_id)
-    return privileged.Vmm(pid=vm.vmm.pid if vm.vmm and vm.runs else 0)
+    return _vmm(world.vm(request.vm_id))
 
 
 async def _kill_vmm(world: World, request: privileged.KillVmm) -> privileged.Result:

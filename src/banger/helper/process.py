@@ -34,6 +34,7 @@ _DONE: Final = privileged.Done()
 def prepare_jail(policy: policies.Policy, request: privileged.PrepareJail) -> privileged.Done:
     if find(policy, request.vm_id).pid:
         raise errors.ConflictError(f"VM {request.vm_id} is running", vm=request.vm_id)
+    filesystem.claim(policy, request.vm_id, request.slot)  # a refusal leaves an older jail as it is
     try:
         filesystem.make_jail(policy, request.vm_id, request.slot)
         filesystem.make_logs(policy, request.vm_id)
@@ -47,6 +48,7 @@ def delete_jail(policy: policies.Policy, request: privileged.DeleteJail) -> priv
     if find(policy, request.vm_id).pid:
         raise errors.ConflictError(f"VM {request.vm_id} is running", hint="kill it first", vm=request.vm_id)
     cgroup.delete(policy, names.VmId(request.vm_id), deadline=time.monotonic() + END_DEADLINE_S)
+    _await_console(request.vm_id, deadline_s=1.0)
     filesystem.remove_tree(filesystem.jail(policy, request.vm_id))
     return _DONE
 
@@ -151,7 +153,7 @@ def _start_console(policy: policies.Policy, vm_id: names.VmId, root: int, uid: i
         os.close(policies.open_root_owned(policy.console))
         streams = [":".join(str(fd) for fd in fds[at : at + 3]) for at in range(0, len(fds), 3)]
         argv = [policy.console, str(LOG_LIMIT_BYTES), *streams]
-        _reap_consoles()
+        _await_console(vm_id, deadline_s=0)
         _consoles[vm_id] = program.start(argv, uid=uid, fds=fds, output=subprocess.DEVNULL)
         cgroup.adopt_console(policy, _consoles[vm_id].pid)
     except BaseException:
@@ -243,17 +245,14 @@ _consoles: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def _await_console(vm_id: str, *, deadline_s: float) -> None:
-    console = _consoles.get(vm_id)
+    """The VMM has ended, so its log writer ends now. One of an earlier life of this service is init's child."""
+    console = _consoles.pop(vm_id, None)
     if console is not None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             console.wait(deadline_s)
-
-
-def _reap_consoles() -> None:
-    """Children that ended; those of an earlier life of this service are init's."""
-    for vm_id, console in list(_consoles.items()):
-        if console.poll() is not None:
-            _consoles.pop(vm_id, None)
+        except subprocess.TimeoutExpired:
+            console.kill()
+            console.wait()
 
 
 # --- what runs ---
