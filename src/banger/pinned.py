@@ -142,7 +142,7 @@ def fetch(
         return Fetched(path=kept, source=source.describe())
     raise errors.UnavailableError(
         f"{pinned.name} {pinned.version} could not be fetched: {'; '.join(reasons)}",
-        hint=f"put {pinned.name!r} with sha256 {pinned.sha256} into a directory and name that with --from",
+        hint="check the network and pip's configuration, or supply the file yourself",
     )
 
 
