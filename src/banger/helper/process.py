@@ -245,7 +245,7 @@ _consoles: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def _await_console(vm_id: str, *, deadline_s: float) -> None:
-    """The VMM has ended, so its log writer ends now. One of an earlier life of this service is init's child."""
+    """The VMM has ended, so its log writer ends now. One of an earlier life of this service is init's."""
     console = _consoles.pop(vm_id, None)
     if console is not None:
         try:
