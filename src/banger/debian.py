@@ -73,7 +73,8 @@ class Apt:
     def __init__(self, directory: Path, entries: Sequence[str], arch: str) -> None:
         if not entries:
             raise errors.UnavailableError(
-                "none of the host's package sources serves this suite", hint="name a mirror with --mirror"
+                "none of the host's package sources serves this suite",
+                hint="add one to the host's apt sources",
             )
         self._directory = directory
         for name in ("lists/partial", "cache/archives/partial", "downloads"):

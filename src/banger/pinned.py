@@ -254,5 +254,5 @@ def _pip() -> list[str]:
                 return [python, "-m", "pip"]
     raise errors.MissingToolError(
         "pip is not installed",
-        hint="install python3-pip, or name a directory that has the files with --from",
+        hint="install the package python3-pip, or supply the file yourself",
     )
