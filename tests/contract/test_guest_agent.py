@@ -7,9 +7,7 @@ import asyncio
 import hashlib
 import platform
 import signal
-import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 from banger import guest_binary
 from banger.contract import errors, guest
 from banger.owner import guest as guests
+from tests.contract import agent
 
 MIB = 1 << 20
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -27,19 +26,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 @pytest.fixture(scope="module")
 def agent_socket() -> Iterator[Path]:
     """A running agent's socket; the agent has the tests' own uid."""
-    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as directory:
-        path = Path(directory) / "agent.sock"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            listener.listen(64)
-            number = listener.fileno()
-            program = str(guest_binary.path(platform.machine()))
-            running = subprocess.Popen(
-                [program, "agent", "--listen-fd", str(number)], pass_fds=[number], stdin=subprocess.DEVNULL
-            )
+    with agent.running(guest_binary.path(platform.machine())) as path:
         yield path
-        running.terminate()
-        running.wait(timeout=10)
 
 
 @pytest.fixture

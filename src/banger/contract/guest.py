@@ -74,6 +74,15 @@ class Tag(enum.IntEnum):
     PID = 29
     EXIT_KIND = 30
     EXIT_CODE = 31
+    PATH = 40
+    UID = 41
+    GID = 42
+    STRIP = 43
+    FOLLOW_LINKS = 44
+    MAKE_DIRECTORY = 45
+    ONE_FILE_SYSTEM = 46
+    ENTRIES = 47
+    BYTES = 48
     UPTIME_MS = 60
     AGENT_PID = 61
     INIT_KIND = 62
@@ -144,6 +153,38 @@ class ExecSpec:
     cols: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PutSpec:
+    """Where an archive goes in the guest. Without `uid` and `gid` its own owners count.
+
+    `follow_links`: links in the middle of a member's path may be followed while they stay inside `path`.
+    """
+
+    path: str
+    uid: int | None = None
+    gid: int | None = None
+    strip: int = 0
+    follow_links: bool = False
+    make_directory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GetSpec:
+    """What to pack in the guest. Members are named from the last component of `path` on."""
+
+    path: str
+    follow_link: bool = False
+    one_file_system: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """What an archive held."""
+
+    entries: int
+    content_bytes: int
+
+
 Value = bytes | str | int
 
 
@@ -193,6 +234,25 @@ def exec_payload(spec: ExecSpec, *, stdin: bool) -> bytes:
     if spec.rows and spec.cols:
         fields += [(Tag.ROWS, spec.rows), (Tag.COLUMNS, spec.cols)]
     return encode(fields)
+
+
+def put_payload(spec: PutSpec) -> bytes:
+    fields: list[tuple[Tag, Value]] = [(Tag.PATH, spec.path), (Tag.STRIP, spec.strip)]
+    fields += [(Tag.FOLLOW_LINKS, int(spec.follow_links)), (Tag.MAKE_DIRECTORY, int(spec.make_directory))]
+    fields += [
+        (tag, value) for tag, value in ((Tag.UID, spec.uid), (Tag.GID, spec.gid)) if value is not None
+    ]
+    return encode(fields)
+
+
+def get_payload(spec: GetSpec) -> bytes:
+    return encode(
+        [
+            (Tag.PATH, spec.path),
+            (Tag.FOLLOW_LINKS, int(spec.follow_link)),
+            (Tag.ONE_FILE_SYSTEM, int(spec.one_file_system)),
+        ]
+    )
 
 
 def parse_header(data: bytes) -> tuple[int, int]:
@@ -262,6 +322,25 @@ def parse_health(payload: bytes, greeting: Fields) -> Health:
         memory_available_bytes=fields.number(Tag.MEMORY_AVAILABLE_BYTES),
         failed_mounts=fields.texts(Tag.FAILED_MOUNT),
     )
+
+
+def parse_listener(payload: bytes) -> Listener:
+    fields = Fields(payload)
+    port = fields.number(Tag.PORT)
+    if not 0 < port < 1 << 16:
+        raise errors.ProtocolError(f"the guest sent port {port}")
+    return Listener(
+        protocol=fields.text(Tag.PROTOCOL),
+        address=fields.text(Tag.ADDRESS),
+        port=port,
+        pid=fields.number(Tag.PID),
+        process=fields.text(Tag.PROCESS),
+    )
+
+
+def parse_transferred(payload: bytes) -> Transferred:
+    fields = Fields(payload)
+    return Transferred(entries=fields.number(Tag.ENTRIES), content_bytes=fields.number(Tag.BYTES))
 
 
 def parse_exit(payload: bytes) -> ExitStatus:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from banger.contract import errors, guest, names
 
@@ -22,6 +22,9 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connector = Callable[[], Awaitable[Stream]]
 
 _REPLY_S: Final = 10.0
+_STALL_S: Final = 60.0
+"""How long a file transfer may stand still."""
+_MAX_LISTENERS: Final = 4096
 _CONNECT_S: Final = 5.0
 _SUN_PATH_BYTES: Final = 107
 _ACCEPTED: Final = b"OK "
@@ -93,6 +96,47 @@ class GuestClient:
     async def set_time(self, realtime_ns: int) -> None:
         await self._ask(guest.FrameType.TIME, guest.encode([(guest.Tag.REALTIME_NS, realtime_ns)]))
 
+    async def time_ns(self) -> int:
+        """The guest's clock."""
+        _, payload = await self._ask(guest.FrameType.TIME, b"")
+        return guest.Fields(payload).number(guest.Tag.REALTIME_NS)
+
+    async def ports(self) -> list[guest.Listener]:
+        """The guest's listening sockets."""
+        found: list[guest.Listener] = []
+        async with _deadline("ports", _REPLY_S), self._request(guest.FrameType.PORTS, b"") as link:
+            while True:
+                kind, payload = await link.receive()
+                if kind == guest.FrameType.REPLY:
+                    return found
+                if kind != guest.FrameType.ENTRY or len(found) >= _MAX_LISTENERS:
+                    raise _refusal(kind, payload)
+                found.append(guest.parse_listener(payload))
+
+    async def put(self, spec: guest.PutSpec, archive: AsyncIterable[bytes]) -> guest.Transferred:
+        """Unpacks a tar archive in the guest. What it refuses stays partly unpacked."""
+        async with self._request(guest.FrameType.PUT, guest.put_payload(spec)) as link:
+            sending = asyncio.create_task(_send_archive(link, archive))
+            try:
+                # An early answer is a refusal, and then nobody reads what is still to be sent.
+                answering = asyncio.create_task(link.expect(guest.FrameType.REPLY))
+                try:
+                    await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+                    if sending.done() and not answering.done():
+                        sending.result()
+                    async with _deadline("put", _STALL_S):
+                        return guest.parse_transferred(await answering)
+                finally:
+                    await _end(answering)
+            finally:
+                await _end(sending)
+
+    @asynccontextmanager
+    async def get(self, spec: guest.GetSpec) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The pieces of a tar archive of a path. Only one that is read to its end is whole."""
+        async with self._request(guest.FrameType.GET, guest.get_payload(spec)) as link:
+            yield _receive_archive(link)
+
     @asynccontextmanager
     async def exec(self, spec: guest.ExecSpec, *, stdin: bool = True) -> AsyncIterator[Exec]:
         """A running command; leaving the block before its end hangs it up."""
@@ -102,13 +146,8 @@ class GuestClient:
     async def _ask(
         self, kind: guest.FrameType, payload: bytes, *, deadline_s: float = _REPLY_S
     ) -> tuple[guest.Fields, bytes]:
-        try:
-            async with asyncio.timeout(deadline_s), self._request(kind, payload) as link:
-                return link.greeting, await link.expect(guest.FrameType.REPLY)
-        except TimeoutError:
-            raise errors.DeadlineError(
-                f"the guest's agent did not finish {kind.name.lower()} within {deadline_s:g} s"
-            ) from None
+        async with _deadline(kind.name.lower(), deadline_s), self._request(kind, payload) as link:
+            return link.greeting, await link.expect(guest.FrameType.REPLY)
 
     @asynccontextmanager
     async def _request(self, kind: guest.FrameType, payload: bytes) -> AsyncIterator[_Link]:
@@ -135,11 +174,59 @@ class _Link:
 
     async def expect(self, wanted: guest.FrameType) -> bytes:
         kind, payload = await self.receive()
-        if kind == guest.FrameType.ERROR:
-            raise guest.parse_error(payload)
         if kind != wanted:
-            raise errors.ProtocolError(f"the guest's agent sent frame {kind:#x} instead of {wanted.name}")
+            raise _refusal(kind, payload)
         return payload
+
+
+def _refusal(kind: int, payload: bytes) -> errors.BangerError:
+    """What an unwanted frame means."""
+    if kind == guest.FrameType.ERROR:
+        return guest.parse_error(payload)
+    return errors.ProtocolError(f"the guest's agent sent frame {kind:#x} out of turn")
+
+
+@asynccontextmanager
+async def _deadline(what: str, deadline_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(deadline_s):
+            yield
+    except TimeoutError:
+        message = f"the guest's agent did not finish {what} within {deadline_s:g} s"
+        raise errors.DeadlineError(message) from None
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """The task is over and what it raised has been looked at."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _send_archive(link: _Link, archive: AsyncIterable[bytes]) -> None:
+    """Lost connections are left to the reader of the answer, which knows the reason."""
+    with contextlib.suppress(ConnectionError):
+        async for piece in archive:
+            view = memoryview(piece)
+            while view:
+                link.writer.write(guest.frame(guest.FrameType.DATA, bytes(view[: guest.MAX_PAYLOAD_BYTES])))
+                view = view[guest.MAX_PAYLOAD_BYTES :]
+                async with _deadline("put", _STALL_S):
+                    await link.writer.drain()
+        link.writer.write(guest.frame(guest.FrameType.DATA))
+        await link.writer.drain()
+
+
+async def _receive_archive(link: _Link) -> AsyncIterator[bytes]:
+    while True:
+        async with _deadline("get", _STALL_S):
+            kind, payload = await link.receive()
+        if kind != guest.FrameType.DATA:
+            raise _refusal(kind, payload)
+        if not payload:
+            break
+        yield payload
+    async with _deadline("get", _STALL_S):
+        await link.expect(guest.FrameType.REPLY)
 
 
 async def _greeted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Link:

@@ -1,0 +1,417 @@
+/* SPDX-License-Identifier: MIT */
+/* Packs a path of the guest into a tar stream for the host. */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/xattr.h>
+
+#include "agent.h"
+#include "io.h"
+#include "tar.h"
+
+enum {
+        DEPTH_MAX = 500,
+        LINKS_MAX = 64 * 1024, /* more than this many linked files are packed once per name */
+        LINK_SLOTS = 2 * LINKS_MAX,
+        XATTR_NAMES_MAX = 64 * 1024, /* the kernel's own limits */
+        XATTR_VALUE_MAX = 64 * 1024,
+};
+
+struct get_request {
+        char *path;
+        bool follow_link, one_file_system;
+};
+
+/* Where a file with several names was packed first. */
+struct seen {
+        dev_t device;
+        ino_t inode;
+        char *path;
+};
+
+struct get {
+        struct conn *conn;
+        const struct get_request *request;
+        dev_t device;
+        struct seen *seen; /* a hash table with open addresses; NULL until the first linked file */
+        size_t seen_count;
+        size_t frame_used;
+        unsigned depth;
+        uint64_t entries, bytes;
+        char path[PATH_MAX]; /* of the member being packed */
+        size_t path_length;
+};
+
+static uint8_t frame_buffer[FRAME_PAYLOAD_MAX];
+static struct tar_entry entry;
+
+static int parse_request(const struct frame *frame, struct get_request *ret) {
+        struct fields fields = { .next = frame->payload, .end = frame->payload + frame->size };
+        struct field field;
+        int r;
+
+        while ((r = fields_next(&fields, &field)) > 0) {
+                if (field.tag == TAG_PATH)
+                        r = field_string(&field, &ret->path);
+                else if (field.tag == TAG_FOLLOW_LINKS)
+                        r = field_bool(&field, &ret->follow_link);
+                else if (field.tag == TAG_ONE_FILE_SYSTEM)
+                        r = field_bool(&field, &ret->one_file_system);
+                else
+                        r = -EBADMSG;
+                if (r < 0)
+                        return r;
+        }
+        if (r < 0)
+                return r;
+        return ret->path && *ret->path == '/' && strlen(ret->path) < PATH_MAX ? 0 : -EBADMSG;
+}
+
+static int flush_frame(struct get *get) {
+        int r = get->frame_used > 0 ? conn_send(get->conn, FRAME_DATA, frame_buffer, get->frame_used) : 0;
+
+        get->frame_used = 0;
+        return r;
+}
+
+static int send_bytes(void *context, const void *data, size_t size) {
+        struct get *get = context;
+
+        while (size > 0) {
+                size_t n = min_size(size, sizeof frame_buffer - get->frame_used);
+
+                memcpy(frame_buffer + get->frame_used, data, n);
+                get->frame_used += n;
+                data = (const uint8_t *) data + n;
+                size -= n;
+                if (get->frame_used == sizeof frame_buffer) {
+                        int r = flush_frame(get);
+
+                        if (r < 0)
+                                return r;
+                }
+        }
+        return 0;
+}
+
+/* Reads right into the frame. A file that shrinks is filled up with zeros, one that grows is cut. */
+static int send_content(struct get *get, int fd, uint64_t size) {
+        uint64_t left = size;
+
+        while (left > 0) {
+                size_t room = sizeof frame_buffer - get->frame_used;
+                size_t wanted = left < room ? (size_t) left : room;
+                ssize_t n = read(fd, frame_buffer + get->frame_used, wanted);
+                int r;
+
+                if (n < 0 && errno == EINTR)
+                        continue;
+                if (n < 0)
+                        return -errno;
+                if (n == 0) {
+                        r = tar_write_zeros(left, send_bytes, get);
+                        if (r < 0)
+                                return r;
+                        break;
+                }
+                get->frame_used += (size_t) n;
+                left -= (uint64_t) n;
+                r = get->frame_used == sizeof frame_buffer ? flush_frame(get) : 0;
+                if (r < 0)
+                        return r;
+        }
+        get->bytes += size;
+        return tar_write_zeros(tar_padding(size), send_bytes, get);
+}
+
+static struct seen *find_seen(struct get *get, const struct stat *status) {
+        size_t slot = ((size_t) status->st_ino * 31 + (size_t) status->st_dev) % LINK_SLOTS;
+
+        while (get->seen[slot].path &&
+               (get->seen[slot].inode != status->st_ino || get->seen[slot].device != status->st_dev))
+                slot = (slot + 1) % LINK_SLOTS;
+        return get->seen + slot;
+}
+
+/* Returns the earlier name of a file with several, or NULL after remembering this one. */
+static const char *earlier_name(struct get *get, const struct stat *status) {
+        struct seen *seen;
+
+        if (status->st_nlink < 2 || S_ISDIR(status->st_mode))
+                return NULL;
+        if (!get->seen)
+                get->seen = calloc(LINK_SLOTS, sizeof *get->seen);
+        if (!get->seen)
+                return NULL;
+        seen = find_seen(get, status);
+        if (seen->path || get->seen_count >= LINKS_MAX)
+                return seen->path;
+        *seen = (struct seen) { .device = status->st_dev, .inode = status->st_ino, .path = strdup(get->path) };
+        get->seen_count += seen->path != NULL;
+        return NULL;
+}
+
+static bool is_wanted_xattr(const char *name) {
+        return strncmp(name, "user.", 5) == 0 || strcmp(name, "security.capability") == 0;
+}
+
+static int collect_xattrs(int fd) {
+        static char names[XATTR_NAMES_MAX];
+        static uint8_t value[XATTR_VALUE_MAX];
+        ssize_t size = flistxattr(fd, names, sizeof names);
+
+        entry.xattrs.used = 0;
+        if (size < 0)
+                return errno == EOPNOTSUPP ? 0 : -errno;
+        for (char *name = names; name < names + size; name += strlen(name) + 1) {
+                ssize_t n = is_wanted_xattr(name) ? fgetxattr(fd, name, value, sizeof value) : -1;
+                int r = n < 0 ? 0 : xattrs_add(&entry.xattrs, name, strlen(name), value, (size_t) n);
+
+                if (r < 0)
+                        return r;
+        }
+        return 0;
+}
+
+static char type_of(mode_t mode) {
+        switch (mode & S_IFMT) {
+        case S_IFREG:
+                return TAR_FILE;
+        case S_IFDIR:
+                return TAR_DIRECTORY;
+        case S_IFLNK:
+                return TAR_SYMLINK;
+        case S_IFCHR:
+                return TAR_CHARACTER;
+        case S_IFBLK:
+                return TAR_BLOCK_DEVICE;
+        case S_IFIFO:
+                return TAR_FIFO;
+        default: /* a socket, which no archive can hold */
+                return 0;
+        }
+}
+
+static int describe(const struct get *get, const struct stat *status) {
+        bool directory = S_ISDIR(status->st_mode);
+        bool device = S_ISCHR(status->st_mode) || S_ISBLK(status->st_mode);
+
+        if (get->path_length + 2 > sizeof entry.path)
+                return -ENAMETOOLONG;
+        entry.type = type_of(status->st_mode);
+        entry.mode = status->st_mode & 07777;
+        entry.uid = status->st_uid;
+        entry.gid = status->st_gid;
+        entry.major = device ? major(status->st_rdev) : 0;
+        entry.minor = device ? minor(status->st_rdev) : 0;
+        entry.size = S_ISREG(status->st_mode) ? (uint64_t) status->st_size : 0;
+        entry.mtime_s = status->st_mtim.tv_sec;
+        entry.mtime_ns = (uint32_t) status->st_mtim.tv_nsec;
+        memcpy(entry.path, get->path, get->path_length);
+        memcpy(entry.path + get->path_length, directory ? "/" : "", directory ? 2 : 1);
+        entry.link[0] = 0;
+        entry.xattrs.used = 0;
+        return 0;
+}
+
+static int get_link(struct get *get, int parent_fd, const char *name) {
+        ssize_t n = readlinkat(parent_fd, name, entry.link, sizeof entry.link - 1);
+
+        if (n < 0)
+                return -errno;
+        entry.link[n] = 0;
+        return tar_write_header(&entry, send_bytes, get);
+}
+
+static int get_hardlink(struct get *get, const char *target) {
+        size_t length = strlen(target);
+
+        entry.type = TAR_HARDLINK;
+        entry.size = 0;
+        memcpy(entry.link, target, length + 1);
+        return tar_write_header(&entry, send_bytes, get);
+}
+
+static int get_file(struct get *get, int parent_fd, const char *name) {
+        _cleanup_close_ int fd = openat(parent_fd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
+        struct stat status;
+        int r;
+
+        if (fd < 0)
+                return -errno;
+        if (fstat(fd, &status) < 0)
+                return -errno;
+        if (!S_ISREG(status.st_mode))
+                return -ENOENT;
+        r = describe(get, &status);
+        if (r >= 0)
+                r = collect_xattrs(fd);
+        if (r >= 0)
+                r = tar_write_header(&entry, send_bytes, get);
+        return r < 0 ? r : send_content(get, fd, (uint64_t) status.st_size);
+}
+
+static int get_entry(struct get *get, int parent_fd, const char *name);
+
+static int push_name(struct get *get, const char *name) {
+        size_t length = strlen(name);
+
+        if (get->path_length + length + 2 > sizeof get->path)
+                return -ENAMETOOLONG;
+        get->path[get->path_length] = '/';
+        memcpy(get->path + get->path_length + 1, name, length + 1);
+        get->path_length += length + 1;
+        return 0;
+}
+
+/* What vanishes while we look is no error. */
+static int get_children(struct get *get, DIR *directory) {
+        struct dirent *child;
+
+        while ((errno = 0, child = readdir(directory))) {
+                size_t length = get->path_length;
+                int r;
+
+                if (strcmp(child->d_name, ".") == 0 || strcmp(child->d_name, "..") == 0)
+                        continue;
+                r = push_name(get, child->d_name);
+                if (r >= 0)
+                        r = get_entry(get, dirfd(directory), child->d_name);
+                if (r < 0 && r != -ENOENT)
+                        return r;
+                get->path_length = length;
+                get->path[length] = 0;
+        }
+        return -errno;
+}
+
+static int get_directory(struct get *get, int parent_fd, const char *name, dev_t device) {
+        int fd = openat(parent_fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), r;
+        DIR *directory;
+
+        if (fd < 0)
+                return -errno;
+        r = collect_xattrs(fd);
+        if (r >= 0)
+                r = tar_write_header(&entry, send_bytes, get);
+        directory = r >= 0 ? fdopendir(fd) : NULL;
+        if (!directory) {
+                r = r < 0 ? r : -errno;
+                close(fd);
+                return r;
+        }
+        if (get->depth >= DEPTH_MAX)
+                r = -ELOOP;
+        else if (!get->request->one_file_system || device == get->device) {
+                get->depth++;
+                r = get_children(get, directory);
+                get->depth--;
+        }
+        closedir(directory);
+        return r;
+}
+
+static int get_entry(struct get *get, int parent_fd, const char *name) {
+        const char *earlier;
+        struct stat status;
+        int r;
+
+        if (fstatat(parent_fd, name, &status, AT_SYMLINK_NOFOLLOW) < 0)
+                return -errno;
+        if (type_of(status.st_mode) == 0)
+                return 0;
+        r = describe(get, &status);
+        if (r < 0)
+                return r;
+        get->entries++;
+        earlier = earlier_name(get, &status);
+        if (earlier)
+                return get_hardlink(get, earlier);
+        switch (entry.type) {
+        case TAR_FILE:
+                return get_file(get, parent_fd, name);
+        case TAR_DIRECTORY:
+                return get_directory(get, parent_fd, name, status.st_dev);
+        case TAR_SYMLINK:
+                return get_link(get, parent_fd, name);
+        default:
+                return tar_write_header(&entry, send_bytes, get);
+        }
+}
+
+/* Members are named from the last component of the path on; "/" itself is ".". */
+static int get_top(struct get *get, char *path) {
+        char copy[PATH_MAX], resolved[PATH_MAX];
+        _cleanup_close_ int parent_fd = -1;
+        struct stat status;
+        const char *name;
+
+        if (get->request->follow_link) {
+                if (!realpath(path, resolved))
+                        return -errno;
+                path = resolved;
+        }
+        if (lstat(path, &status) < 0)
+                return -errno;
+        get->device = status.st_dev;
+        memcpy(copy, path, strlen(path) + 1);
+        parent_fd = open(dirname(copy), O_PATH | O_DIRECTORY | O_CLOEXEC);
+        if (parent_fd < 0)
+                return -errno;
+        name = basename(path);
+        if (strcmp(name, "/") == 0)
+                name = ".";
+        if (strcmp(name, "..") == 0)
+                return -EINVAL;
+        get->path_length = strlen(name);
+        memcpy(get->path, name, get->path_length + 1);
+        return get_entry(get, parent_fd, name);
+}
+
+static void allow_deep_trees(void) {
+        struct rlimit limit;
+
+        if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur >= 2 * DEPTH_MAX)
+                return;
+        limit.rlim_cur = limit.rlim_max;
+        (void) setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+static void forget_seen(struct get *get) {
+        for (size_t i = 0; get->seen && i < LINK_SLOTS; i++)
+                free(get->seen[i].path);
+        free(get->seen);
+}
+
+int serve_get(struct conn *conn, struct frame *frame) {
+        struct get_request request = { 0 };
+        struct get get = { .conn = conn, .request = &request };
+        struct builder builder = { 0 };
+        int r;
+
+        if (parse_request(frame, &request) < 0)
+                return conn_bad_request(conn, "malformed get request");
+        allow_deep_trees();
+        r = get_top(&get, request.path);
+        if (r >= 0)
+                r = tar_write_end(send_bytes, &get);
+        if (r >= 0)
+                r = flush_frame(&get);
+        forget_seen(&get);
+        if (r == -ECONNRESET || r == -EPIPE || r == -ETIMEDOUT)
+                return r;
+        if (r < 0)
+                return conn_fail_errno(conn, -r, "cannot pack %.500s", *get.path ? get.path : request.path);
+        r = conn_send(conn, FRAME_DATA, NULL, 0);
+        if (r < 0)
+                return r;
+        builder_u64(&builder, TAG_ENTRIES, get.entries);
+        builder_u64(&builder, TAG_BYTES, get.bytes);
+        return conn_reply(conn, FRAME_REPLY, &builder);
+}
