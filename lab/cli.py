@@ -129,7 +129,7 @@ def _status(options: argparse.Namespace) -> int:
             if running
             else "ended"
         )
-        print(f"{name:16}{state}")
+        print(f"{name:32}{state}")
     return 0
 
 

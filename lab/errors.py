@@ -6,6 +6,7 @@ LabError
 ├── ImageBuildError      the host image could not be built
 ├── QemuError            QEMU did not start, ended early, or refused a command
 ├── BootTimeoutError     the host did not answer in time
+├── HungError            the host's kernel hangs
 ├── NotRunningError      there is no lab of that name
 ├── BusyError            a lab of that name runs already
 └── RunTimeoutError      a command in the lab ran out of time and was killed there
@@ -39,6 +40,10 @@ class QemuError(LabError):
 
 
 class BootTimeoutError(LabError):
+    pass
+
+
+class HungError(LabError):
     pass
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from lab import artefacts, cache, command, layer, session, wheels
+from lab import artefacts, cache, command, image, layer, qemu, session, wheels
 
 log = logging.getLogger("lab")
 
@@ -70,7 +70,8 @@ def installed(name: str, *, detached: bool = False, root: Path | None = None) ->
     root = root or cache.default_root()
     parcel = bundle(root)
     try:
-        key = cache.key_of(["installed", parcel.path.name])
+        machine = layer.signature(qemu.Hardware())
+        key = cache.key_of(["installed", parcel.path.name, image.recipe_key(), machine])
         found = layer.find(root, key)
         if found is None:
             with session.Lab.up(f"installing-{os.getpid()}", artefacts=parcel.path, root=root) as lab:

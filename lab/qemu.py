@@ -23,13 +23,14 @@ from lab import accel, command, errors, process, qmp
 
 BOOT_ARGUMENTS = (
     "console=ttyS0 quiet loglevel=4 panic=5 net.ifnames=0 mitigations=off audit=0 "
-    "rcupdate.rcu_expedited=1 systemd.show_status=0 random.trust_cpu=on tsc=reliable"
+    "systemd.show_status=0 random.trust_cpu=on"
 )
 DEFAULT_CPUS = 2
 DEFAULT_MEMORY_MIB = 4096
 DISK = "disk.qcow2"
 CONSOLE = "console.log"
 QEMU_LOG = "qemu.log"
+HUNG = b"BUG: soft lockup"
 CONTROL = "qmp.sock"
 RECORD = "machine.json"
 CONTROL_LIMIT_S = 30
@@ -77,12 +78,19 @@ class Machine:
     """One QEMU process. `start` makes it, `find` takes up one that runs."""
 
     def __init__(
-        self, directory: Path, record: Record, keeper: subprocess.Popen[bytes] | None, owner_fd: int | None
-    ):
+        self,
+        directory: Path,
+        record: Record,
+        keeper: subprocess.Popen[bytes] | None,
+        owner_fd: int | None,
+        *,
+        console_start: int = 0,
+    ) -> None:
         self.directory = directory
         self.record = record
         self._keeper = keeper
         self._owner_fd = owner_fd
+        self._console_start = console_start
 
     @classmethod
     def start(
@@ -98,6 +106,7 @@ class Machine:
     ) -> Machine:
         """Start QEMU; `held_fds` are locks to hold while it runs, `state` a saved machine to go on from."""
         chosen = accel.choose()
+        console_start = _size(directory / CONSOLE)
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listen(directory))
             control_fd = listener.fileno()
@@ -109,7 +118,7 @@ class Machine:
         if identity is None:
             raise errors.QemuError("QEMU ended at once", hint=_tail(directory / QEMU_LOG))
         record = Record(identity, keeper.pid, 0, chosen.name, chosen.reason)
-        machine = cls(directory, record, keeper, owner_fd)
+        machine = cls(directory, record, keeper, owner_fd, console_start=console_start)
         try:
             machine._finish_start()
             if state is not None:
@@ -134,8 +143,14 @@ class Machine:
         with qmp.connect(self.directory / CONTROL, timeout_s=timeout_s) as control:
             yield control
 
-    def is_running(self) -> bool:
-        return process.is_running(self.record.qemu)
+    def check(self) -> None:
+        """Raise when QEMU has ended, or the host's kernel says that it hangs."""
+        if not process.is_running(self.record.qemu):
+            raise errors.QemuError("QEMU ended by itself", hint=_tail(self.directory / QEMU_LOG))
+        with (self.directory / CONSOLE).open("rb") as console:
+            console.seek(self._console_start)
+            if HUNG in console.read():
+                raise errors.HungError("the host's kernel hangs")
 
     def kill(self) -> None:
         """End QEMU as a power cut would, and return when nothing of it is left."""
@@ -290,6 +305,10 @@ def _start_keeper(
         keeper.wait(timeout=CONTROL_LIMIT_S)
         raise errors.QemuError("QEMU could not be started", hint=_tail(directory / QEMU_LOG))
     return keeper, owner_write, int(answer)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _tail(path: Path) -> str:

@@ -84,10 +84,10 @@ class Shell:
             argv += ["-o", f"{name}={value}"]
         return [*argv, *options, f"{user}@127.0.0.1"]
 
-    def connect(self, *, deadline: float, is_alive: Callable[[], bool]) -> None:
+    def connect(self, *, deadline: float, check: Callable[[], None]) -> None:
         """Wait until the lab's sshd answers and open the connection that all commands share."""
         self.close()
-        _wait_banner(self._port, deadline, is_alive)
+        _wait_banner(self._port, deadline, check)
         left_s = max(5.0, deadline - time.monotonic())
         command.run(self.ssh_argv("-M", "-N", "-f"), timeout_s=left_s, cwd=self._directory)
 
@@ -189,7 +189,7 @@ class Shell:
             Path(stage, source.name).rename(target)
 
 
-def _wait_banner(port: int, deadline: float, is_alive: Callable[[], bool]) -> None:
+def _wait_banner(port: int, deadline: float, check: Callable[[], None]) -> None:
     """Return when an sshd speaks on the port; QEMU accepts connections long before the lab does."""
     while (left_s := deadline - time.monotonic()) > 0:
         with (
@@ -199,8 +199,7 @@ def _wait_banner(port: int, deadline: float, is_alive: Callable[[], bool]) -> No
             probe.settimeout(min(left_s, 0.5))
             if probe.recv(4) == b"SSH-":
                 return
-        if not is_alive():
-            raise errors.QemuError("QEMU ended before the lab answered")
+        check()
     raise errors.BootTimeoutError("the lab's sshd did not answer in time")
 
 

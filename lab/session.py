@@ -15,7 +15,7 @@ from lab import accel, cache, disk, errors, evidence, instance, layer, qemu, rem
 
 log = logging.getLogger("lab")
 
-BOOT_LIMIT_S = 120
+BOOT_LIMIT_S = 240
 SHUTDOWN_LIMIT_S = 60
 TEST_LIFE_S = 2 * 3600
 CLI_LIFE_S = 24 * 3600
@@ -125,29 +125,42 @@ class Lab:
 
     def start(self, *, state: Path | None = None) -> None:
         """Switch the machine on and return when commands can be run and systemd has settled."""
-        identity = self._place.read()
         started = time.monotonic()
-        held = self._base.held_fds
-        if self._place.lock_fd is not None:
-            held.append(self._place.lock_fd)
+        self._switch_on(state)
+        if state is None:
+            self._wait_booted(started)
+        else:
+            self._resume(started)
+        if self._artefacts is not None:
+            self._plug_artefacts(self._artefacts)
+
+    def _switch_on(self, state: Path | None = None) -> None:
+        identity = self._place.read()
+        own = [] if self._place.lock_fd is None else [self._place.lock_fd]
         self._machine = qemu.Machine.start(
             self.directory,
             qemu.Hardware(identity.cpus, identity.memory_mib),
             kernel=self._base.image.kernel,
             initrd=self._base.image.initrd,
             life=self._life,
-            held_fds=held,
+            held_fds=[*self._base.held_fds, *own],
             state=state,
         )
         chosen = self._machine.record
         log.info("lab %s: QEMU runs (%s: %s)", self.name, chosen.accelerator, chosen.accelerator_reason)
         self._shell = self._make_shell(self._machine)
-        if state is None:
+
+    def _wait_booted(self, started: float, *, other_than: str = "") -> None:
+        """Wait for a boot; one that hangs in QEMU's software processors is cut off and tried once more."""
+        try:
+            self._wait_ready(started, other_than=other_than)
+        except errors.HungError as error:
+            log.warning(
+                "lab %s: %s while booting, once in some dozens of times; trying again", self.name, error
+            )
+            self.power_cut()
+            self._switch_on()
             self._wait_ready(started)
-        else:
-            self._resume(started)
-        if self._artefacts is not None:
-            self._plug_artefacts(self._artefacts)
 
     def run(
         self,
@@ -184,13 +197,15 @@ class Lab:
         self._artefacts = disk.ensure(self._root, directory)
         self._plug_artefacts(self._artefacts)
 
-    def reboot(self, *, timeout_s: float = BOOT_LIMIT_S) -> None:
+    def reboot(self) -> None:
         """Restart the host in an orderly way and return when it answers again."""
         before = self._boot_id()
         started = time.monotonic()
         self.run(["systemctl", "reboot"], check=False)
         self.shell.close()
-        self._wait_ready(started, other_than=before, timeout_s=timeout_s)
+        self._wait_booted(started, other_than=before)
+        if self._artefacts is not None and not disk.is_plugged(self.machine):
+            self._plug_artefacts(self._artefacts)
 
     def power_cut(self) -> None:
         """Take the power away: nothing is flushed, the disk keeps what had reached it. `start` goes on."""
@@ -264,8 +279,8 @@ class Lab:
     def _boot_id(self) -> str:
         return self.run(["cat", "/proc/sys/kernel/random/boot_id"]).text.strip()
 
-    def _wait_ready(self, started: float, *, other_than: str = "", timeout_s: float = BOOT_LIMIT_S) -> None:
-        deadline = started + timeout_s
+    def _wait_ready(self, started: float, *, other_than: str = "") -> None:
+        deadline = time.monotonic() + BOOT_LIMIT_S
         while True:
             self._connect(deadline)
             with contextlib.suppress(remote.RunError):
@@ -287,7 +302,7 @@ class Lab:
 
     def _connect(self, deadline: float) -> None:
         try:
-            self.shell.connect(deadline=deadline, is_alive=self.machine.is_running)
+            self.shell.connect(deadline=deadline, check=self.machine.check)
         except errors.LabError as error:
             console = (self.directory / qemu.CONSOLE).read_text(errors="replace")
             error.add_note(f"last lines of the console:\n{console[-2000:]}")
