@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""The CLI's parts that need no daemon: sizes, what a terminal is shown, WebSocket frames, help, start-up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import hypothesis
+import pytest
+from hypothesis import strategies
+from websockets import frames, streams
+
+from banger.cli import command, exits, main, render, websocket
+from banger.contract import errors, sizes
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"),
+    [
+        ("512", 512),
+        ("512M", 512),
+        ("2G", 2048),
+        ("2GiB", 2048),
+        ("1.5g", 1536),
+        ("1T", 1 << 20),
+        ("1024K", 1),
+    ],
+)
+def test_sizes_parse(text: str, mib: int) -> None:
+    assert sizes.parse_mib(text) == mib
+
+
+@pytest.mark.parametrize(
+    "text", ["", "M", "-1G", "1X", "1e3", "0x10", "1 000", "1K", "100B", "1..5G", "٣G", "9" * 12]
+)
+def test_sizes_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(errors.BadRequestError):
+        sizes.parse_mib(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1 KiB"), (1536, "1.5 KiB"), (5 << 30, "5 GiB"), (1 << 50, "1024 TiB")],
+)
+def test_sizes_are_shown(size: int, text: str) -> None:
+    assert sizes.text_of_bytes(size) == text
+
+
+@hypothesis.given(strategies.integers(0, 1 << 24))
+def test_sizes_round_trip(mib: int) -> None:
+    assert sizes.parse_mib(f"{mib}M") == mib
+    assert sizes.parse_bytes(f"{mib}B") == mib
+
+
+# --- text ---
+
+
+@hypothesis.given(strategies.text())
+def test_safe_text_is_one_harmless_line(text: str) -> None:
+    shown = render.safe(text)
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
+    assert len(shown.splitlines()) <= 1
+
+
+@hypothesis.given(strategies.text())
+def test_safe_log_keeps_only_colours(text: str) -> None:
+    shown = render.safe_log(text)
+    for piece in shown.split("\x1b")[1:]:
+        assert piece.startswith("[")
+        assert piece[1:].lstrip("0123456789;").startswith("m")
+
+
+def test_table_is_aligned() -> None:
+    assert render.table(("A", "LONG"), [("xxxx", "1"), ("y", "")]) == "A      LONG\nxxxx   1\ny"
+
+
+def test_span_uses_the_largest_unit() -> None:
+    shown = [render.span(seconds) for seconds in (0, 1, 59, 60, 3599, 7200, 200_000)]
+    assert shown == ["0 seconds", "1 second", "59 seconds", "1 minute", "59 minutes", "2 hours", "2 days"]
+
+
+def test_every_error_code_has_an_exit_status() -> None:
+    statuses = {
+        code: exits.status_of(errors.from_body(errors.ErrorBody(code=code, message="")))
+        for code in errors.CODES
+    }
+    assert statuses.pop("bad_request") == 2
+    assert statuses.pop("cancelled") == 130
+    assert set(statuses.values()) == {1}
+
+
+# --- WebSocket frames, against another implementation ---
+
+
+@contextlib.contextmanager
+def linked() -> Iterator[tuple[websocket.WebSocket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(websocket.WebSocket(ours)) as made, theirs:
+        yield made, theirs
+
+
+def theirs_of(opcode: frames.Opcode, data: bytes, *, fin: bool = True) -> bytes:
+    return frames.Frame(opcode, data, fin=fin).serialize(mask=False)
+
+
+def read_frame(data: bytes) -> frames.Frame:
+    """As a server parses it."""
+    reader = streams.StreamReader()
+    reader.feed_data(data)
+    parser = frames.Frame.parse(reader.read_exact, mask=True, max_size=None)
+    try:
+        next(parser)
+    except StopIteration as stop:
+        frame: frames.Frame = stop.value
+        return frame
+    raise AssertionError("not a whole frame")
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 125, 126, 65535, 65536, 70001])
+def test_frames_we_send_are_masked_and_whole(size: int) -> None:
+    data = os.urandom(size)
+    with linked() as (ours, theirs):
+        ours.send(websocket.Opcode.BINARY, data)
+        received = bytearray()
+        while ours.pending_bytes:
+            ours.flush()
+            received += theirs.recv(1 << 20)
+        frame = read_frame(bytes(received))
+    assert received[1] & 0x80
+    assert (frame.opcode, bytes(frame.data)) == (frames.Opcode.BINARY, data)
+
+
+@hypothesis.given(
+    messages=strategies.lists(strategies.binary(max_size=70_000), max_size=4),
+    cut=strategies.integers(1, 5000),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_messages_arrive_however_they_are_cut(messages: list[bytes], cut: int) -> None:
+    stream = b"".join(theirs_of(frames.Opcode.BINARY, data) for data in messages)
+    received: list[bytes] = []
+    with linked() as (ours, theirs):
+        for start in range(0, len(stream), cut):
+            theirs.sendall(stream[start : start + cut])
+            received += [message.data for message in ours.receive()]
+    assert received == messages
+
+
+def test_fragments_are_joined_and_pings_answered() -> None:
+    with linked() as (ours, theirs):
+        theirs.sendall(
+            theirs_of(frames.Opcode.TEXT, b"one ", fin=False)
+            + theirs_of(frames.Opcode.PING, b"there?")
+            + theirs_of(frames.Opcode.CONT, b"two")
+            + theirs_of(frames.Opcode.CLOSE, b"")
+        )
+        received = list(ours.receive())
+        ours.flush()
+        pong = read_frame(theirs.recv(1000))
+    assert [(message.opcode.name, message.data) for message in received] == [
+        ("TEXT", b"one two"),
+        ("CLOSE", b""),
+    ]
+    assert (pong.opcode, bytes(pong.data)) == (frames.Opcode.PONG, b"there?")
+
+
+@pytest.mark.parametrize(
+    "frame", [b"\xc2\x00", b"\x82\x80\0\0\0\0", b"\x83\x00", b"\x82\x7f" + (1 << 40).to_bytes(8, "big")]
+)
+def test_frames_that_were_not_agreed_on_are_refused(frame: bytes) -> None:
+    with linked() as (ours, theirs):
+        theirs.sendall(frame)
+        with pytest.raises(errors.ProtocolError):
+            list(ours.receive())
+
+
+def test_end_of_the_connection_is_seen_after_what_came_before() -> None:
+    with linked() as (ours, theirs):
+        theirs.sendall(theirs_of(frames.Opcode.TEXT, b"last"))
+        theirs.close()
+        assert [message.data for message in ours.receive()] == [b"last"]
+        assert list(ours.receive()) == []
+        assert ours.at_end
+
+
+# --- commands ---
+
+
+def commands(group: click.Group, path: str = "banger") -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
+        assert found is not None
+        yield f"{path} {name}", found
+        if isinstance(found, click.Group):
+            yield from commands(found, f"{path} {name}")
+
+
+ALL = dict(commands(main.root))
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_every_help_page_has_examples_of_itself(path: str) -> None:
+    found = ALL[path]
+    assert isinstance(found, command.Command | command.Group | command.LazyGroup)
+    assert found.examples
+    assert any(path in line for line, _ in found.examples) or isinstance(found, click.Group)
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_tables_of_lazy_groups_say_what_the_commands_say(path: str) -> None:
+    parent_path, _, name = path.rpartition(" ")
+    parent = main.root if parent_path == "banger" else ALL[parent_path]
+    if isinstance(parent, command.LazyGroup):
+        assert ALL[path].get_short_help_str(limit=200) == parent.nouns[name].summary
+
+
+@pytest.mark.parametrize("path", [path for path, found in ALL.items() if not isinstance(found, click.Group)])
+def test_json_and_socket_are_options_of_every_command(path: str) -> None:
+    names = {option for parameter in ALL[path].params for option in parameter.opts}
+    assert {"--json", "--socket"} <= names
+
+
+# --- start-up ---
+
+
+def imported(*arguments: str) -> set[str]:
+    """Modules that a command line loads, with no daemon there."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "banger.cli.main", *arguments],
+        env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "BANGER_SOCKET": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time")
+    }
+
+
+SLOW = {"rich", "asyncio", "websockets", "litestar", "uvicorn", "httpx", "pyroute2", "ssl"}
+
+
+def test_help_loads_nothing_of_the_daemons() -> None:
+    loaded = imported("--help")
+    assert "click" in loaded
+    assert not loaded & (SLOW | {"msgspec", "http.client", "banger.cli.client"})
+
+
+def test_list_and_exec_load_no_slow_library() -> None:
+    for arguments in (("vm", "list"), ("vm", "exec", "web", "--", "true"), ("vm", "run", "--rm")):
+        loaded = imported(*arguments)
+        assert "msgspec" in loaded
+        assert not loaded & (SLOW - {"ssl"})  # http.client loads ssl by itself
