@@ -83,8 +83,8 @@ class FakeVmm:
         self._writers.add(writer)
         try:
             line = await reader.readline()
-            assert line == b"CONNECT 1023\n", line
-            if not (self._behaviour.silent or self._behaviour.panic):
+            nobody = self._behaviour.silent or self._behaviour.panic
+            if line == b"CONNECT 1023\n" and not nobody:
                 writer.write(b"OK 1073741824\n")
                 await self._agent(reader, writer)
         except (OSError, asyncio.IncompleteReadError):
