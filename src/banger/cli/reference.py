@@ -17,7 +17,8 @@ def reference() -> str:
     """The page as it should be; a test compares it with the one in the tree."""
     lines = ["# Commands", "", "Made from the program's own help. Every command also takes `--json`.", ""]
     for path, command in _commands(cli.root, "banger"):
-        context = click.Context(command, info_name=path, max_content_width=_WIDTH, terminal_width=_WIDTH)
+        settings = {**command.context_settings, "max_content_width": _WIDTH, "terminal_width": _WIDTH}
+        context = click.Context(command, info_name=path, **settings)
         lines += [f"## {path}", "", "```", *command.get_help(context).splitlines(), "```", ""]
     return "\n".join(lines)
 
