@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The default image and both kernels, really built, by an ordinary user who can gain no privileges.
 
-This is how the daemon builds. Needs root only to become that user; needs the package archives.
+This is how the daemon builds: in a user namespace of its own (PrivateUsers=), unable to gain privileges
+(NoNewPrivileges=). Needs root only to become that user; needs the package archives.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from banger.kernels import records as kernel_records
 
 NOBODY = 65534
 ARCH = platform.machine()
+PR_SET_DUMPABLE = 4
 PR_SET_NO_NEW_PRIVS = 38
+CLONE_NEWUSER = 0x10000000
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,17 @@ def home() -> Iterator[Path]:
         os.chown(path, NOBODY, NOBODY)
         path.chmod(0o755)
         yield path
+
+
+def confine() -> None:
+    """A user namespace in which only this user exists, and no way out."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0  # else /proc/self is root's
+    assert libc.unshare(CLONE_NEWUSER) == 0, os.strerror(ctypes.get_errno())
+    Path("/proc/self/setgroups").write_text("deny")
+    for kind in ("uid", "gid"):
+        Path(f"/proc/self/{kind}_map").write_text(f"{NOBODY} {NOBODY} 1")
 
 
 def as_nobody(home: Path, work: Callable[[], object]) -> None:
@@ -52,9 +66,9 @@ def as_nobody(home: Path, work: Callable[[], object]) -> None:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-            if ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-                work()
-                status = 0
+            confine()
+            work()
+            status = 0
         except BaseException:
             traceback.print_exc()
         finally:

@@ -23,6 +23,8 @@ from banger.images import tree as trees
 
 BUILDER_VERSION: Final = 1
 _BUILD_DEADLINE_S: Final = 1800.0
+# fakeroot tries the real chown first; in a user namespace (PrivateUsers=) that fails as it does not expect.
+_FAKEROOT: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
 _SYSTEMD_UNITS: Final = "/etc/systemd/system"
 
 Mode = Literal["root", "fakechroot"]
@@ -123,7 +125,7 @@ def base_archive(
         run.run(
             [*_command(recipe, arch), recipe.suite, str(made), *sources],
             deadline_s=_BUILD_DEADLINE_S,
-            env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch),
+            env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch, **_FAKEROOT),
             on_line=on_line,
         )
         made.replace(kept)
