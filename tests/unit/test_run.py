@@ -15,12 +15,21 @@ from banger.contract import errors
 
 
 def _gone(pid: int) -> bool:
-    """True when no live process has this number (a zombie of another parent counts as gone)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return True
-    return state in "ZX"
+    """True when no live process has this number (a zombie of another parent counts as gone).
+
+    Killed descendants have closed their pipes when `run` returns; on a busy machine their last breath may come
+    a moment later.
+    """
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.005)
+    return False
 
 
 def _read_pid(path: Path) -> int:
