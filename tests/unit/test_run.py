@@ -17,8 +17,8 @@ from banger.contract import errors
 def _gone(pid: int) -> bool:
     """True when no live process has this number (a zombie of another parent counts as gone).
 
-    Killed descendants have closed their pipes when `run` returns; on a busy machine their last breath may come
-    a moment later.
+    Killed descendants have closed their pipes when `run` returns; on a busy machine they may be listed for a
+    moment longer.
     """
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
