@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Makes a restored lab honest: the right time, and random numbers of its own. Used by session."""
+"""Gives a lab the right time, and random numbers of its own. Used by session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEED_BYTES = 64
 
 
 def refresh(shell: remote.Shell) -> None:
-    """Set the lab's clock, which stands where it was saved, and reseed its kernel's random numbers."""
+    """Set the lab's clock, which a restored one has where it was saved, and reseed its random numbers."""
     with shell.open([PROGRAM], limit_s=LIMIT_S) as running:
         assert running.stdin is not None
         assert running.stdout is not None
@@ -25,4 +25,4 @@ def refresh(shell: remote.Shell) -> None:
         running.stdin.write(json.dumps(given).encode() + b"\n")
         running.stdin.flush()
         if running.stdout.readline() != b"done\n":
-            raise errors.BootTimeoutError("the restored lab did not take the time")
+            raise errors.BootTimeoutError("the lab did not take the time")
