@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds the guest binary and the console keeper, static, for every architecture, with `zig cc`.
 
-Run by hatchling when it builds the wheel, and by make; what is up to date is left.
+Run by hatchling when it builds the wheel, and by make; what is up to date is left. The tests also have the
+agent and the fuzz targets built for this machine by clang, with its sanitizers.
 """
 
 from __future__ import annotations
@@ -20,9 +21,21 @@ ARCHITECTURES = ("x86_64", "aarch64")
 # Its own program on the host; all other sources make the guest binary.
 CONSOLE = "console.c"
 NOT_SHIPPED = ("fuzz",)
+LANGUAGE = ("-std=c11", "-D_GNU_SOURCE")
+WARNINGS = (
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Wformat=2",
+    "-Wvla",
+    "-Wundef",
+    "-Wimplicit-fallthrough",
+    "-Wstrict-prototypes",
+    "-Wmissing-prototypes",
+    "-Werror",
+)
 FLAGS = (
-    "-std=c11",
-    "-D_GNU_SOURCE",
+    *LANGUAGE,
     "-Os",
     "-static",
     "-s",
@@ -30,13 +43,10 @@ FLAGS = (
     "-ffunction-sections",
     "-fdata-sections",
     "-Wl,--gc-sections",
-    "-Wall",
-    "-Wextra",
-    "-Wshadow",
-    "-Wformat=2",
-    "-Wvla",
-    "-Werror",
+    *WARNINGS,
 )
+SANITIZED_OUTPUT = TREE / "build" / "guest"
+FUZZ_TARGETS = ("fuzz_proto", "fuzz_tar", "fuzz_text")
 
 
 def version() -> str:
@@ -60,7 +70,7 @@ def programs() -> dict[str, list[Path]]:
 def build() -> list[Path]:
     """Compiles what is older than its inputs; every output appears by rename. Returns all outputs."""
     OUTPUT.mkdir(exist_ok=True)
-    newest = max(path.stat().st_mtime for path in (*SOURCES.glob("*.[ch]"), Path(__file__)))
+    newest = _newest_input()
     outputs: list[Path] = []
     for arch in ARCHITECTURES:
         for name, sources in programs().items():
@@ -71,12 +81,41 @@ def build() -> list[Path]:
     return outputs
 
 
+def build_sanitized() -> Path:
+    """The guest binary with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return _build_sanitized("banger-guest", programs()["banger-guest"], ("-fsanitize=address,undefined",))
+
+
+def build_fuzzer(name: str) -> Path:
+    """One of FUZZ_TARGETS, as a libFuzzer program with the same sanitizers."""
+    shared = [path for path in programs()["banger-guest"] if path.name != "main.c"]
+    flags = ("-fsanitize=fuzzer,address,undefined", "-DFUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION")
+    return _build_sanitized(name, [*shared, SOURCES / f"{name}.c"], flags)
+
+
+def _newest_input() -> float:
+    return max(path.stat().st_mtime for path in (*SOURCES.glob("*.[ch]"), Path(__file__)))
+
+
+def _build_sanitized(name: str, sources: list[Path], sanitizers: tuple[str, ...]) -> Path:
+    SANITIZED_OUTPUT.mkdir(parents=True, exist_ok=True)
+    output = SANITIZED_OUTPUT / f"{name}-sanitized"
+    if not output.exists() or output.stat().st_mtime < _newest_input():
+        flags = (*sanitizers, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
+        _run_compiler(["clang", *LANGUAGE, *WARNINGS, *flags], output, sources)
+    return output
+
+
 def _compile(output: Path, sources: list[Path], arch: str) -> None:
-    staged = output.with_name(f".{output.name}.{os.getpid()}")
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl"]
+    _run_compiler([*compiler, *FLAGS], output, sources)
+
+
+def _run_compiler(command: list[str], output: Path, sources: list[Path]) -> None:
+    staged = output.with_name(f".{output.name}.{os.getpid()}")
     defines = [f'-DBANGER_VERSION="{version()}"']
     subprocess.run(
-        [*compiler, *FLAGS, *defines, "-o", str(staged), *map(str, sources)],
+        [*command, *defines, "-o", str(staged), *map(str, sources)],
         check=True,
         stdin=subprocess.DEVNULL,
     )

@@ -57,6 +57,8 @@ int conn_send(struct conn *conn, uint8_t type, const void *payload, size_t size)
         uint8_t header[FRAME_HEADER_SIZE];
         size_t sent = 0, total = sizeof header + size;
 
+        if (size == 0)
+                payload = header; /* nothing of it is sent, but it must not be NULL */
         frame_header_write(header, type, size);
         while (sent < total) {
                 size_t in_header = sent < sizeof header ? sizeof header - sent : 0;

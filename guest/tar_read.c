@@ -6,6 +6,9 @@
 #include "io.h"
 #include "tar_format.h"
 
+/* Far beyond what a file system can hold, and safe to calculate with. */
+#define MTIME_MAX (INT64_MAX / 100)
+
 /* What pax and GNU headers say about the member behind them. */
 struct overrides {
         bool path, link, size, mtime, uid, gid;
@@ -160,10 +163,16 @@ static int take_header_path(const struct tar_header *header, char *target) {
 }
 
 static int take_mtime(const struct tar_header *header, struct tar_entry *entry) {
+        int r;
+
         entry->mtime_ns = 0;
         if ((uint8_t) header->mtime[0] & 0x80)
-                return parse_binary((const uint8_t *) header->mtime, sizeof header->mtime, &entry->mtime_s);
-        return parse_octal(header->mtime, sizeof header->mtime, &entry->mtime_s);
+                r = parse_binary((const uint8_t *) header->mtime, sizeof header->mtime, &entry->mtime_s);
+        else
+                r = parse_octal(header->mtime, sizeof header->mtime, &entry->mtime_s);
+        if (r < 0)
+                return r;
+        return entry->mtime_s > MTIME_MAX || entry->mtime_s < -MTIME_MAX ? -EBADMSG : 0;
 }
 
 static int take_header(const struct tar_header *header, const struct overrides *given, struct tar_entry *entry) {
@@ -205,9 +214,9 @@ static int parse_pax_time(const char *text, struct tar_entry *entry) {
         int64_t seconds = 0;
 
         for (text += negative; *text >= '0' && *text <= '9'; text++) {
-                if (seconds > INT64_MAX / 100)
-                        return -EBADMSG;
                 seconds = seconds * 10 + (*text - '0');
+                if (seconds > MTIME_MAX)
+                        return -EBADMSG;
         }
         if (*text == '.')
                 for (text++; *text >= '0' && *text <= '9'; text++) {
@@ -368,8 +377,12 @@ static int read_header(struct tar_reader *reader, struct tar_header *ret) {
                 return r;
         if (memcmp(ret, &zeros, sizeof zeros) == 0)
                 return 0;
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION /* no fuzzer guesses a checksum */
+        (void) checksum;
+#else
         if (parse_octal(ret->checksum, sizeof ret->checksum, &checksum) < 0 || checksum != tar_checksum(ret))
                 return -EBADMSG;
+#endif
         return 1;
 }
 

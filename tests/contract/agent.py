@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The real agent on an inherited socket, for the tests of its protocol."""
+"""The real agent on an inherited socket, for the tests of its protocol, as shipped and with sanitizers."""
 
 from __future__ import annotations
 
+import os
+import platform
 import socket
 import subprocess
 import tempfile
@@ -10,23 +12,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from banger import guest_binary
+from guest import build_hook
+
+KINDS = ("shipped", "sanitized")
+
 
 @contextmanager
-def running(program: Path) -> Iterator[Path]:
-    """The socket of an agent that runs until the block ends; the agent has the tests' own uid."""
-    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as directory:
-        path = Path(directory) / "agent.sock"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            listener.listen(64)
-            number = listener.fileno()
-            agent = subprocess.Popen(
-                [str(program), "agent", "--listen-fd", str(number)],
-                pass_fds=[number],
-                stdin=subprocess.DEVNULL,
-            )
-        try:
+def running(kind: str) -> Iterator[Path]:
+    """The socket of an agent that runs until the block ends; the agent has the tests' own uid.
+
+    Fails when a sanitizer had anything to report, in the agent or in the process of a connection.
+    """
+    sanitized = kind == "sanitized"
+    program = build_hook.build_sanitized() if sanitized else guest_binary.path(platform.machine())
+    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as name:
+        directory = Path(name)
+        with _started(program, directory) as path:
             yield path
-        finally:
-            agent.terminate()
-            agent.wait(timeout=10)
+        reports = [report.read_text() for report in directory.glob("report.*")]
+        assert not reports, "\n".join(reports)
+
+
+@contextmanager
+def _started(program: Path, directory: Path) -> Iterator[Path]:
+    path, log = directory / "agent.sock", f"log_path={directory}/report"
+    environment = {**os.environ, "ASAN_OPTIONS": log, "UBSAN_OPTIONS": f"{log}:print_stacktrace=1"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(64)
+        number = listener.fileno()
+        agent = subprocess.Popen(
+            [str(program), "agent", "--listen-fd", str(number)],
+            pass_fds=[number],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    try:
+        yield path
+        assert agent.poll() is None, f"the agent ended by itself: {agent.returncode}"
+    finally:
+        agent.terminate()
+        agent.wait(timeout=10)

@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import io
 import os
-import platform
 import stat
 import tarfile
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from banger import guest_binary
 from banger.contract import errors, guest
 from banger.owner import guest as guests
 from tests.contract import agent
@@ -23,10 +21,10 @@ from tests.contract import agent
 MTIME_NS = 1_700_000_000_123_456_789
 
 
-@pytest.fixture(scope="module")
-def agent_socket() -> Iterator[Path]:
+@pytest.fixture(scope="module", params=agent.KINDS)
+def agent_socket(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A running agent's socket."""
-    with agent.running(guest_binary.path(platform.machine())) as path:
+    with agent.running(request.param) as path:
         yield path
 
 
