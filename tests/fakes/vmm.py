@@ -31,7 +31,7 @@ class Behaviour:
 
 
 class FakeVmm:
-    """Exec runs nothing: it echoes stdin to stdout, and `exit N` as argv ends with N."""
+    """Exec runs nothing: it echoes stdin to stdout, and `exit N` ends with N, `deaf` takes no input."""
 
     def __init__(self, api: Path, vsock: Path, console: Path, behaviour: Behaviour) -> None:
         self.pid = next(_pids)
@@ -121,6 +121,8 @@ async def _execute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, f
     argv = fields.texts(T.ARGUMENT)
     writer.write(guest.frame(F.STARTED, guest.encode([(T.PID, 2)])))
     code = int(argv[1]) if argv[0] == "exit" else 0
+    while argv[0] == "deaf":
+        await _receive(reader)
     while argv[0] == "cat":
         kind, data = await _receive(reader)
         if kind == F.SIGNAL:

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The HTTP application: routes, one table from error codes to statuses, the OpenAPI document."""
+"""The HTTP application: routes over services, and one table from error codes to statuses."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Final
 
 import litestar
 import msgspec
-from litestar import di, exceptions, openapi, response
-from litestar.openapi import plugins
+from litestar import di, exceptions, response
 
-import banger
 from banger.contract import errors
-from banger.owner import operations, routes
+from banger.owner import openapi, operations, routes
 from banger.owner.routes import commands, machines, sources, work
 
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES: Final = 1024 * 1024
+HANDLERS: Final = (*work.HANDLERS, *machines.HANDLERS, *commands.HANDLERS, *sources.HANDLERS)
 STATUS: Final = {
     "bad_request": 400,
     "unauthorized": 403,
@@ -36,18 +36,19 @@ STATUS: Final = {
 def create_app(services: routes.Services) -> litestar.Litestar:
     """One application over these services; nothing global."""
     return litestar.Litestar(
-        route_handlers=[*machines.HANDLERS, *sources.HANDLERS, *work.HANDLERS, *commands.HANDLERS],
+        route_handlers=[*HANDLERS, get_document],
         dependencies={"services": di.Provide(lambda: services, sync_to_thread=False)},
         exception_handlers={Exception: _answer},
-        openapi_config=openapi.OpenAPIConfig(
-            title="banger",
-            version=banger.__version__,
-            path="/v1",
-            render_plugins=[plugins.JsonRenderPlugin(path="/openapi.json")],
-        ),
+        openapi_config=None,
         request_max_body_size=_MAX_BODY_BYTES,
         logging_config=None,
     )
+
+
+@litestar.get("/v1/openapi.json", media_type="application/json")
+async def get_document() -> bytes:
+    """This API's OpenAPI document."""
+    return await asyncio.to_thread(openapi.cached, HANDLERS)
 
 
 def _answer(
@@ -55,8 +56,11 @@ def _answer(
 ) -> response.Response[bytes]:
     body = _body(error)
     status = STATUS.get(body.code, 500)
+    fields = {"path": request.url.path, "code": body.code, "error": body.message}
     if status == 500:
-        _log.error("request failed", exc_info=error, extra={"path": request.url.path})
+        _log.error("request failed", exc_info=error, extra=fields)
+    else:
+        _log.info("request refused", extra=fields)
     return response.Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
 
 

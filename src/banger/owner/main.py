@@ -13,14 +13,11 @@ import logging
 import os
 import platform
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Final
-
-import uvicorn
+from typing import Final, NoReturn
 
 import banger
 from banger import guest_binary
@@ -36,10 +33,12 @@ from banger.owner import (
     kernels,
     logs,
     migrations,
+    openapi,
     operations,
     reconcile,
     routes,
     runtime,
+    server,
     store,
     views,
     vms,
@@ -49,8 +48,10 @@ from banger.vm.capabilities import work_disk
 
 _log = logging.getLogger(__name__)
 
-_SHUTDOWN_S: Final = 5
-_BACKLOG: Final = 128
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
+# None of them is one of --check-migrations' own.
+_CANNOT_START: Final = 3
+_USAGE: Final = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options)
     except errors.BangerError as error:
         _log.critical("cannot start", extra={"error": error.message, "hint": error.hint})
-        return 1
+        return _CANNOT_START
     except OSError as error:
         _log.critical("cannot start", extra={"error": str(error)})
-        return 1
+        return _CANNOT_START
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.openapi:
+        sys.stdout.buffer.write(openapi.render(app.HANDLERS))
+        return 0
     installation = config.load_installation(options.install)
     paths = _paths(options, installation)
     if options.check_migrations:
@@ -77,8 +81,15 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse's own exit status, 2, is what --check-migrations says of a newer database."""
+        self.print_usage(sys.stderr)
+        self.exit(_USAGE, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bangerd", description=__doc__)
+    parser = _Parser(prog="bangerd", description=__doc__)
     parser.add_argument("--version", action="version", version=banger.__version__)
     parser.add_argument("--config", type=Path, default=config.CONFIG_PATH, metavar="FILE")
     parser.add_argument("--install", type=Path, default=config.INSTALL_PATH, metavar="FILE")
@@ -93,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only look: exit 0 current, 1 will migrate, 2 newer than this program",
     )
+    parser.add_argument("--openapi", action="store_true", help="print the API's OpenAPI document and exit")
     return parser
 
 
@@ -117,9 +129,27 @@ async def serve(
         services = await stack.enter_async_context(
             compose(settings, config.prefix(installation), paths, ops, _guest_sha256())
         )
-        listener = stack.enter_context(_listen(paths.socket))
-        stack.callback(paths.socket.unlink, missing_ok=True)
-        await _serve_http(services, listener)
+        listener = stack.enter_context(server.listening(paths.socket))
+        await server.serve(
+            app.create_app(services),
+            listener,
+            stop=_stop_signal(),
+            before_shutdown=services.operations.close,
+        )
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def arrived() -> None:
+        stop.set()
+        for number in _STOPPING:
+            loop.remove_signal_handler(number)
+
+    for number in _STOPPING:
+        loop.add_signal_handler(number, arrived)
+    return stop
 
 
 def _ops(paths: config.Paths, *, in_process: bool) -> privileged.PrivilegedOps:
@@ -185,68 +215,6 @@ async def compose(
         await running.close()
         await vm_service.close()
         rows.close()
-
-
-async def _serve_http(services: routes.Services, listener: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            app.create_app(services),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            ws_per_message_deflate=False,
-            ws_max_size=1024 * 1024,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-        )
-    )
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.stop)
-    await server.serve(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """Says READY to systemd only once it accepts; leaves signals to us."""
-
-    def stop(self) -> None:
-        self.should_exit = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        _notify("READY=1")
-        _log.info("ready", extra={"version": banger.__version__})
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """uvicorn would raise the signal again at its end, and so end the process before its clean-up."""
-        yield
-
-
-def _notify(state: str) -> None:
-    """The sd_notify protocol; nothing to do when not started by systemd."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.connect("\0" + address[1:] if address.startswith("@") else address)
-        sender.sendall(state.encode())
-
-
-def _listen(path: Path) -> socket.socket:
-    """A socket that is the owner's alone from its first instant on."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    except OSError as error:
-        listener.close()
-        raise errors.UnavailableError(f"cannot listen at {path}: {error}") from error
-    finally:
-        os.umask(before)
-    listener.listen(_BACKLOG)
-    return listener
 
 
 @contextmanager

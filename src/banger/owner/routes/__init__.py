@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from litestar import di
+
 from banger.contract import privileged
 from banger.owner import images, kernels, operations, runtime, vms
 
@@ -21,3 +23,7 @@ class Services:
     ops: privileged.PrivilegedOps
     runtime: runtime.RuntimeService
     started_at: datetime
+
+
+Injected = di.NamedDependency[Services]
+"""A handler's parameter that the application fills in."""

@@ -5,46 +5,66 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Final
 
 import litestar
 import msgspec
-from litestar import exceptions
+from litestar import exceptions, params
 
 from banger.contract import errors, guest, resources
 from banger.owner import guest as guests
-from banger.owner import routes
+from banger.owner import operations, peers, routes
 
 _log = logging.getLogger(__name__)
 Socket = litestar.WebSocket[object, object, litestar.datastructures.State]
 
 
 @litestar.websocket("/v1/vms/{ref:str}/exec")
-async def exec_in_vm(socket: Socket, ref: str, services: routes.Services) -> None:
+async def exec_in_vm(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
     """See ExecRequest, ExecControl and ExecEnd for the messages."""
     await socket.accept()
     request: resources.ExecRequest | None = None
+    began, end = time.monotonic(), None
     try:
         request = msgspec.json.decode(await socket.receive_text(), type=resources.ExecRequest)
         end = await _run(socket, ref, request, services)
-    except exceptions.WebSocketDisconnect:
-        return
+    except exceptions.WebSocketException:
+        _log.debug("client left before the end", extra={"ref": ref})
     except msgspec.DecodeError as error:
-        end = _error(errors.BadRequestError(f"malformed exec request: {error}"))
+        end = _error(errors.BadRequestError(f"malformed exec message: {error}"))
     except errors.BangerError as error:
         end = _error(error)
     finally:
+        _log_end(ref, end, time.monotonic() - began)
         if request is not None:
             await services.vms.exec_finished(ref, request)
+    if end is not None:
+        await _say_goodbye(socket, end)
+
+
+def _error(error: errors.BangerError) -> resources.ExecEnd:
+    return resources.ExecEnd(error=errors.to_body(error, op_id=operations.current_op_id.get()))
+
+
+def _log_end(ref: str, end: resources.ExecEnd | None, elapsed_s: float) -> None:
+    """Never what was run, nor what went in or out: secrets travel there."""
+    fields: dict[str, object] = {"ref": ref, "elapsed_ms": round(elapsed_s * 1000, 1)}
+    if end is None:
+        fields["left"] = True
+    elif end.error is not None:
+        fields |= {"code": end.error.code, "error": end.error.message}
+    else:
+        fields["exit_status"] = end.exit_status
+    _log.info("command ended", extra=fields)
+
+
+async def _say_goodbye(socket: Socket, end: resources.ExecEnd) -> None:
     try:
         await socket.send_text(msgspec.json.encode(end).decode())
         await socket.close()
     except exceptions.WebSocketException:
-        _log.debug("client left before the end", extra={"ref": ref})
-
-
-def _error(error: errors.BangerError) -> resources.ExecEnd:
-    return resources.ExecEnd(error=errors.to_body(error))
+        _log.debug("client left before the end", extra={"ref": socket.url.path})
 
 
 async def _run(
@@ -53,13 +73,19 @@ async def _run(
     async with services.vms.exec(ref, request) as running:
         sending = asyncio.create_task(_send_output(socket, running))
         receiving = asyncio.create_task(_receive_input(socket, running))
+        # Input that the command does not take keeps us from reading, and so from seeing the client leave.
+        leaving = asyncio.create_task(socket.scope["state"][peers.GONE].wait())
         try:
-            await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
-            if receiving.done() and not sending.done():
+            await asyncio.wait({sending, receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                status = sending.result()
+            elif receiving.done():
                 receiving.result()
-            status = await sending
+                status = await sending
+            else:
+                raise exceptions.WebSocketDisconnect(detail="the client left")
         finally:
-            await _stop(sending, receiving)
+            await _stop(sending, receiving, leaving)
     return resources.ExecEnd(exit_status=status.as_shell, signal=status.signal)
 
 
@@ -89,10 +115,13 @@ async def _receive_input(socket: Socket, running: guests.Exec) -> None:
             await running.signal(control.signal)
 
 
-async def _stop(*tasks: asyncio.Task[guest.ExitStatus] | asyncio.Task[None]) -> None:
+async def _stop(*tasks: asyncio.Task[guest.ExitStatus] | asyncio.Task[None] | asyncio.Task[bool]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at: what mattered has been raised
 
 
 HANDLERS: Final = (exec_in_vm,)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final, Literal
 
 import litestar
-from litestar import response
+from litestar import params, response
 
 from banger.contract import resources
 from banger.owner import routes
@@ -19,34 +20,46 @@ _FOLLOW_S: Final = 0.5
 
 
 @litestar.get("/v1/vms")
-async def list_vms(services: routes.Services) -> list[resources.Vm]:
+async def list_vms(services: routes.Injected) -> list[resources.Vm]:
+    """All VMs, the oldest first."""
     return await services.vms.list()
 
 
 @litestar.post("/v1/vms", status_code=202)
-async def create_vm(data: resources.CreateVm, services: routes.Services) -> resources.Operation:
+async def create_vm(
+    data: params.JSONBody[resources.CreateVm], services: routes.Injected
+) -> resources.Operation:
+    """Creates a VM and, unless told otherwise, starts it."""
     return await services.vms.create(data)
 
 
 @litestar.get("/v1/vms/{ref:str}")
-async def get_vm(ref: str, services: routes.Services) -> resources.Vm:
+async def get_vm(ref: params.FromPath[str], services: routes.Injected) -> resources.Vm:
+    """One VM, with the timings of its last start."""
     return await services.vms.get(ref)
 
 
 @litestar.patch("/v1/vms/{ref:str}")
-async def set_vm(ref: str, data: resources.SetVm, services: routes.Services) -> resources.Vm:
+async def set_vm(
+    ref: params.FromPath[str], data: params.JSONBody[resources.SetVm], services: routes.Injected
+) -> resources.Vm:
+    """Changes a VM that is not running."""
     return await services.vms.set(ref, data)
 
 
 @litestar.delete("/v1/vms/{ref:str}", status_code=202)
-async def delete_vm(ref: str, services: routes.Services) -> resources.Operation:
+async def delete_vm(ref: params.FromPath[str], services: routes.Injected) -> resources.Operation:
+    """Deletes a VM with its disks; stops it first."""
     return await services.vms.delete(ref)
 
 
 @litestar.post("/v1/vms/{ref:str}/{verb:str}", status_code=202)
 async def act_on_vm(
-    ref: str, verb: Literal["start", "stop", "restart", "kill"], services: routes.Services
+    ref: params.FromPath[str],
+    verb: params.FromPath[Literal["start", "stop", "restart", "kill"]],
+    services: routes.Injected,
 ) -> resources.Operation:
+    """Starts, stops, restarts or kills a VM."""
     actions = {
         "start": services.vms.start,
         "stop": services.vms.stop,
@@ -57,17 +70,19 @@ async def act_on_vm(
 
 
 @litestar.get("/v1/vms/{ref:str}/stats")
-async def get_stats(ref: str, services: routes.Services) -> resources.VmStats:
+async def get_stats(ref: params.FromPath[str], services: routes.Injected) -> resources.VmStats:
+    """What a running VM uses, as the host's kernel and the guest see it."""
     return await services.vms.stats(ref)
 
 
 @litestar.get("/v1/vms/{ref:str}/logs", media_type="text/plain")
 async def get_logs(
-    ref: str,
-    services: routes.Services,
-    source: Literal["console", "vmm"] = "console",
-    follow: bool = False,
+    ref: params.FromPath[str],
+    services: routes.Injected,
+    source: params.FromQuery[Literal["console", "vmm"]] = "console",
+    follow: params.FromQuery[bool] = False,
 ) -> response.Stream:
+    """The VM's serial console, or what its VMM said; with `follow`, also what is added from now on."""
     path = await services.vms.log_file(ref, source)
     return response.Stream(_tail(path, follow=follow), media_type="text/plain; charset=utf-8")
 
@@ -76,8 +91,7 @@ async def _tail(path: Path, *, follow: bool) -> AsyncIterator[bytes]:
     """What the log holds, and what is added while the client stays. A missing log is an empty one."""
     position = 0
     while True:
-        data = await asyncio.to_thread(_read, path, position)
-        position += len(data)
+        position, data = await asyncio.to_thread(_read, path, position)
         if data:
             yield data
         elif not follow:
@@ -87,13 +101,17 @@ async def _tail(path: Path, *, follow: bool) -> AsyncIterator[bytes]:
             await asyncio.sleep(_FOLLOW_S)
 
 
-def _read(path: Path, position: int) -> bytes:
+def _read(path: Path, position: int) -> tuple[int, bytes]:
+    """The next piece and the position after it; a log that was cut short is read from its start."""
     try:
         with path.open("rb") as file:
-            file.seek(position)
-            return file.read(_CHUNK_BYTES)
+            size = os.fstat(file.fileno()).st_size
+            start = position if position <= size else 0
+            file.seek(start)
+            data = file.read(_CHUNK_BYTES)
     except FileNotFoundError:
-        return b""
+        return 0, b""
+    return start + len(data), data
 
 
 HANDLERS: Final = (

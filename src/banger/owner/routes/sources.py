@@ -6,71 +6,92 @@ from __future__ import annotations
 from typing import Final
 
 import litestar
+from litestar import params
 
 from banger.contract import resources
 from banger.owner import routes
 
 
 @litestar.get("/v1/images", sync_to_thread=False)
-def list_images(services: routes.Services) -> list[resources.Image]:
+def list_images(services: routes.Injected) -> list[resources.Image]:
+    """All images, the oldest first."""
     return services.images.list()
 
 
 @litestar.get("/v1/images/{ref:str}", sync_to_thread=False)
-def get_image(ref: str, services: routes.Services) -> resources.Image:
+def get_image(ref: params.FromPath[str], services: routes.Injected) -> resources.Image:
+    """One image, by name or id."""
     return services.images.get(ref)
 
 
 @litestar.delete("/v1/images/{ref:str}", sync_to_thread=False)
-def delete_image(ref: str, services: routes.Services) -> None:
+def delete_image(ref: params.FromPath[str], services: routes.Injected) -> None:
+    """Deletes an image that no VM is made from."""
     services.images.delete(ref)
 
 
 @litestar.post("/v1/images/build", status_code=202)
-async def build_image(data: resources.BuildImage, services: routes.Services) -> resources.Operation:
+async def build_image(
+    data: params.JSONBody[resources.BuildImage], services: routes.Injected
+) -> resources.Operation:
+    """Builds an image from a recipe."""
     return services.images.build(data)
 
 
 @litestar.post("/v1/images/register", status_code=202)
-async def register_image(data: resources.RegisterImage, services: routes.Services) -> resources.Operation:
+async def register_image(
+    data: params.JSONBody[resources.RegisterImage], services: routes.Injected
+) -> resources.Operation:
+    """Copies an image that lies in a directory of this host."""
     return services.images.register(data)
 
 
 @litestar.get("/v1/kernels", sync_to_thread=False)
 def list_kernels(
-    services: routes.Services,
-    available: bool = False,
+    services: routes.Injected,
+    available: params.FromQuery[bool] = False,
 ) -> list[resources.Kernel]:
+    """All kernels; with `available`, also what the catalog could pull."""
     return services.kernels.list(available=available)
 
 
 @litestar.get("/v1/kernels/{ref:str}", sync_to_thread=False)
-def get_kernel(ref: str, services: routes.Services) -> resources.Kernel:
+def get_kernel(ref: params.FromPath[str], services: routes.Injected) -> resources.Kernel:
+    """One kernel, by name or id."""
     return services.kernels.get(ref)
 
 
 @litestar.delete("/v1/kernels/{ref:str}", sync_to_thread=False)
-def delete_kernel(ref: str, services: routes.Services) -> None:
+def delete_kernel(ref: params.FromPath[str], services: routes.Injected) -> None:
+    """Deletes a kernel that no VM boots with."""
     services.kernels.delete(ref)
 
 
 @litestar.post("/v1/kernels/pull", status_code=202)
-async def pull_kernel(data: resources.PullKernel, services: routes.Services) -> resources.Operation:
+async def pull_kernel(
+    data: params.JSONBody[resources.PullKernel], services: routes.Injected
+) -> resources.Operation:
+    """Fetches and verifies a kernel of the catalog."""
     return services.kernels.pull(data)
 
 
 @litestar.post("/v1/kernels/import", status_code=202)
-async def import_kernel(data: resources.ImportKernel, services: routes.Services) -> resources.Operation:
+async def import_kernel(
+    data: params.JSONBody[resources.ImportKernel], services: routes.Injected
+) -> resources.Operation:
+    """Imports a kernel from a file or directory of this host."""
     return services.kernels.import_path(data)
 
 
 @litestar.get("/v1/runtime")
-async def get_runtime(services: routes.Services) -> list[resources.RuntimeFile]:
+async def get_runtime(services: routes.Injected) -> list[resources.RuntimeFile]:
+    """Firecracker and its jailer, as installed."""
     return await services.runtime.status()
 
 
 @litestar.post("/v1/runtime/pull", status_code=202)
-async def pull_runtime(services: routes.Services) -> resources.Operation:
+async def pull_runtime(services: routes.Injected) -> resources.Operation:
+    """Fetches and verifies Firecracker and its jailer, for root to install."""
     return services.runtime.pull()
 
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from typing import Final
 
 import litestar
 import msgspec
-from litestar import response
+from litestar import params, response
 
 import banger
 from banger.contract import errors, privileged, resources
@@ -18,8 +17,8 @@ from banger.owner import routes
 
 
 @litestar.get("/v1/info")
-async def get_info(services: routes.Services) -> resources.DaemonInfo:
-    host = privileged.HostInfo(version="", protocol=0)
+async def get_info(services: routes.Injected) -> resources.DaemonInfo:
+    """Versions of the daemon, its helper and Firecracker."""
     try:
         host = await services.ops.call(privileged.GetHost())
     except errors.BangerError:
@@ -36,27 +35,32 @@ async def get_info(services: routes.Services) -> resources.DaemonInfo:
 
 
 @litestar.get("/v1/operations", sync_to_thread=False)
-def list_operations(services: routes.Services) -> list[resources.Operation]:
+def list_operations(services: routes.Injected) -> list[resources.Operation]:
+    """Operations that run, and those that ended lately."""
     return services.operations.list()
 
 
 @litestar.get("/v1/operations/{operation_id:str}", sync_to_thread=False)
-def get_operation(operation_id: str, services: routes.Services) -> resources.Operation:
+def get_operation(operation_id: params.FromPath[str], services: routes.Injected) -> resources.Operation:
+    """One operation."""
     return services.operations.get(operation_id)
 
 
 @litestar.delete("/v1/operations/{operation_id:str}", status_code=200)
-async def cancel_operation(operation_id: str, services: routes.Services) -> resources.Operation:
-    """Answers when it has ended, with everything rolled back."""
+async def cancel_operation(
+    operation_id: params.FromPath[str], services: routes.Injected
+) -> resources.Operation:
+    """Cancels an operation; answers when it has ended and all it made is taken back."""
     return await services.operations.cancel(operation_id)
 
 
 @litestar.get("/v1/operations/{operation_id:str}/events")
 async def watch_operation(
-    operation_id: str,
-    services: routes.Services,
-    cancel_on_disconnect: bool = False,
+    operation_id: params.FromPath[str],
+    services: routes.Injected,
+    cancel_on_disconnect: params.FromQuery[bool] = False,
 ) -> response.Stream:
+    """Server-sent events, each an Event, from the first on; the last is of kind `end`."""
     services.operations.get(operation_id)
     events = _events(services, operation_id, cancel_on_disconnect=cancel_on_disconnect)
     return response.Stream(events, media_type="text/event-stream")
@@ -65,23 +69,12 @@ async def watch_operation(
 async def _events(
     services: routes.Services, operation_id: str, *, cancel_on_disconnect: bool
 ) -> AsyncIterator[bytes]:
-    ended = False
     try:
         async for event in services.operations.events(operation_id):
-            ended = event.kind == "end"
             yield b"data: " + msgspec.json.encode(event) + b"\n\n"
     finally:
-        if cancel_on_disconnect and not ended:
-            # This generator is itself being cancelled, and must not wait here.
-            _background.add(task := asyncio.create_task(_cancel(services, operation_id)))
-            task.add_done_callback(_background.discard)
+        if cancel_on_disconnect and not services.operations.get(operation_id).status.is_final:
+            services.operations.request_cancel(operation_id)
 
-
-async def _cancel(services: routes.Services, operation_id: str) -> None:
-    await services.operations.cancel(operation_id)
-
-
-# Strong references: the event loop keeps only weak ones to tasks.
-_background: set[asyncio.Task[None]] = set()
 
 HANDLERS: Final = (get_info, list_operations, get_operation, cancel_operation, watch_operation)

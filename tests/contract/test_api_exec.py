@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""Commands over the real WebSocket and the guest's protocol: intact, bounded, and gone with their client."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from websockets import exceptions
+from websockets.asyncio import client as websockets
+
+from banger.contract import errors, resources
+from tests.contract import api_served, conftest
+
+Served = api_served.Served
+_MIB = 1 << 20
+
+
+@pytest.fixture
+async def served(daemon: conftest.Daemon) -> AsyncIterator[Served]:
+    """With one running VM, `web`."""
+    await daemon.create()
+    async with api_served.serving(daemon) as made:
+        yield made
+
+
+def _request(*argv: str, **fields: object) -> str:
+    return msgspec.json.encode({"argv": argv, **fields}).decode()
+
+
+async def _end(link: websockets.ClientConnection) -> resources.ExecEnd:
+    async for message in link:
+        if isinstance(message, str):
+            return msgspec.json.decode(message, type=resources.ExecEnd)
+    raise AssertionError("the daemon said no last word")
+
+
+async def test_the_exit_status_is_exact(served: Served) -> None:
+    async with served.command("web") as link:
+        await link.send(_request("exit", "7"))
+        assert await _end(link) == resources.ExecEnd(exit_status=7)
+
+
+async def test_a_signal_is_128_and_its_number(served: Served) -> None:
+    async with served.command("web") as link:
+        await link.send(_request("cat"))
+        await link.send('{"signal": 15}')
+        assert await _end(link) == resources.ExecEnd(exit_status=143, signal=15)
+
+
+@pytest.mark.parametrize(
+    ("ref", "message", "code"),
+    [
+        ("nothing", _request("true"), "not_found"),
+        ("web", "{", "bad_request"),
+        ("web", _request("true", privileged=True), "bad_request"),
+        ("web", "{}", "bad_request"),
+    ],
+)
+async def test_a_wrong_request_ends_with_the_error(
+    served: Served, ref: str, message: str, code: str
+) -> None:
+    async with served.command(ref) as link:
+        await link.send(message)
+        end = await _end(link)
+    assert end.error is not None
+    assert (end.error.code, end.exit_status) == (code, None)
+    assert len(end.error.op_id) == 12
+
+
+async def test_twenty_commands_at_once(served: Served) -> None:
+    async def ask(number: int) -> int | None:
+        async with served.command("web") as link:
+            await link.send(_request("exit", str(number)))
+            return (await _end(link)).exit_status
+
+    assert await asyncio.gather(*map(ask, range(20))) == list(range(20))
+
+
+async def test_256_mib_travel_each_way_intact(served: Served) -> None:
+    piece = os.urandom(_MIB // 2)
+    sent, received, count = hashlib.sha256(), hashlib.sha256(), 0
+    began = time.monotonic()
+    async with served.command("web") as link:
+        await link.send(_request("cat"))
+
+        async def send() -> None:
+            for _ in range(512):
+                sent.update(piece)
+                await link.send(piece)
+            await link.send(b"")
+
+        sending = asyncio.create_task(send())
+        async for message in link:
+            if isinstance(message, str):
+                assert msgspec.json.decode(message, type=resources.ExecEnd).exit_status == 0
+                break
+            assert message[0] == 1
+            received.update(message[1:])
+            count += len(message) - 1
+        await sending
+    print(f"256 MiB there and back in {time.monotonic() - began:.1f} s")
+    assert count == 256 * _MIB
+    assert received.digest() == sent.digest()
+
+
+async def test_a_client_that_goes_away_takes_its_vm_along_when_asked(served: Served) -> None:
+    link = await served.command("web")
+    await link.send(_request("cat", remove=True))
+    await asyncio.sleep(0.05)
+    link.transport.abort()
+    await _wait_until_deleted(served)
+
+
+async def test_a_client_is_missed_even_while_its_input_waits(served: Served) -> None:
+    """The command reads nothing, so the daemon stopped reading; only the kernel can say that it left."""
+    link = await served.command("web")
+    await link.send(_request("deaf", remove=True))
+    flood = asyncio.create_task(_flood(link))
+    await asyncio.sleep(0.3)
+    flood.cancel()
+    link.transport.abort()
+    await _wait_until_deleted(served)
+
+
+async def _flood(link: websockets.ClientConnection) -> None:
+    while True:
+        await link.send(bytes(_MIB // 2))
+
+
+async def _wait_until_deleted(served: Served) -> None:
+    operations = served.daemon.services.operations
+    async with asyncio.timeout(10):
+        # Nothing announces the start of an operation.
+        while not any(each.kind == "vm.delete" for each in operations.list()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        [deleting] = [each for each in operations.list() if each.kind == "vm.delete"]
+        assert (await operations.wait(deleting.id)).status is resources.OperationStatus.SUCCEEDED
+    assert served.daemon.world.leftovers() == {}
+
+
+async def test_the_vm_goes_when_the_command_ends(served: Served) -> None:
+    async with served.command("web") as link:
+        await link.send(_request("exit", "3", remove=True))
+        assert (await _end(link)).exit_status == 3
+    await _wait_until_deleted(served)
+    with pytest.raises(errors.NotFoundError):
+        await served.daemon.services.vms.get("web")
+
+
+async def test_a_frame_over_the_limit_ends_the_connection(served: Served) -> None:
+    link = await served.command("web")
+    await link.send(_request("cat"))
+    with pytest.raises(exceptions.ConnectionClosed):
+        await _send_too_much(link)
+
+
+async def _send_too_much(link: websockets.ClientConnection) -> None:
+    """The refusal may come while it is still being sent."""
+    await link.send(bytes(2 * _MIB))
+    await link.recv()

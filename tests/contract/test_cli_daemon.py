@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""The CLI as a process against the real daemon, over a fake world: both sides mean the same by the API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from banger.contract import privileged, resources
+from banger.owner import operations
+from tests.contract import api_served, cli_process, conftest
+
+
+@pytest.fixture
+async def served(daemon: conftest.Daemon) -> AsyncIterator[api_served.Served]:
+    """The real daemon at its socket, with no VM."""
+    async with api_served.serving(daemon) as made:
+        yield made
+
+
+async def banger(served: api_served.Served, *arguments: str, **options: Any) -> cli_process.Done:
+    return await asyncio.to_thread(cli_process.Cli(served.path).run, *arguments, **options)
+
+
+async def names(served: api_served.Served) -> list[str]:
+    return [vm.name for vm in await served.get("/v1/vms", list[resources.Vm])]
+
+
+async def test_life_of_a_vm(served: api_served.Served) -> None:
+    created = await banger(served, "vm", "create", "web", "--memory", "128M", "--vcpu", "2")
+    assert (created.status, created.text) == (0, "web\n"), created.err
+    assert "wait_vsock_agent" in created.err
+    shown = (await banger(served, "vm", "show", "web", "--json")).json
+    assert (shown["state"], shown["vcpus"], shown["sources"]["vcpus"]) == ("running", 2, "request")
+    assert "fsck_snapshot" in (await banger(served, "vm", "show", "web")).text
+    assert "web" in (await banger(served, "ps")).text
+    assert "web" in (await banger(served, "vm", "stats")).text
+    assert (await banger(served, "vm", "restart", "web")).status == 0
+    assert (await banger(served, "vm", "logs", "web")).status == 0
+    stopped = await banger(served, "vm", "stop", "web", "nobody")
+    assert (stopped.status, stopped.text) == (1, "web\n")
+    assert "nobody" in stopped.err
+    assert (await banger(served, "vm", "set", "web", "--memory", "256M", "--name", "shop")).text == "shop\n"
+    assert (await banger(served, "vm", "start", "shop")).status == 0
+    assert (await banger(served, "vm", "kill", "shop")).status == 0
+    assert (await banger(served, "vm", "delete", "shop")).status == 0
+    assert await names(served) == []
+
+
+async def test_images_kernels_and_versions(served: api_served.Served) -> None:
+    assert (await banger(served, "image", "list", "-q")).text == "tiny\n"
+    assert "tiny" in (await banger(served, "image", "show", "tiny")).text
+    assert "generic-6.12" in (await banger(served, "kernel", "list", "--available")).text
+    assert (await banger(served, "kernel", "rm", "tiny")).text == "tiny\n"
+    assert (await banger(served, "version", "--json")).json["daemon"]["api_version"] == 1
+    missing = await banger(served, "image", "delete", "nothing")
+    assert (missing.status, "nothing" in missing.err) == (1, True)
+
+
+@pytest.mark.parametrize("status", [0, 7, 255])
+async def test_exec_gives_bytes_and_status(served: api_served.Served, status: int) -> None:
+    await served.daemon.create()
+    data = os.urandom(3 << 20)
+    echoed = await banger(served, "vm", "exec", "web", "--", "cat", stdin=data)
+    assert hashlib.sha256(echoed.out).digest() == hashlib.sha256(data).digest()
+    ended = await banger(served, "vm", "exec", "web", "--", "exit", str(status))
+    assert (ended.status, ended.err) == (status, "")
+
+
+async def test_exec_in_what_does_not_run(served: api_served.Served) -> None:
+    await served.daemon.create(start=False)
+    for name in ("web", "nobody"):
+        done = await banger(served, "vm", "exec", name, "--", "true")
+        assert (done.status, name in done.err) == (125, True)
+
+
+async def test_run_rm_leaves_nothing(served: api_served.Served) -> None:
+    done = await banger(served, "vm", "run", "--rm", "--", "exit", "9")
+    assert (done.status, done.out) == (9, b""), done.err
+    assert await names(served) == []
+    assert served.daemon.world.leftovers() == {}
+
+
+async def test_run_keeps_the_vm_without_rm(served: api_served.Served) -> None:
+    assert (await banger(served, "vm", "run", "--name", "web", "--", "exit", "0")).status == 0
+    assert await names(served) == ["web"]
+
+
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once the daemon was told to cancel something, which no client that was killed can see."""
+    happened = asyncio.Event()
+    request_cancel = operations.Operations.request_cancel
+
+    def told(self: operations.Operations, operation_id: str) -> None:
+        happened.set()
+        request_cancel(self, operation_id)
+
+    monkeypatch.setattr(operations.Operations, "request_cancel", told)
+    return happened
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+async def test_run_ended_while_it_starts_leaves_nothing(
+    served: api_served.Served, cancelled: asyncio.Event, number: signal.Signals
+) -> None:
+    async def until_cancelled(_: privileged.Request[Any]) -> None:
+        await cancelled.wait()
+
+    served.daemon.world.before = until_cancelled
+    with cli_process.Cli(served.path).started("vm", "run", "--rm", "--", "true") as process:
+        assert process.stderr is not None
+        assert await asyncio.to_thread(process.stderr.readline)
+        process.send_signal(number)
+        status = await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        said = process.stderr.read().decode()
+    async with asyncio.timeout(cli_process.DEADLINE_S):
+        await cancelled.wait()
+    (operation,) = [
+        operation
+        for operation in await served.get("/v1/operations", list[resources.Operation])
+        if operation.kind == "vm.create"
+    ]
+    assert (await served.daemon.done(operation)).status is resources.OperationStatus.CANCELLED
+    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], said
+    assert number is not signal.SIGINT or "nothing is left of" in said
+    assert await names(served) == []
+    assert served.daemon.world.leftovers() == {}
+
+
+async def test_run_rm_whose_client_is_killed_is_deleted(served: api_served.Served) -> None:
+    with cli_process.Cli(served.path).started("vm", "run", "--rm", "--", "cat") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x")
+        assert await asyncio.to_thread(process.stdout.read, 1) == b"x"
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    kinds: list[str] = []
+    async with asyncio.timeout(cli_process.DEADLINE_S):
+        while "vm.delete" not in kinds:
+            found = await served.get("/v1/operations", list[resources.Operation])
+            kinds = [operation.kind for operation in found]
+    for operation in found:
+        await served.daemon.done(operation)
+    assert await names(served) == []
+    assert served.daemon.world.leftovers() == {}
