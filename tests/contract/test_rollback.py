@@ -201,6 +201,34 @@ async def test_a_failed_start_of_a_throw_away_vm_leaves_no_row(
     assert daemon.world.leftovers() == {}
 
 
+async def test_a_cancel_that_comes_while_the_error_is_kept_does_not_hide_it(
+    daemon: conftest.Daemon, sabotage: Sabotage
+) -> None:
+    """The rollback is over, and the throw-away VM is being deleted: the longest part of keeping an error."""
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.PurgeLogs):
+            entered.set()
+            await release.wait()
+
+    sabotage.fail("tap", after=True)
+    daemon.world.before = slow
+    body = resources.CreateVm(name="web", remove_on_failure=True)
+    operation = await daemon.services.vms.create(body)
+    async with asyncio.timeout(5):
+        await entered.wait()
+        daemon.services.operations.request_cancel(operation.id)
+        await asyncio.sleep(0)
+        release.set()
+    ended = await daemon.done(operation)
+    assert ended.status is resources.OperationStatus.FAILED
+    assert ended.error is not None
+    assert (ended.error.message, ended.error.step) == ("tap was told to fail", "tap")
+    assert await daemon.services.vms.list() == []
+    assert daemon.world.leftovers() == {}
+
+
 async def test_a_user_s_overlay_survives_a_start_that_fails(
     daemon: conftest.Daemon, sabotage: Sabotage
 ) -> None:

@@ -223,7 +223,9 @@ class VmService:
         except BaseException as error:
             if isinstance(error, errors.BangerError):
                 error.step = seen.failed_step
-            await steps.finish(self._failed(vm, seen, error, progress.op_id, remove=remove_on_failure))
+            # A cancellation that arrives meanwhile must not hide why the start failed.
+            with contextlib.suppress(asyncio.CancelledError):
+                await steps.finish(self._failed(vm, seen, error, progress.op_id, remove=remove_on_failure))
             raise
         assert pipeline.started is not None  # noqa: S101 - the pipeline sets it or raises
         started = msgspec.structs.replace(pipeline.started, last_start=tuple(seen.timings))
