@@ -11,9 +11,12 @@ import pytest
 
 from banger import steps
 from banger.contract import errors, privileged, resources
+from banger.owner import config, helper, main, operations
 from banger.vm import start
 from tests.contract import conftest
 from tests.contract.test_lifecycle import STEPS
+from tests.fakes import helper as helpers
+from tests.fakes import world as worlds
 
 UNDOS = (
     "socket_dir",
@@ -171,6 +174,46 @@ async def test_a_request_to_root_is_awaited_even_when_cancelled(daemon: conftest
     release.set()
     await cancelling
     assert daemon.world.leftovers() == {}
+
+
+async def test_a_helper_that_hangs_holds_an_undo_no_longer_than_its_limit(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """The one undo is reported while it hangs and afterwards; the others take back what is theirs."""
+    release = asyncio.Event()
+
+    async def hook(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.PrepareJail):
+            raise errors.OperationFailedError("no jail today")
+        if isinstance(request, privileged.DeleteTap):
+            await release.wait()
+
+    world.before = hook
+    op_id, tell = operations.current_op_id.get, operations.note
+    client = helper.Client(paths.helper_socket, op_id, tell=tell, take_back_s=0.3, slow_s=0.1)
+    async with (
+        helpers.FakeHelper(world).serving(paths.helper_socket),
+        main.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services,
+    ):
+        operation = await conftest.Daemon(services, paths, world).create()
+        notes = [e.detail async for e in services.operations.events(operation.id) if e.kind == "note"]
+        release.set()
+    assert operation.error is not None
+    assert operation.error.message == "no jail today"
+    assert operation.error.also == ("rollback_tap: the root helper did not answer delete_tap within 0.3 s",)
+    assert notes == ["still waiting for the root helper after 0.1 s: delete_tap"]
+    assert not any(vm.snapshot or vm.work_disk or vm.jail for vm in world.vms.values())
+
+
+async def test_whatever_a_rollback_asks_of_root_has_the_shorter_limit(
+    daemon: conftest.Daemon, sabotage: Sabotage
+) -> None:
+    sabotage.fail("persist", after=False)
+    await daemon.create()
+    asked = [type(request) for request in daemon.world.requests]
+    rollback = asked[asked.index(privileged.GrantVsock) + 1 :]
+    assert set(rollback) == set(helper.TAKES_BACK)
+    assert helper.TAKE_BACK_DEADLINE_S < steps.UNDO_TIMEOUT_S
 
 
 async def test_a_guest_whose_kernel_panics_says_why(daemon: conftest.Daemon) -> None:

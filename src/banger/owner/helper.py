@@ -4,18 +4,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
+from banger import steps
 from banger.contract import errors, privileged
+
+_log = logging.getLogger(__name__)
 
 SOCKET: Final = Path("/run/banger-root/bangerd-root.sock")
 # Longer than any operation may take inside the helper, which has deadlines of its own.
 CALL_DEADLINE_S: Final = 240.0
+# A request is never called back, not even by the time limit of an undo. So it is the client that gives up
+# first, and says on what; what the VM needs next waits for its turn in the helper.
+TAKE_BACK_DEADLINE_S: Final = steps.UNDO_TIMEOUT_S - 5
+_SLOW_S: Final = 10.0
+TAKES_BACK: Final = (
+    privileged.KillVmm,
+    privileged.DeleteJail,
+    privileged.DeleteTap,
+    privileged.DetachWorkDisk,
+    privileged.DeleteSnapshot,
+)
+"""What undos ask for. The helper gives each of them some ten seconds."""
 _LENGTH: Final = struct.Struct("!I")
 _HINT: Final = "see `systemctl status bangerd-root.socket bangerd-root` and `journalctl -u bangerd-root`"
 
@@ -24,33 +40,58 @@ def _no_op_id() -> str:
     return ""
 
 
+def _nobody(_: str) -> None:
+    return
+
+
 class Client:
-    """Meets `PrivilegedOps`. `op_id` says on whose behalf a call is made; it greps in both journals."""
+    """Meets `PrivilegedOps`. `op_id` says on whose behalf a call is made; it greps in both journals.
+
+    `tell` hears of an answer that takes longer than `slow_s`.
+    """
 
     def __init__(
         self,
         socket_path: Path = SOCKET,
         op_id: Callable[[], str] = _no_op_id,
         *,
+        tell: Callable[[str], None] = _nobody,
         deadline_s: float = CALL_DEADLINE_S,
+        take_back_s: float = TAKE_BACK_DEADLINE_S,
+        slow_s: float = _SLOW_S,
     ) -> None:
         self._path = socket_path
         self._op_id = op_id
+        self._tell = tell
         self._deadline_s = deadline_s
+        self._take_back_s = take_back_s
+        self._slow_s = slow_s
         self._decoder = msgspec.json.Decoder(privileged.Reply)
 
     async def call(self, request: privileged.Request[privileged.ResultT], /) -> privileged.ResultT:
         # The tagged decoder checks that it is a result; the operation's own type is the helper's contract.
         envelope = privileged.Envelope(request=request, op_id=self._op_id())  # type: ignore[arg-type]
+        deadline_s = self._take_back_s if isinstance(request, TAKES_BACK) else self._deadline_s
+        slow = asyncio.get_running_loop().call_later(self._slow_s, self._say_slow, request)
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 data = await self._exchange(msgspec.json.encode(envelope))
         except TimeoutError:
-            message = f"the root helper did not answer within {self._deadline_s:g} s"
+            message = f"the root helper did not answer {_name(request)} within {deadline_s:g} s"
             raise errors.DeadlineError(message, hint=_HINT) from None
         except (OSError, asyncio.IncompleteReadError) as error:
             raise errors.UnavailableError(f"the root helper does not answer: {error}", hint=_HINT) from error
+        finally:
+            slow.cancel()
         return _result(data, self._decoder)  # type: ignore[return-value]
+
+    def _say_slow(self, request: privileged.Request[Any]) -> None:
+        waited = f"{self._slow_s:g} s"
+        _log.warning(
+            "the root helper takes long",
+            extra={"request": _name(request), "vm": getattr(request, "vm_id", ""), "waited": waited},
+        )
+        self._tell(f"still waiting for the root helper after {waited}: {_name(request)}")
 
     async def _exchange(self, data: bytes) -> bytes:
         reader, writer = await asyncio.open_unix_connection(str(self._path))
@@ -62,6 +103,10 @@ class Client:
             return await reader.readexactly(size)
         finally:
             writer.close()
+
+
+def _name(request: privileged.Request[Any]) -> str:
+    return str(request.__struct_config__.tag)
 
 
 def _result(data: bytes, decoder: msgspec.json.Decoder[privileged.Reply]) -> privileged.AnyResult:

@@ -154,7 +154,7 @@ def _stop_signal() -> asyncio.Event:
 
 def _ops(paths: config.Paths, *, in_process: bool) -> privileged.PrivilegedOps:
     if not in_process:
-        return helper.Client(paths.helper_socket, operations.current_op_id.get)
+        return helper.Client(paths.helper_socket, operations.current_op_id.get, tell=operations.note)
     from banger import inprocess  # the helper's code must not be imported by an unprivileged daemon
 
     return inprocess.InProcess.from_file(paths.install)

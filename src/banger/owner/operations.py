@@ -108,6 +108,14 @@ class Progress:
 
 
 Work = Callable[[Progress], Awaitable[Outcome]]
+_current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("current", default=None)
+
+
+def note(text: str) -> None:
+    """Tells the watchers of the operation that this task works for; nobody when it works for none."""
+    progress = _current.get()
+    if progress is not None:
+        progress.note(text)
 
 
 class Operations:
@@ -204,6 +212,7 @@ async def _run(entry: _Entry, work: Work) -> None:
     entry.has_begun = True
     current_op_id.set(entry.operation.id)
     progress = Progress(entry)
+    _current.set(progress)
     began = entry.operation
     _log.info("operation began", extra=_labels(began))
     ended = msgspec.structs.replace(
