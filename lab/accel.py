@@ -59,13 +59,23 @@ def choose() -> Accelerator:
 
 
 def _refusal() -> str | None:
-    flags = _cpu_flags(Path("/proc/cpuinfo").read_text())
-    if not flags & {"svm", "vmx"}:
-        return "no svm or vmx in /proc/cpuinfo"
-    vendor = "amd" if "svm" in flags else "intel"
+    return guest_refusal() or _nesting_refusal()
+
+
+def _nesting_refusal() -> str | None:
+    vendor = "amd" if "svm" in _cpu_flags(Path("/proc/cpuinfo").read_text()) else "intel"
     nested = Path(f"/sys/module/kvm_{vendor}/parameters/nested")
-    if not nested.exists() or nested.read_text().strip() not in ("1", "Y"):
-        return f"{nested} is not on"
+    is_on = nested.exists() and nested.read_text().strip() in ("1", "Y")
+    return None if is_on else f"{nested} is not on"
+
+
+def guest_refusal() -> str | None:
+    """Why this machine's KVM runs no guest; None when it does.
+
+    The flag alone promises nothing, and a KVM without it may run a few instructions but no ordinary kernel.
+    """
+    if not _cpu_flags(Path("/proc/cpuinfo").read_text()) & {"svm", "vmx"}:
+        return "no svm or vmx in /proc/cpuinfo"
     try:
         probe = subprocess.run(
             [sys.executable, __file__], capture_output=True, timeout=PROBE_LIMIT_S, check=False, text=True

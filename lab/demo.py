@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--up", metavar="NAME", help="only bring up a lab with banger installed, and leave it"
     )
+    parser.add_argument(
+        "--owner",
+        default=os.environ.get("SUDO_USER", ""),
+        help="whose banger it is with --host local; default: who called sudo",
+    )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             provision.installed(options.up, detached=True)
             log.info("try: make lab-ssh NAME=%s, and there: banger vm run -- uname -a", options.up)
             return 0
-        return _local() if options.host == "local" else _in_lab()
+        return _local(options.owner) if options.host == "local" else _in_lab()
     except errors.LabError as error:
         print(f"run: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         return 1
@@ -60,26 +65,27 @@ def _ssh(lab: session.Lab) -> tuple[list[str], Path]:
     return [*lab.shell.ssh_argv(tty), line], lab.directory
 
 
-def _local() -> int:
-    missing = _missing_locally()
+def _local(owner: str) -> int:
+    missing = missing_locally()
     if missing:
         raise errors.LabError(f"this machine cannot run microVMs itself: {'; '.join(missing)}")
+    if not owner:
+        raise errors.LabError("whose banger is it to be? say: make run HOST=local OWNER=you")
     parcel = provision.bundle(cache.default_root())
     try:
-        provision.install(provision.ThisMachine(), parcel.path)
+        provision.install(provision.ThisMachine(), parcel.path, owner)
     finally:
         parcel.close()
-    return _show((["sudo", "-u", provision.OWNER, *COMMAND], Path("/")))
+    return _show((provision.as_user(COMMAND, owner), Path("/")))
 
 
-def _missing_locally() -> list[str]:
-    chosen = accel.choose()
+def missing_locally() -> list[str]:
     found = {
-        chosen.reason: not chosen.is_software,
         "no systemd": Path("/run/systemd/system").is_dir(),
         "no device-mapper": Path("/dev/mapper/control").exists(),
     }
-    return [reason for reason, is_there in found.items() if not is_there]
+    refusal = accel.guest_refusal()
+    return [*([refusal] if refusal else []), *(what for what, is_there in found.items() if not is_there)]
 
 
 def _show(command: tuple[list[str], Path]) -> int:

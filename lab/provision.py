@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import shutil
 import time
 from collections.abc import Sequence
@@ -100,13 +101,16 @@ class ThisMachine:
 
     def run(self, argv: Sequence[str], *, user: str = "root", timeout_s: float = 60) -> object:
         """Runs it to its end as this user; raises CommandError when it fails."""
-        as_user = (
-            [] if user == "root" else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
-        )
-        return command.run([*as_user, *argv], timeout_s=timeout_s)
+        return command.run(as_user(argv, user), timeout_s=timeout_s)
 
 
-def install(machine: Machine, parcel: Path) -> None:
+def as_user(argv: Sequence[str], user: str) -> list[str]:
+    """The command, run by root on this machine as that user with its groups; KeyError when there is none."""
+    known = pwd.getpwnam(user)
+    return ["setpriv", f"--reuid={user}", f"--regid={known.pw_gid}", "--init-groups", *argv]
+
+
+def install(machine: Machine, parcel: Path, owner: str = OWNER) -> None:
     """The commands of README.md's installation, with the parcel's files instead of a registry's."""
     pip = [f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index"]
     wheels_at = f"{parcel}/wheels"
@@ -121,13 +125,13 @@ def install(machine: Machine, parcel: Path) -> None:
     _step(
         machine,
         "banger system install",
-        [f"{VENV}/bin/banger", "system", "install", "--owner", OWNER, *runtime],
+        [f"{VENV}/bin/banger", "system", "install", "--owner", owner, *runtime],
     )
     for kernel in KERNELS:
         import_kernel = ["banger", "kernel", "import", f"{parcel}/kernels/{kernel}", "--name", kernel]
-        _step(machine, f"importing kernel {kernel}", import_kernel, user=OWNER)
+        _step(machine, f"importing kernel {kernel}", import_kernel, user=owner)
     register = ["banger", "image", "register", f"{parcel}/images/{IMAGE}", "--name", IMAGE]
-    _step(machine, f"registering image {IMAGE}", register, user=OWNER)
+    _step(machine, f"registering image {IMAGE}", register, user=owner)
 
 
 def _step(machine: Machine, title: str, argv: Sequence[str], *, user: str = "root") -> None:

@@ -9,7 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from lab import accel, cache, cli, command, errors, image, initrd, instance, layer, remote, setup
+from lab import (
+    accel,
+    cache,
+    cli,
+    command,
+    demo,
+    errors,
+    image,
+    initrd,
+    instance,
+    layer,
+    provision,
+    remote,
+    setup,
+)
 
 AWKWARD_WORDS = ["", " ", "a b", "'", '"', "$HOME", "`id`", "a\nb", "*", "\\", ";exit 3", "-n"]
 
@@ -149,3 +163,18 @@ def test_absent_lab_is_an_error_with_a_remedy(
     assert cli.main(["run", "--name", "none", "--", "true"]) == 1
     assert "python -m lab up --name none" in capsys.readouterr().err
     assert cli.main(["down", "--name", "none"]) == 0
+
+
+def test_this_machine_is_used_only_when_it_can_and_for_somebody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing is installed")
+
+    monkeypatch.setattr(provision, "install", never)
+    monkeypatch.setattr(demo, "missing_locally", lambda: ["no device-mapper"])
+    assert demo.main(["--host", "local", "--owner", "me"]) == 1
+    assert "no device-mapper" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "missing_locally", list)
+    assert demo.main(["--host", "local", "--owner", ""]) == 1
+    assert "OWNER=you" in capsys.readouterr().err
