@@ -11,10 +11,12 @@ import pytest
 
 from banger.cli import main as cli
 from banger.cli import reference
+from banger.owner import reference as api
 from tests.style import tree
 
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE")
 _LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+_CODE = re.compile(r"`[^`\n]*`")
 _TARGET = re.compile(r"\bmake ([a-z-]+)")
 
 
@@ -65,7 +67,8 @@ def test_the_architecture_names_every_package() -> None:
 
 @pytest.mark.parametrize("path", tree.with_suffix(".md"), ids=tree.name_of)
 def test_every_link_leads_somewhere(path: Path) -> None:
-    gone = [link for link in _LINK.findall(path.read_text()) if not (path.parent / link).exists()]
+    prose = _CODE.sub("", path.read_text())
+    gone = [link for link in _LINK.findall(prose) if not (path.parent / link).exists()]
     assert gone == []
 
 
@@ -79,3 +82,7 @@ def test_every_make_target_named_exists(path: Path) -> None:
 
 def test_the_command_reference_is_current() -> None:
     assert _read("docs/cli.md") == reference.reference(), "run: python -m banger.cli.reference > docs/cli.md"
+
+
+def test_the_api_reference_is_current() -> None:
+    assert _read("docs/api.md") == api.reference(), "run: python -m banger.owner.reference > docs/api.md"

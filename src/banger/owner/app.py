@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from typing import Final
+from typing import Any, Final
 
 import litestar
 import msgspec
@@ -18,7 +19,6 @@ from banger.owner.routes import commands, machines, sources, work
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES: Final = 1024 * 1024
-HANDLERS: Final = (*work.HANDLERS, *machines.HANDLERS, *commands.HANDLERS, *sources.HANDLERS)
 STATUS: Final = {
     "bad_request": 400,
     "unauthorized": 403,
@@ -36,7 +36,7 @@ STATUS: Final = {
 def create_app(services: routes.Services) -> litestar.Litestar:
     """One application over these services; nothing global."""
     return litestar.Litestar(
-        route_handlers=[*HANDLERS, get_document],
+        route_handlers=list(ROUTES),
         dependencies={"services": di.Provide(lambda: services, sync_to_thread=False)},
         exception_handlers={Exception: _answer},
         openapi_config=None,
@@ -45,10 +45,19 @@ def create_app(services: routes.Services) -> litestar.Litestar:
     )
 
 
-@litestar.get("/v1/openapi.json", media_type="application/json")
+@litestar.get("/v1/openapi.json", media_type="application/json", responses=routes.answer(dict[str, Any]))
 async def get_document() -> bytes:
     """This API's OpenAPI document."""
-    return await asyncio.to_thread(openapi.cached, HANDLERS)
+    return await asyncio.to_thread(document)
+
+
+ROUTES: Final = (*work.HANDLERS, *machines.HANDLERS, *commands.HANDLERS, *sources.HANDLERS, get_document)
+
+
+@functools.cache
+def document() -> bytes:
+    """Made when first asked for: a daemon that is never asked does not pay for it."""
+    return openapi.render(ROUTES, STATUS)
 
 
 def _answer(

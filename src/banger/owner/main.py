@@ -33,7 +33,6 @@ from banger.owner import (
     kernels,
     logs,
     migrations,
-    openapi,
     operations,
     reconcile,
     routes,
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.openapi:
-        sys.stdout.buffer.write(openapi.render(app.HANDLERS))
+        sys.stdout.buffer.write(app.document())
         return 0
     installation = config.load_installation(options.install)
     paths = _paths(options, installation)

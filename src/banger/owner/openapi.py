@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-import functools
+import ast
 import inspect
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import litestar
@@ -21,18 +22,23 @@ import banger
 from banger.contract import errors, resources
 
 Document = dict[str, Any]  # JSON
+Routes = Sequence[handlers.BaseRouteHandler]
 
-_REF: Final = "#/components/schemas/{name}"
-# They travel in streams and WebSockets, which OpenAPI has no words for.
-_STREAMED: Final = (resources.Event, resources.ExecRequest, resources.ExecControl, resources.ExecEnd)
-
-
-def render(routes: Sequence[handlers.BaseRouteHandler]) -> bytes:
-    return json.dumps(document(routes), indent=1, sort_keys=True).encode() + b"\n"
+_SCHEMA: Final = "#/components/schemas/"
+_FAILURE: Final = "#/components/responses/Failure"
+# They travel in WebSockets, which OpenAPI has no words for: its own extension `x-websocket` names them.
+_EXEC: Final = {"first": resources.ExecRequest, "later": resources.ExecControl, "last": resources.ExecEnd}
 
 
-def document(routes: Sequence[handlers.BaseRouteHandler]) -> Document:
-    """OpenAPI 3.1. Litestar's schemas know neither docstrings nor closed structs: msgspec's do."""
+def render(routes: Routes, statuses: Mapping[str, int]) -> bytes:
+    return json.dumps(document(routes, statuses), indent=1, sort_keys=True).encode() + b"\n"
+
+
+def document(routes: Routes, statuses: Mapping[str, int]) -> Document:
+    """OpenAPI 3.1. Litestar's schemas know neither docstrings nor closed structs: msgspec's do.
+
+    `statuses` maps the codes of errors to HTTP statuses; every other code has 500.
+    """
     app = litestar.Litestar(
         route_handlers=list(routes),
         dependencies={"services": litestar.di.Provide(lambda: None, sync_to_thread=False)},
@@ -46,12 +52,19 @@ def document(routes: Sequence[handlers.BaseRouteHandler]) -> Document:
         logging_config=None,
     )
     made: Document = app.openapi_schema.to_schema()
-    made["components"]["schemas"] = _schemas(made["components"]["schemas"])
+    made["components"] = {
+        "schemas": _schemas(made["components"]["schemas"]),
+        "responses": {"Failure": _failure(statuses)},
+    }
     # A path of the socket is no URL; clients send any host.
     made["servers"] = [{"url": "/"}]
     for methods in made["paths"].values():
         for operation in methods.values():
             _complete(operation)
+    for route in routes:
+        if isinstance(route, handlers.WebsocketRouteHandler):
+            for path in route.paths:
+                made["paths"][path.replace(":str}", "}")] = {"get": _websocket(route)}
     return made
 
 
@@ -59,26 +72,73 @@ def _operation_id(handler: handlers.HTTPRouteHandler, _: Method, __: Sequence[ob
     return str(handler.fn.__name__)
 
 
-def _schemas(used: Document) -> Document:
-    types = [getattr(resources, name, None) or getattr(errors, name) for name in sorted(used)]
-    _, components = msgspec.json.schema_components({*types, *_STREAMED}, ref_template=_REF)
-    for name, schema in components.items():
-        kind = getattr(resources, name, None) or getattr(errors, name)
-        schema["description"] = inspect.cleandoc(kind.__doc__ or "")
-    return dict(sorted(components.items()))
-
-
 def _complete(operation: Document) -> None:
     """Every request may fail in the one way that all do."""
     operation["summary"] = operation.get("description", "").partition("\n")[0]
     operation["responses"].pop("400", None)
-    operation["responses"]["default"] = {
-        "description": "The request was refused or failed.",
-        "content": {"application/json": {"schema": {"$ref": _REF.format(name="ErrorBody")}}},
+    operation["responses"]["default"] = {"$ref": _FAILURE}
+
+
+def _websocket(route: handlers.WebsocketRouteHandler) -> Document:
+    description = inspect.cleandoc(route.fn.__doc__ or "")
+    return {
+        "operationId": route.fn.__name__,
+        "summary": description.partition("\n")[0],
+        "description": description,
+        "parameters": [
+            {"name": "ref", "in": "path", "required": True, "schema": {"type": "string"}},
+        ],
+        "responses": {
+            "101": {"description": "A WebSocket follows."},
+            "default": {"$ref": _FAILURE},
+        },
+        "x-websocket": {which: {"$ref": _SCHEMA + kind.__name__} for which, kind in _EXEC.items()},
     }
 
 
-@functools.cache
-def cached(routes: tuple[handlers.BaseRouteHandler, ...]) -> bytes:
-    """Made when first asked for: a daemon that is never asked does not pay for it."""
-    return render(routes)
+def _failure(statuses: Mapping[str, int]) -> Document:
+    """An answer that is not a success; which codes come with which status."""
+    by_status: dict[str, list[str]] = {}
+    for code in sorted(errors.CODES):
+        by_status.setdefault(str(statuses.get(code, 500)), []).append(code)
+    return {
+        "description": "The request was refused or failed.",
+        "content": {"application/json": {"schema": {"$ref": f"{_SCHEMA}ErrorBody"}}},
+        "x-codes": dict(sorted(by_status.items())),
+    }
+
+
+def _schemas(used: Document) -> Document:
+    kinds = {getattr(resources, name, None) or getattr(errors, name) for name in used}
+    _, components = msgspec.json.schema_components(
+        {*kinds, *_EXEC.values()}, ref_template=_SCHEMA + "{name}"
+    )
+    notes = _field_notes(resources) | _field_notes(errors)
+    for name, schema in components.items():
+        kind = getattr(resources, name, None) or getattr(errors, name)
+        schema["description"] = inspect.cleandoc(kind.__doc__ or "")
+        if "enum" in schema:
+            schema["enum"] = list(kind)  # msgspec sorts them, and the order may mean something
+        for field, value in schema.get("properties", {}).items():
+            if (name, field) in notes:
+                value["description"] = notes[name, field]
+    # Open on purpose: a client takes a code that it does not know for operation_failed.
+    components["ErrorBody"]["properties"]["code"]["examples"] = sorted(errors.CODES)
+    return dict(sorted(components.items()))
+
+
+def _field_notes(module: types.ModuleType) -> dict[tuple[str, str], str]:
+    """What is said below a field: a string that the program itself never sees."""
+    tree = ast.parse(inspect.getsource(module))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {(each.name, field): text for each in classes for field, text in _notes_in(each)}
+
+
+def _notes_in(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, below in zip(node.body, node.body[1:], strict=False):
+        match field, below:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                yield name, inspect.cleandoc(text)

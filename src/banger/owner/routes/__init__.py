@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from litestar import di
+from litestar.openapi import datastructures
 
 from banger.contract import privileged
 from banger.owner import images, kernels, operations, runtime, vms
@@ -27,3 +29,12 @@ class Services:
 
 Injected = di.NamedDependency[Services]
 """A handler's parameter that the application fills in."""
+
+
+def answer(kind: Any, media_type: str = "application/json") -> dict[int, datastructures.ResponseSpec]:
+    """For the OpenAPI document: what a handler answers that its signature cannot say."""
+    return {
+        200: datastructures.ResponseSpec(
+            kind, generate_examples=False, description="Request fulfilled", media_type=media_type
+        )
+    }

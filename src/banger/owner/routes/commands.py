@@ -22,7 +22,7 @@ Socket = litestar.WebSocket[object, object, litestar.datastructures.State]
 
 @litestar.websocket("/v1/vms/{ref:str}/exec")
 async def exec_in_vm(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
-    """See ExecRequest, ExecControl and ExecEnd for the messages."""
+    """Runs a command in a running VM."""
     await socket.accept()
     request: resources.ExecRequest | None = None
     began, end = time.monotonic(), None

@@ -75,7 +75,7 @@ async def get_stats(ref: params.FromPath[str], services: routes.Injected) -> res
     return await services.vms.stats(ref)
 
 
-@litestar.get("/v1/vms/{ref:str}/logs", media_type="text/plain")
+@litestar.get("/v1/vms/{ref:str}/logs", responses=routes.answer(str, "text/plain"))
 async def get_logs(
     ref: params.FromPath[str],
     services: routes.Injected,

@@ -54,7 +54,10 @@ async def cancel_operation(
     return await services.operations.cancel(operation_id)
 
 
-@litestar.get("/v1/operations/{operation_id:str}/events")
+@litestar.get(
+    "/v1/operations/{operation_id:str}/events",
+    responses=routes.answer(resources.Event, "text/event-stream"),
+)
 async def watch_operation(
     operation_id: params.FromPath[str],
     services: routes.Injected,
