@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
-from banger.contract import errors, names
+from banger.contract import errors, names, resources
 from banger.vm import host as hosts
 
 CONFIG_PATH: Final = Path("/etc/banger/config.toml")
@@ -19,21 +20,30 @@ INSTALL_PATH: Final = Path("/etc/banger/install.toml")
 
 T = TypeVar("T")
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+Reference = Annotated[str, msgspec.Meta(min_length=1)]
+AbsolutePath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$(?!\n)")]
+
+_WHERE: Final = re.compile(r"(.*) - at `\$\.(.+)`", re.DOTALL)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """config.toml. Absent sizes follow the host."""
 
-    image: str = "debian-bookworm"
-    kernel: str | None = None
+    image: Reference = "debian-bookworm"
+    kernel: Reference | None = None
     """Absent: the one that the image names."""
-    vcpus: Annotated[int, msgspec.Meta(ge=1, le=32)] | None = None
-    memory_mib: Annotated[int, msgspec.Meta(ge=64)] | None = None
-    disk_size_mib: Annotated[int, msgspec.Meta(ge=16)] | None = None
+    vcpus: resources.Vcpus | None = None
+    memory_mib: resources.MemoryMib | None = None
+    disk_size_mib: resources.DiskMib | None = None
     agent_deadline_s: Seconds = 60.0
     flush_deadline_s: Seconds = 10.0
     power_off_deadline_s: Seconds = 4.0
-    dns: tuple[str, ...] = ()
+    dns: Annotated[tuple[str, ...], msgspec.Meta(max_length=3)] = ()
+    """What guests ask for names; as many as a resolv.conf holds."""
+
+    def __post_init__(self) -> None:
+        for text in self.dns:
+            _check_resolver(text)
 
     @property
     def limits(self) -> hosts.Limits:
@@ -43,10 +53,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class Installation(msgspec.Struct, frozen=True, kw_only=True):
     """The keys of install.toml that the daemon needs; the others are the helper's."""
 
-    owner_uid: int
+    owner_uid: Annotated[int, msgspec.Meta(ge=0)]
+    uid_count: Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)] = names.MAX_SLOTS
     network: str = names.NETWORK
-    state_dir: str = "/var/lib/banger"
-    helper_dir: str = "/var/lib/banger-root"
+    state_dir: AbsolutePath = "/var/lib/banger"
+    helper_dir: AbsolutePath = "/var/lib/banger-root"
+
+    def __post_init__(self) -> None:
+        """The helper has the same rule; a daemon that breaks it would only fail later."""
+        found = _network(self.network)
+        # Besides the VMs: the network itself, the bridge and the broadcast address.
+        if found.num_addresses < self.uid_count + 3:
+            raise ValueError(f"network: {self.network!r} is too small for {self.uid_count} VMs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +105,7 @@ def load_installation(path: Path) -> Installation:
 
 
 def prefix(installation: Installation) -> ipaddress.IPv4Network:
-    return ipaddress.IPv4Network(installation.network)
+    return _network(installation.network)
 
 
 def _decode(path: Path, kind: type[T]) -> T | None:
@@ -95,7 +113,35 @@ def _decode(path: Path, kind: type[T]) -> T | None:
         return msgspec.convert(tomllib.loads(path.read_text()), type=kind)
     except FileNotFoundError:
         return None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-        raise errors.BadRequestError(
-            f"{path}: {error}", hint="correct the file, then restart bangerd"
-        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _refused(path, f"it is not TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise _refused(path, _by_key(str(error))) from error
+
+
+def _refused(path: Path, why: str) -> errors.BadRequestError:
+    return errors.BadRequestError(f"{path}: {why}", hint="correct the file, then restart bangerd")
+
+
+def _by_key(text: str) -> str:
+    """The key first, as our own checks have it; msgspec puts it last."""
+    found = _WHERE.fullmatch(text)
+    return f"{found[2]}: {found[1][0].lower()}{found[1][1:]}" if found else text[0].lower() + text[1:]
+
+
+def _check_resolver(text: str) -> None:
+    try:
+        address = ipaddress.IPv4Address(text)
+    except ValueError:
+        raise ValueError(f"dns: {text!r} is not an IPv4 address") from None
+    if address.is_loopback:
+        raise ValueError(f"dns: {text!r} would be the guest itself; name one that guests can reach")
+    if address.is_multicast or address.is_unspecified or address.is_reserved:
+        raise ValueError(f"dns: {text!r} is not the address of a host")
+
+
+def _network(text: str) -> ipaddress.IPv4Network:
+    try:
+        return ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise ValueError(f"network: {text!r} is not an IPv4 network with its prefix: {error}") from None

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""config.toml and install.toml: every key, and what is wrong said with the file and the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from banger.contract import errors, names
+from banger.owner import config
+
+# Each key with a value that is not its default.
+VALUES: dict[str, object] = {
+    "image": "alpine",
+    "kernel": "generic-6.12",
+    "vcpus": 3,
+    "memory_mib": 640,
+    "disk_size_mib": 4096,
+    "agent_deadline_s": 12.5,
+    "flush_deadline_s": 3.0,
+    "power_off_deadline_s": 2.0,
+    "dns": ("192.0.2.53", "10.0.0.1"),
+}
+WRONG = [
+    ("image = 1", "image: expected `str`, got `int`"),
+    ("image = ''", "image: expected `str` of length >= 1"),
+    ("kernel = ['a']", "kernel: expected `str | null`, got `array`"),
+    ("kernel = ''", "kernel: expected `str` of length >= 1"),
+    ("vcpus = '2'", "vcpus: expected `int | null`, got `str`"),
+    ("vcpus = true", "vcpus: expected `int | null`, got `bool`"),
+    ("vcpus = 0", "vcpus: expected `int` >= 1"),
+    ("vcpus = 33", "vcpus: expected `int` <= 32"),
+    ("memory_mib = 1.5", "memory_mib: expected `int | null`, got `float`"),
+    ("memory_mib = 63", "memory_mib: expected `int` >= 64"),
+    ("memory_mib = 1048577", "memory_mib: expected `int` <= 1048576"),
+    ("disk_size_mib = '8G'", "disk_size_mib: expected `int | null`, got `str`"),
+    ("disk_size_mib = 15", "disk_size_mib: expected `int` >= 16"),
+    ("disk_size_mib = 16777217", "disk_size_mib: expected `int` <= 16777216"),
+    ("agent_deadline_s = '1m'", "agent_deadline_s: expected `float`, got `str`"),
+    ("agent_deadline_s = 0", "agent_deadline_s: expected `float` > 0"),
+    ("agent_deadline_s = nan", "agent_deadline_s: expected `float`"),
+    ("flush_deadline_s = -1", "flush_deadline_s: expected `float` > 0"),
+    ("flush_deadline_s = inf", "flush_deadline_s: expected `float` <= 3600"),
+    ("power_off_deadline_s = 3601", "power_off_deadline_s: expected `float` <= 3600"),
+    ("power_off_deadline_s = false", "power_off_deadline_s: expected `float`, got `bool`"),
+    ("dns = '192.0.2.1'", "dns: expected `array`, got `str`"),
+    ("dns = [1]", "dns[0]: expected `str`, got `int`"),
+    ("dns = ['1.1.1.1', '1.1.1.2', '1.1.1.3', '1.1.1.4']", "dns: expected `array` of length <= 3"),
+    ("dns = ['example.org']", "dns: 'example.org' is not an IPv4 address"),
+    ("dns = ['192.0.2']", "dns: '192.0.2' is not an IPv4 address"),
+    ("dns = ['192.0.2.256']", "dns: '192.0.2.256' is not an IPv4 address"),
+    ("dns = ['192.0.2.1/24']", "dns: '192.0.2.1/24' is not an IPv4 address"),
+    ("dns = ['192.0.2.1:53']", "dns: '192.0.2.1:53' is not an IPv4 address"),
+    ("dns = ['2001:db8::1']", "dns: '2001:db8::1' is not an IPv4 address"),
+    ("dns = ['127.0.0.53']", "dns: '127.0.0.53' would be the guest itself"),
+    ("dns = ['0.0.0.0']", "dns: '0.0.0.0' is not the address of a host"),
+    ("dns = ['224.0.0.1']", "dns: '224.0.0.1' is not the address of a host"),
+    ("dns = ['255.255.255.255']", "dns: '255.255.255.255' is not the address of a host"),
+    ("vcpu = 1", "object contains unknown field `vcpu`"),
+    ("[dns]\nserver = 'x'", "dns: expected `array`, got `object`"),
+    ("vcpus = ", "it is not TOML: "),
+    ("vcpus = 1\nvcpus = 2", "it is not TOML: "),
+]
+WRONG_INSTALLATION = [
+    ("", "object missing required field `owner_uid`"),
+    ("owner_uid = -1", "owner_uid: expected `int` >= 0"),
+    ("owner_uid = 'dev'", "owner_uid: expected `int`, got `str`"),
+    ("uid_count = 0", "uid_count: expected `int` >= 1"),
+    ("uid_count = 4001", "uid_count: expected `int` <= 4000"),
+    ("state_dir = 'banger'", "state_dir: expected `str` matching regex"),
+    ("state_dir = ''", "state_dir: expected `str` matching regex"),
+    ("helper_dir = 7", "helper_dir: expected `str`, got `int`"),
+    ("network = 'home'", "network: 'home' is not an IPv4 network with its prefix"),
+    ("network = 10", "network: expected `str`, got `int`"),
+    ("network = '10.213.240.0/33'", "network: '10.213.240.0/33' is not an IPv4 network"),
+    ("network = '10.213.240.1/20'", "has host bits set"),
+    ("network = 'fd00::/64'", "network: 'fd00::/64' is not an IPv4 network"),
+    ("network = '10.213.240.0'", "network: '10.213.240.0' is too small for 4000 VMs"),
+    ("network = '10.213.240.0/21'", "network: '10.213.240.0/21' is too small for 4000 VMs"),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "some.toml"
+
+
+def _written(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def test_the_values_below_are_those_of_every_key() -> None:
+    defaults = config.Config()
+    assert set(VALUES) == set(config.Config.__struct_fields__)
+    assert all(getattr(defaults, key) != value for key, value in VALUES.items())
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_key_is_read_alone(path: Path, key: str) -> None:
+    path.write_text(f"{key} = {_written(VALUES[key])}\n")
+    assert config.load(path) == msgspec.structs.replace(config.Config(), **{key: VALUES[key]})
+
+
+def test_all_keys_together(path: Path) -> None:
+    path.write_text("".join(f"{key} = {_written(value)}\n" for key, value in VALUES.items()))
+    assert msgspec.structs.asdict(config.load(path)) == VALUES
+
+
+def test_a_whole_number_of_seconds_is_fine(path: Path) -> None:
+    path.write_text("agent_deadline_s = 90")
+    assert config.load(path).limits.agent_s == 90
+
+
+@pytest.mark.parametrize("text", [None, "", "# nothing\n"])
+def test_nothing_configured_is_the_defaults(path: Path, text: str | None) -> None:
+    if text is not None:
+        path.write_text(text)
+    assert config.load(path) == config.Config()
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_what_is_wrong_is_said_with_file_and_key(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
+    with pytest.raises(errors.BadRequestError) as caught:
+        config.load(path)
+    assert caught.value.message.startswith(f"{path}: {message}")
+    assert "restart bangerd" in caught.value.hint
+
+
+def test_bytes_that_are_no_text(path: Path) -> None:
+    path.write_bytes(b"image = '\xff'")
+    with pytest.raises(errors.BadRequestError, match="it is not TOML"):
+        config.load(path)
+
+
+def test_an_installation_as_it_is_written(path: Path) -> None:
+    path.write_text(
+        "owner_uid = 1000\nowner_name = 'dev'\nnetwork = '192.168.0.0/16'\nstate_dir = '/srv/b'\n"
+    )
+    found = config.load_installation(path)
+    assert (found.owner_uid, found.state_dir, found.helper_dir) == (1000, "/srv/b", "/var/lib/banger-root")
+    assert str(config.prefix(found)) == "192.168.0.0/16"
+
+
+def test_a_small_network_suits_few_vms(path: Path) -> None:
+    path.write_text("owner_uid = 1000\nuid_count = 13\nnetwork = '192.168.7.0/28'\n")
+    found = config.load_installation(path)
+    assert names.guest_address(config.prefix(found), found.uid_count)
+
+
+def test_no_installation_says_how_to_make_one(path: Path) -> None:
+    with pytest.raises(errors.NotFoundError, match="does not exist") as caught:
+        config.load_installation(path)
+    assert "banger system install" in caught.value.hint
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_INSTALLATION)
+def test_a_wrong_installation_is_refused(path: Path, text: str, message: str) -> None:
+    path.write_text(text if not text or text.startswith("owner_uid") else f"owner_uid = 1\n{text}")
+    with pytest.raises(errors.BadRequestError) as caught:
+        config.load_installation(path)
+    assert caught.value.message.startswith(f"{path}: ")
+    assert message in caught.value.message
