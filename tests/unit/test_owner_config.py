@@ -147,7 +147,7 @@ def test_an_installation_as_it_is_written(path: Path) -> None:
 def test_a_small_network_suits_few_vms(path: Path) -> None:
     path.write_text("owner_uid = 1000\nuid_count = 13\nnetwork = '192.168.7.0/28'\n")
     found = config.load_installation(path)
-    assert names.guest_address(config.prefix(found), found.uid_count)
+    assert str(names.guest_address(config.prefix(found), found.uid_count)) == "192.168.7.14"
 
 
 def test_no_installation_says_how_to_make_one(path: Path) -> None:
