@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from typing import Any
 
 import pytest
 
 from banger.contract import errors, guest, privileged, resources
-from banger.owner import config, main
+from banger.owner import config, main, routes
 from tests.contract import conftest
 from tests.fakes import world as worlds
 
@@ -42,6 +44,12 @@ STAGES = [
     "wait_guest_ready",
     "finalize",
 ]
+
+
+def _composed(
+    paths: config.Paths, world: worlds.World
+) -> contextlib.AbstractAsyncContextManager[routes.Services]:
+    return main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
 
 
 async def test_a_start_runs_the_nineteen_steps_in_their_order(daemon: conftest.Daemon) -> None:
@@ -169,7 +177,7 @@ async def test_a_taken_name_is_refused(daemon: conftest.Daemon) -> None:
 
 async def test_a_daemon_that_starts_again_adopts_what_runs(paths: config.Paths, world: worlds.World) -> None:
     async def start() -> tuple[str, int]:
-        async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        async with _composed(paths, world) as services:
             if not await services.vms.list():
                 daemon = conftest.Daemon(services, paths, world)
                 await daemon.create()
@@ -184,9 +192,72 @@ async def test_a_daemon_that_starts_again_collects_what_no_row_owns(
 ) -> None:
     world.vm("ffffffffffff").tap = True
     (paths.state / "vms" / "ffffffffffff").mkdir(parents=True)
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
+    async with _composed(paths, world):
         assert world.leftovers() == {}
         assert not any((paths.state / "vms").iterdir())
+
+
+@pytest.mark.parametrize("remove", [True, False])
+async def test_the_vm_of_a_command_goes_when_its_daemon_dies(
+    paths: config.Paths, world: worlds.World, remove: bool
+) -> None:
+    """The client went with the daemon, so nobody else knows any more that it was to be deleted."""
+    async with _composed(paths, world) as services:
+        await conftest.Daemon(services, paths, world).create()
+        request = resources.ExecRequest(argv=("cat",), remove=remove)
+        async with services.vms.exec("web", request):
+            pass
+        # exec_finished is never called: a daemon that is killed finishes nothing
+    async with _composed(paths, world) as services:
+        left = [vm.name for vm in await services.vms.list()]
+    assert left == ([] if remove else ["web"])
+    assert (world.leftovers() == {}) == remove
+
+
+async def test_a_daemon_that_is_stopped_leaves_the_deletion_to_the_next(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    request = resources.ExecRequest(argv=("cat",), remove=True)
+    async with _composed(paths, world) as services:
+        await conftest.Daemon(services, paths, world).create()
+        async with services.vms.exec("web", request):
+            await services.operations.close()
+        await services.vms.exec_finished("web", request)
+        assert [vm.name for vm in await services.vms.list()] == ["web"]
+    async with _composed(paths, world) as services:
+        assert await services.vms.list() == []
+    assert world.leftovers() == {}
+
+
+@pytest.mark.parametrize("remove", [True, False])
+async def test_a_throw_away_vm_whose_create_was_cut_short_goes(
+    paths: config.Paths, world: worlds.World, remove: bool
+) -> None:
+    reached, never = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.LaunchVmm):
+            reached.set()
+            await never.wait()
+
+    async with _composed(paths, world) as killed:
+        world.before = hang
+        await killed.vms.create(resources.CreateVm(name="web", remove_on_failure=remove))
+        await reached.wait()
+        # From here on the first daemon is as good as dead: all it has is a request that hangs.
+        async with _composed(paths, world) as services:
+            left = [(vm.name, vm.state) for vm in await services.vms.list()]
+            assert world.leftovers() == {}
+        never.set()
+    assert left == ([] if remove else [("web", resources.VmState.CREATED)])
+
+
+async def test_a_throw_away_create_that_succeeded_is_kept(paths: config.Paths, world: worlds.World) -> None:
+    async with _composed(paths, world) as services:
+        body = resources.CreateVm(name="web", remove_on_failure=True)
+        await conftest.Daemon(services, paths, world).done(await services.vms.create(body))
+    async with _composed(paths, world) as services:
+        assert (await services.vms.get("web")).state is resources.VmState.RUNNING
 
 
 async def test_exec_echoes_what_it_is_sent(daemon: conftest.Daemon) -> None:

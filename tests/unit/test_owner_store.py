@@ -243,6 +243,31 @@ def test_every_earlier_file_becomes_current(path: Path, version: int) -> None:
     assert migrations.check(path) is migrations.Verdict.CURRENT
 
 
+def test_rows_of_the_first_schema_come_through(path: Path) -> None:
+    _at_version(path, 1)
+    vm = draft(1)
+    connection = store.connect(path)
+    marks = ",".join("?" * 8)
+    connection.execute(f"INSERT INTO vms VALUES ({marks})", store._row(vm))  # noqa: S608
+    connection.close()
+    migrated = store.Store(path)
+    assert (migrated.list(), migrated.throw_aways()) == ([vm], frozenset())
+    migrated.close()
+
+
+def test_a_throw_away_stays_one_until_told_otherwise(path: Path, empty_store: store.Store) -> None:
+    kept = empty_store.reserve(draft)
+    thrown = empty_store.reserve(draft, throw_away=True)
+    empty_store.save(msgspec.structs.replace(thrown, state=resources.VmState.ERROR))
+    again = store.Store(path)
+    assert again.throw_aways() == {thrown.id}
+    empty_store.set_throw_away(thrown.id, throw_away=False)
+    empty_store.set_throw_away(kept.id, throw_away=True)
+    empty_store.set_throw_away(names.VmId("ffffffffffff"), throw_away=True)
+    assert again.throw_aways() == {kept.id}
+    again.close()
+
+
 def test_a_file_that_is_not_there_will_be_migrated_and_is_not_made_by_looking(path: Path) -> None:
     assert migrations.check(path) is migrations.Verdict.WILL_MIGRATE
     assert not path.exists()

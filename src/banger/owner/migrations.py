@@ -25,6 +25,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         record TEXT NOT NULL
     ) STRICT
     """,
+    "ALTER TABLE vms ADD COLUMN throw_away INTEGER NOT NULL DEFAULT 0",
 )
 
 

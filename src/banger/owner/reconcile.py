@@ -24,16 +24,24 @@ class Vms(Protocol):
 
     async def collect(self, vm: record.VmRecord, /) -> None: ...
 
+    async def throw_away(self, vm: record.VmRecord, /) -> None: ...
+
 
 async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
     """Adopts each VM that still runs, takes away what does not, collects what no row owns.
+
+    Deletes the VMs that were to end with the request of a client: it ended with the last daemon.
 
     One VM that cannot be cleaned up is logged and does not keep the daemon from starting.
     """
     world = await host.privileged(privileged.ListWorld())
     found = {seen.vm_id: seen for seen in world.vms}
     rows = {vm.id: vm for vm in store.list()}
+    throw_aways = store.throw_aways()
     for vm in rows.values():
+        if vm.id in throw_aways:
+            await _guarded(vm.id, vms.throw_away(vm))
+            continue
         await _guarded(vm.id, _reconcile_row(vm, found.get(vm.id), host, vms))
     for vm_id in found.keys() - rows.keys():
         await _guarded(vm_id, _collect_orphan(names.VmId(vm_id), host))

@@ -46,10 +46,13 @@ class Store:
         with self._lock:
             self._connection.close()
 
-    def reserve(self, draft: Callable[[int], record.VmRecord]) -> record.VmRecord:
+    def reserve(
+        self, draft: Callable[[int], record.VmRecord], *, throw_away: bool = False
+    ) -> record.VmRecord:
         """Leases the lowest free slot and inserts the row drafted for it, in one transaction.
 
-        Raises AlreadyExistsError for a name that is taken, ConflictError when every slot is.
+        `throw_away`: see `throw_aways`. Raises AlreadyExistsError for a name that is taken, ConflictError
+        when every slot is.
         """
         with self._transaction() as connection:
             taken = {slot for (slot,) in connection.execute("SELECT slot FROM vms")}
@@ -60,7 +63,10 @@ class Store:
                 )
             vm = draft(slot)
             try:
-                connection.execute(f"INSERT INTO vms ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?)", _row(vm))  # noqa: S608
+                connection.execute(
+                    f"INSERT INTO vms ({_COLUMNS}, throw_away) VALUES (?,?,?,?,?,?,?,?,?)",  # noqa: S608
+                    (*_row(vm), throw_away),
+                )
             except sqlite3.IntegrityError as error:
                 raise _refused(vm, error) from None
         return vm
@@ -106,6 +112,17 @@ class Store:
         """A row that is gone already is fine."""
         with self._transaction() as connection:
             connection.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+
+    def set_throw_away(self, vm_id: names.VmId, *, throw_away: bool) -> None:
+        """A row that is gone already is fine."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE vms SET throw_away = ? WHERE id = ?", (throw_away, vm_id))
+
+    def throw_aways(self) -> frozenset[names.VmId]:
+        """VMs that end with a client's request; a daemon that starts knows that these clients are gone."""
+        with self._lock, _explained():
+            rows = self._connection.execute("SELECT id FROM vms WHERE throw_away")
+            return frozenset(vm_id for (vm_id,) in rows)
 
     def names_using_image(self, image_id: str) -> tuple[str, ...]:
         return self._names("SELECT name FROM vms WHERE image_id = ? ORDER BY name", image_id)

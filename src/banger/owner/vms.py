@@ -83,13 +83,17 @@ class VmService:
         taken = {vm.name for vm in self._store.list()}
         name = names.parse_vm_name(body.name) if body.name else create.new_name(taken)
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
-        vm = self._store.reserve(lambda slot: create.draft(vm_id, name, slot, resolved, now))
+        vm = self._store.reserve(
+            lambda slot: create.draft(vm_id, name, slot, resolved, now), throw_away=body.remove_on_failure
+        )
 
         async def work(progress: operations.Progress) -> resources.Vm:
             async with self._lifecycle.hold(vm.id, progress.op_id):
-                if not body.start:
-                    return self._view(vm)
-                return await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
+                view = self._view(vm)
+                if body.start:
+                    view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
+                self._store.set_throw_away(vm.id, throw_away=False)
+                return view
 
         return self._operations.start("vm.create", vm.name, work)
 
@@ -154,6 +158,8 @@ class VmService:
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
         vm = self._running(ref)
+        if request.remove:
+            self._store.set_throw_away(vm.id, throw_away=True)
         spec = guest.ExecSpec(
             argv=request.argv,
             env=request.env,
@@ -167,9 +173,12 @@ class VmService:
             yield running
 
     async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:
-        """A VM of one command goes with it, however the command or its client ended."""
+        """A VM of one command goes with it, however the command or its client ended.
+
+        A daemon that is stopping leaves that to the next one.
+        """
         if request.remove:
-            with contextlib.suppress(errors.NotFoundError):
+            with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
                 await self.delete(ref)
 
     # --- the daemon's start ---
@@ -177,6 +186,10 @@ class VmService:
     def adopt(self, vm: record.VmRecord, vmm: privileged.Vmm) -> None:
         """A VMM that outlived the last daemon is ours again."""
         self.live.add(vm.id, vmm.pid)
+
+    async def throw_away(self, vm: record.VmRecord) -> None:
+        """The client whose command it ran for left with the last daemon."""
+        await self._delete(vm)
 
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
