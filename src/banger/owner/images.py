@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import datetime
 import platform
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from banger import guest_binary, run
-from banger.contract import errors, resources
+from banger.contract import errors, names, resources
 from banger.images import publish, recipe, records
 from banger.owner import locks, operations, store
 
@@ -23,7 +24,7 @@ class ImageService:
         self._cache = cache
         self._store = store
         self._operations = operations
-        self._building = locks.Lifecycle()
+        self._making: locks.Shared[records.Image] = locks.Shared()
 
     def sweep(self) -> None:
         """Removes what a crash left half made; only before anything is being made."""
@@ -51,36 +52,56 @@ class ImageService:
             return image_id
 
     def build(self, body: resources.BuildImage) -> resources.Operation:
+        """Raises ConflictError while another image is made under that name; the same is made once."""
         wanted = recipe.load(body.recipe)
-        name = body.name or wanted.name
+        name = names.parse_artefact_name(body.name or wanted.name, "an image")
 
-        async def work(progress: operations.Progress) -> resources.Image:
-            progress.stage(resources.Stage.BUILD_IMAGE, f"building {name}")
-            async with self._building.hold(name, progress.op_id):
-                arch = platform.machine()
-                made = await run.in_thread(
-                    publish.build,
-                    self._images,
-                    wanted,
-                    arch=arch,
-                    cache_dir=self._cache,
-                    guest_binary=guest_binary.path(arch),
-                    name=name,
-                    on_line=progress.line(),
-                )
-            return self._view(made)
-
-        return self._operations.start("image.build", name, work)
-
-    def register(self, body: resources.RegisterImage) -> resources.Operation:
-        async def work(progress: operations.Progress) -> resources.Image:
-            progress.stage(resources.Stage.BUILD_IMAGE, f"copying {body.path}")
-            path = Path(body.path)
-            return self._view(
-                await run.in_thread(publish.register, self._images, path, name=body.name or "")
+        async def make(progress: operations.Progress) -> records.Image:
+            arch = platform.machine()
+            return await run.in_thread(
+                publish.build,
+                self._images,
+                wanted,
+                arch=arch,
+                cache_dir=self._cache,
+                guest_binary=guest_binary.path(arch),
+                name=name,
+                on_line=progress.line(),
             )
 
-        return self._operations.start("image.register", body.name or body.path, work)
+        return self._make("image.build", name, wanted, f"building {name}", make)
+
+    def register(self, body: resources.RegisterImage) -> resources.Operation:
+        """Raises ConflictError while another image is made under that name; the same is made once."""
+        if body.name is not None:
+            names.parse_artefact_name(body.name, "an image")
+
+        async def make(progress: operations.Progress) -> records.Image:
+            path = Path(body.path)
+            return await run.in_thread(publish.register, self._images, path, name=body.name or "")
+
+        # Without a name it is known only to what lies there.
+        name = body.name or body.path
+        return self._make("image.register", name, body.path, f"copying {body.path}", make)
+
+    def _make(
+        self,
+        kind: str,
+        name: str,
+        what: object,
+        detail: str,
+        make: Callable[[operations.Progress], Awaitable[records.Image]],
+    ) -> resources.Operation:
+        self._making.check(name, what)
+
+        async def work(progress: operations.Progress) -> resources.Image:
+            progress.stage(resources.Stage.BUILD_IMAGE, detail)
+            made = await self._making.make(
+                name, what, lambda: make(progress), operation=progress.op_id, on_wait=progress.note
+            )
+            return self._view(made)
+
+        return self._operations.start(kind, name, work)
 
     def delete(self, ref: str) -> None:
         """Raises ConflictError while VMs are made from it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import datetime
 import platform
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from banger import guest_binary, run
-from banger.contract import errors, resources
+from banger.contract import errors, names, resources
 from banger.kernels import catalog, importer, records
 from banger.owner import locks, operations, store
 
@@ -23,7 +24,7 @@ class KernelService:
         self._cache = cache
         self._store = store
         self._operations = operations
-        self._pulling = locks.Lifecycle()
+        self._making: locks.Shared[records.Kernel] = locks.Shared()
 
     def sweep(self) -> None:
         """Removes what a crash left half made; only before anything is being made."""
@@ -34,9 +35,9 @@ class KernelService:
         here = [self._view(kernel) for kernel in self._kernels.records()]
         if not available:
             return here
-        names = {kernel.name for kernel in here}
+        known = {kernel.name for kernel in here}
         arch = platform.machine()
-        return here + [_offered(entry) for entry in catalog.entries(arch) if entry.name not in names]
+        return here + [_offered(entry) for entry in catalog.entries(arch) if entry.name not in known]
 
     def get(self, ref: str) -> resources.Kernel:
         return self._view(self._kernels.find(ref))
@@ -58,37 +59,55 @@ class KernelService:
             return kernel_id
 
     def pull(self, body: resources.PullKernel) -> resources.Operation:
+        """Raises ConflictError while another kernel is made under that name; the same is made once."""
         arch = platform.machine()
         entry = catalog.find(body.name, arch)
 
-        async def work(progress: operations.Progress) -> resources.Kernel:
-            progress.stage(resources.Stage.PULL_KERNEL, f"pulling {body.name}")
-            async with self._pulling.hold(body.name, progress.op_id):
-                made = await run.in_thread(
-                    catalog.pull,
-                    self._kernels,
-                    entry,
-                    cache_dir=self._cache,
-                    guest_binary=guest_binary.path(arch),
-                    on_line=progress.line(),
-                )
-            return self._view(made)
+        async def make(progress: operations.Progress) -> records.Kernel:
+            return await run.in_thread(
+                catalog.pull,
+                self._kernels,
+                entry,
+                cache_dir=self._cache,
+                guest_binary=guest_binary.path(arch),
+                on_line=progress.line(),
+            )
 
-        return self._operations.start("kernel.pull", body.name, work)
+        return self._make("kernel.pull", body.name, entry, f"pulling {body.name}", make)
 
     def import_path(self, body: resources.ImportKernel) -> resources.Operation:
-        async def work(progress: operations.Progress) -> resources.Kernel:
-            progress.stage(resources.Stage.PULL_KERNEL, f"importing {body.path}")
-            made = await run.in_thread(
+        """Raises ConflictError while another kernel is made under that name; the same is made once."""
+        name = names.parse_artefact_name(body.name, "a kernel")
+
+        async def make(_: operations.Progress) -> records.Kernel:
+            return await run.in_thread(
                 importer.import_path,
                 self._kernels,
                 Path(body.path),
-                name=body.name,
+                name=name,
                 guest_binary=guest_binary.path(platform.machine()),
+            )
+
+        return self._make("kernel.import", name, body.path, f"importing {body.path}", make)
+
+    def _make(
+        self,
+        kind: str,
+        name: str,
+        what: object,
+        detail: str,
+        make: Callable[[operations.Progress], Awaitable[records.Kernel]],
+    ) -> resources.Operation:
+        self._making.check(name, what)
+
+        async def work(progress: operations.Progress) -> resources.Kernel:
+            progress.stage(resources.Stage.PULL_KERNEL, detail)
+            made = await self._making.make(
+                name, what, lambda: make(progress), operation=progress.op_id, on_wait=progress.note
             )
             return self._view(made)
 
-        return self._operations.start("kernel.import", body.name, work)
+        return self._operations.start(kind, name, work)
 
     def delete(self, ref: str) -> None:
         """Raises ConflictError while VMs boot with it."""

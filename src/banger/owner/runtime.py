@@ -6,17 +6,20 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from banger import run
+from banger import pinned, run
 from banger.contract import resources
-from banger.owner import operations
+from banger.owner import locks, operations
 from banger.system import runtime
 
 
 class RuntimeService:
+    """What is installed, and what would be; pulling twice at once is done once."""
+
     def __init__(self, installed: Path, cache: Path, operations: operations.Operations) -> None:
         self._installed = installed
         self._cache = cache
         self._operations = operations
+        self._pulling: locks.Shared[dict[str, pinned.Fetched]] = locks.Shared()
 
     async def status(self) -> list[resources.RuntimeFile]:
         found = await asyncio.to_thread(runtime.status, self._installed)
@@ -27,7 +30,13 @@ class RuntimeService:
 
         async def work(progress: operations.Progress) -> None:
             progress.stage(resources.Stage.PULL_RUNTIME, "fetching Firecracker and its jailer")
-            await run.in_thread(runtime.pull, self._cache, on_line=progress.line())
+            await self._pulling.make(
+                "runtime",
+                None,
+                lambda: run.in_thread(runtime.pull, self._cache, on_line=progress.line()),
+                operation=progress.op_id,
+                on_wait=progress.note,
+            )
 
         return self._operations.start("runtime.pull", "runtime", work)
 
