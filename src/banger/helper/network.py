@@ -91,7 +91,8 @@ def find_tap(policy: policies.Policy, vm_id: names.VmId) -> netlink.Link | None:
     name = names.tap_name(vm_id)
     tap = netlink.find(name)
     if tap is not None and not is_tap_of(policy, tap, vm_id):
-        raise errors.ConflictError(f"interface {name} exists and is not the tap of VM {vm_id}", vm=vm_id)
+        message = f"interface {name} exists and is not the tap of VM {vm_id}"
+        raise errors.ConflictError(message, hint="rename or delete it, then start the VM again", vm=vm_id)
     return tap
 
 
