@@ -62,15 +62,19 @@ async def _cancel(*tasks: asyncio.Future[None] | asyncio.Future[guest.Health]) -
 
 
 def _ended(host: hosts.Host, vm: record.VmRecord) -> errors.BangerError:
-    panic = panic_line(host.layout.console_log(vm.id))
+    console = host.layout.console_log(vm.id)
+    panic = panic_line(console)
     if panic:
         return errors.OperationFailedError(
             f"the guest kernel of {vm.name} panicked: {panic}",
             hint=f"`banger vm logs {vm.name}` shows its console; does the kernel suit the image?",
         )
+    said = guest_line(console)
+    why = f": {said}" if said else ""
     return errors.OperationFailedError(
-        f"the VMM of {vm.name} ended before the guest's agent answered",
-        hint=f"`banger vm logs --vmm {vm.name}` shows what Firecracker said",
+        f"the VMM of {vm.name} ended before the guest's agent answered{why}",
+        hint=f"`banger vm logs {vm.name}` shows the guest's console, `banger vm logs --vmm {vm.name}` "
+        "what Firecracker said",
     )
 
 
@@ -92,6 +96,12 @@ def panic_line(console: Path) -> str:
         if found:
             return reason.strip()
     return ""
+
+
+def guest_line(console: Path) -> str:
+    """The last line of our own init in a guest, which is quiet unless it gives up; empty without one."""
+    lines = [line.partition("banger-guest: ")[2] for line in console_tail(console).splitlines()]
+    return next((line.strip() for line in reversed(lines) if line), "")
 
 
 def console_tail(path: Path, limit: int = _TAIL_BYTES) -> str:
