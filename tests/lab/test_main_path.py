@@ -5,61 +5,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from lab import provision, remote
+from lab import provision
 from lab.session import Lab
+from tests.lab import user
 
 pytestmark = pytest.mark.timeout(900)
-USER = provision.OWNER
-
-
-def banger(
-    host: Lab, *words: str, check: bool = True, timeout_s: float = 180, stdin: bytes = b""
-) -> remote.Result:
-    return host.run(["banger", *words], user=USER, check=check, timeout_s=timeout_s, stdin=stdin)
-
-
-def shown(host: Lab, name: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(banger(host, "vm", "show", name, "--json").text)
-    return document
-
-
-def leftovers(host: Lab) -> str:
-    """Everything banger-named that only a VM can have made."""
-    look = (
-        "dmsetup ls 2>/dev/null | grep fc-; losetup -l -n -O BACK-FILE | grep /vms/; "
-        "ls /sys/class/net | grep ^tap-; ls /var/lib/banger-root/jails/firecracker 2>/dev/null; "
-        "pgrep -a firecracker; true"
-    )
-    return host.run(["sh", "-c", look]).text
 
 
 @pytest.fixture
 def web(installed_host: Lab) -> Iterator[Lab]:
     """The installed host with a VM named web running."""
-    banger(installed_host, "vm", "create", "web", "--memory", "256M", "--disk-size", "256M")
+    user.banger(installed_host, "vm", "create", "web", "--memory", "256M", "--disk-size", "256M")
     yield installed_host
-    banger(installed_host, "vm", "delete", "web", check=False)
+    user.banger(installed_host, "vm", "delete", "web", check=False)
 
 
 @pytest.mark.parametrize("kernel", provision.KERNELS)
 def test_vm_run_gives_the_command_s_output_and_status(installed_host: Lab, kernel: str) -> None:
     script = "cat /etc/os-release; uname -r; exit 7"
     words = ("--rm", "--kernel", kernel, "--memory", "256M", "--disk-size", "256M")
-    result = banger(installed_host, "vm", "run", *words, "--", "sh", "-c", script, check=False)
+    result = user.banger(installed_host, "vm", "run", *words, "--", "sh", "-c", script, check=False)
     assert result.status == 7, result.error_text
     assert "Debian GNU/Linux 12" in result.text
     assert kernel.partition("-")[2] in result.text
     assert "wait_vsock_agent" in result.error_text
-    assert leftovers(installed_host) == ""
-    assert json.loads(banger(installed_host, "vm", "list", "--json").text) == []
+    assert user.leftovers(installed_host) == ""
+    assert json.loads(user.banger(installed_host, "vm", "list", "--json").text) == []
 
 
 def test_services_restarted_or_killed_leave_the_guest_running(web: Lab) -> None:
-    before = shown(web, "web")
+    before = user.shown(web, "web")
     for command in (
         ["systemctl", "restart", "bangerd"],
         ["systemctl", "stop", "bangerd-root.service"],
@@ -68,30 +46,30 @@ def test_services_restarted_or_killed_leave_the_guest_running(web: Lab) -> None:
         web.run(command, check=False)
         web.run(["systemctl", "reset-failed"], check=False)
         web.run(["systemctl", "start", "bangerd-root.socket", "bangerd"])
-        after = shown(web, "web")
+        after = user.shown(web, "web")
         assert (after["pid"], after["boot_id"]) == (before["pid"], before["boot_id"]), command
-        assert banger(web, "vm", "exec", "web", "--", "echo", "alive").text == "alive\n"
-    seen = banger(web, "vm", "exec", "web", "--", "cat", "/proc/sys/kernel/random/boot_id").text.strip()
+        assert user.banger(web, "vm", "exec", "web", "--", "echo", "alive").text == "alive\n"
+    seen = user.banger(web, "vm", "exec", "web", "--", "cat", "/proc/sys/kernel/random/boot_id").text.strip()
     assert seen == before["boot_id"]
 
 
 def test_what_was_written_just_before_stop_is_there_after_start(web: Lab) -> None:
     write = "echo unsynced > /root/kept; echo unsynced > /var/kept"
-    banger(web, "vm", "exec", "web", "--", "sh", "-c", write)
-    first = shown(web, "web")["boot_id"]
-    banger(web, "vm", "stop", "web")
-    assert shown(web, "web")["state"] == "stopped"
-    assert leftovers(web) == ""
-    banger(web, "vm", "start", "web")
-    read = banger(web, "vm", "exec", "web", "--", "cat", "/root/kept", "/var/kept").text
+    user.banger(web, "vm", "exec", "web", "--", "sh", "-c", write)
+    first = user.shown(web, "web")["boot_id"]
+    user.banger(web, "vm", "stop", "web")
+    assert user.shown(web, "web")["state"] == "stopped"
+    assert user.leftovers(web) == ""
+    user.banger(web, "vm", "start", "web")
+    read = user.banger(web, "vm", "exec", "web", "--", "cat", "/root/kept", "/var/kept").text
     assert read == "unsynced\nunsynced\n"
-    assert shown(web, "web")["boot_id"] != first
+    assert user.shown(web, "web")["boot_id"] != first
 
 
 def test_kill_and_delete_leave_nothing(web: Lab) -> None:
-    banger(web, "vm", "kill", "web")
-    assert leftovers(web) == ""
-    banger(web, "vm", "delete", "web")
+    user.banger(web, "vm", "kill", "web")
+    assert user.leftovers(web) == ""
+    user.banger(web, "vm", "delete", "web")
     assert web.run(["sh", "-c", "ls /var/lib/banger/vms /var/lib/banger-root/logs"]).text.split() == [
         "/var/lib/banger-root/logs:",
         "/var/lib/banger/vms:",
@@ -99,7 +77,7 @@ def test_kill_and_delete_leave_nothing(web: Lab) -> None:
 
 
 def test_a_guest_killed_by_a_signal_gives_128_and_its_number(web: Lab) -> None:
-    result = banger(web, "vm", "exec", "web", "--", "sh", "-c", "kill -KILL $$", check=False)
+    result = user.banger(web, "vm", "exec", "web", "--", "sh", "-c", "kill -KILL $$", check=False)
     assert result.status == 137
 
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""What a test does as the user of an installed host: run `banger`, and look at what VMs left on the host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from lab import provision, remote
+from lab.session import Lab
+
+NAME = provision.OWNER
+CONFIG = "/etc/banger/config.toml"
+SMALL = ("--memory", "128M", "--disk-size", "64M")
+
+_LEFTOVERS = """
+dmsetup ls 2>/dev/null | grep fc-
+losetup -l -n -O BACK-FILE | grep /var/lib/banger/
+for link in /sys/class/net/tap-*; do
+  grep -sq '^banger/' $link/ifalias && echo $link
+done
+ls /var/lib/banger-root/jails/firecracker 2>/dev/null
+find /sys/fs/cgroup/banger.slice -mindepth 2 -type d -regextype egrep -regex '.*/[0-9a-f]{12}' 2>/dev/null
+ps -eo uid=,args= | awk '$1 > 2100000000 && $1 <= 2100004000'
+pgrep -a firecracker
+true
+"""
+
+
+# Files and not pipes: nobody reads the second command's output while the first one runs.
+_AT_ONCE = """
+import json, subprocess, sys, tempfile
+running = []
+for argv in json.load(sys.stdin):
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+    running.append((process, (out, err)))
+ended = []
+for process, files in running:
+    status = process.wait()
+    for file in files:
+        file.seek(0)
+    ended.append([status, *(file.read().decode() for file in files)])
+json.dump(ended, sys.stdout)
+"""
+
+
+class Ended(NamedTuple):
+    """How one of many commands ended."""
+
+    status: int
+    text: str
+    error_text: str
+
+
+def banger(
+    host: Lab, *words: str, check: bool = True, timeout_s: float = 180, stdin: bytes = b""
+) -> remote.Result:
+    """Runs `banger` as the owner."""
+    return host.run(["banger", *words], user=NAME, check=check, timeout_s=timeout_s, stdin=stdin)
+
+
+def shown(host: Lab, name: str) -> dict[str, Any]:
+    """What `vm show` says of a VM."""
+    document: dict[str, Any] = json.loads(banger(host, "vm", "show", name, "--json").text)
+    return document
+
+
+def leftovers(host: Lab) -> str:
+    """Everything that only a VM of banger's can have made, as it runs: devices, links, jails, processes."""
+    return host.run(["sh", "-c", _LEFTOVERS]).text
+
+
+def at_once(host: Lab, commands: Sequence[Sequence[str]], *, timeout_s: float) -> list[Ended]:
+    """Runs many `banger` commands side by side; how each of them ended, in the order given."""
+    asked = json.dumps([["banger", *words] for words in commands]).encode()
+    said = host.run(["python3", "-c", _AT_ONCE], user=NAME, stdin=asked, timeout_s=timeout_s).stdout
+    return [Ended(*each) for each in json.loads(said)]
+
+
+@contextmanager
+def configured(host: Lab, setting: str) -> Iterator[None]:
+    """The daemon runs with one more line in its configuration, inside the block."""
+    before = host.run(["cat", CONFIG]).stdout
+    host.write(CONFIG, before + setting.encode() + b"\n")
+    host.run(["systemctl", "restart", "bangerd"])
+    try:
+        yield
+    finally:
+        host.write(CONFIG, before)
+        host.run(["systemctl", "restart", "bangerd"])
