@@ -100,7 +100,7 @@ class Store:
             return found[0]
         if found:
             raise errors.BadRequestError(f"{ref!r} is the beginning of {len(found)} VM ids")
-        close = difflib.get_close_matches(ref, [vm.name for vm in self.list()], n=3)
+        close = difflib.get_close_matches(ref, self.taken_names(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`banger vm list` shows what there is"
         raise errors.NotFoundError(f"there is no VM {ref!r}", hint=hint)
 
@@ -123,6 +123,9 @@ class Store:
         with self._lock, _explained():
             rows = self._connection.execute("SELECT id FROM vms WHERE throw_away")
             return frozenset(vm_id for (vm_id,) in rows)
+
+    def taken_names(self) -> frozenset[str]:
+        return frozenset(self._names("SELECT name FROM vms"))
 
     def names_using_image(self, image_id: str) -> tuple[str, ...]:
         return self._names("SELECT name FROM vms WHERE image_id = ? ORDER BY name", image_id)
@@ -149,9 +152,9 @@ class Store:
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM vms {where}", values).fetchall()  # noqa: S608
         return [_parse(row) for row in rows]
 
-    def _names(self, query: str, value: str) -> tuple[str, ...]:
+    def _names(self, query: str, *values: str) -> tuple[str, ...]:
         with self._lock, _explained():
-            return tuple(name for (name,) in self._connection.execute(query, (value,)))
+            return tuple(name for (name,) in self._connection.execute(query, values))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,11 @@ class Views:
         self._network = network
         self._image_name = image_name
         self._kernel_name = kernel_name
+
+    def remembering(self) -> Views:
+        """For one answer about many VMs: each image and each kernel is looked up once."""
+        image_name, kernel_name = functools.cache(self._image_name), functools.cache(self._kernel_name)
+        return Views(self._layout, self._network, image_name, kernel_name)
 
     def vm(self, vm: record.VmRecord, pid: int, *, with_timings: bool = False) -> resources.Vm:
         return resources.Vm(

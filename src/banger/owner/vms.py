@@ -60,7 +60,8 @@ class VmService:
     # --- reading ---
 
     async def list(self) -> list[resources.Vm]:
-        return [self._view(vm) for vm in self._store.list()]
+        views = self._views.remembering()
+        return [views.vm(vm, self.live.pid(vm.id)) for vm in self._store.list()]
 
     async def get(self, ref: str) -> resources.Vm:
         return self._view(self._store.find(ref), with_timings=True)
@@ -80,8 +81,7 @@ class VmService:
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
         resolved = self._resolver.resolve(body)
-        taken = {vm.name for vm in self._store.list()}
-        name = names.parse_vm_name(body.name) if body.name else create.new_name(taken)
+        name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         vm = self._store.reserve(
             lambda slot: create.draft(vm_id, name, slot, resolved, now), throw_away=body.remove_on_failure
@@ -92,7 +92,8 @@ class VmService:
                 view = self._view(vm)
                 if body.start:
                     view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
-                self._store.set_throw_away(vm.id, throw_away=False)
+                if body.remove_on_failure:
+                    self._store.set_throw_away(vm.id, throw_away=False)
                 return view
 
         return self._operations.start("vm.create", vm.name, work)
