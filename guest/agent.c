@@ -29,6 +29,7 @@ struct agent {
         int listen_fd; /* given: a unix socket of a test; otherwise vsock */
         int notify_fd; /* where the image's init says that it has finished; -1 when it cannot */
         int signal_fd;
+        char *name; /* argv[0] */
         bool listen_fd_given;
         bool owns_machine;
         bool init_finished;
@@ -36,7 +37,7 @@ struct agent {
 };
 
 static int parse_options(struct agent *agent, int argc, char **argv) {
-        for (int i = 0; i < argc; i++) {
+        for (int i = 2; i < argc; i++) {
                 uint64_t value;
 
                 if (strcmp(argv[i], "--own-machine") == 0) {
@@ -138,6 +139,7 @@ static bool peer_is_ourselves(int fd) {
 static void _Noreturn connection_main(const struct agent *agent, int fd) {
         struct conn conn = {
                 .fd = fd,
+                .name = agent->name,
                 .owns_machine = agent->owns_machine,
                 .init_finished = agent->init_finished,
         };
@@ -211,7 +213,7 @@ static int serve(struct agent *agent) {
 }
 
 int agent_main(int argc, char **argv) {
-        struct agent agent = { .listen_fd = -1, .notify_fd = -1 };
+        struct agent agent = { .listen_fd = -1, .notify_fd = -1, .name = argv[0] };
         char boot_id[BOOT_ID_SIZE];
         int r;
 

@@ -12,6 +12,7 @@ enum {
 
 struct conn {
         int fd;
+        char *name;         /* argv[0] of this process */
         bool owns_machine;  /* may set the clock and power off */
         bool init_finished; /* the image's init has told us so */
 };

@@ -17,9 +17,12 @@
 #include "log.h"
 #include "net.h"
 #include "power.h"
+#include "systemd.h"
 
 #define OWN_PROGRAM "/.banger/guest"
 #define NOTIFY_SOCKET "/run/banger-notify"
+/* At the end systemd kills all but those named with an '@': systemd.io/ROOT_STORAGE_DAEMONS. */
+#define AGENT_NAME "@banger-guest"
 
 enum { DEVICE_LIMIT_MS = 2000, WAIT_STEP_MS = 2, RESPAWN_MS = 200 };
 
@@ -143,9 +146,9 @@ static pid_t start_agent(int notify_fd) {
         (void) setsid();
         snprintf(number, sizeof number, "%d", notify_fd);
         if (notify_fd >= 0)
-                (void) execl("/proc/self/exe", "banger-guest", "agent", "--notify-fd", number, NULL);
+                (void) execl("/proc/self/exe", AGENT_NAME, "agent", "--notify-fd", number, NULL);
         else
-                (void) execl("/proc/self/exe", "banger-guest", "agent", NULL);
+                (void) execl("/proc/self/exe", AGENT_NAME, "agent", NULL);
         log_line(LEVEL_FATAL, "cannot execute the agent: %s", strerror(errno));
         _exit(1);
 }
@@ -162,11 +165,30 @@ static void become_init_of_image(void) {
         for (size_t i = 0; i < ELEMENTSOF(inits); i++) {
                 if (access(inits[i], X_OK) < 0 || is_ourselves(inits[i]))
                         continue;
+                if (systemd_is(inits[i]))
+                        systemd_prepare();
                 log_line(LEVEL_INFO, "handing over to %s", inits[i]);
                 (void) execl(inits[i], inits[i], NULL);
                 log_line(LEVEL_ERROR, "cannot execute %s: %s", inits[i], strerror(errno));
         }
         (void) unsetenv("NOTIFY_SOCKET");
+}
+
+/* What programs that mean to end the machine send to process 1. */
+static bool asks_for_the_end(int number) {
+        switch (number) {
+        case SIGTERM: /* busybox reboot */
+        case SIGINT:  /* Ctrl-Alt-Del */
+        case SIGUSR1: /* busybox halt */
+        case SIGUSR2: /* busybox poweroff */
+        case SIGPWR:
+        case SYSTEMD_HALT:
+        case SYSTEMD_POWER_OFF:
+        case SYSTEMD_REBOOT:
+                return true;
+        default:
+                return false;
+        }
 }
 
 /* Reaps whatever is left to it, and starts the agent again should it die. */
@@ -188,7 +210,7 @@ static void _Noreturn stay_as_init(pid_t agent) {
                                 agent = start_agent(-1);
                                 (void) sigprocmask(SIG_BLOCK, &all, NULL);
                         }
-                if (sigwait(&all, &number) == 0 && (number == SIGTERM || number == SIGINT)) {
+                if (sigwait(&all, &number) == 0 && asks_for_the_end(number)) {
                         power_stop_everything(now_ms() + DEVICE_LIMIT_MS);
                         power_reset();
                 }

@@ -26,7 +26,8 @@ enum init_kind machine_init_kind(void) {
 
         if (same_program("/proc/1/exe", "/proc/self/exe"))
                 return INIT_OWN;
-        if (read_file("/proc/1/comm", name, sizeof name) > 0 && strcmp(name, "systemd\n") == 0)
+        /* At the end it becomes systemd-shutdown. */
+        if (read_file("/proc/1/comm", name, sizeof name) > 0 && strncmp(name, "systemd", 7) == 0)
                 return INIT_SYSTEMD;
         n = readlink("/proc/1/exe", program, sizeof program - 1);
         if (n > 0) {

@@ -8,7 +8,7 @@
 
 int main(int argc, char **argv) {
         if (argc > 1 && strcmp(argv[1], "agent") == 0)
-                return agent_main(argc - 2, argv + 2);
+                return agent_main(argc, argv);
         if (argc > 1 && strcmp(argv[1], "--version") == 0) {
                 printf("%s\n", BANGER_VERSION);
                 return 0;

@@ -17,8 +17,6 @@ enum {
         GRACE_DEFAULT_MS = 5000,
         STEP_MS = 20,
         KILL_MS = 500,
-        /* systemd counts from glibc's SIGRTMIN, which is 34; musl's is another. */
-        SYSTEMD_REBOOT = 34 + 5,
 };
 
 /* A kernel thread has no memory map, hence no program. */

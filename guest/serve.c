@@ -18,15 +18,16 @@ static const struct request {
         uint8_t type;
         unsigned limit_s; /* a request that moves no data ends its process after this long */
         int (*serve)(struct conn *conn, struct frame *frame);
+        bool holds_files; /* open in the guest's file systems, which could not be unmounted */
 } requests[] = {
-        { FRAME_HEALTH, 10, serve_health },
-        { FRAME_EXEC, NO_LIMIT, serve_exec },
-        { FRAME_PUT, NO_LIMIT, serve_put },
-        { FRAME_GET, NO_LIMIT, serve_get },
-        { FRAME_PORTS, 30, serve_ports },
-        { FRAME_FLUSH, 300, serve_flush },
-        { FRAME_POWER_OFF, NO_LIMIT, serve_power_off },
-        { FRAME_TIME, 10, serve_time },
+        { FRAME_HEALTH, 10, serve_health, false },
+        { FRAME_EXEC, NO_LIMIT, serve_exec, false },
+        { FRAME_PUT, NO_LIMIT, serve_put, true },
+        { FRAME_GET, NO_LIMIT, serve_get, true },
+        { FRAME_PORTS, 30, serve_ports, false },
+        { FRAME_FLUSH, 300, serve_flush, false },
+        { FRAME_POWER_OFF, NO_LIMIT, serve_power_off, false },
+        { FRAME_TIME, 10, serve_time, false },
 };
 
 static int parse_hello(const struct frame *frame, uint64_t *ret_version) {
@@ -80,10 +81,18 @@ static int greet(struct conn *conn, uint64_t deadline_ms) {
         return 0;
 }
 
+/* Without the '@' systemd ends this process with all the others. */
+static void give_up_protection(char *name) {
+        if (*name == '@')
+                memmove(name, name + 1, strlen(name));
+}
+
 static int dispatch(struct conn *conn, struct frame *frame) {
         for (size_t i = 0; i < ELEMENTSOF(requests); i++)
                 if (requests[i].type == frame->type) {
                         alarm(requests[i].limit_s);
+                        if (requests[i].holds_files)
+                                give_up_protection(conn->name);
                         return requests[i].serve(conn, frame);
                 }
         return conn_bad_request(conn, "unknown request");

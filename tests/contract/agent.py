@@ -43,7 +43,8 @@ def _started(program: Path, directory: Path) -> Iterator[Path]:
         listener.listen(64)
         number = listener.fileno()
         agent = subprocess.Popen(
-            [str(program), "agent", "--listen-fd", str(number)],
+            ["@banger-guest", "agent", "--listen-fd", str(number)],
+            executable=program,
             pass_fds=[number],
             stdin=subprocess.DEVNULL,
             env=environment,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import os
@@ -206,6 +207,33 @@ async def test_a_refusal_comes_while_much_is_still_to_be_sent(
     async with asyncio.timeout(20):
         with pytest.raises(errors.BangerError, match="escaped"):
             await client.put(guest.PutSpec(str(tmp_path)), endless())
+
+
+def command_lines(parent: int) -> list[bytes]:
+    """Of its children, some of which may be about to end."""
+    found: list[bytes] = []
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(Path(f"/proc/{child}/cmdline").read_bytes())
+    return found
+
+
+async def test_a_transfer_does_not_outlive_systemd_s_last_killing(
+    client: guests.GuestClient, tmp_path: Path
+) -> None:
+    """The agent's name begins with an @ and is spared; who has files open would keep them from an unmount."""
+    agent_pid = (await client.health()).agent_pid
+    assert Path(f"/proc/{agent_pid}/cmdline").read_bytes().startswith(b"@banger-guest\0")
+
+    async def watched() -> AsyncIterator[bytes]:
+        yield (data := archive((member("a"), b"content")))[:512]
+        async with asyncio.timeout(10):
+            while not any(line.startswith(b"banger-guest\0") for line in command_lines(agent_pid)):
+                await asyncio.sleep(0.01)
+        yield data[512:]
+
+    await client.put(guest.PutSpec(str(tmp_path)), watched())
+    assert (tmp_path / "a").read_text() == "content"
 
 
 async def test_a_missing_path_is_named(client: guests.GuestClient, tmp_path: Path) -> None:
