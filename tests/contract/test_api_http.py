@@ -243,7 +243,7 @@ _STRANGER = """
 import socket, sys
 s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
 s.sendall(sys.argv[2].encode().decode("unicode_escape").encode())
-s.settimeout(10); print(s.recv(4096).decode())
+s.settimeout(10); print(b"".join(iter(lambda: s.recv(4096), b"")).decode())
 """
 
 
@@ -256,7 +256,7 @@ def _ask_as_stranger(path: str, request: str) -> str:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
 async def test_another_uid_is_refused(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     await served.daemon.create(start=False)
-    request = r"DELETE /v1/vms/web HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = r"DELETE /v1/vms/web HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert "PermissionError" in await asyncio.to_thread(_ask_as_stranger, str(served.path), request)
     # Should the mode of the socket or its directory ever be wrong, the daemon still knows who asks.
     for path in (served.path, *served.path.parents[:2]):
