@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +52,12 @@ def test_it_says_what_it_is() -> None:
     assert set(DOCUMENT) == {"openapi", "info", "servers", "paths", "components"}
     assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
     assert {"title", "version"} <= set(DOCUMENT["info"])
+
+
+def test_the_program_prints_it() -> None:
+    program = [sys.executable, "-m", "banger.owner.main", "--openapi"]
+    printed = subprocess.run(program, capture_output=True, check=True, timeout=30)
+    assert json.loads(printed.stdout) == DOCUMENT
 
 
 def test_every_route_is_in_it() -> None:
