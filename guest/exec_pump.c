@@ -7,21 +7,19 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
-#include <termios.h>
 
 #include "exec.h"
+#include "exec_input.h"
 #include "io.h"
 
 enum {
-        DRAIN_MS = 250,               /* how long after the exit a process left behind may still write */
-        HANGUP_MS = 2000,             /* from SIGHUP to SIGKILL when the client is gone */
-        GRANT_STEP = STDIN_WINDOW / 4, /* a WINDOW frame is worth sending */
+        DRAIN_MS = 250,   /* how long after the exit a process left behind may still write */
+        HANGUP_MS = 2000, /* from SIGHUP to SIGKILL when the client is gone */
 };
 
 /* A process serves one exec. Buffers hold whole frames: a header and a payload. */
 static uint8_t in_buffer[FRAME_HEADER_SIZE + FRAME_PAYLOAD_MAX];
 static uint8_t out_buffer[FRAME_HEADER_SIZE + FRAME_PAYLOAD_MAX];
-static uint8_t stdin_ring[STDIN_WINDOW];
 
 struct stream {
         int fd;
@@ -35,16 +33,11 @@ struct pump {
         struct conn *conn;
         struct exec_process *process;
         int signal_fd;
-        bool tty;
 
         size_t in_used;
         size_t out_sent, out_used;
 
-        size_t ring_start, ring_used;
-        size_t window_used; /* bytes that the client may not send again before a grant */
-        size_t grant;
-        bool stdin_expected, stdin_ended, line_open;
-
+        struct exec_input input;
         struct stream streams[2];
         size_t next_stream;
 
@@ -64,7 +57,7 @@ static void signal_group(const struct pump *pump, int number) {
 }
 
 static void close_streams(struct pump *pump) {
-        close_fdp(&pump->process->input);
+        close_fdp(&pump->input.fd);
         for (size_t i = 0; i < ELEMENTSOF(pump->streams); i++)
                 close_fdp(&pump->streams[i].fd);
 }
@@ -103,31 +96,9 @@ static void deliver_pending_signals(struct pump *pump) {
 }
 
 static int take_stdin(struct pump *pump, const uint8_t *data, size_t size) {
-        size_t end;
+        const char *fault = exec_input_take(&pump->input, data, size);
 
-        if (!pump->stdin_expected || pump->stdin_ended)
-                return violation(pump, "input that was not asked for");
-        if (size == 0) {
-                pump->stdin_ended = true;
-                return 0;
-        }
-        if (size > STDIN_WINDOW - pump->window_used)
-                return violation(pump, "input beyond the window");
-        pump->window_used += size;
-        if (pump->process->input < 0) {
-                pump->grant += size;
-                return 0;
-        }
-        end = (pump->ring_start + pump->ring_used) % sizeof stdin_ring;
-        for (size_t done = 0; done < size;) {
-                size_t n = min_size(size - done, sizeof stdin_ring - end);
-
-                memcpy(stdin_ring + end, data + done, n);
-                end = (end + n) % sizeof stdin_ring;
-                done += n;
-        }
-        pump->ring_used += size;
-        return 0;
+        return fault ? violation(pump, fault) : 0;
 }
 
 static int take_resize(struct pump *pump, uint8_t *payload, size_t size) {
@@ -150,7 +121,7 @@ static int take_resize(struct pump *pump, uint8_t *payload, size_t size) {
         }
         if (r < 0)
                 return violation(pump, "malformed resize");
-        if (pump->tty && pump->streams[0].fd >= 0)
+        if (pump->input.tty && pump->streams[0].fd >= 0)
                 (void) ioctl(pump->streams[0].fd, TIOCSWINSZ, &window);
         return 0;
 }
@@ -296,6 +267,8 @@ static bool all_streams_ended(const struct pump *pump) {
 
 /* Puts the next frame into the empty output buffer; control frames go first, so output never delays them. */
 static void compose_next(struct pump *pump) {
+        size_t grant;
+
         if (!pump->started)
                 return;
         if (!pump->start_sent) {
@@ -303,10 +276,9 @@ static void compose_next(struct pump *pump) {
                 pump->start_sent = true;
                 return;
         }
-        if (pump->grant >= GRANT_STEP) {
-                compose_number(pump, FRAME_WINDOW, TAG_COUNT, pump->grant);
-                pump->window_used -= pump->grant;
-                pump->grant = 0;
+        grant = exec_input_grant(&pump->input);
+        if (grant > 0) {
+                compose_number(pump, FRAME_WINDOW, TAG_COUNT, grant);
                 return;
         }
         for (size_t i = 0; i < ELEMENTSOF(pump->streams) && pump->out_used == 0; i++) {
@@ -332,44 +304,6 @@ static void limit_streams(struct pump *pump) {
                 stream->limited = true;
                 stream->left = left > 0 ? (size_t) left : 0;
         }
-}
-
-/* On a terminal the end of input is a character, and it only ends the input at the start of a line. */
-static void end_tty_input(struct pump *pump) {
-        struct termios modes;
-        char end[2];
-
-        if (tcgetattr(pump->process->input, &modes) < 0 || !(modes.c_lflag & ICANON))
-                return;
-        end[0] = end[1] = (char) modes.c_cc[VEOF];
-        (void) !write(pump->process->input, end, pump->line_open ? 2 : 1);
-}
-
-static void finish_input(struct pump *pump) {
-        if (!pump->stdin_ended || pump->ring_used > 0 || pump->process->input < 0)
-                return;
-        if (pump->tty)
-                end_tty_input(pump);
-        close_fdp(&pump->process->input);
-}
-
-static void feed_input(struct pump *pump) {
-        size_t size = min_size(pump->ring_used, sizeof stdin_ring - pump->ring_start);
-        ssize_t n = write(pump->process->input, stdin_ring + pump->ring_start, size);
-
-        if (n < 0 && (errno == EAGAIN || errno == EINTR))
-                return;
-        if (n < 0) {
-                /* The process has closed its input: swallow the rest, so that the client is not stuck with it. */
-                pump->grant += pump->ring_used;
-                pump->ring_used = 0;
-                close_fdp(&pump->process->input);
-                return;
-        }
-        pump->line_open = stdin_ring[pump->ring_start + (size_t) n - 1] != '\n';
-        pump->ring_start = (pump->ring_start + (size_t) n) % sizeof stdin_ring;
-        pump->ring_used -= (size_t) n;
-        pump->grant += (size_t) n;
 }
 
 static void reap(struct pump *pump) {
@@ -420,7 +354,7 @@ static int wait_events(const struct pump *pump, struct pollfd *items) {
         items[POLL_SIGNAL] = (struct pollfd) { .fd = pump->signal_fd, .events = POLLIN };
         items[POLL_STATUS] = (struct pollfd) { .fd = pump->process->status, .events = POLLIN };
         items[POLL_INPUT] = (struct pollfd) {
-                .fd = pump->ring_used > 0 ? pump->process->input : -1,
+                .fd = pump->input.used > 0 ? pump->input.fd : -1,
                 .events = POLLOUT,
         };
         for (int i = 0; i < 2; i++)
@@ -458,8 +392,8 @@ static int handle_events(struct pump *pump, const struct pollfd *items) {
         for (int i = 0; i < 2; i++)
                 if (items[POLL_STDOUT + i].revents)
                         pump->streams[i].readable = true;
-        if (items[POLL_INPUT].revents && pump->process->input >= 0)
-                feed_input(pump);
+        if (items[POLL_INPUT].revents && pump->input.fd >= 0)
+                exec_input_feed(&pump->input);
         if (!pump->hung_up && items[POLL_CONN].revents & (POLLIN | POLLHUP | POLLERR))
                 receive(pump);
         return 1;
@@ -496,7 +430,7 @@ static int run(struct pump *pump) {
                 if (r <= 0)
                         return r;
                 handle_deadlines(pump);
-                finish_input(pump);
+                exec_input_finish(&pump->input);
                 send_what_is_there(pump);
         }
         return pump->hung_up ? -ECONNRESET : 0;
@@ -507,8 +441,11 @@ int exec_pump(struct conn *conn, const struct exec_request *request, struct exec
                 .conn = conn,
                 .process = process,
                 .signal_fd = signal_fd,
-                .tty = request->tty,
-                .stdin_expected = request->stdin_open,
+                .input = {
+                        .fd = take_fd(&process->input),
+                        .tty = request->tty,
+                        .expected = request->stdin_open,
+                },
                 .streams = {
                         { .fd = take_fd(&process->output[0]), .type = FRAME_STDOUT },
                         { .fd = take_fd(&process->output[1]), .type = FRAME_STDERR },

@@ -13,7 +13,7 @@ import pytest
 from tests.style import tree
 
 MAX_LINES = 500
-TO_BE_SPLIT = {"guest/exec_pump.c"}
+TO_BE_SPLIT: set[str] = set()
 """Too long today. Nothing joins this list, and what is split leaves it."""
 HEAD = "SPDX-License-Identifier: MIT"
 SUFFIXES = (".py", ".c", ".h", ".sh", ".service", ".socket", ".slice")
