@@ -78,6 +78,12 @@ class Cache:
         os.utime(fd)
         return Entry(self._path(key), fd)
 
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Keeps out everybody else who builds the entry by other means than `ensure`."""
+        with self._locked(f"{key}-building", fcntl.LOCK_EX):
+            yield
+
     def delete(self, key: str) -> bool:
         """Delete an entry unless somebody uses it; say whether it is gone."""
         fd = self._lock_fd(key)

@@ -6,6 +6,7 @@ A layer lies on an image or on another layer, and holds the locks of all below i
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -109,6 +110,11 @@ def image_base(root: Path, key: str) -> Base | None:
         return None
     found = image.Image(key, entry)
     return Base(found, found.disk, None, None, (entry,))
+
+
+def making(root: Path, key: str) -> contextlib.AbstractContextManager[None]:
+    """While one makes this layer, others who want to make it wait, look again, and find it."""
+    return _cache(root).alone(key)
 
 
 def _cache(root: Path) -> cache.Cache:

@@ -73,13 +73,14 @@ def installed(name: str, *, detached: bool = False, root: Path | None = None) ->
     try:
         machine = layer.signature(qemu.Hardware())
         key = cache.key_of(["installed", parcel.path.name, image.recipe_key(), machine])
-        found = layer.find(root, key)
-        if found is None:
-            with session.Lab.up(f"installing-{os.getpid()}", artefacts=parcel.path, root=root) as lab:
-                install(lab, Path("/artefacts"))
-                lab.commit(key)
-        else:
-            found.close()
+        with layer.making(root, key):
+            found = layer.find(root, key)
+            if found is None:
+                with session.Lab.up(f"installing-{os.getpid()}", artefacts=parcel.path, root=root) as lab:
+                    install(lab, Path("/artefacts"))
+                    lab.commit(key)
+            else:
+                found.close()
         return session.Lab.up(name, layer_key=key, artefacts=parcel.path, detached=detached, root=root)
     finally:
         parcel.close()
