@@ -72,15 +72,25 @@ class FakeVmm:
         for writer in list(self._writers):
             writer.transport.abort()
 
-    async def _serve_api(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _has(self, writer: asyncio.StreamWriter) -> bool:
+        """Whether it is served: who was accepted just before the VMM died is cut off as well."""
+        if not self.is_running:
+            writer.transport.abort()
+            return False
         self._writers.add(writer)
+        return True
+
+    async def _serve_api(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._has(writer):
+            return
         with contextlib.suppress(OSError):
             await reader.read()
         self._writers.discard(writer)
         writer.close()
 
     async def _serve_vsock(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
+        if not self._has(writer):
+            return
         try:
             line = await reader.readline()
             nobody = self._behaviour.silent or self._behaviour.panic
