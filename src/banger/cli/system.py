@@ -88,4 +88,4 @@ def uninstall(purge: bool, force: bool) -> None:
     from banger.system import uninstall
 
     uninstall.uninstall(purge=purge, force=force, say=render.note)
-    render.note("banger is off this host" if purge else "banger is off this host; its state was kept")
+    render.note("banger is off this host")

@@ -26,6 +26,7 @@ MODULES: Final = Path("/etc/modules-load.d/banger.conf")
 API_SOCKET: Final = Path("/run/banger/bangerd.sock")
 HELPER_SOCKET: Final = Path("/run/banger-root/bangerd-root.sock")
 UNITS: Final = ("bangerd.service", "bangerd-root.socket", "bangerd-root.service", "banger-vms.service")
+SLICE: Final = "banger.slice"
 COMMANDS: Final = ("banger", "bangerd")
 _TOOLS: Final = {"e2fsck": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.ext4": "e2fsprogs"}
 _SYSTEMCTL_S: Final = 120.0

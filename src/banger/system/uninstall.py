@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import socket
 import struct
@@ -22,7 +24,9 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
-    """Raises ConflictError while VMs run, unless `force`."""
+    """Raises ConflictError while VMs run, unless `force`. One that was cut off can be run again."""
+    if os.geteuid() != 0:
+        raise errors.UnauthorizedError("uninstalling needs root", hint="run it with sudo")
     if not host.INSTALL_TOML.exists():
         raise errors.NotFoundError("banger is not installed on this host")
     manifest = install.read_manifest()
@@ -34,14 +38,24 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     say("stopping the daemon")
     host.systemctl("disable", "-q", "--now", "bangerd.service")
     say("taking down what VMs left on this host")
+    host.systemctl("start", "bangerd-root.socket")
     _take_down_vms()
     say("stopping the root helper")
     host.systemctl("disable", "-q", "--now", "bangerd-root.socket")
-    host.systemctl("stop", "bangerd-root.service", "banger-vms.service")
+    # systemd made the slice for banger-vms.service and would keep it until the next boot.
+    host.systemctl("stop", "bangerd-root.service", "banger-vms.service", host.SLICE)
     say("removing files")
     _remove(manifest, purge=purge)
+    with contextlib.suppress(FileNotFoundError):
+        host.HELPER_SOCKET.parent.rmdir()
     host.systemctl("daemon-reload")
-    host.systemctl("reset-failed")
+    for unit in (*host.UNITS, host.SLICE):
+        # A unit that never failed is not known any more, which is what was wanted.
+        with contextlib.suppress(errors.BangerError):
+            host.systemctl("reset-failed", unit)
+    if not purge:
+        say(f"kept: VMs, images and kernels in {host.STATE}, logs in {host.HELPER}, settings in {host.ETC}")
+        say(f"a new installation finds them again: {sys.prefix}/bin/banger system install")
 
 
 def _take_down_vms() -> None:
@@ -71,14 +85,12 @@ def _ask(request: privileged.AnyRequest) -> privileged.AnyResult:
 
 
 def _remove(manifest: install.Manifest, *, purge: bool) -> None:
-    kept = () if purge else (host.STATE, host.CACHE, host.ETC, host.HELPER)
     for name in manifest.files:
         if purge or Path(name) != host.CONFIG_TOML:
             Path(name).unlink(missing_ok=True)
     if not purge:
         return
     for name in sorted(manifest.directories, reverse=True):
-        if Path(name) not in kept:
-            shutil.rmtree(name, ignore_errors=True)
+        shutil.rmtree(name, ignore_errors=True)
     if Path(sys.prefix) == Path("/usr/local/lib/banger"):
         shutil.rmtree(sys.prefix)
