@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Taking banger off a host: with --purge the host is as before, without it nothing of value is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import cache, provision
+from lab.session import Lab
+from tests.lab import user
+
+pytestmark = pytest.mark.timeout(600)
+BANGER = f"{provision.VENV}/bin/banger"
+RUNTIME = "/artefacts/runtime"
+
+LOOKS = {
+    "files": "find / -xdev \\( -path /tmp -o -path /var/tmp -o -path /var/log \\) -prune -o"
+    " \\( -type d -printf '%p %y %m %U:%G\\n' \\) -o -printf '%p %y %m %U:%G %s %l\\n'",
+    "contents": "find /etc /usr/local -xdev -type f -exec sha256sum {} +",
+    # Sessions come and go there by themselves; only what has our name is ours.
+    "runtime files": "find /run -name '*banger*'",
+    "unit files": "systemctl list-unit-files --no-legend --no-pager",
+    "units": "systemctl list-units --all --plain --no-legend --no-pager '*banger*'",
+    "failed units": "systemctl list-units --failed --plain --no-legend --no-pager",
+    "users": "getent passwd; getent group",
+    "rules": "nft -j list ruleset",
+    "devices": "dmsetup table; losetup -l -n",
+    "links": "ip -o link | sed 's/^[0-9]*: //'; ip -o -4 addr | sed 's/^[0-9]*: //'; ip route",
+    "forwarding": "sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding",
+    "cgroups": "find /sys/fs/cgroup -type d -not -path '*/user.slice/*' -not -path '*/system.slice/*'",
+    "processes": "ps -eo user=,args= | grep -E 'banger|firecracker|jailer' | grep -v grep; true",
+    "modules": "cut -d' ' -f1 /proc/modules",
+}
+
+SEEN = {
+    "files",
+    "contents",
+    "runtime files",
+    "unit files",
+    "units",
+    "devices",
+    "links",
+    "cgroups",
+    "processes",
+}
+"""Where a VM that runs must show, or the looks see nothing."""
+STAYS = {
+    "modules": {
+        r"(loop|dm_mod|dm_bufio|dm_snapshot|tun|bridge|stp|llc|kvm\w*)": "others may use them by now",
+    },
+}
+"""What is different afterwards, and why."""
+
+
+@pytest.fixture
+def parcel() -> Iterator[Path]:
+    """The files that an installation in a lab is made from."""
+    entry = provision.bundle(cache.default_root())
+    yield entry.path
+    entry.close()
+
+
+def test_purge_leaves_the_host_as_it_was(fresh_host: Lab, parcel: Path) -> None:
+    fresh_host.attach_artefacts(parcel)
+    fresh_host.run(["systemd-run", "-q", "--wait", "--unit", "foreign", "false"], check=False)
+    before = _inventory(fresh_host)
+    assert len(before["failed units"]) == 1
+    provision.install(fresh_host, Path("/artefacts"))
+    user.banger(fresh_host, "vm", "create", "web", *user.SMALL)
+    assert user.banger(fresh_host, "vm", "exec", "web", "--", "echo", "alive").text == "alive\n"
+    assert _differences(before, _inventory(fresh_host)).keys() >= SEEN
+
+    refused = fresh_host.run(["banger", "system", "uninstall", "--purge"], check=False)
+    assert refused.status != 0
+    assert "--force" in refused.error_text
+    assert user.shown(fresh_host, "web")["state"] == "running"
+    fresh_host.run(["banger", "system", "uninstall", "--purge", "--force"], timeout_s=120)
+
+    assert user.leftovers(fresh_host) == ""
+    assert _differences(before, _inventory(fresh_host)) == {}
+
+
+def test_without_purge_everything_is_found_again(fresh_installed_host: Lab) -> None:
+    host = fresh_installed_host
+    user.banger(host, "vm", "create", "web", *user.SMALL)
+    user.banger(host, "vm", "exec", "web", "--", "sh", "-c", "echo mine > /root/kept; echo mine > /srv/kept")
+    user.banger(host, "vm", "stop", "web")
+    disks = "cd /var/lib/banger && find images kernels vms -type f -printf '%p %s %T@\\n' | sort"
+    before = host.run(["sh", "-c", disks]).text
+    assert "work.ext4" in before
+    assert user.banger(host, "system", "uninstall", check=False).status != 0  # not root
+
+    said = host.run(["banger", "system", "uninstall"], timeout_s=120).error_text
+    assert "VMs, images and kernels in /var/lib/banger," in said
+    assert f"{BANGER} system install" in said
+    assert user.leftovers(host) == ""
+    assert host.run(["sh", "-c", disks]).text == before
+    assert host.run(["sh", "-c", "systemctl list-unit-files --no-legend '*banger*'"], check=False).text == ""
+
+    runtime = [f"--{tool}={RUNTIME}/{tool}" for tool in ("firecracker", "jailer")]
+    host.run([BANGER, "system", "install", "--owner", user.NAME, *runtime], timeout_s=120)
+    assert user.shown(host, "web")["state"] == "stopped"
+    user.banger(host, "vm", "start", "web")
+    kept = user.banger(host, "vm", "exec", "web", "--", "cat", "/root/kept", "/srv/kept").text
+    assert kept == "mine\nmine\n"
+    user.banger(host, "vm", "stop", "web")
+
+    # An uninstallation that was cut off after the helper's socket had gone is done again.
+    host.run(["systemctl", "disable", "--now", "bangerd.service", "bangerd-root.socket"])
+    host.run(["banger", "system", "uninstall", "--purge"], timeout_s=120)
+    assert host.run(["sh", "-c", "ls -d /var/lib/banger* /etc/banger* 2>/dev/null"], check=False).text == ""
+
+
+def _inventory(host: Lab) -> dict[str, set[str]]:
+    return {
+        look: set(host.run(["sh", "-c", script], timeout_s=120, check=False).text.splitlines())
+        for look, script in LOOKS.items()
+    }
+
+
+def _differences(before: dict[str, set[str]], after: dict[str, set[str]]) -> dict[str, list[str]]:
+    """By look, the lines that came or went; without those that are known to stay."""
+    found = {}
+    for look in LOOKS:
+        known = "|".join(STAYS.get(look, ()))
+        came, went = after[look] - before[look], before[look] - after[look]
+        changed = [f"+ {line}" for line in came if not re.fullmatch(known, line)]
+        changed += [f"- {line}" for line in went if not re.fullmatch(known, line)]
+        if changed:
+            found[look] = sorted(changed)
+    return found
