@@ -63,9 +63,10 @@ int conn_send(struct conn *conn, uint8_t type, const void *payload, size_t size)
         while (sent < total) {
                 size_t in_header = sent < sizeof header ? sizeof header - sent : 0;
                 size_t in_payload = sent + in_header - sizeof header;
+                size_t next = min_size(size - in_payload, CONN_SEND_MAX);
                 struct iovec parts[2] = {
                         { .iov_base = header + sizeof header - in_header, .iov_len = in_header },
-                        { .iov_base = (uint8_t *) payload + in_payload, .iov_len = size - in_payload },
+                        { .iov_base = (uint8_t *) payload + in_payload, .iov_len = next },
                 };
                 struct msghdr message = { .msg_iov = parts, .msg_iovlen = 2 };
                 ssize_t n = sendmsg(conn->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);

@@ -188,20 +188,19 @@ static void receive(struct pump *pump) {
 }
 
 static void transmit(struct pump *pump) {
-        ssize_t n = send(pump->conn->fd,
-                         out_buffer + pump->out_sent,
-                         pump->out_used - pump->out_sent,
-                         MSG_DONTWAIT | MSG_NOSIGNAL);
+        while (pump->out_sent < pump->out_used) {
+                size_t size = min_size(pump->out_used - pump->out_sent, CONN_SEND_MAX);
+                ssize_t n = send(pump->conn->fd, out_buffer + pump->out_sent, size, MSG_DONTWAIT | MSG_NOSIGNAL);
 
-        if (n < 0 && (errno == EAGAIN || errno == EINTR))
-                return;
-        if (n < 0) {
-                hang_up(pump);
-                return;
+                if (n < 0 && (errno == EAGAIN || errno == EINTR))
+                        return;
+                if (n < 0) {
+                        hang_up(pump);
+                        return;
+                }
+                pump->out_sent += (size_t) n;
         }
-        pump->out_sent += (size_t) n;
-        if (pump->out_sent == pump->out_used)
-                pump->out_sent = pump->out_used = 0;
+        pump->out_sent = pump->out_used = 0;
 }
 
 static void compose(struct pump *pump, uint8_t type, size_t size) {
