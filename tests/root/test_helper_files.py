@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import os
 import shutil
@@ -323,6 +324,30 @@ def test_kernel_is_copied_once_for_each_version(helper_world_here: HelperWorld) 
         file.write_bytes(b"%d" % number)
         link(world, "vmlinux")
     assert len(list(cache.iterdir())) <= filesystem.KEPT_KERNELS + 1
+
+
+def test_kernel_is_copied_once_for_many_starts_at_once(helper_world_here: HelperWorld) -> None:
+    world = helper_world_here
+    filesystem.make_jail(world.policy, VM, 1)
+    world.owned(f"kernels/{KERNEL}/vmlinux", b"k" * (8 << 20))
+    starts = 3 * filesystem.KEPT_KERNELS
+    root = filesystem.open_jail(world.policy, VM)
+
+    def start(number: int) -> None:
+        os.mkdir(f"jail-{number}", dir_fd=root)
+        jail = os.open(f"jail-{number}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
+        try:
+            filesystem.link_kernel(world.policy, jail, KERNEL, "vmlinux")
+        finally:
+            os.close(jail)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(starts) as pool:
+            list(pool.map(start, range(starts)))
+    finally:
+        os.close(root)
+    (kept,) = (world.root / "kernels").iterdir()
+    assert kept.stat().st_nlink == 1 + starts
 
 
 def test_logs_rotate_and_are_the_owners_to_read(helper_world_here: HelperWorld) -> None:

@@ -25,6 +25,7 @@ KEPT_KERNELS: Final = 8
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _claims = threading.Lock()
+_kernels = threading.Lock()
 
 
 def open_owned(policy: policies.Policy, path: str, *, writable: bool, max_bytes: int) -> int:
@@ -283,19 +284,25 @@ def link_kernel(policy: policies.Policy, root: int, kernel_id: str, name: str) -
     """
     source = open_owned(policy, f"kernels/{kernel_id}/{name}", writable=False, max_bytes=MAX_KERNEL_BYTES)
     try:
-        identity = _identity(source)
-        cache = f"{policy.helper_dir}/kernels"
-        _make_directory(cache, 0o700)
-        kept = f"{cache}/{identity}"
-        if not os.path.exists(kept):
-            _copy(source, kept)
-            if _identity(source) != identity:
-                os.unlink(kept)
-                raise errors.ConflictError(f"kernel {kernel_id} changed while it was read")
-            _prune(cache, keep=identity)
-        os.link(kept, name, dst_dir_fd=root)
+        # One start at a time: the first one copies for all, and no pruning meets a copy that is being made.
+        with _kernels:
+            os.link(_kept(policy, source, kernel_id), name, dst_dir_fd=root)
     finally:
         os.close(source)
+
+
+def _kept(policy: policies.Policy, source: int, kernel_id: str) -> str:
+    identity = _identity(source)
+    cache = f"{policy.helper_dir}/kernels"
+    _make_directory(cache, 0o700)
+    kept = f"{cache}/{identity}"
+    if not os.path.exists(kept):
+        _copy(source, kept)
+        if _identity(source) != identity:
+            os.unlink(kept)
+            raise errors.ConflictError(f"kernel {kernel_id} changed while it was read")
+        _prune(cache, keep=identity)
+    return kept
 
 
 def _identity(fd: int) -> str:
