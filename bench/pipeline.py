@@ -18,7 +18,7 @@ import msgspec
 from banger.contract import names, privileged, resources
 from banger.owner import guest
 from banger.storage import workdisk
-from bench import fake_host, report
+from bench import fake_host, host, report
 
 ROUNDS: Final = 30
 AT_ONCE: Final = 100
@@ -27,26 +27,26 @@ _SHOWN_STEPS: Final = 4
 Requests = Sequence[privileged.Request[Any]]
 
 
-def run() -> report.Report:
+def run(_: host.Host) -> report.Report:
     return asyncio.run(measure(rounds=ROUNDS, at_once=AT_ONCE))
 
 
 async def measure(*, rounds: int, at_once: int) -> report.Report:
-    async with fake_host.running() as host:
-        first = await host.start("first")
-        requests = tuple(host.ops.requests[-_length(host.ops.requests, first.id) :])
+    async with fake_host.running() as daemon:
+        first = await daemon.start("first")
+        requests = tuple(daemon.ops.requests[-_length(daemon.ops.requests, first.id) :])
         ours, theirs, vms = [], [], []
         for number in range(rounds):
-            name, rival = f"vm-{number}", Rival(host, requests)
+            name, rival = f"vm-{number}", Rival(daemon, requests)
             began = time.perf_counter()
-            vms.append(await host.start(name))
+            vms.append(await daemon.start(name))
             ours.append(_ms_since(began))
             theirs.append(await _timed_ms(rival.start()))
             await rival.tear_down()
-            await host.delete(name)
-        many_ms = await _timed_ms(_all(host.start(f"many-{n}") for n in range(at_once)))
-        await _all(host.delete(f"many-{n}") for n in range(at_once))
-        rivals = [Rival(host, requests) for _ in range(at_once)]
+            await daemon.delete(name)
+        many_ms = await _timed_ms(_all(daemon.start(f"many-{n}") for n in range(at_once)))
+        await _all(daemon.delete(f"many-{n}") for n in range(at_once))
+        rivals = [Rival(daemon, requests) for _ in range(at_once)]
         many_rival_ms = await _timed_ms(_all(rival.start() for rival in rivals))
         await _all(rival.tear_down() for rival in rivals)
     return report.Report(
@@ -70,9 +70,9 @@ def _length(requests: Requests, vm_id: str) -> int:
 class Rival:
     """The work of one start, for a VM that no daemon knows of."""
 
-    def __init__(self, host: fake_host.FakeHost, requests: Requests) -> None:
-        self._ops = host.ops.ops
-        self._layout = host.paths.layout
+    def __init__(self, daemon: fake_host.FakeHost, requests: Requests) -> None:
+        self._ops = daemon.ops.ops
+        self._layout = daemon.paths.layout
         self._requests = requests
         self._vm_id = names.VmId(names.new_id())
         self._slot = next(_slots)

@@ -56,7 +56,7 @@ def median(values: Iterable[float]) -> float:
 
 def spread(values: Sequence[float], unit: str) -> str:
     """`n = 5, 1.2-3.4 s`: how many there were, and the least and the most."""
-    return f"n = {len(values)}, {_number(min(values))}-{_number(max(values))} {unit}"
+    return f"n = {len(values)}, {_number(min(values))}-{_number(max(values))} {unit}".rstrip()
 
 
 def _cells(row: Row) -> tuple[str, ...]:
