@@ -8,7 +8,7 @@ common; made by `pull` and `sources`, turned into a root disk by `assemble`.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ class Compression(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A blob that is whole on this disk. `diff_id` is the digest of the tar inside; empty when nobody said."""
+    """A blob that is whole on this disk. `diff_id` is the digest of the tar inside; empty if nobody said."""
 
     path: Path
     compression: Compression
@@ -51,11 +51,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """`layers` from the lowest up. `reference` is what the user asked for, in full; `digest` the manifest's."""
+    """`layers` from the lowest up. `reference` is what the user asked for, whole; `digest` the manifest."""
 
     reference: str
     digest: str
     arch: str
     """As `platform.machine()` says it: x86_64, aarch64."""
     layers: tuple[Layer, ...]
-    run: RunConfig = RunConfig()
+    run: RunConfig = field(default_factory=RunConfig)
