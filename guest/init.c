@@ -211,7 +211,7 @@ static void _Noreturn stay_as_init(pid_t agent) {
                                 (void) sigprocmask(SIG_BLOCK, &all, NULL);
                         }
                 if (sigwait(&all, &number) == 0 && asks_for_the_end(number)) {
-                        power_stop_everything(now_ms() + DEVICE_LIMIT_MS);
+                        power_stop_everything(agent, now_ms() + DEVICE_LIMIT_MS);
                         power_reset();
                 }
         }

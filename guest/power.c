@@ -20,18 +20,18 @@ enum {
 };
 
 /* A kernel thread has no memory map, hence no program. */
-static bool is_user_process(const char *name) {
+static bool is_user_process(const char *name, pid_t agent) {
         char path[300], target[8];
         uint64_t pid;
 
         if (parse_u64(name, 10, INT32_MAX, &pid) < 0 || pid == 1 || (pid_t) pid == getpid() ||
-            (pid_t) pid == getppid())
+            (pid_t) pid == agent)
                 return false;
         snprintf(path, sizeof path, "/proc/%s/exe", name);
         return readlink(path, target, sizeof target) > 0;
 }
 
-static bool others_are_left(void) {
+static bool others_are_left(pid_t agent) {
         DIR *directory = opendir("/proc");
         struct dirent *entry;
         bool found = false;
@@ -39,19 +39,19 @@ static bool others_are_left(void) {
         if (!directory)
                 return false;
         while (!found && (entry = readdir(directory)))
-                found = is_user_process(entry->d_name);
+                found = is_user_process(entry->d_name, agent);
         closedir(directory);
         return found;
 }
 
-void power_stop_everything(uint64_t deadline_ms) {
+void power_stop_everything(pid_t agent, uint64_t deadline_ms) {
         (void) kill(-1, SIGTERM);
         (void) kill(-1, SIGCONT);
-        while (others_are_left() && now_ms() < deadline_ms)
+        while (others_are_left(agent) && now_ms() < deadline_ms)
                 sleep_ms(STEP_MS);
         (void) kill(-1, SIGKILL);
         deadline_ms = now_ms() + KILL_MS;
-        while (others_are_left() && now_ms() < deadline_ms)
+        while (others_are_left(agent) && now_ms() < deadline_ms)
                 sleep_ms(STEP_MS);
 }
 
@@ -105,7 +105,7 @@ static void power_off(enum init_kind kind, uint64_t grace_ms) {
         (void) signal(SIGTERM, SIG_IGN);
         (void) signal(SIGHUP, SIG_IGN);
         if (kind == INIT_OWN)
-                power_stop_everything(deadline_ms);
+                power_stop_everything(getppid(), deadline_ms);
         else {
                 ask_init(kind);
                 while (now_ms() < deadline_ms)
