@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
-/* Any bytes as a stream of frames, and their payloads as fields and as an exec request. */
+/* Any bytes as a stream of frames, and their payloads as fields, an exec request and a connect request. */
 #include <stdlib.h>
 #include <string.h>
 
+#include "connect.h"
 #include "exec.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -34,6 +35,14 @@ static void read_exec(uint8_t *payload, size_t size) {
         exec_request_free(&request);
 }
 
+static void read_connect(uint8_t *payload, size_t size) {
+        struct connect_request request;
+
+        if (connect_request_parse(payload, size, &request) == 0 &&
+            (request.port == 0 || (request.address_given && request.address.any.sa_family == AF_UNSPEC)))
+                abort();
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         while (size >= FRAME_HEADER_SIZE) {
                 size_t length;
@@ -48,6 +57,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                 memcpy(copy, data, length);
                 if (type == FRAME_EXEC)
                         read_exec(copy, length);
+                else if (type == FRAME_CONNECT)
+                        read_connect(copy, length);
                 else
                         read_fields(copy, length);
                 free(copy);

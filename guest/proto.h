@@ -37,7 +37,7 @@ enum frame_type {
         FRAME_FLUSH = 0x15,
         FRAME_POWER_OFF = 0x16,
         FRAME_TIME = 0x17,
-        FRAME_CONNECT = 0x18, /* reserved for port forwarding */
+        FRAME_CONNECT = 0x18,
 
         FRAME_STARTED = 0x20,
         FRAME_STDIN = 0x21,

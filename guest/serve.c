@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "agent.h"
+#include "connect.h"
 #include "exec.h"
 #include "io.h"
 #include "machine.h"
@@ -28,6 +29,7 @@ static const struct request {
         { FRAME_FLUSH, 300, serve_flush, false },
         { FRAME_POWER_OFF, NO_LIMIT, serve_power_off, false },
         { FRAME_TIME, 10, serve_time, false },
+        { FRAME_CONNECT, NO_LIMIT, serve_connect, false },
 };
 
 static int parse_hello(const struct frame *frame, uint64_t *ret_version) {

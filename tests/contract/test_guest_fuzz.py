@@ -37,6 +37,10 @@ SEEDS = {
                 guest.ExecSpec(("a", "b"), ("K=V",), "/", "u:g", tty=True, rows=1, cols=2), stdin=True
             ),
         ),
+        guest.request(
+            guest.FrameType.CONNECT, guest.connect_payload(guest.ConnectSpec(22, "10.0.0.2", "udp"))
+        ),
+        guest.request(guest.FrameType.CONNECT, guest.connect_payload(guest.ConnectSpec(8080, "::1"))),
     ],
     "fuzz_tar": [archive(fmt) for fmt in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)],
     "fuzz_text": [

@@ -13,6 +13,7 @@
     ├── NoSpaceError             no_space
     ├── MissingToolError         missing_tool      a program or kernel feature the host lacks
     ├── UnavailableError         unavailable       the process on the other side does not answer
+    ├── RefusedError             refused           nothing listens on that port of the guest
     ├── ProtocolError            protocol          the process on the other side does not speak as agreed
     └── OperationFailedError     operation_failed
 
@@ -96,6 +97,10 @@ class UnavailableError(BangerError):
     code = "unavailable"
 
 
+class RefusedError(BangerError):
+    code = "refused"
+
+
 class ProtocolError(BangerError):
     code = "protocol"
 
@@ -118,6 +123,7 @@ _BY_CODE: dict[str, type[BangerError]] = {
         NoSpaceError,
         MissingToolError,
         UnavailableError,
+        RefusedError,
         ProtocolError,
         OperationFailedError,
     )

@@ -178,6 +178,15 @@ class GetSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectSpec:
+    """A port of the guest. Without an address its loopback is meant; `protocol` is `tcp` or `udp`."""
+
+    port: int
+    address: str = ""
+    protocol: str = "tcp"
+
+
+@dataclass(frozen=True, slots=True)
 class Transferred:
     """What an archive held."""
 
@@ -253,6 +262,13 @@ def get_payload(spec: GetSpec) -> bytes:
             (Tag.ONE_FILE_SYSTEM, int(spec.one_file_system)),
         ]
     )
+
+
+def connect_payload(spec: ConnectSpec) -> bytes:
+    fields: list[tuple[Tag, Value]] = [(Tag.PROTOCOL, spec.protocol), (Tag.PORT, spec.port)]
+    if spec.address:
+        fields.append((Tag.ADDRESS, spec.address))
+    return encode(fields)
 
 
 def parse_header(data: bytes) -> tuple[int, int]:
@@ -356,6 +372,7 @@ _ERRORS: Final[dict[str, type[errors.BangerError]]] = {
     "bad_request": errors.BadRequestError,
     "no_space": errors.NoSpaceError,
     "busy": errors.ConflictError,
+    "refused": errors.RefusedError,
     "protocol_error": errors.ProtocolError,
     "version_mismatch": errors.ProtocolError,
 }

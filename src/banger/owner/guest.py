@@ -22,6 +22,8 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connector = Callable[[], Awaitable[Stream]]
 
 _REPLY_S: Final = 10.0
+_CONNECT_PORT_S: Final = 15.0
+"""Longer than the agent itself tries."""
 _STALL_S: Final = 60.0
 """How long a file transfer may stand still."""
 _MAX_LISTENERS: Final = 4096
@@ -142,6 +144,21 @@ class GuestClient:
         """A running command; leaving the block before its end hangs it up."""
         async with self._request(guest.FrameType.EXEC, guest.exec_payload(spec, stdin=stdin)) as link:
             yield Exec(link)
+
+    @asynccontextmanager
+    async def connect(self, spec: guest.ConnectSpec) -> AsyncIterator[Tunnel]:
+        """A connection to a port of the guest, closed with the block.
+
+        Raises RefusedError when nobody listens there.
+        """
+        async with self._request(guest.FrameType.CONNECT, guest.connect_payload(spec)) as link:
+            async with _deadline("connect", _CONNECT_PORT_S):
+                await link.expect(guest.FrameType.REPLY)
+            try:
+                yield Tunnel(link)
+            finally:
+                # What a guest that takes nothing has not taken would keep us from closing.
+                link.writer.transport.abort()
 
     async def _ask(
         self, kind: guest.FrameType, payload: bytes, *, deadline_s: float = _REPLY_S
@@ -312,3 +329,38 @@ class Exec:
         with contextlib.suppress(OSError):
             self._link.writer.write(guest.frame(kind, payload))
             await self._link.writer.drain()
+
+
+class Tunnel:
+    """A connection to a port of the guest. One task writes, one reads; with `udp` a piece is a datagram."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+
+    async def read(self) -> bytes:
+        """The next piece; empty when the guest's side has ended.
+
+        Raises the agent's error when the connection in the guest was lost.
+        """
+        kind, payload = await self._link.receive()
+        if kind != guest.FrameType.DATA:
+            raise _refusal(kind, payload)
+        return payload
+
+    async def write(self, data: bytes) -> None:
+        """Waits while the guest takes nothing. Raises UnavailableError when the agent is gone."""
+        view = memoryview(data)
+        while view:
+            await self._send(bytes(view[: guest.MAX_PAYLOAD_BYTES]))
+            view = view[guest.MAX_PAYLOAD_BYTES :]
+
+    async def end(self) -> None:
+        """Our side is over; the guest's may go on."""
+        await self._send(b"")
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            self._link.writer.write(guest.frame(guest.FrameType.DATA, data))
+            await self._link.writer.drain()
+        except OSError as error:
+            raise errors.UnavailableError("the guest's agent closed the connection") from error
