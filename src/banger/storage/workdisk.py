@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import errors
-from banger.images import tree as trees
+from banger.images.mkfs import filesystem
+from banger.storage import seed as seeds
 
 LABEL: Final = "banger-work"
 MIB: Final = 1 << 20
-# A sparse file reads as zeros, so nothing needs to be written but the used part.
-_OPTIONS: Final = ("lazy_itable_init=1", "lazy_journal_init=1")
-_HOME: Final = trees.Attributes(stat.S_IFDIR | 0o700)
+_HOME: Final = filesystem.Attributes(stat.S_IFDIR | 0o700)
 
 
 def create(path: Path, *, size_mib: int, seed: Path | None = None) -> None:
@@ -28,22 +27,21 @@ def create(path: Path, *, size_mib: int, seed: Path | None = None) -> None:
     if path.exists():
         raise errors.AlreadyExistsError(f"work disk {path} is already there", hint="it is the user's data")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".work-") as scratch:
-        tree = trees.Tree(Path(scratch) / "tree")
-        tree.attributes["/"] = _HOME
-        if seed is not None and seed.exists():
-            with seed.open("rb") as archive:
-                tree.unpack(archive)
-        _check_fits(tree, size_mib)
         staged = Path(scratch) / path.name
-        tree.make_ext4(staged, size_bytes=size_mib * MIB, options=_OPTIONS, label=LABEL, checked=False)
-        os.chmod(staged, 0o600)
+        try:
+            _make(staged, size_mib * MIB, seed)
+        except filesystem.DiskTooSmallError as error:
+            raise errors.BadRequestError(
+                f"a work disk of {size_mib} MiB is too small for the image's seed",
+                hint="choose a larger --disk-size",
+            ) from error
         os.link(staged, path)  # unlike a rename, never onto a disk that appeared meanwhile
 
 
-def _check_fits(tree: trees.Tree, size_mib: int) -> None:
-    content = tree.content_bytes()
-    if content > size_mib * MIB * 9 // 10:
-        raise errors.BadRequestError(
-            f"a work disk of {size_mib} MiB is too small for the image's seed of {content // MIB + 1} MiB",
-            hint="choose a larger --disk-size",
-        )
+def _make(staged: Path, size_bytes: int, seed: Path | None) -> None:
+    limits = filesystem.Limits(max_bytes=size_bytes)
+    with filesystem.Filesystem(staged, limits=limits) as made:
+        made.set_attributes(made.ROOT, _HOME)
+        if seed is not None and seed.exists():
+            seeds.unpack(made, seed)
+        made.finish(size_bytes=size_bytes, label=LABEL)
