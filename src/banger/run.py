@@ -210,6 +210,48 @@ async def run_async(
     return await in_thread(run, argv, deadline_s=deadline_s, stdin=stdin, ok=ok, env=env, cwd=cwd)
 
 
+@contextlib.contextmanager
+def piped(
+    argv: Sequence[str],
+    *,
+    deadline_s: float,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Iterator[IO[bytes]]:
+    """A program's output while it runs. Leaving the block before its end ends the program.
+
+    Raises the program's failure once its output has been read.
+    """
+    reader, writer = os.pipe()
+    ended: list[BaseException] = []
+    cancellation = Cancellation()
+    context = contextvars.copy_context()
+    context.run(_cancellation.set, cancellation)
+
+    def work() -> None:
+        try:
+            with open(writer, "wb", buffering=0) as out:
+                context.run(run, argv, deadline_s=deadline_s, stdin=stdin, stdout=out, env=env, cwd=cwd)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work, name=f"piped-{argv[0]}", daemon=True)
+    thread.start()
+    with contextlib.closing(cancellation), open(reader, "rb", buffering=0) as out:
+        try:
+            yield out
+            if out.read(1):
+                cancellation.request()
+        except BaseException:
+            cancellation.request()
+            raise
+        finally:
+            thread.join()
+    if ended and not cancellation.requested:
+        raise ended[0]
+
+
 def failure(result: Result) -> errors.BangerError:
     """The error for a program that ended badly, for callers that judge its result themselves."""
     name = os.path.basename(result.argv[0])

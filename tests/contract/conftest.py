@@ -15,6 +15,7 @@ import pytest
 
 from banger.contract import names, resources
 from banger.owner import config, main, routes
+from tests.contract import agent, workspaces
 from tests.fakes import world as worlds
 
 IMAGE_ID = "0123456789ab"
@@ -89,3 +90,21 @@ async def daemon(paths: config.Paths, world: worlds.World) -> AsyncIterator[Daem
     """A daemon that has started and reconciled."""
     async with main.compose(SETTINGS, NETWORK, paths, world, "0" * 64) as services:
         yield Daemon(services, paths, world)
+
+
+@pytest.fixture(scope="session")
+def native_agent() -> Iterator[Path]:
+    """Socket of the shipped agent, running here."""
+    with agent.running("shipped") as path:
+        yield path
+
+
+@pytest.fixture
+async def guest(daemon: Daemon, native_agent: Path, tmp_path: Path) -> AsyncIterator[workspaces.Guest]:
+    """A served daemon with one running VM, `web`, in which commands and files are real."""
+    from tests.contract import api_served  # it needs this module's Daemon
+
+    daemon.world.behaviour.agent = native_agent
+    await daemon.create()
+    async with api_served.serving(daemon) as served:
+        yield workspaces.Guest(served, tmp_path / "here", tmp_path / "there" / "repo")

@@ -28,6 +28,8 @@ class Behaviour:
     ignores_power_off: bool = False
     answers: bytes | None = None
     """The agent answers every request with these bytes."""
+    agent: Path | None = None
+    """Socket of a real agent, which gets what concerns commands and files."""
 
 
 class FakeVmm:
@@ -80,6 +82,20 @@ class FakeVmm:
         self._writers.add(writer)
         return True
 
+    async def _relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
+    ) -> None:
+        """The client has had its greeting already; ours is for the agent alone."""
+        inside, outside = await asyncio.open_unix_connection(str(self._behaviour.agent))
+        self._writers.add(outside)
+        try:
+            outside.write(guest.hello() + request)
+            await _receive(inside)
+            await asyncio.gather(_pump(reader, outside), _pump(inside, writer))
+        finally:
+            self._writers.discard(outside)
+            outside.close()
+
     async def _serve_api(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not self._has(writer):
             return
@@ -112,6 +128,9 @@ class FakeVmm:
         greeting = guest.encode([(T.MAGIC, guest.MAGIC), (T.BOOT_ID, self.boot_id)])
         writer.write(guest.frame(F.HELLO, greeting))
         kind, payload = await _receive(reader)
+        if self._behaviour.agent is not None and kind in {F.EXEC, F.PUT, F.GET, F.MORE}:
+            await self._relay(reader, writer, guest.frame(F(kind), payload))
+            return
         if kind == F.HEALTH:
             writer.write(guest.frame(F.REPLY, guest.encode([(T.UPTIME_MS, 5)])))
         elif kind == F.FLUSH:
@@ -125,6 +144,14 @@ class FakeVmm:
             await _execute(reader, writer, guest.Fields(payload))
         else:
             writer.write(guest.frame(F.ERROR, guest.encode([(T.CODE, "bad_request"), (T.MESSAGE, "no")])))
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
 
 
 async def _execute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fields: guest.Fields) -> None:

@@ -31,11 +31,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": _SHARED | {"images"},
     "vm": _PLANNING,
     "system": _PLANNING,
+    "workspace": {"contract", "run"},
     "owner": _PLANNING | {"inprocess", "system", "vm"},
     "inprocess": {"contract", "helper"},
 }
-MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"system"}}
-"""Within a function: `system install` and `doctor` do the work themselves, as the root who calls them."""
+MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"system", "workspace"}}
+"""Within a function: `system install` and `doctor` do the work themselves, as the root who calls them;
+repositories are read by the user's own process, which may read what the daemon may not."""
 
 # `banger` itself holds the version; importing it imports nothing else.
 _VERSION = {"__version__"}

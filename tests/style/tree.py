@@ -73,13 +73,18 @@ def _imports(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
             assert child.level == 0, f"a relative import in line {child.lineno}"
             found = [f"{child.module}.{alias.name}" for alias in child.names]
         else:
-            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or _is_for_types(child)
             yield from _imports(child, lazy=lazy or inside)
             continue
         for name in found:
             parts = name.split(".")
             if parts[0] == "banger" and len(parts) > 1:
                 yield Import(parts[1], child.lineno, lazy)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    """What stands below it is never imported when the program runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

@@ -130,7 +130,7 @@ def test_the_schema_is_one(name: str) -> None:
     schema = SCHEMAS[name]
     assert set(schema.get("required", [])) <= set(schema.get("properties", {}))
     for each in schema.get("properties", {}).values():
-        assert {"type", "$ref", "anyOf"} & set(each)
+        assert {"type", "$ref", "anyOf", "enum"} & set(each)
     types = [each["type"] for each in _inside(schema) if isinstance(each.get("type"), str)]
     assert set(types) <= _TYPES
     if "enum" not in schema:

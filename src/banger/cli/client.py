@@ -92,27 +92,27 @@ class Client:
         self.path = path
 
     def get(self, path: str, kind: type[T], *, timeout_s: float = ANSWER_S) -> T:
-        return _decode(self._ask("GET", path, None, timeout_s), kind)
+        return decode(self._ask("GET", path, None, timeout_s), kind)
 
     def names(self, path: str, *, timeout_s: float) -> list[str]:
         """Of a collection's members, without the rest."""
         return [item.name for item in self.get(path, list[_Named], timeout_s=timeout_s)]
 
     def post(self, path: str, body: resources.Body | None = None) -> resources.Operation:
-        return _decode(self._ask("POST", path, body, ANSWER_S), resources.Operation)
+        return decode(self._ask("POST", path, body, ANSWER_S), resources.Operation)
 
     def patch(self, path: str, body: resources.Body, kind: type[T]) -> T:
-        return _decode(self._ask("PATCH", path, body, ANSWER_S), kind)
+        return decode(self._ask("PATCH", path, body, ANSWER_S), kind)
 
     def delete(self, path: str, *, timeout_s: float = ANSWER_S) -> resources.Operation | None:
         """None when there was nothing long to do."""
         data = self._ask("DELETE", path, None, timeout_s)
-        return _decode(data, resources.Operation) if data.strip() not in {b"", b"null"} else None
+        return decode(data, resources.Operation) if data.strip() not in {b"", b"null"} else None
 
     def cancel(self, operation_id: str) -> resources.Operation:
         """Answers when the operation has ended and everything it made is taken back."""
         data = self._ask("DELETE", f"/v1/operations/{operation_id}", None, CANCEL_S)
-        return _decode(data, resources.Operation)
+        return decode(data, resources.Operation)
 
     def events(self, operation_id: str, *, cancel_on_disconnect: bool = False) -> Iterator[resources.Event]:
         """Every event of an operation from its first; ends after the one of kind `end`."""
@@ -121,7 +121,7 @@ class Client:
             path = query(path, cancel_on_disconnect="true")
         with self.stream(path) as response:
             for data in _sse(response):
-                event = _decode(data, resources.Event)
+                event = decode(data, resources.Event)
                 yield event
                 if event.kind == "end":
                     return
@@ -198,7 +198,7 @@ def _check(response: http.client.HTTPResponse) -> None:
     raise failure(body)
 
 
-def _decode(data: bytes, kind: type[T]) -> T:
+def decode(data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:

@@ -24,6 +24,9 @@ NOUNS: Final = {
     "show": command.Noun(_LOOK, "Show everything about VMs.", "show"),
     "logs": command.Noun(_LOOK, "Show a VM's console, or what its VMM says.", "logs"),
     "stats": command.Noun(_LOOK, "Show what running VMs use.", "stats"),
+    "workspace": command.Noun(
+        "banger.cli.vm_workspace", "Take a repository into a VM, and its changes back out."
+    ),
     "exec": command.Noun(_RUN, "Run a command in a running VM.", "execute"),
 }
 

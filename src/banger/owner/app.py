@@ -14,7 +14,7 @@ from litestar import di, exceptions, response
 
 from banger.contract import errors
 from banger.owner import openapi, operations, routes
-from banger.owner.routes import commands, machines, sources, work
+from banger.owner.routes import commands, machines, sources, streams, work
 
 _log = logging.getLogger(__name__)
 
@@ -52,13 +52,21 @@ async def get_document() -> bytes:
     return await asyncio.to_thread(document)
 
 
-ROUTES: Final = (*work.HANDLERS, *machines.HANDLERS, *commands.HANDLERS, *sources.HANDLERS, get_document)
+ROUTES: Final = (
+    *work.HANDLERS,
+    *machines.HANDLERS,
+    *commands.HANDLERS,
+    *streams.HANDLERS,
+    *sources.HANDLERS,
+    get_document,
+)
+EXCHANGES: Final = {**commands.EXCHANGES, **streams.EXCHANGES}
 
 
 @functools.cache
 def document() -> bytes:
     """Made when first asked for: a daemon that is never asked does not pay for it."""
-    return openapi.render(ROUTES, STATUS)
+    return openapi.render(ROUTES, STATUS, EXCHANGES)
 
 
 def _answer(

@@ -41,6 +41,7 @@ from banger.owner import (
     store,
     views,
     vms,
+    workspaces,
 )
 from banger.vm import host
 from banger.vm.capabilities import work_disk
@@ -203,6 +204,7 @@ async def compose(
         await reconcile.reconcile(rows, machine, vm_service)
         yield routes.Services(
             vms=vm_service,
+            workspaces=workspaces.WorkspaceService(rows, connect),
             images=image_service,
             kernels=kernel_service,
             operations=running,

@@ -26,15 +26,15 @@ Routes = Sequence[handlers.BaseRouteHandler]
 
 _SCHEMA: Final = "#/components/schemas/"
 _FAILURE: Final = "#/components/responses/Failure"
-# They travel in WebSockets, which OpenAPI has no words for: its own extension `x-websocket` names them.
-_EXEC: Final = {"first": resources.ExecRequest, "later": resources.ExecControl, "last": resources.ExecEnd}
+Exchanges = Mapping[str, Mapping[str, type[msgspec.Struct]]]
+"""By handler: what travels in its WebSocket, which OpenAPI has no words for. `x-websocket` names it."""
 
 
-def render(routes: Routes, statuses: Mapping[str, int]) -> bytes:
-    return json.dumps(document(routes, statuses), indent=1, sort_keys=True).encode() + b"\n"
+def render(routes: Routes, statuses: Mapping[str, int], exchanges: Exchanges) -> bytes:
+    return json.dumps(document(routes, statuses, exchanges), indent=1, sort_keys=True).encode() + b"\n"
 
 
-def document(routes: Routes, statuses: Mapping[str, int]) -> Document:
+def document(routes: Routes, statuses: Mapping[str, int], exchanges: Exchanges) -> Document:
     """OpenAPI 3.1. Litestar's schemas know neither docstrings nor closed structs: msgspec's do.
 
     `statuses` maps the codes of errors to HTTP statuses; every other code has 500.
@@ -53,7 +53,7 @@ def document(routes: Routes, statuses: Mapping[str, int]) -> Document:
     )
     made: Document = app.openapi_schema.to_schema()
     made["components"] = {
-        "schemas": _schemas(made["components"]["schemas"]),
+        "schemas": _schemas(made["components"]["schemas"], exchanges),
         "responses": {"Failure": _failure(statuses)},
     }
     # A path of the socket is no URL; clients send any host.
@@ -64,7 +64,7 @@ def document(routes: Routes, statuses: Mapping[str, int]) -> Document:
     for route in routes:
         if isinstance(route, handlers.WebsocketRouteHandler):
             for path in route.paths:
-                made["paths"][path.replace(":str}", "}")] = {"get": _websocket(route)}
+                made["paths"][path.replace(":str}", "}")] = {"get": _websocket(route, exchanges)}
     return made
 
 
@@ -79,7 +79,7 @@ def _complete(operation: Document) -> None:
     operation["responses"]["default"] = {"$ref": _FAILURE}
 
 
-def _websocket(route: handlers.WebsocketRouteHandler) -> Document:
+def _websocket(route: handlers.WebsocketRouteHandler, exchanges: Exchanges) -> Document:
     description = inspect.cleandoc(route.fn.__doc__ or "")
     return {
         "operationId": route.fn.__name__,
@@ -92,7 +92,9 @@ def _websocket(route: handlers.WebsocketRouteHandler) -> Document:
             "101": {"description": "A WebSocket follows."},
             "default": {"$ref": _FAILURE},
         },
-        "x-websocket": {which: {"$ref": _SCHEMA + kind.__name__} for which, kind in _EXEC.items()},
+        "x-websocket": {
+            which: {"$ref": _SCHEMA + kind.__name__} for which, kind in exchanges[route.fn.__name__].items()
+        },
     }
 
 
@@ -108,11 +110,10 @@ def _failure(statuses: Mapping[str, int]) -> Document:
     }
 
 
-def _schemas(used: Document) -> Document:
+def _schemas(used: Document, exchanges: Exchanges) -> Document:
     kinds = {getattr(resources, name, None) or getattr(errors, name) for name in used}
-    _, components = msgspec.json.schema_components(
-        {*kinds, *_EXEC.values()}, ref_template=_SCHEMA + "{name}"
-    )
+    told = {kind for exchange in exchanges.values() for kind in exchange.values()}
+    _, components = msgspec.json.schema_components({*kinds, *told}, ref_template=_SCHEMA + "{name}")
     notes = _field_notes(resources) | _field_notes(errors)
     for name, schema in components.items():
         kind = getattr(resources, name, None) or getattr(errors, name)

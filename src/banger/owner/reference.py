@@ -30,6 +30,9 @@ watches it.
 `/v1/vms/{ref}/exec` is a WebSocket: the client's first message is an ExecRequest, its later texts are
 ExecControls, its binary messages are stdin and an empty one ends it. The daemon's binary messages are a
 byte 1 (stdout) or 2 (stderr) and the data; its last message is an ExecEnd.
+
+The other WebSockets carry JSON texts and streams: binary messages, ended by an empty one. The last message
+is the daemon's, and has the error of what failed at any point before.
 """
 _ERRORS: Final = """\
 ## Errors
@@ -41,7 +44,7 @@ know means `operation_failed`.
 
 def reference() -> str:
     """The page as it should be; a test compares it with the one in the tree."""
-    document = openapi.document(app.ROUTES, app.STATUS)
+    document = openapi.document(app.ROUTES, app.STATUS, app.EXCHANGES)
     parts = [
         _HEAD,
         "## Routes\n",
@@ -84,7 +87,8 @@ def _choices(operation: Part) -> str:
 
 def _body(operation: Part) -> str:
     if "x-websocket" in operation:
-        return ", ".join(_kind(operation["x-websocket"][which]) for which in ("first", "later"))
+        said = operation["x-websocket"]
+        return ", ".join(_kind(said[which]) for which in ("first", "later") if which in said)
     return ", ".join(
         _kind(each["schema"]) for each in operation.get("requestBody", {}).get("content", {}).values()
     )
@@ -92,7 +96,8 @@ def _body(operation: Part) -> str:
 
 def _answer(operation: Part) -> str:
     if "x-websocket" in operation:
-        return _kind(operation["x-websocket"]["last"])
+        said = operation["x-websocket"]
+        return ", ".join(_kind(said[which]) for which in ("answers", "last") if which in said)
     [(status, answer)] = [(key, value) for key, value in operation["responses"].items() if key != "default"]
     for media_type, each in answer.get("content", {}).items():
         suffix = "" if media_type == "application/json" else f", {media_type}"

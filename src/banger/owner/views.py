@@ -59,6 +59,7 @@ class Views:
             last_error=vm.last_error,
             sources=vm.sources,
             last_start=vm.last_start if with_timings else (),
+            workspace=vm.workspace,
         )
 
     def stats(

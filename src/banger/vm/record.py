@@ -30,3 +30,4 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     last_error: errors.ErrorBody | None = None
     sources: dict[str, resources.SizeSource] = {}
     last_start: tuple[resources.StepTiming, ...] = ()
+    workspace: resources.Workspace | None = None

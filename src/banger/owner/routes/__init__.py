@@ -11,7 +11,7 @@ from litestar import di
 from litestar.openapi import datastructures
 
 from banger.contract import privileged
-from banger.owner import images, kernels, operations, runtime, vms
+from banger.owner import images, kernels, operations, runtime, vms, workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Services:
     """What the routes may call; made in `main.py`."""
 
     vms: vms.VmService
+    workspaces: workspaces.WorkspaceService
     images: images.ImageService
     kernels: kernels.KernelService
     operations: operations.Operations

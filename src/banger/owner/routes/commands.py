@@ -125,3 +125,11 @@ async def _stop(*tasks: asyncio.Task[guest.ExitStatus] | asyncio.Task[None] | as
 
 
 HANDLERS: Final = (exec_in_vm,)
+EXCHANGES: Final[dict[str, dict[str, type[msgspec.Struct]]]] = {
+    "exec_in_vm": {
+        "first": resources.ExecRequest,
+        "later": resources.ExecControl,
+        "last": resources.ExecEnd,
+    }
+}
+"""For the API's documentation: what travels as JSON in each WebSocket."""

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm workspace prepare|export|diff|pull`: a repository into a running VM, and its changes back."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from banger.cli import client, command, output, params, progress, render, workspaces
+from banger.contract import errors, resources
+
+_COLOURS: Final = ((b"+", b"32"), (b"-", b"31"), (b"@@", b"36"), (b"diff ", b"1"))
+
+group = command.Group(
+    name="workspace",
+    help="Take a repository into a VM, and its changes back out.",
+    no_args_is_help=True,
+    examples=[
+        ("banger vm workspace prepare web .", "this repository, at /root/repo in the guest"),
+        ("banger vm workspace diff web", "what was changed there"),
+        ("banger vm workspace pull web", "as branch banger/web of this repository"),
+    ],
+)
+_GUEST_PATH: Final = click.option(
+    "--guest-path", metavar="PATH", help="Where it is in the guest [default: the workspace, /root/repo]."
+)
+_BASE: Final = click.option(
+    "--base-commit", metavar="COMMIT", help="Compare with this commit [default: the one it was made from]."
+)
+
+
+def _vm(settings: command.Settings, name: str) -> resources.Vm:
+    return settings.client().get(f"/v1/vms/{client.segment(name)}", resources.Vm)
+
+
+@command.make(
+    "prepare",
+    group=group,
+    examples=[
+        ("banger vm workspace prepare web .", "history and files, as they are now"),
+        ("banger vm workspace prepare web . --dry-run", "which files that would be"),
+        ("banger vm workspace prepare web", "the same repository again: only what changed"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--guest-path", metavar="PATH", help="Where to put it [default: /root/repo].")
+@click.option("--include-untracked", is_flag=True, help="Also files git does not track; never ignored ones.")
+@click.option("--branch", metavar="NAME", default="", help="Be on a new branch in the guest.")
+@click.option(
+    "--from", "start", metavar="COMMIT", default="", help="Begin from this commit, without changes."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["history", "full-copy"]),
+    default="history",
+    show_default=True,
+    help="full-copy needs no git in the guest and takes submodules.",
+)
+@click.option("--readonly", "read_only", is_flag=True, help="The guest cannot change it.")
+@click.option("--discard", is_flag=True, help="Throw away what was changed in the guest.")
+@click.option("--dry-run", is_flag=True, help="List the files; send nothing.")
+@click.pass_obj
+def prepare(
+    settings: command.Settings,
+    /,
+    name: str,
+    path: Path | None,
+    guest_path: str | None,
+    mode: str,
+    dry_run: bool,
+    **chosen: Any,
+) -> None:
+    """Take a repository into a running VM.
+
+    Its history and its files as they are: with what is staged, changed and deleted, but without what git
+    ignores, and without what it does not track unless asked. Again, only what changed is sent. What was
+    changed in the guest meanwhile is never replaced without --discard.
+    """
+    vm = _vm(settings, name)
+    wanted = workspaces.Wanted(
+        workspaces.source_of(vm, path),
+        path=guest_path or (vm.workspace.path if vm.workspace else workspaces.GUEST_PATH),
+        full_copy=mode == "full-copy",
+        **chosen,
+    )
+    with workspaces.taken(wanted) as ready:
+        if dry_run:
+            show_files(settings, ready)
+            return
+        sent = workspaces.send(
+            settings.client(), vm.id, vm.name, ready, progress.display(json=settings.json)
+        )
+    if settings.json:
+        told = {"workspace": sent.workspace, "sent_bytes": sent.sent_bytes, "files": len(ready.files)}
+        output.json(told)
+    else:
+        workspaces.say_sent(vm.name, sent, len(ready.files))
+
+
+def show_files(settings: command.Settings, ready: workspaces.Taken) -> None:
+    files = ready.files
+    if settings.json:
+        output.json([name.decode(errors="backslashreplace") for name in files])
+    else:
+        workspaces.print_files(files, to_terminal=sys.stdout.isatty())
+
+
+@command.make(
+    "export",
+    group=group,
+    examples=[
+        ("banger vm workspace export web > work.patch", "everything that changed, also what was committed"),
+        ("banger vm workspace export web -o work.patch", "the same"),
+        ("git apply --index work.patch", "how to take it in"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file [default: stdout].")
+@_BASE
+@_GUEST_PATH
+@click.pass_obj
+def export(
+    settings: command.Settings,
+    name: str,
+    target: Path | None,
+    base_commit: str | None,
+    guest_path: str | None,
+) -> None:
+    """Print what changed in the guest as a patch.
+
+    It holds what was committed there, what was not, and new files that git does not ignore; binary files
+    too. The guest's repository and its index stay as they are.
+    """
+    from banger.workspace import receiving
+
+    request = resources.ExportRequest(path=guest_path, base=base_commit)
+    with workspaces.exported(settings.client(), name, request) as (_, pieces):
+        if target is not None:
+            receiving.write_file(target, pieces)
+            return
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+
+
+@command.make(
+    "diff",
+    group=group,
+    examples=[
+        ("banger vm workspace diff web", "what was changed in the guest"),
+        ("banger vm workspace diff web | less", "page by page"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@_BASE
+@_GUEST_PATH
+@click.pass_obj
+def diff(settings: command.Settings, name: str, base_commit: str | None, guest_path: str | None) -> None:
+    """Show what changed in the guest, for reading."""
+    request = resources.ExportRequest(path=guest_path, base=base_commit)
+    has_colour = render.has_colour(sys.stdout)
+    with workspaces.exported(settings.client(), name, request) as (_, pieces):
+        rest = b""
+        for piece in pieces:
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                _print_line(line + b"\n", has_colour=has_colour)
+        _print_line(rest, has_colour=has_colour)
+    sys.stdout.buffer.flush()
+
+
+def _print_line(line: bytes, *, has_colour: bool) -> None:
+    """A guest wrote it: on a terminal nothing of it is obeyed."""
+    if sys.stdout.isatty():
+        line = render.safe_log(re.sub("\x1b", "\\\\x1b", line.decode(errors="replace"))).encode()
+    for start, code in _COLOURS:
+        if has_colour and line.startswith(start):
+            line = b"\x1b[%sm%s\x1b[0m\n" % (code, line.rstrip(b"\n"))
+            break
+    sys.stdout.buffer.write(line)
+
+
+@command.make(
+    "pull",
+    group=group,
+    examples=[
+        ("banger vm workspace pull web", "as branch banger/web of the repository it was made from"),
+        ("banger vm workspace pull web --branch fix", "another name"),
+        ("git merge banger/web", "how to take it in"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--branch", metavar="NAME", help="Name of the branch [default: banger/NAME].")
+@click.option("--force", is_flag=True, help="Replace a branch that holds something else.")
+@_BASE
+@_GUEST_PATH
+@click.pass_obj
+def pull(
+    settings: command.Settings,
+    name: str,
+    path: Path | None,
+    branch: str | None,
+    force: bool,
+    base_commit: str | None,
+    guest_path: str | None,
+) -> None:
+    """Bring what changed in the guest into a branch of the repository on this host.
+
+    With the guest's own commits; what is not committed there becomes one more. Your files, your index and
+    the branch you are on are not touched.
+    """
+    from banger.workspace import receiving, repository, snapshot
+
+    vm = _vm(settings, name)
+    found = repository.find(workspaces.source_of(vm, path))
+    target = receiving.branch_name(found, branch or f"banger/{vm.name}")
+    request = resources.ExportRequest(form=resources.ExportForm.PACK, path=guest_path, base=base_commit)
+    with (
+        snapshot.scratch(found) as scratch,
+        workspaces.exported(settings.client(), vm.id, request) as (exported, pieces),
+    ):
+        if exported.head in {"", exported.base}:
+            raise errors.ConflictError(f"nothing was changed in {vm.name}")
+        receiving.check_base(found, exported.base)
+        landed = receiving.land(
+            scratch, pieces, base=exported.base, head=exported.head, branch=target, force=force
+        )
+    if settings.json:
+        output.json({"branch": landed.branch, "commit": landed.commit, "commits": landed.commits})
+    else:
+        plural = "commit" if landed.commits == 1 else "commits"
+        render.note(f"{landed.commits} {plural}; take them in with `git merge {landed.branch}`")
+        output.text(landed.branch)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""Workspaces and files over WebSockets: JSON messages, and streams of binary ones that an empty one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+import litestar
+import msgspec
+from litestar import exceptions, params
+
+from banger.contract import errors, resources
+from banger.owner import operations, peers, routes
+
+_log = logging.getLogger(__name__)
+Socket = litestar.WebSocket[object, object, litestar.datastructures.State]
+T = TypeVar("T")
+
+
+class Link:
+    """One client; meets `workspaces.Peer`. At most one message is held each way."""
+
+    def __init__(self, socket: Socket) -> None:
+        self._socket = socket
+
+    async def hear(self, kind: type[T], /) -> T:
+        message = await self._receive()
+        try:
+            return msgspec.json.decode(message.get("text") or "", type=kind)
+        except msgspec.DecodeError as error:
+            raise errors.BadRequestError(f"malformed message: {error}") from error
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        while True:
+            data = (await self._receive()).get("bytes")
+            if data is None:
+                raise errors.BadRequestError("a stream of binary messages was expected")
+            if not data:
+                return
+            yield data
+
+    async def tell(self, message: resources.Resource, /) -> None:
+        await self._socket.send_text(msgspec.json.encode(message).decode())
+
+    async def send(self, data: bytes, /) -> None:
+        await self._socket.send_bytes(data)
+
+    async def end(self) -> None:
+        await self._socket.send_bytes(b"")
+
+    async def _receive(self) -> dict[str, Any]:
+        message = await self._socket.receive()
+        if message["type"] != "websocket.receive":
+            raise exceptions.WebSocketDisconnect(detail="the client left")
+        return dict(message)
+
+
+Work = Callable[[str, Link], Awaitable[resources.Resource]]
+
+
+async def _serve(
+    socket: Socket, ref: str, work: Work, failed: Callable[[errors.ErrorBody], resources.Resource]
+) -> None:
+    """Does the work while the client is there; its outcome is the last message."""
+    await socket.accept()
+    link = Link(socket)
+    working = asyncio.ensure_future(work(ref, link))
+    leaving = asyncio.create_task(socket.scope["state"][peers.GONE].wait())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            _log.info("client left before the end", extra={"ref": ref})
+            return
+        end = working.result()
+    except exceptions.WebSocketException:
+        _log.info("client left before the end", extra={"ref": ref})
+        return
+    except errors.BangerError as error:
+        _log.info("request failed", extra={"ref": ref, "code": error.code, "error": error.message})
+        end = failed(errors.to_body(error, op_id=operations.current_op_id.get()))
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+    try:
+        await link.tell(end)
+        await socket.close()
+    except exceptions.WebSocketException:
+        _log.debug("client left before the end", extra={"ref": ref})
+
+
+def _prepared(error: errors.ErrorBody) -> resources.Resource:
+    return resources.Prepared(error=error)
+
+
+def _transferred(error: errors.ErrorBody) -> resources.Resource:
+    return resources.Transferred(error=error)
+
+
+@litestar.websocket("/v1/vms/{ref:str}/workspace/prepare")
+async def prepare_workspace(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+    """Takes a repository into a running VM."""
+    await _serve(socket, ref, services.workspaces.prepare, _prepared)
+
+
+@litestar.websocket("/v1/vms/{ref:str}/workspace/export")
+async def export_workspace(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+    """Gives out what changed in a workspace."""
+    await _serve(socket, ref, services.workspaces.export, _transferred)
+
+
+@litestar.websocket("/v1/vms/{ref:str}/put")
+async def put_files(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+    """Unpacks a tar in a running VM."""
+    await _serve(socket, ref, services.workspaces.put, _transferred)
+
+
+@litestar.websocket("/v1/vms/{ref:str}/get")
+async def get_files(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+    """Packs a path of a running VM as a tar."""
+    await _serve(socket, ref, services.workspaces.get, _transferred)
+
+
+HANDLERS: Final = (prepare_workspace, export_workspace, put_files, get_files)
+EXCHANGES: Final[dict[str, dict[str, type[msgspec.Struct]]]] = {
+    "prepare_workspace": {
+        "first": resources.PrepareRequest,
+        "later": resources.PreparePlan,
+        "answers": resources.WorkspaceState,
+        "last": resources.Prepared,
+    },
+    "export_workspace": {
+        "first": resources.ExportRequest,
+        "answers": resources.Exported,
+        "last": resources.Transferred,
+    },
+    "put_files": {"first": resources.PutRequest, "last": resources.Transferred},
+    "get_files": {"first": resources.GetRequest, "last": resources.Transferred},
+}
+"""For the API's documentation: what travels as JSON in each."""

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: MIT
+"""The workspace service: a repository into a guest and its changes out, over the agent, held per VM.
+
+The client reads the repository, for it may be anywhere that its user may read; this side does everything
+that happens in the guest. A workspace's lock is its own: it never keeps a VM from being stopped or deleted,
+which ends what is going on here by closing the agent's connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+
+from banger.contract import errors, guest, names, resources
+from banger.owner import guest as guests
+from banger.owner import locks, operations
+from banger.vm import record, workspace
+
+_log = logging.getLogger(__name__)
+
+_MAX_SAID_BYTES: Final = 64 << 20
+_MAX_LINE_BYTES: Final = 4096
+_KEPT_LINES: Final = 20
+_MESSAGE: Final = "Work in progress in {name}"
+_NOTHING: Final = "none"
+
+T = TypeVar("T")
+
+
+class Peer(Protocol):
+    """The client: JSON messages, and streams of bytes that end."""
+
+    async def hear(self, kind: type[T], /) -> T: ...
+
+    def pieces(self) -> AsyncIterator[bytes]: ...
+
+    async def tell(self, message: resources.Resource, /) -> None: ...
+
+    async def send(self, data: bytes, /) -> None: ...
+
+    async def end(self) -> None: ...
+
+
+class Rows(Protocol):
+    """What is needed of the store."""
+
+    def find(self, ref: str, /) -> record.VmRecord: ...
+
+    def get(self, vm_id: names.VmId, /) -> record.VmRecord: ...
+
+    def save(self, vm: record.VmRecord, /) -> None: ...
+
+
+class WorkspaceService:
+    """Everything the API can do with repositories and files of running guests."""
+
+    def __init__(self, store: Rows, connect: Callable[[names.VmId], guests.GuestClient]) -> None:
+        self._store = store
+        self._connect = connect
+        self._locks = locks.Lifecycle()
+
+    async def prepare(self, ref: str, peer: Peer) -> resources.Resource:
+        """Takes a repository in. One at a time for each VM; the others wait."""
+        request = await peer.hear(resources.PrepareRequest)
+        path = workspace.clean_path(request.path)
+        found = self._running(ref)
+        async with self._locks.hold(found.id, operations.current_op_id.get()):
+            vm = self._running(found.id)
+            inside = _Guest(vm.name, self._connect(vm.id))
+            await self._make_writable(inside, vm, path)
+            state = await self._inspect(inside, vm, path, request)
+            await peer.tell(resources.WorkspaceState(exists=state.exists, tips=state.tips))
+            plan = await peer.hear(resources.PreparePlan)
+            taking = _Taking(inside, peer, path, plan, state, discard=request.discard)
+            await (taking.copy() if request.full_copy else taking.repository())
+            if plan.read_only:
+                await inside.run(workspace.LOCK, path, "1")
+            made = self._remember(vm, path, plan)
+        _log.info("workspace prepared", extra={"vm": vm.id, "path": path})
+        return resources.Prepared(workspace=made)
+
+    async def export(self, ref: str, peer: Peer) -> resources.Resource:
+        """Gives out what changed since `base`; the guest's repository and index stay as they are."""
+        request = await peer.hear(resources.ExportRequest)
+        vm = self._running(ref)
+        path = workspace.clean_path(request.path) if request.path else _path_of(vm)
+        output = _Headed(peer)
+        await _Guest(vm.name, self._connect(vm.id)).run(
+            workspace.EXPORT,
+            path,
+            request.form,
+            request.base or "",
+            _MESSAGE.format(name=vm.name),
+            output=output.take,
+        )
+        await output.finish()
+        return resources.Transferred(content_bytes=output.sent_bytes)
+
+    async def put(self, ref: str, peer: Peer) -> resources.Resource:
+        request = await peer.hear(resources.PutRequest)
+        spec = guest.PutSpec(request.path, uid=request.uid, gid=request.gid, make_directory=True)
+        done = await self._connect(self._running(ref).id).put(spec, peer.pieces())
+        return resources.Transferred(entries=done.entries, content_bytes=done.content_bytes)
+
+    async def get(self, ref: str, peer: Peer) -> resources.Resource:
+        request = await peer.hear(resources.GetRequest)
+        spec = guest.GetSpec(request.path, follow_link=request.follow_link)
+        count = 0
+        async with self._connect(self._running(ref).id).get(spec) as archive:
+            async for piece in archive:
+                count += len(piece)
+                await peer.send(piece)
+        await peer.end()
+        return resources.Transferred(content_bytes=count)
+
+    def _running(self, ref: str) -> record.VmRecord:
+        vm = self._store.find(ref)
+        if vm.state is not resources.VmState.RUNNING:
+            hint = f"start it: `banger vm start {vm.name}`"
+            raise errors.NotRunningError(f"{vm.name} is not running", hint=hint)
+        return vm
+
+    async def _make_writable(self, inside: _Guest, vm: record.VmRecord, path: str) -> None:
+        known = vm.workspace
+        if known is not None and known.path == path and "read_only" in known.options:
+            await inside.run(workspace.LOCK, path, "0")
+
+    async def _inspect(
+        self, inside: _Guest, vm: record.VmRecord, path: str, request: resources.PrepareRequest
+    ) -> workspace.Found:
+        kind = "copy" if request.full_copy else "git"
+        found = workspace.parse_found(await inside.said(workspace.INSPECT, path, kind))
+        known = vm.workspace is not None and vm.workspace.path == path
+        if request.full_copy or (found.foreign and known):
+            # Nothing tells what was changed in a copy.
+            changed = () if not (found.exists or found.foreign) else ("it is there already",)
+            found = dataclasses.replace(found, foreign=found.foreign and not known, changes=changed)
+        workspace.refuse_to_lose(vm.name, path, found, discard=request.discard)
+        return found
+
+    def _remember(self, vm: record.VmRecord, path: str, plan: resources.PreparePlan) -> resources.Workspace:
+        made = resources.Workspace(
+            path=path,
+            source=plan.source,
+            head=plan.head or "",
+            branch=plan.branch or "",
+            worktree=plan.worktree or "",
+            index=plan.index or "",
+            prepared_at=datetime.datetime.now(datetime.UTC),
+            options=plan.options,
+        )
+        self._store.save(msgspec.structs.replace(self._store.get(vm.id), workspace=made))
+        return made
+
+
+def _path_of(vm: record.VmRecord) -> str:
+    if vm.workspace is None:
+        raise errors.NotFoundError(
+            f"{vm.name} has no workspace",
+            hint=f"`banger vm workspace prepare {vm.name}` makes one; --guest-path names another repository",
+        )
+    return vm.workspace.path
+
+
+@dataclasses.dataclass(slots=True)
+class _Taking:
+    """One prepare, once the guest's state is known."""
+
+    inside: _Guest
+    peer: Peer
+    path: str
+    plan: resources.PreparePlan
+    found: workspace.Found
+    discard: bool
+
+    async def repository(self) -> None:
+        plan, exists = self.plan, self.found.exists
+        if not plan.worktree or not plan.index or not (plan.branch or plan.head):
+            raise errors.BadRequestError("a plan names trees, and a branch or a commit")
+        root = self.path if exists else workspace.staging(self.path)
+        if exists:
+            said = await self.inside.said(workspace.MISSING, root, stdin=self.peer.pieces())
+            if said:
+                await self.peer.send(said)
+            await self.peer.end()
+        await self.inside.run(
+            workspace.RECEIVE, root, plan.object_format, str(int(not exists)), stdin=self.peer.pieces()
+        )
+        await self.inside.put(f"{root}/{workspace.INCOMING}", self.peer.pieces())
+        await self.inside.run(
+            workspace.SETTLE,
+            root,
+            self.path,
+            plan.head or "",
+            plan.branch or "",
+            plan.worktree,
+            plan.index,
+            str(int(self.discard or bool(self.found.changes))),
+        )
+
+    async def copy(self) -> None:
+        """The tree appears under its name only when it is whole."""
+        root = workspace.staging(self.path)
+        await self.inside.run(workspace.CLEAR, root)
+        await self.inside.put(root, self.peer.pieces())
+        await self.inside.run(workspace.PLACE, root, self.path, str(int(self.discard)))
+
+
+class _Headed:
+    """Output of EXPORT: a line that says what it is, then the data, which goes on to the client."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._held: bytearray | None = bytearray()
+        self.sent_bytes = 0
+
+    async def take(self, data: bytes) -> None:
+        if self._held is None:
+            await self._pass_on(data)
+            return
+        self._held += data
+        line, end, rest = bytes(self._held).partition(b"\n")
+        if not end and len(line) <= _MAX_LINE_BYTES:
+            return
+        words = line.decode(errors="replace").split()
+        if not end or len(words) != 2:
+            raise errors.ProtocolError("the guest did not say what its export holds")
+        self._held = None
+        base, head = ("" if word == _NOTHING else word for word in words)
+        await self._peer.tell(resources.Exported(base=base, head=head))
+        await self._pass_on(rest)
+
+    async def finish(self) -> None:
+        if self._held is not None:
+            raise errors.ProtocolError("the guest exported nothing")
+        await self._peer.end()
+
+    async def _pass_on(self, data: bytes) -> None:
+        if data:
+            self.sent_bytes += len(data)
+            await self._peer.send(data)
+
+
+@dataclasses.dataclass(slots=True)
+class _Guest:
+    """Scripts in one guest."""
+
+    name: str
+    client: guests.GuestClient
+
+    async def put(self, path: str, archive: AsyncIterable[bytes]) -> None:
+        await self.client.put(guest.PutSpec(path, make_directory=True), archive)
+
+    async def said(self, script: str, *arguments: str, stdin: AsyncIterable[bytes] | None = None) -> bytes:
+        """What a script printed. Raises ProtocolError when that is more than anybody asked for."""
+        said = bytearray()
+
+        async def keep(data: bytes) -> None:
+            said.extend(data)
+            if len(said) > _MAX_SAID_BYTES:
+                raise errors.ProtocolError(f"{self.name} does not stop talking")
+
+        await self.run(script, *arguments, stdin=stdin, output=keep)
+        return bytes(said)
+
+    async def run(
+        self,
+        script: str,
+        *arguments: str,
+        stdin: AsyncIterable[bytes] | None = None,
+        output: Callable[[bytes], Awaitable[None]] | None = None,
+    ) -> None:
+        """To its end; an input that it does not read any more is left. Raises what it failed with."""
+        spec = guest.ExecSpec(argv=workspace.argv(script, *arguments), cwd="/")
+        async with self.client.exec(spec, stdin=stdin is not None) as running:
+            reading = asyncio.create_task(self._read(running, output))
+            feeding = asyncio.create_task(_feed(running, stdin))
+            try:
+                await asyncio.wait({reading, feeding}, return_when=asyncio.FIRST_COMPLETED)
+                if feeding.done() and not reading.done():
+                    feeding.result()
+                await reading
+            finally:
+                for task in (reading, feeding):
+                    task.cancel()
+                await asyncio.gather(reading, feeding, return_exceptions=True)
+
+    async def _read(self, running: guests.Exec, output: Callable[[bytes], Awaitable[None]] | None) -> None:
+        complaint = bytearray()
+        async for event in running.output():
+            if isinstance(event, guest.ExitStatus):
+                if event.as_shell:
+                    raise workspace.script_failure(self.name, event.as_shell, _lines(complaint))
+                return
+            stream, data = event
+            if stream == 1 and output is not None:
+                await output(data)
+            elif stream == 2:
+                complaint += data
+                del complaint[:-_MAX_LINE_BYTES]
+        raise errors.ProtocolError("the guest's agent ended a command without a status")
+
+
+async def _feed(running: guests.Exec, stdin: AsyncIterable[bytes] | None) -> None:
+    if stdin is None:
+        return
+    async for piece in stdin:
+        await running.write(piece)
+    await running.close_stdin()
+
+
+def _lines(data: bytes | bytearray) -> list[str]:
+    return [line for line in data.decode(errors="replace").splitlines() if line.strip()][-_KEPT_LINES:]

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: MIT
+"""What is done in a guest to take a repository in and give its changes out: scripts, and what they print.
+
+Each script is one constant; whatever varies is an argument, so that nothing is ever quoted. The guest's own
+git configuration is kept out of it. Beside the repository's own git directory lies ours, `.git/banger`: a
+second index over the same objects that takes files byte for byte.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from banger.contract import errors
+
+INCOMING: Final = ".git/banger/incoming"
+_MAX_CHANGES: Final = 20
+
+_COMMON: Final = r"""
+set -eu
+export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_TERMINAL_PROMPT=0 GIT_PAGER=cat
+export GIT_NO_REPLACE_OBJECTS=1 GIT_LITERAL_PATHSPECS=1
+unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
+umask 022
+deaf() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c safe.directory='*' -c gc.auto=0 "$@"; }
+raw() {
+  GIT_DIR=$PWD/.git/banger GIT_WORK_TREE=$PWD GIT_OBJECT_DIRECTORY=$PWD/.git/objects deaf \
+    -c core.autocrlf=false -c core.safecrlf=false -c core.filemode=true -c core.symlinks=true "$@"
+}
+need_git() {
+  command -v git >/dev/null 2>&1 || { echo "the guest has no git" >&2; exit 90; }
+}
+"""
+
+INSPECT: Final = (
+    _COMMON
+    + r"""
+path=$1
+[ "$2" = copy ] || need_git
+if [ ! -e "$path" ] || { [ -d "$path" ] && [ -z "$(ls -A "$path")" ]; }; then echo "absent"; exit 0; fi
+if [ ! -d "$path/.git/banger" ] || ! command -v git >/dev/null 2>&1; then echo "foreign"; exit 0; fi
+cd "$path"
+own=.git/banger
+echo "ours"
+[ -e $own/unsettled ] && echo "change an earlier prepare was interrupted"
+cut -d' ' -f1 $own/sent | sort -u | sed 's/^/tip /'
+{ read -r head; read -r branch; read -r index; } <$own/state
+raw update-index -q --refresh >/dev/null 2>&1 || :
+raw diff-files --name-status | head -n 20 | sed 's/^/change /'
+[ -e $own/unmerged ] ||
+  deaf diff-index --cached --name-status "$index" | head -n 20 | sed 's/^/change staged: /'
+now=$(deaf symbolic-ref -q HEAD || deaf rev-parse -q --verify HEAD) || now=
+[ "$now" = "${branch:-$head}" ] || echo "change HEAD is at $now"
+deaf for-each-ref --format='%(objectname) %(refname)' refs/heads refs/tags | sort >$own/now
+grep -E '^[0-9a-f]+ refs/(heads|tags)/' $own/sent | sort | comm -23 - $own/now |
+  sed 's/^[0-9a-f]* /change /'
+rm -f $own/now
+"""
+)
+
+RECEIVE: Final = (
+    _COMMON
+    + r"""
+root=$1 format=$2 new=$3
+if [ "$new" = 1 ]; then
+  rm -rf -- "$root"
+  mkdir -p -- "$root"
+  option=
+  [ "$format" = sha1 ] || option=--object-format=$format
+  deaf init -q --template= $option -- "$root"
+fi
+cd "$root"
+mkdir -p .git/banger/incoming .git/banger/info .git/banger/refs .git/banger/objects .git/info
+if [ ! -e .git/banger/HEAD ]; then
+  echo 'ref: refs/heads/none' >.git/banger/HEAD
+  echo '* -text -eol -crlf -filter -ident -working-tree-encoding' >.git/banger/info/attributes
+  deaf config --file .git/banger/config core.bare false
+  if [ "$format" = sha1 ]; then version=0; else version=1; fi
+  deaf config --file .git/banger/config core.repositoryformatversion $version
+  [ "$format" = sha1 ] || deaf config --file .git/banger/config extensions.objectformat "$format"
+fi
+exec git -c core.bigFileThreshold=16m -c pack.threads=1 index-pack --stdin --fix-thin >/dev/null
+"""
+)
+
+MISSING: Final = _COMMON + 'cd "$1"; exec git cat-file --batch-check="%(objectname)"\n'
+
+SETTLE: Final = (
+    _COMMON
+    + r"""
+root=$1 final=$2 head=$3 branch=$4 worktree=$5 index=$6 discard=$7
+cd "$root"
+own=.git/banger
+new=$own/incoming
+if [ "$root" = "$final" ] && [ "$discard" = 0 ]; then
+  old=$(deaf rev-parse refs/banger/worktree)
+  raw update-index -q --refresh >/dev/null 2>&1 || :
+  raw read-tree -m -u -n "$old" "$worktree"
+  : >$own/unsettled
+  raw read-tree -m -u "$old" "$worktree"
+else
+  : >$own/unsettled
+  raw read-tree --reset -u "$worktree"
+fi
+if [ -s $new/shallow ]; then cp $new/shallow .git/shallow; else rm -f .git/shallow; fi
+while IFS= read -r key && IFS= read -r value; do deaf config "$key" "$value"; done <$new/config
+deaf update-ref refs/banger/worktree "$worktree"
+if [ -e $own/sent ]; then
+  cut -d' ' -f2- $own/sent | sort >$own/before
+  cut -d' ' -f2- $new/sent | sort | comm -23 $own/before - |
+    while IFS= read -r ref; do deaf update-ref -d "$ref"; done
+  rm $own/before
+fi
+deaf update-ref --stdin -z <$new/refs
+while IFS= read -r ref && IFS= read -r target; do deaf symbolic-ref "$ref" "$target"; done <$new/symbolic
+if [ -n "$branch" ]; then deaf symbolic-ref HEAD "$branch"; else deaf update-ref --no-deref HEAD "$head"; fi
+cp -p $own/index .git/index
+deaf read-tree --reset "$index"
+rm -f $own/unmerged
+if [ -s $new/unmerged ]; then deaf update-index -z --index-info <$new/unmerged; : >$own/unmerged; fi
+if [ -s $new/intended ]; then xargs -0 git -c core.fsmonitor=false add --intent-to-add -- <$new/intended; fi
+deaf update-index -q --refresh >/dev/null || :
+if [ -s $new/skipped ]; then deaf update-index -z --skip-worktree --stdin <$new/skipped; fi
+cp $new/sent $own/sent
+printf '%s\n%s\n%s\n' "$head" "$branch" "$index" >$own/state
+rm -rf $new $own/unsettled
+if [ "$root" != "$final" ]; then
+  cd /
+  if [ -e "$final" ]; then rmdir -- "$final"; fi
+  mv -- "$root" "$final"
+fi
+"""
+)
+
+EXPORT: Final = (
+    _COMMON
+    + r"""
+path=$1 form=$2 base=$3 message=$4
+need_git
+cd "$path" || exit 91
+git=$(deaf rev-parse --absolute-git-dir)
+objects=$(cd "$(deaf rev-parse --git-path objects)" && pwd)
+cd "$(deaf rev-parse --show-toplevel)"
+if [ -z "$base" ] && [ -e "$git/banger/state" ]; then
+  read -r base <"$git/banger/state"
+elif [ -z "$base" ]; then
+  base=$(deaf rev-parse -q --verify HEAD) || base=
+fi
+work=$(mktemp -d "$git/banger-export.XXXXXX" 2>/dev/null || mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+mkdir "$work/objects"
+export GIT_OBJECT_DIRECTORY="$work/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$objects"
+nothing=$(deaf hash-object -w -t tree --stdin </dev/null)
+if [ -n "$base" ]; then
+  base=$(deaf rev-parse -q --verify "$base^{commit}") || { echo "the guest has no commit $3" >&2; exit 92; }
+fi
+if [ -e "$git/index" ]; then cp -p "$git/index" "$work/index"; fi
+for shared in "$git"/sharedindex.*; do [ -e "$shared" ] && cp -p "$shared" "$work/"; done
+export GIT_INDEX_FILE="$work/index"
+unset GIT_LITERAL_PATHSPECS
+deaf -c advice.addEmbeddedRepo=false add -A -- ':/'
+tree=$(deaf write-tree)
+head=$(deaf rev-parse -q --verify HEAD) || head=
+if [ "$form" = patch ]; then
+  printf '%s %s\n' "${base:-none}" "${head:-none}"
+  deaf diff-tree -r -p --binary --full-index -M --no-ext-diff --no-textconv "${base:-$nothing}" "$tree"
+  exit
+fi
+unset GIT_CONFIG_GLOBAL GIT_CONFIG_NOSYSTEM
+if [ -z "$head" ] || [ "$tree" != "$(deaf rev-parse "$head^{tree}")" ]; then
+  name=$(deaf config user.name) || name=banger
+  mail=$(deaf config user.email) || mail=banger@localhost
+  export GIT_AUTHOR_NAME="$name" GIT_AUTHOR_EMAIL="$mail"
+  export GIT_COMMITTER_NAME="$name" GIT_COMMITTER_EMAIL="$mail"
+  if [ -n "$head" ] || [ "$tree" != "$nothing" ]; then
+    head=$(deaf -c commit.gpgSign=false commit-tree "$tree" ${head:+-p "$head"} -m "$message")
+  fi
+fi
+printf '%s %s\n' "${base:-none}" "${head:-none}"
+[ -n "$head" ] || exit 0
+{ echo "$head"; [ -z "$base" ] || echo "^$base"; } |
+  deaf -c pack.threads=1 pack-objects --revs --stdout -q --delta-base-offset
+"""
+)
+
+LOCK: Final = (
+    'set -eu; umount "$1" 2>/dev/null || :; '
+    '[ "$2" = 0 ] || { mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"; }'
+)
+"""Makes a directory read-only, or writable again."""
+
+CLEAR: Final = 'set -eu; rm -rf -- "$1"'
+
+PLACE: Final = (
+    'set -eu; if [ "$3" = 1 ]; then rm -rf -- "$2"; elif [ -e "$2" ]; then rmdir -- "$2"; fi; '
+    'mv -- "$1" "$2"'
+)
+"""A copied tree gets its final name."""
+
+NO_GIT: Final = 90
+NO_DIRECTORY: Final = 91
+NO_COMMIT: Final = 92
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What INSPECT says. `changes` are what a prepare would take from the guest's user."""
+
+    exists: bool
+    foreign: bool = False
+    tips: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+def argv(script: str, *arguments: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", script, "banger-workspace", *arguments)
+
+
+def parse_found(said: bytes) -> Found:
+    """Raises ProtocolError for what no script of ours prints."""
+    lines = said.decode(errors="replace").splitlines()
+    if not lines or lines[0] not in {"absent", "foreign", "ours"}:
+        raise errors.ProtocolError("the guest did not say what its workspace holds")
+    changes = [line.removeprefix("change ") for line in lines[1:] if line.startswith("change ")]
+    return Found(
+        exists=lines[0] == "ours",
+        foreign=lines[0] == "foreign",
+        tips=tuple(line.removeprefix("tip ") for line in lines[1:] if line.startswith("tip ")),
+        changes=tuple(changes[:_MAX_CHANGES]),
+    )
+
+
+def clean_path(text: str) -> str:
+    """An absolute path in the guest that is a directory of its own. Raises BadRequestError."""
+    path = posixpath.normpath(text)
+    if path.startswith("//") or not path.startswith("/"):
+        path = "/" + path.strip("/")
+    if path.count("/") < 2 or path.split("/")[1] in {"proc", "sys", "dev", ".banger"}:
+        raise errors.BadRequestError(
+            f"{text!r} cannot hold a workspace", hint="name a directory of its own, such as /root/repo"
+        )
+    return path
+
+
+def staging(path: str) -> str:
+    """Where a new workspace grows until it is whole."""
+    parent, name = posixpath.split(path)
+    return posixpath.join(parent, f".{name}.banger-new")
+
+
+def refuse_to_lose(name: str, path: str, found: Found, *, discard: bool) -> None:
+    """Raises ConflictError when a prepare would replace somebody's work in the guest."""
+    if found.foreign:
+        raise errors.ConflictError(
+            f"{path} in {name} is not a workspace of banger's",
+            hint="choose another directory with --guest-path, or move that one away",
+        )
+    if found.changes and not discard:
+        more = f" and {len(found.changes) - 3} more" if len(found.changes) > 3 else ""
+        shown = "; ".join(" ".join(change.split()) for change in found.changes[:3])
+        raise errors.ConflictError(
+            f"{path} in {name} has changes of its own: {shown}{more}",
+            hint=f"get them first with `banger vm workspace pull {name}`, or throw them away with --discard",
+        )
+
+
+def script_failure(name: str, status: int, said: Sequence[str]) -> errors.BangerError:
+    """Why a script ended badly, from its status and the last it said."""
+    last = said[-1] if said else "it said nothing"
+    if status == NO_GIT:
+        hint = "use an image with git, or `--mode full-copy`, which needs none"
+        return errors.MissingToolError(f"{name} has no git in it", hint=hint, tool="git")
+    if status in {NO_DIRECTORY, NO_COMMIT}:
+        return errors.NotFoundError(f"{name}: {last}")
+    if status == 127:
+        return errors.MissingToolError(f"{name} has no /bin/sh, or a basic tool is missing: {last}")
+    if "No space left" in " ".join(said):
+        hint = f"`banger vm set {name} --disk-size …` makes it larger"
+        return errors.NoSpaceError(f"the work disk of {name} is full", hint=hint)
+    return errors.OperationFailedError(f"git in {name} failed: {last.removeprefix('fatal: ')}")

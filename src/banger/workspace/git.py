@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""git on the host, deaf to whatever a repository would have it run. Used by the user's own process.
+
+A repository may come from anybody: its configuration names hooks, monitors, filters and transports. So work
+is done in a scratch git directory with a configuration of ours, which only borrows the repository's objects
+and index; the repository itself is only asked for what makes git run nothing (refs, paths, single keys).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+from banger import run
+from banger.contract import errors
+
+DEADLINE_S: Final = 1800.0
+"""For a program that reads a whole history, on a slow disk."""
+_DEAF: Final = (
+    *("-c", "core.fsmonitor=false"),
+    *("-c", "core.hooksPath=/dev/null"),
+    *("-c", "core.untrackedCache=false"),
+    *("-c", "core.alternateRefsCommand=true"),
+    *("-c", "safe.directory=*"),
+    *("-c", "protocol.allow=never"),
+    *("-c", "gc.auto=0"),
+    *("-c", "maintenance.auto=false"),
+)
+_ENVIRONMENT: Final = {
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_PROTOCOL_FROM_USER": "0",
+    "GIT_LITERAL_PATHSPECS": "1",
+    "GIT_PAGER": "cat",
+}
+
+
+class Git:
+    """git with one set of `GIT_…` variables; everything it is given is an argument list."""
+
+    def __init__(self, cwd: Path, variables: Mapping[str, str] | None = None, *options: str) -> None:
+        self._cwd = cwd
+        self._env = run.environment("HOME", "XDG_CONFIG_HOME", **{**_ENVIRONMENT, **(variables or {})})
+        self._options = (*_DEAF, *options)
+
+    def __call__(self, *arguments: str, stdin: bytes = b"", ok: Collection[int] = (0,)) -> bytes:
+        return self.result(*arguments, stdin=stdin, ok=ok).stdout
+
+    def result(self, *arguments: str, stdin: bytes = b"", ok: Collection[int] = (0,)) -> run.Result:
+        return run.run(
+            self._argv(arguments), deadline_s=DEADLINE_S, stdin=stdin, ok=ok, env=self._env, cwd=self._cwd
+        )
+
+    def text(self, *arguments: str, ok: Collection[int] = (0,)) -> str:
+        """One line, without its end; empty when git ended with another status of `ok`."""
+        result = self.result(*arguments, ok=ok)
+        return os.fsdecode(result.stdout.removesuffix(b"\n")) if result.status == 0 else ""
+
+    def records(self, *arguments: str, stdin: bytes = b"") -> list[bytes]:
+        """What is separated by NULs."""
+        return self(*arguments, stdin=stdin).split(b"\0")[:-1]
+
+    @contextlib.contextmanager
+    def piped(self, *arguments: str, stdin: bytes = b"") -> Iterator[IO[bytes]]:
+        with run.piped(
+            self._argv(arguments), deadline_s=DEADLINE_S, stdin=stdin, env=self._env, cwd=self._cwd
+        ) as out:
+            yield out
+
+    def _argv(self, arguments: Sequence[str]) -> list[str]:
+        return ["git", *self._options, *arguments]
+
+
+def require() -> None:
+    """Raises MissingToolError when this host has no git."""
+    run.require("git")
+
+
+def lines(data: bytes) -> list[str]:
+    return [os.fsdecode(line) for line in data.splitlines()]
+
+
+def present(git: Git, ids: Collection[str]) -> set[str]:
+    """Those of the objects that this repository has."""
+    if not ids:
+        return set()
+    asked = "".join(f"{each}\n" for each in ids).encode()
+    found = git("cat-file", "--batch-check=%(objectname)", stdin=asked)
+    return {line for line in lines(found) if " " not in line}
+
+
+def explained(error: errors.BangerError, what: str) -> errors.BangerError:
+    """A failure of git's, told as a failure of what the user asked for."""
+    said = [line.removeprefix("fatal: ") for line in error.fields.get("stderr", "").splitlines()]
+    told = errors.OperationFailedError(f"{what}: {said[-1] if said else error.message}")
+    told.fields = dict(error.fields)
+    return told

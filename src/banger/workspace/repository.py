@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""A repository of the host as it is found: where it is, what kind it is, and what is refused of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from banger.contract import errors
+from banger.workspace import git as gits
+
+_SENT_REFS: Final = ("refs/heads", "refs/tags", "refs/remotes")
+_KEYS: Final = (
+    *("core.fileMode", "core.symlinks", "core.ignoreCase", "core.trustctime", "core.checkStat"),
+    *("core.autocrlf", "core.eol", "user.name", "user.email"),
+)
+_REMOTES: Final = r"^(remote\..*\.(url|fetch)|branch\..*\.(remote|merge))$"
+_USER_OF_URL: Final = re.compile(r"^(https?://)[^/@]*@")
+_KEPT_IN_GUEST: Final = ("core.autocrlf", "core.eol", "core.fileMode", "user.name", "user.email")
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """`top` is the working tree, `git_dir` its own git directory, `common_dir` the one with the objects."""
+
+    top: Path
+    git_dir: Path
+    common_dir: Path
+    object_format: str
+    config: dict[str, str] = field(default_factory=dict)
+    """Of the keys that decide what a file's content means, and who commits."""
+    remotes: dict[str, str] = field(default_factory=dict)
+    """Keys of remotes, and of which branch follows which of theirs."""
+
+    @property
+    def git(self) -> gits.Git:
+        """For questions about refs, paths and keys only."""
+        return gits.Git(self.top, {"GIT_DIR": str(self.git_dir), "GIT_WORK_TREE": str(self.top)})
+
+    @property
+    def objects(self) -> Path:
+        return self.common_dir / "objects"
+
+    @property
+    def guest_config(self) -> dict[str, str]:
+        """Never what may hold a secret: a remote's address loses its user and password."""
+        kept = {key: self.config[key] for key in _KEPT_IN_GUEST if key in self.config}
+        return kept | {key: _USER_OF_URL.sub(r"\1", value) for key, value in self.remotes.items()}
+
+    def head(self) -> tuple[str, str]:
+        """The commit (empty before the first one) and the branch (empty when detached)."""
+        return (
+            self.git.text("rev-parse", "-q", "--verify", "HEAD^{commit}", ok=(0, 1, 128)),
+            self.git.text("symbolic-ref", "-q", "HEAD", ok=(0, 1, 128)),
+        )
+
+    def commit(self, name: str) -> str:
+        """The commit of a name. Raises NotFoundError."""
+        if name.startswith("-"):
+            raise errors.BadRequestError(f"{name!r} is not a revision")
+        found = self.git.text("rev-parse", "-q", "--verify", f"{name}^{{commit}}", ok=(0, 1, 128))
+        if not found:
+            raise errors.NotFoundError(f"{self.top} has no commit {name!r}")
+        return found
+
+    def refs(self) -> dict[str, str]:
+        """Branches, tags and what remotes had; not stashes, notes and other private refs."""
+        return {name: object_id for object_id, name, symref in self._listed_refs() if not symref}
+
+    def symbolic_refs(self) -> dict[str, str]:
+        """Those that name another, such as refs/remotes/origin/HEAD."""
+        return {name: symref for _, name, symref in self._listed_refs() if symref}
+
+    def _listed_refs(self) -> Iterator[tuple[str, str, str]]:
+        listed = self.git("for-each-ref", "--format=%(objectname) %(refname) %(symref)", *_SENT_REFS)
+        for line in gits.lines(listed):
+            object_id, name, symref = line.split(" ", 2)
+            yield object_id, name, symref
+
+    def shallow(self) -> bytes:
+        path = self.common_dir / "shallow"
+        return path.read_bytes() if path.exists() else b""
+
+    def excludes_file(self) -> str:
+        """The user's own list of what is never shown, such as ~/.config/git/ignore."""
+        found = self.git.text("config", "--type=path", "--get", "core.excludesFile", ok=(0, 1))
+        home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        return found or os.path.join(home, "git", "ignore")
+
+
+def find(path: Path) -> Repository:
+    """The repository that `path` is in. Raises BadRequestError when there is none that has files."""
+    gits.require()
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise errors.BadRequestError(f"{path} {what}", hint="name the directory of a git repository")
+    here = gits.Git(path.resolve())
+    git_dir = here.text("rev-parse", "--absolute-git-dir", ok=(0, 128))
+    if not git_dir:
+        hint = "name a git repository, or make it one: `git init`"
+        raise errors.BadRequestError(f"{path} is not in a git repository", hint=hint)
+    top = here.text("rev-parse", "--show-toplevel", ok=(0, 128))
+    if not top:
+        hint = "clone it first, and name the clone"
+        raise errors.BadRequestError(f"{git_dir} is a bare repository: it has no files", hint=hint)
+    common = here.text("rev-parse", "--git-common-dir")
+    return Repository(
+        top=Path(top),
+        git_dir=Path(git_dir),
+        common_dir=(path.resolve() / common).resolve(),
+        object_format=here.text("rev-parse", "--show-object-format"),
+        config=_config(here),
+        remotes=dict(_values(here, _REMOTES)),
+    )
+
+
+def _config(git: gits.Git) -> dict[str, str]:
+    """The last value of each key wins; keys come back in lower case."""
+    names = {key.lower(): key for key in _KEYS}
+    pattern = "^(" + "|".join(key.lower().replace(".", "\\.") for key in _KEYS) + ")$"
+    return {names[key]: value or "true" for key, value in _values(git, pattern)}
+
+
+def _values(git: gits.Git, pattern: str) -> Iterator[tuple[str, str]]:
+    result = git.result("config", "-z", "--get-regexp", pattern, ok=(0, 1))
+    for record in result.stdout.split(b"\0")[:-1]:
+        key, _, value = record.partition(b"\n")
+        yield os.fsdecode(key), os.fsdecode(value)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""A guest's work out again: exact, as a patch or a branch, whatever the guest sends instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.contract import repositories, workspaces
+
+Guest = workspaces.Guest
+git = repositories.git
+
+
+async def export(guest: Guest, *options: str) -> bytes:
+    return (await guest.banger("vm", "workspace", "export", "web", *options)).out
+
+
+def work_in_guest(repo: Path) -> None:
+    (repo / "README").write_text("committed in the guest\n")
+    repositories.commit(repo, "in the guest")
+    (repo / "src" / "data.bin").write_bytes(os.urandom(50_000))
+    (repo / "new \udcff\n").write_bytes(b"\0\1\2")
+    (repo / "tool").write_text("#!/bin/sh\n")
+    (repo / "tool").chmod(0o755)
+    (repo / "link").unlink()
+    (repo / "link").symlink_to("tool")
+    git(repo, "mv", "src/tool.sh", "renamed.sh")
+    (repo / "ignored.log").write_text("no\n")
+
+
+async def test_an_export_is_exact_and_leaves_the_guest_alone(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work_in_guest(guest.repo)
+    index = (guest.repo / ".git" / "index").read_bytes()
+    objects = sorted(os.walk(guest.repo / ".git"))
+    patch = await export(guest)
+    assert (guest.repo / ".git" / "index").read_bytes() == index
+    assert sorted(os.walk(guest.repo / ".git")) == objects
+    assert b"GIT binary patch" in patch
+    git(guest.source, "apply", "--index", stdin=patch)
+    names = [
+        b"README",
+        b"src/data.bin",
+        "new \udcff\n".encode(errors="surrogateescape"),
+        b"tool",
+        b"link",
+        b"renamed.sh",
+    ]
+    assert repositories.tree(guest.source, names) == repositories.tree(guest.repo, names)
+    assert not (guest.source / "src" / "tool.sh").exists()
+    assert not (guest.source / "ignored.log").exists()
+
+
+async def test_an_export_against_a_commit(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    assert await export(guest) == b""
+    base = git(guest.source, "rev-parse", "HEAD~1").decode().strip()
+    patch = await export(guest, "--base-commit", base)
+    assert b"+again" in patch
+    wrong = await guest.banger("vm", "workspace", "export", "web", "--base-commit", "nothing", status=1)
+    assert "no commit nothing" in wrong.err
+
+
+async def test_an_export_to_a_file_and_a_diff_for_reading(guest: Guest, tmp_path: Path) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    (guest.repo / "README").write_text("\x1b]0;owned\x07\n")
+    await export(guest, "-o", str(tmp_path / "work.patch"))
+    assert b"owned" in (tmp_path / "work.patch").read_bytes()
+    shown = await guest.banger("vm", "workspace", "diff", "web")
+    assert shown.out == (tmp_path / "work.patch").read_bytes()
+
+
+async def test_the_guest_s_work_lands_as_a_branch(guest: Guest) -> None:
+    repositories.dirty(guest.source)
+    await guest.prepare()
+    before = (repositories.status(guest.source, untracked=True), (guest.source / ".git/index").read_bytes())
+    work_in_guest(guest.repo)
+    state = (repositories.status(guest.repo), (guest.repo / ".git/index").read_bytes())
+    pulled = await guest.banger("vm", "workspace", "pull", "web")
+    assert pulled.text == "banger/web\n"
+    assert (repositories.status(guest.repo), (guest.repo / ".git/index").read_bytes()) == state
+    after = (repositories.status(guest.source, untracked=True), (guest.source / ".git/index").read_bytes())
+    assert after == before
+    subjects = git(guest.source, "log", "--format=%s", "main..banger/web").decode().splitlines()
+    assert subjects == ["Work in progress in web", "in the guest"]
+    assert git(guest.source, "show", "banger/web:src/data.bin") == (guest.repo / "src/data.bin").read_bytes()
+    assert git(guest.source, "fsck", "--full", "--no-dangling") == b""
+
+
+async def test_pulling_again_goes_forward_or_is_refused(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    pull = ("vm", "workspace", "pull", "web")
+    assert "nothing was changed" in (await guest.banger(*pull, status=1)).err
+    (guest.repo / "one").write_text("1")
+    repositories.commit(guest.repo, "one")
+    await guest.banger(*pull)
+    (guest.repo / "two").write_text("2")
+    repositories.commit(guest.repo, "two")
+    await guest.banger(*pull)
+    assert git(guest.source, "rev-parse", "banger/web") == git(guest.repo, "rev-parse", "HEAD")
+    git(guest.repo, "commit", "-q", "--amend", "-m", "two, again")
+    assert "not built on" in (await guest.banger(*pull, status=1)).err
+    await guest.banger(*pull, "--force")
+    git(guest.source, "checkout", "-q", "banger/web")
+    assert "is checked out" in (await guest.banger(*pull, "--force", status=1)).err
+    await guest.banger(*pull, "--branch", "other-name")
+
+
+async def test_pulling_into_another_repository_is_refused(guest: Guest, tmp_path: Path) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    (guest.repo / "one").write_text("1")
+    repositories.plain(tmp_path / "stranger")
+    (tmp_path / "stranger" / "x").write_text("x")
+    git(tmp_path / "stranger", "commit", "-q", "--amend", "-m", "not the same")
+    words = ("vm", "workspace", "pull", "web", str(tmp_path / "stranger"))
+    assert "does not have commit" in (await guest.banger(*words, status=1)).err
+
+
+async def test_what_was_made_before_the_first_commit_lands(guest: Guest) -> None:
+    repositories.unborn(guest.source)
+    await guest.prepare()
+    (guest.repo / "more").write_text("m")
+    patch = await export(guest)
+    assert b"+++ b/more" in patch
+    assert b"+++ b/staged" in patch
+    await guest.banger("vm", "workspace", "pull", "web")
+    assert git(guest.source, "show", "banger/web:more") == b"m"
+
+
+def hostile_tree(repo: Path, name: str) -> str:
+    """A commit whose tree git would never make."""
+    blob = git(repo, "hash-object", "-w", "--stdin", stdin=b"#!/bin/sh\ntouch /tmp/owned\n").decode().strip()
+    mode, target = ("120000", blob) if name == ".gitmodules" else ("100755", blob)
+    if "/" in name:
+        outer, inner = name.split("/")
+        below = git(repo, "mktree", stdin=f"{mode} blob {target}\t{inner}\n".encode()).decode().strip()
+        entry = f"040000 tree {below}\t{outer}\n"
+    else:
+        entry = f"{mode} blob {target}\t{name}\n"
+    raw = _raw_tree(entry)
+    tree = git(repo, "hash-object", "-t", "tree", "-w", "--literally", "--stdin", stdin=raw).decode().strip()
+    return git(repo, "commit-tree", tree, "-p", "HEAD", "-m", "hostile").decode().strip()
+
+
+def _raw_tree(entry: str) -> bytes:
+    head, name = entry.rstrip("\n").split("\t")
+    mode, _, object_id = head.split(" ")
+    return f"{mode.lstrip('0')} {name}".encode() + b"\0" + bytes.fromhex(object_id)
+
+
+@pytest.mark.parametrize("name", [".git", ".GIT", "..", ".", ".git/hooks", ".gitmodules", "git~1"])
+async def test_a_hostile_history_is_not_let_in(guest: Guest, name: str) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    git(guest.repo, "reset", "-q", "--soft", hostile_tree(guest.repo, name))
+    before = sorted(os.walk(guest.source / ".git" / "hooks")), git(guest.source, "for-each-ref")
+    refused = await guest.banger("vm", "workspace", "pull", "web", status=1)
+    assert "git refuses" in refused.err
+    after = sorted(os.walk(guest.source / ".git" / "hooks")), git(guest.source, "for-each-ref")
+    assert after == before
+    assert git(guest.source, "fsck", "--full", "--no-dangling") == b""
