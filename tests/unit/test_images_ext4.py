@@ -135,7 +135,9 @@ def test_check_finds_damage(image: Path) -> None:
 def test_the_file_system_fills_its_file(tmp_path_factory: pytest.TempPathFactory, size_mib: int) -> None:
     path = tmp_path_factory.mktemp("fs") / "fs.ext4"
     ext4.make(path, size_bytes=size_mib * MIB)
-    assert blocks(path) * ext4.BLOCK_BYTES == size_mib * MIB == path.stat().st_size
+    assert path.stat().st_size == size_mib * MIB
+    # mke2fs leaves out a last group that would hold little more than its own tables.
+    assert 0 <= size_mib * MIB - blocks(path) * ext4.BLOCK_BYTES < 3 * MIB
     path.unlink()
 
 
