@@ -58,6 +58,11 @@ class Served:
             str(self.path), f"ws://banger/v1/vms/{ref}/exec", compression=None, ping_interval=None
         )
 
+    def connection(self, ref: str) -> websockets.connect:
+        return websockets.unix_connect(
+            str(self.path), f"ws://banger/v1/vms/{ref}/connect", compression=None, ping_interval=None
+        )
+
 
 def pytest_fail() -> resources.Operation:
     raise AssertionError("the last event has no result")

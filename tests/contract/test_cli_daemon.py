@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +152,43 @@ async def test_run_rm_whose_client_is_killed_is_deleted(served: api_served.Serve
         await served.daemon.done(operation)
     assert await names(served) == []
     assert served.daemon.world.leftovers() == {}
+
+
+async def test_a_proxy_passes_bytes_to_the_guests_ssh_port(served: api_served.Served) -> None:
+    await served.daemon.create()
+    data = os.urandom(3 << 20)
+    echoed = await banger(served, "vm", "proxy", "web.vm", stdin=data)
+    assert (echoed.status, echoed.err) == (0, "")
+    assert hashlib.sha256(echoed.out).digest() == hashlib.sha256(data).digest()
+    refused = await banger(served, "vm", "proxy", "web", "8080")
+    assert (refused.status, "8080" in refused.err) == (1, True)
+
+
+async def test_vm_ssh_becomes_ssh_with_bangers_own_settings(
+    served: api_served.Served, tmp_path: Path
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nfor each; do echo "$each"; done\nexit 7\n')
+    ssh.chmod(0o755)
+    await served.daemon.create()
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    asked = await banger(served, "vm", "ssh", "web", "-v", "--", "echo", "a b", "$HOME", env=env)
+    lines = asked.text.splitlines()
+    assert asked.status == 7
+    assert lines[:3] == ["-F", "none", "-v"]
+    assert lines[-2:] == ["web.vm", "echo 'a b' '$HOME'"]
+    assert f"IdentityFile={served.daemon.paths.state}/ssh/id_ed25519" in lines
+    await served.done("POST", "/v1/vms/web/stop")
+    stopped = await banger(served, "vm", "ssh", "web", env=env)
+    assert (stopped.status, "vm start web" in stopped.err) == (125, True)
+
+
+async def test_ssh_config_is_installed_and_taken_away(served: api_served.Served, tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path)}
+    printed = await banger(served, "ssh-config", env=env)
+    assert printed.text.count("Host ") == 1
+    assert os.listdir(tmp_path) == []
+    assert (await banger(served, "ssh-config", "--install", env=env)).status == 0
+    assert (tmp_path / ".ssh" / "banger.conf").read_text() == printed.text
+    assert (await banger(served, "ssh-config", "--uninstall", env=env)).text == "removed\n"
+    assert os.listdir(tmp_path) == []

@@ -26,6 +26,8 @@ class Behaviour:
     panic: str = ""
     """The guest's kernel panics with this reason instead of coming up."""
     ignores_power_off: bool = False
+    late_service: int = 0
+    """So many connections find nobody listening in the guest."""
     answers: bytes | None = None
     """The agent answers every request with these bytes."""
     agent: Path | None = None
@@ -39,6 +41,7 @@ class FakeVmm:
         self.pid = next(_pids)
         self.boot_id = str(uuid.uuid4())
         self.flushes = 0
+        self.knocks = 0
         self._paths = (api, vsock)
         self._console = console
         self._behaviour = behaviour
@@ -142,8 +145,30 @@ class FakeVmm:
                 asyncio.get_running_loop().call_later(0.005, self._die)
         elif kind == F.EXEC:
             await _execute(reader, writer, guest.Fields(payload))
+        elif kind == F.CONNECT:
+            await self._connect(reader, writer, guest.Fields(payload).number(T.PORT))
         else:
             writer.write(guest.frame(F.ERROR, guest.encode([(T.CODE, "bad_request"), (T.MESSAGE, "no")])))
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
+        """Port 22 gives back what it gets, once it was asked often enough; port 81 breaks off."""
+        self.knocks += 1
+        if port not in (22, 81) or self.knocks <= self._behaviour.late_service:
+            said = f"nothing listens on port {port} of the guest"
+            writer.write(guest.frame(F.ERROR, guest.encode([(T.CODE, "refused"), (T.MESSAGE, said)])))
+            return
+        writer.write(guest.frame(F.REPLY))
+        while port == 22:
+            kind, data = await _receive(reader)
+            assert kind == F.DATA, kind
+            writer.write(guest.frame(F.DATA, data))
+            await writer.drain()
+            if not data:
+                await reader.read()
+                return
+        await _receive(reader)
+        lost = [(T.CODE, "io_error"), (T.MESSAGE, "the connection in the guest was lost")]
+        writer.write(guest.frame(F.ERROR, guest.encode(lost)))
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -96,11 +96,14 @@ class TailCommand(Command):
     Without `--` nothing after the first positional argument is read as an option.
     """
 
+    options_anywhere = True
+    """With `--`, options may also stand between the first positional argument and it."""
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         has_tail = "--" in args
         cut = args.index("--") if has_tail else len(args)
         tail = args[cut + 1 :]
-        ctx.allow_interspersed_args = has_tail
+        ctx.allow_interspersed_args = has_tail and self.options_anywhere
         ctx.params["argv"] = tuple(tail)
         ctx.meta["banger.has_tail"] = has_tail
         return super().parse_args(ctx, args[:cut])

@@ -22,6 +22,9 @@ NOUNS: Final = {
     "image": command.Noun("banger.cli.image", "Build and keep the images that VMs are made from."),
     "kernel": command.Noun("banger.cli.kernel", "Get and keep the kernels that VMs boot."),
     "runtime": command.Noun("banger.cli.runtime", "See to Firecracker and its jailer."),
+    "ssh-config": command.Noun(
+        "banger.cli.ssh", "Let ssh, scp, rsync and editors reach every VM as NAME.vm.", "configure"
+    ),
     "system": command.Noun("banger.cli.system", "Install banger on this host, look after it, take it off."),
     "version": command.Noun("banger.cli.version", "Show the versions of banger and its daemon.", "version"),
     "completion": command.Noun(

@@ -10,6 +10,7 @@ from banger.cli import command
 _LIFE: Final = "banger.cli.vm_life"
 _LOOK: Final = "banger.cli.vm_look"
 _RUN: Final = "banger.cli.vm_run"
+_SSH: Final = "banger.cli.ssh"
 
 NOUNS: Final = {
     "run": command.Noun(_RUN, "Create and start a VM and run a command, or a shell, in it.", "run"),
@@ -28,6 +29,10 @@ NOUNS: Final = {
         "banger.cli.vm_workspace", "Take a repository into a VM, and its changes back out."
     ),
     "exec": command.Noun(_RUN, "Run a command in a running VM.", "execute"),
+    "ssh": command.Noun(_SSH, "Log in to a running VM with ssh, as root.", "ssh"),
+    "proxy": command.Noun(
+        _SSH, "Connect stdin and stdout to a port of a running VM, with or without network.", "proxy"
+    ),
 }
 
 group = command.LazyGroup(

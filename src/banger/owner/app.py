@@ -14,7 +14,7 @@ from litestar import di, exceptions, response
 
 from banger.contract import errors
 from banger.owner import openapi, operations, routes
-from banger.owner.routes import commands, machines, sources, streams, work
+from banger.owner.routes import commands, connections, machines, sources, streams, work
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +56,12 @@ ROUTES: Final = (
     *work.HANDLERS,
     *machines.HANDLERS,
     *commands.HANDLERS,
+    *connections.HANDLERS,
     *streams.HANDLERS,
     *sources.HANDLERS,
     get_document,
 )
-EXCHANGES: Final = {**commands.EXCHANGES, **streams.EXCHANGES}
+EXCHANGES: Final = {**commands.EXCHANGES, **connections.EXCHANGES, **streams.EXCHANGES}
 
 
 @functools.cache

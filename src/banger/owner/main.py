@@ -38,6 +38,7 @@ from banger.owner import (
     routes,
     runtime,
     server,
+    ssh,
     store,
     views,
     vms,
@@ -176,6 +177,7 @@ async def compose(
     image_service.sweep()
     kernel_service.sweep()
     layout = paths.layout
+    keys = ssh.SshKeys(paths.state / "ssh")
 
     def connect(vm_id: names.VmId) -> guest.GuestClient:
         return guest.GuestClient(guest.vsock_connector(layout.vsock_socket(vm_id)))
@@ -198,7 +200,8 @@ async def compose(
         resolver=defaults.Defaults(settings, image_service, kernel_service),
         views=views.Views(layout, network, image_service.name, kernel_service.name),
         connect=connect,
-        features=(work_disk.WorkDisk(),),
+        features=(work_disk.WorkDisk(keys.public_key),),
+        keys=keys,
     )
     try:
         await reconcile.reconcile(rows, machine, vm_service)
@@ -209,6 +212,7 @@ async def compose(
             kernels=kernel_service,
             operations=running,
             ops=ops,
+            ssh=keys,
             runtime=runtime.RuntimeService(paths.helper_dir / "runtime", paths.cache, running),
             started_at=datetime.datetime.now(datetime.UTC),
         )

@@ -16,7 +16,7 @@ import msgspec
 from banger import steps
 from banger.contract import errors, guest, names, privileged, resources
 from banger.owner import guest as guests
-from banger.owner import live, locks, operations, store, views
+from banger.owner import live, locks, operations, ssh, store, tunnels, views
 from banger.vm import capabilities, create, host, record, start, stop, timeline
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class VmService:
         views: views.Views,
         connect: Callable[[names.VmId], guests.GuestClient],
         features: Sequence[capabilities.Capability],
+        keys: ssh.SshKeys,
     ) -> None:
         self._host = host
         self._store = store
@@ -54,6 +55,7 @@ class VmService:
         self._views = views
         self._connect = connect
         self._features = features
+        self._keys = keys
         self._lifecycle = locks.Lifecycle()
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone)
 
@@ -152,9 +154,11 @@ class VmService:
             )
         changed = _apply(vm, body, self._resolver)
         self._store.save(changed)
+        if changed.name != vm.name:
+            self._keys.forget(vm.name)
         return self._view(changed)
 
-    # --- commands in the guest ---
+    # --- in the guest ---
 
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
@@ -172,6 +176,13 @@ class VmService:
         )
         async with self._connect(vm.id).exec(spec) as running:
             yield running
+
+    def connect(
+        self, ref: str, request: resources.ConnectRequest
+    ) -> contextlib.AbstractAsyncContextManager[guests.Tunnel]:
+        """A port of a running VM. Raises RefusedError when nobody listens there in time."""
+        vm = self._running(ref)
+        return tunnels.opened(self._connect(vm.id), vm.name, request)
 
     async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:
         """A VM of one command goes with it, however the command or its client ended.
@@ -290,6 +301,7 @@ class VmService:
     async def _delete(self, vm: record.VmRecord) -> None:
         await self.live.forget(vm.id)
         await stop.delete(self._host, vm, self._features)
+        self._keys.forget(vm.name)
         self._store.delete(vm.id)
         _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
 

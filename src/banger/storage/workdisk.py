@@ -14,34 +14,54 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import errors
-from banger.images.mkfs import filesystem
-from banger.storage import seed as seeds
+from banger.images import tree as trees
 
 LABEL: Final = "banger-work"
 MIB: Final = 1 << 20
-_HOME: Final = filesystem.Attributes(stat.S_IFDIR | 0o700)
+# A sparse file reads as zeros, so nothing needs to be written but the used part.
+_OPTIONS: Final = ("lazy_itable_init=1", "lazy_journal_init=1")
+_PRIVATE: Final = trees.Attributes(stat.S_IFDIR | 0o700)
+_SSH: Final = "/.ssh"
+_AUTHORIZED_KEYS: Final = "/.ssh/authorized_keys"
 
 
-def create(path: Path, *, size_mib: int, seed: Path | None = None) -> None:
-    """Makes the disk; the seed is a tar of what `/root` shall hold, an absent one leaves it empty."""
+def create(path: Path, *, size_mib: int, seed: Path | None = None, authorized_key: str = "") -> None:
+    """Makes the disk; the seed is a tar of what `/root` shall hold, an absent one leaves it empty.
+
+    `authorized_key` is a line for the guest's ssh server; it comes after those of the seed.
+    """
     if path.exists():
         raise errors.AlreadyExistsError(f"work disk {path} is already there", hint="it is the user's data")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".work-") as scratch:
+        tree = trees.Tree(Path(scratch) / "tree")
+        tree.attributes["/"] = _PRIVATE
+        if seed is not None and seed.exists():
+            with seed.open("rb") as archive:
+                tree.unpack(archive)
+        if authorized_key:
+            _authorize(tree, authorized_key)
+        _check_fits(tree, size_mib)
         staged = Path(scratch) / path.name
-        try:
-            _make(staged, size_mib * MIB, seed)
-        except filesystem.DiskTooSmallError as error:
-            raise errors.BadRequestError(
-                f"a work disk of {size_mib} MiB is too small for the image's seed",
-                hint="choose a larger --disk-size",
-            ) from error
+        tree.make_ext4(staged, size_bytes=size_mib * MIB, options=_OPTIONS, label=LABEL, checked=False)
+        os.chmod(staged, 0o600)
         os.link(staged, path)  # unlike a rename, never onto a disk that appeared meanwhile
 
 
-def _make(staged: Path, size_bytes: int, seed: Path | None) -> None:
-    limits = filesystem.Limits(max_bytes=size_bytes)
-    with filesystem.Filesystem(staged, limits=limits) as made:
-        made.set_attributes(made.ROOT, _HOME)
-        if seed is not None and seed.exists():
-            seeds.unpack(made, seed)
-        made.finish(size_bytes=size_bytes, label=LABEL)
+def _authorize(tree: trees.Tree, key: str) -> None:
+    """sshd trusts the file only when root alone can write it and what holds it."""
+    before = b""
+    found = tree.attributes.get(_AUTHORIZED_KEYS)
+    if found is not None and stat.S_ISREG(found.mode):
+        before = tree.staged(_AUTHORIZED_KEYS).read_bytes().rstrip(b"\n")
+    tree.mkdir(_SSH, _PRIVATE)
+    lines = [line for line in (before, key.encode()) if line]
+    tree.write(_AUTHORIZED_KEYS, b"\n".join(lines) + b"\n", permissions=0o600)
+
+
+def _check_fits(tree: trees.Tree, size_mib: int) -> None:
+    content = tree.content_bytes()
+    if content > size_mib * MIB * 9 // 10:
+        raise errors.BadRequestError(
+            f"a work disk of {size_mib} MiB is too small for the image's seed of {content // MIB + 1} MiB",
+            hint="choose a larger --disk-size",
+        )

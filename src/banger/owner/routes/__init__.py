@@ -11,7 +11,7 @@ from litestar import di
 from litestar.openapi import datastructures
 
 from banger.contract import privileged
-from banger.owner import images, kernels, operations, runtime, vms, workspaces
+from banger.owner import images, kernels, operations, runtime, ssh, vms, workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Services:
     kernels: kernels.KernelService
     operations: operations.Operations
     ops: privileged.PrivilegedOps
+    ssh: ssh.SshKeys
     runtime: runtime.RuntimeService
     started_at: datetime
 

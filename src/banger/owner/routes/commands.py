@@ -14,14 +14,14 @@ from litestar import exceptions, params
 
 from banger.contract import errors, guest, resources
 from banger.owner import guest as guests
-from banger.owner import operations, peers, routes
+from banger.owner import operations, routes
+from banger.owner.routes import sockets
 
 _log = logging.getLogger(__name__)
-Socket = litestar.WebSocket[object, object, litestar.datastructures.State]
 
 
 @litestar.websocket("/v1/vms/{ref:str}/exec")
-async def exec_in_vm(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
     """Runs a command in a running VM."""
     await socket.accept()
     request: resources.ExecRequest | None = None
@@ -40,7 +40,7 @@ async def exec_in_vm(socket: Socket, ref: params.FromPath[str], services: routes
         if request is not None:
             await services.vms.exec_finished(ref, request)
     if end is not None:
-        await _say_goodbye(socket, end)
+        await sockets.say_goodbye(socket, end)
 
 
 def _error(error: errors.BangerError) -> resources.ExecEnd:
@@ -59,22 +59,14 @@ def _log_end(ref: str, end: resources.ExecEnd | None, elapsed_s: float) -> None:
     _log.info("command ended", extra=fields)
 
 
-async def _say_goodbye(socket: Socket, end: resources.ExecEnd) -> None:
-    try:
-        await socket.send_text(msgspec.json.encode(end).decode())
-        await socket.close()
-    except exceptions.WebSocketException:
-        _log.debug("client left before the end", extra={"ref": socket.url.path})
-
-
 async def _run(
-    socket: Socket, ref: str, request: resources.ExecRequest, services: routes.Services
+    socket: sockets.Socket, ref: str, request: resources.ExecRequest, services: routes.Services
 ) -> resources.ExecEnd:
     async with services.vms.exec(ref, request) as running:
         sending = asyncio.create_task(_send_output(socket, running))
         receiving = asyncio.create_task(_receive_input(socket, running))
         # Input that the command does not take keeps us from reading, and so from seeing the client leave.
-        leaving = asyncio.create_task(socket.scope["state"][peers.GONE].wait())
+        leaving = sockets.leaving(socket)
         try:
             await asyncio.wait({sending, receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -83,13 +75,13 @@ async def _run(
                 receiving.result()
                 status = await sending
             else:
-                raise exceptions.WebSocketDisconnect(detail="the client left")
+                raise sockets.left()
         finally:
-            await _stop(sending, receiving, leaving)
+            await sockets.stop(sending, receiving, leaving)
     return resources.ExecEnd(exit_status=status.as_shell, signal=status.signal)
 
 
-async def _send_output(socket: Socket, running: guests.Exec) -> guest.ExitStatus:
+async def _send_output(socket: sockets.Socket, running: guests.Exec) -> guest.ExitStatus:
     async for event in running.output():
         if isinstance(event, guest.ExitStatus):
             return event
@@ -98,12 +90,12 @@ async def _send_output(socket: Socket, running: guests.Exec) -> guest.ExitStatus
     raise errors.ProtocolError("the guest's agent ended the command without a status")
 
 
-async def _receive_input(socket: Socket, running: guests.Exec) -> None:
+async def _receive_input(socket: sockets.Socket, running: guests.Exec) -> None:
     """Until the client leaves, which raises WebSocketDisconnect."""
     while True:
         message = await socket.receive()
         if message["type"] != "websocket.receive":
-            raise exceptions.WebSocketDisconnect(detail="the client left")
+            raise sockets.left()
         data = message.get("bytes")
         if data is not None:
             await (running.write(data) if data else running.close_stdin())
@@ -113,15 +105,6 @@ async def _receive_input(socket: Socket, running: guests.Exec) -> None:
             await running.resize(*control.resize)
         if control.signal:
             await running.signal(control.signal)
-
-
-async def _stop(*tasks: asyncio.Task[guest.ExitStatus] | asyncio.Task[None] | asyncio.Task[bool]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at: what mattered has been raised
 
 
 HANDLERS: Final = (exec_in_vm,)

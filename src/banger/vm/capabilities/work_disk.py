@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from banger.contract import privileged
 from banger.storage import workdisk
@@ -15,6 +16,10 @@ class WorkDisk:
 
     name = "work_disk"
 
+    def __init__(self, authorized_key: Callable[[], str] = lambda: "") -> None:
+        """`authorized_key`: the line that lets the host's ssh in; asked for each new disk, may block."""
+        self._authorized_key = authorized_key
+
     async def check(self, context: capabilities.Context) -> None:
         """Nothing beyond what the image already proved by being there."""
 
@@ -23,8 +28,13 @@ class WorkDisk:
         path = layout.work_disk(vm.id)
         if not path.exists():
             context.created.add(self.name)
+            key = await asyncio.to_thread(self._authorized_key)
             await asyncio.to_thread(
-                workdisk.create, path, size_mib=vm.disk_size_mib, seed=layout.work_seed(vm.image_id)
+                workdisk.create,
+                path,
+                size_mib=vm.disk_size_mib,
+                seed=layout.work_seed(vm.image_id),
+                authorized_key=key,
             )
         await context.host.privileged(privileged.AttachWorkDisk(vm_id=vm.id, slot=vm.slot))
 

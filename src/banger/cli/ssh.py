@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm ssh`, `banger vm proxy` and `banger ssh-config`. The work is OpenSSH's."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from banger.cli import client, command, exits, output, params, ssh_config, tunnel
+from banger.contract import errors, resources
+
+
+def _program() -> tuple[str, ...]:
+    """This program by its path, as ssh's shell will start it; as a module when it runs as one."""
+    found = shutil.which(sys.argv[0])
+    return (os.path.abspath(found),) if found else (sys.executable, "-m", "banger.cli.main")
+
+
+def _proxy(settings: command.Settings) -> str:
+    return ssh_config.proxy_command(_program(), settings.socket or os.environ.get("BANGER_SOCKET", ""))
+
+
+def _access(settings: command.Settings) -> resources.SshAccess:
+    return settings.client().get("/v1/ssh", resources.SshAccess)
+
+
+def _require_running(settings: command.Settings, name: str) -> None:
+    vm = settings.client().get(f"/v1/vms/{client.segment(name)}", resources.Vm)
+    if vm.state is not resources.VmState.RUNNING:
+        hint = f"start it: `banger vm start {name}`"
+        raise errors.NotRunningError(f"{name} is not running", hint=hint)
+
+
+class _Ssh(command.TailCommand):
+    """What stands behind the VM's name is for ssh."""
+
+    options_anywhere = False
+
+
+@command.make(
+    "ssh",
+    cls=_Ssh,
+    examples=[
+        ("banger vm ssh web", "a shell over ssh, with or without network"),
+        ("banger vm ssh web -- make check", "a command; its exit status is yours"),
+        ("banger vm ssh web -o ForwardAgent=yes", "options of ssh go after the name"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.argument("options", metavar="[SSH-OPTION…] [-- CMD…]", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def ssh(ctx: click.Context, /, name: str, options: tuple[str, ...], argv: tuple[str, ...]) -> NoReturn:
+    """Log in to a running VM with ssh, as root.
+
+    Uses banger's own key and host keys and no configuration of yours. The words after `--` arrive in the
+    guest as given. A guest whose image has no ssh server is reached by `banger vm exec`.
+    """
+    settings = ctx.ensure_object(command.Settings)
+    with exits.failures_as(exits.BEFORE_COMMAND):
+        if shutil.which("ssh") is None:
+            raise errors.MissingToolError("ssh is not installed", hint="install the package openssh-client")
+        _require_running(settings, name)
+        known = ssh_config.options(_access(settings), _proxy(settings))
+    given = [part for key, value in known for part in ("-o", f"{key}={value}")]
+    tail = [shlex.join(argv)] if argv else []
+    # What comes first wins, so the user's options do.
+    os.execvp("ssh", ["ssh", "-F", "none", *options, *given, f"{name}.vm", *tail])  # noqa: S606, S607
+
+
+@command.make(
+    "proxy",
+    examples=[
+        ("ssh -o ProxyCommand='banger vm proxy web' root@web", "ssh through the daemon"),
+        ("banger vm proxy web 8080", "a connection to another port of the guest"),
+    ],
+)
+@click.argument("name")
+@click.argument("port", type=click.IntRange(1, 65535), default=22)
+@click.option("--wait", type=click.FloatRange(0, 120), default=0.0, help="Seconds a booting guest has.")
+@click.pass_obj
+def proxy(settings: command.Settings, name: str, port: int, wait: float) -> None:
+    """Connect stdin and stdout to a port of a running VM, with or without network.
+
+    NAME may be `NAME.vm` too, as ssh has it. Made for ssh's ProxyCommand.
+    """
+    vm = params.VM.convert(name.removesuffix(".vm"), None, None)
+    tunnel.run(settings.client(), vm, resources.ConnectRequest(port=port, wait_s=wait))
+
+
+@command.make(
+    "ssh-config",
+    examples=[
+        ("banger ssh-config --install", "`ssh NAME.vm`, scp, rsync and editors reach every VM"),
+        ("banger ssh-config --uninstall", "takes exactly that away again"),
+        ("banger ssh-config > guests.conf", "to include it yourself"),
+    ],
+)
+@click.option("--install", "action", flag_value="install", help="Include it in ~/.ssh/config.")
+@click.option("--uninstall", "action", flag_value="uninstall", help="Take that away again.")
+@click.option("--stdout", "action", flag_value="stdout", default=True, help="Print it [default].")
+@click.pass_obj
+def configure(settings: command.Settings, action: str) -> None:
+    """Let ssh, scp, rsync and editors reach every VM as NAME.vm.
+
+    Your ~/.ssh/config is touched by --install and --uninstall only: a fenced block at its top includes
+    ~/.ssh/banger.conf. Whatever else it holds stays as it is.
+    """
+    place = ssh_config.Install(Path.home())
+    if action == "uninstall":
+        output.text("removed" if place.uninstall() else "nothing to remove")
+        return
+    content = ssh_config.text(_access(settings), _proxy(settings))
+    if action == "stdout":
+        sys.stdout.write(content)
+        return
+    output.text("installed: try `ssh NAME.vm`" if place.install(content) else "installed already")
