@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""What a registry asks for before it answers, and how it is satisfied: anonymous and bearer tokens, Basic.
+
+A login is looked up only when it is asked for, and only handed to the registry that asked, or to the token
+service that it names. Used by `registry` alone.
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import httpx
+import msgspec
+
+from banger import run
+from banger.contract import errors
+from banger.images import connections, credentials, reference
+
+_CLIENT_ID: Final = "banger"
+_MAX_TOKEN_BYTES: Final = 1 << 20
+_SCHEME: Final = re.compile(r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)(?:\s+|$)")
+_PARAMETER: Final = re.compile(
+    r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)\s*=\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]*))\s*(?:,|$)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One way in, of a WWW-Authenticate header; names in lower case."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+class _Token(msgspec.Struct, frozen=True):
+    token: str = ""
+    access_token: str = ""
+
+    def __repr__(self) -> str:
+        return "_Token(…)"
+
+
+def challenges(header: str) -> list[Challenge]:
+    """Every challenge of a header, of which there may be several in one line; nonsense gives none."""
+    found: list[Challenge] = []
+    position = 0
+    while scheme := _SCHEME.match(header, position):
+        position = scheme.end()
+        parameters: dict[str, str] = {}
+        while parameter := _PARAMETER.match(header, position):
+            quoted = parameter[2]
+            value = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else parameter[3]
+            parameters.setdefault(parameter[1].lower(), value)
+            position = parameter.end()
+        found.append(Challenge(scheme[1].lower(), parameters))
+        position += len(header[position:]) - len(header[position:].lstrip(" ,\t"))
+    return found
+
+
+async def satisfy(
+    wanted: reference.Reference,
+    asked: list[Challenge],
+    wire: connections.Connections,
+    logins: credentials.Store,
+) -> tuple[credentials.Secret | None, credentials.Login | None]:
+    """The header that the registry wants, None when we have none; and the login that was looked up."""
+    login = await run.in_thread(logins.find, wanted)
+    bearer = next((each for each in asked if each.scheme == "bearer"), None)
+    if bearer is not None:
+        token = await _token(wanted, bearer.parameters, wire, login)
+        return credentials.Secret(f"Bearer {token}"), login
+    if any(each.scheme == "basic" for each in asked) and login is not None and not login.is_token:
+        return credentials.Secret(login.basic()), login
+    return None, login
+
+
+async def _token(
+    wanted: reference.Reference,
+    parameters: Mapping[str, str],
+    wire: connections.Connections,
+    login: credentials.Login | None,
+) -> str:
+    realm = _realm(wanted, parameters.get("realm", ""), wire)
+    scope = f"repository:{wanted.path}:pull"
+    query = {"service": parameters["service"]} if parameters.get("service") else {}
+    if login is not None and login.is_token:
+        form = {"grant_type": "refresh_token", "refresh_token": login.secret.reveal(), "scope": scope}
+        form |= {**query, "client_id": _CLIENT_ID}
+        async with wire.request("POST", realm, {}, form=form) as response:
+            return await _token_of(wanted, response, login)
+    headers = {"Authorization": login.basic()} if login is not None else {}
+    joint = "&" if urllib.parse.urlsplit(realm).query else "?"
+    url = f"{realm}{joint}{urllib.parse.urlencode({**query, 'scope': scope})}"
+    async with wire.request("GET", url, headers) as response:
+        return await _token_of(wanted, response, login)
+
+
+def _realm(wanted: reference.Reference, text: str, wire: connections.Connections) -> str:
+    """A token service sees the login: it is spoken to in the open only where the registry may be."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    host = connections.host_of(url)
+    plain = url.scheme == "http" and wire.may_be_plain(host) and wire.may_be_plain(wanted.host)
+    hidden = reference.is_loopback(host) and not wanted.is_loopback
+    if not url.host or url.userinfo or hidden or not (url.scheme == "https" or plain):
+        raise errors.ProtocolError(
+            f"{wanted.host} sends us for a token to {url.scheme}://{host}, which is not fit to see a login"
+        )
+    return text
+
+
+async def _token_of(
+    wanted: reference.Reference, response: httpx.Response, login: credentials.Login | None
+) -> str:
+    status = response.status_code
+    if status in (400, 401, 403):
+        raise refused(wanted, login)
+    if status == 429 or status >= 500:
+        raise errors.UnavailableError(f"the token service of {wanted.host} answered {status}")
+    if status != 200:
+        raise errors.ProtocolError(f"the token service of {wanted.host} answered {status}")
+    data = await read(response, _MAX_TOKEN_BYTES, "the token")
+    try:
+        found = msgspec.json.decode(data, type=_Token)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise errors.ProtocolError(f"the token service of {wanted.host} gave no token") from None
+    token = found.token or found.access_token
+    if not token or not token.isascii() or not token.isprintable():
+        raise errors.ProtocolError(f"the token service of {wanted.host} gave no token")
+    return token
+
+
+def refused(wanted: reference.Reference, login: credentials.Login | None) -> errors.UnauthorizedError:
+    """Registries answer the same for what is not there and for what one may not see."""
+    if login is not None:
+        return errors.UnauthorizedError(
+            f"{wanted.host} does not let this login read {wanted.path}: the one of {login.origin}",
+            hint=f"log in again as the owner of bangerd: `podman login {wanted.host}`; or it is not there",
+        )
+    return errors.UnauthorizedError(
+        f"{wanted.host} wants a login for {wanted.path}, or there is no such repository",
+        hint=f"check the name; log in as the owner of bangerd: `podman login {wanted.host}`",
+    )
+
+
+async def read(response: httpx.Response, limit: int, what: str) -> bytes:
+    """A small body, whole; one that is longer is not read on."""
+    data = bytearray()
+    async for chunk in response.aiter_raw():
+        data += chunk
+        if len(data) > limit:
+            raise errors.ProtocolError(f"{what} from {response.url.host} is larger than {limit} bytes")
+    return bytes(data)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: MIT
+"""The cache of layers, by content and shared between images: `<root>/<algorithm>/<hex>`.
+
+A blob appears there by rename, whole, verified and durable. What is not whole yet lies in `<root>/partial/`,
+and is taken up again where it ended. One daemon uses a cache; its locks are that daemon's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import errno
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from banger import run
+from banger.contract import errors, sizes
+from banger.images import reference, registry
+
+PRUNE_HINT: Final = "free some space; `banger image cache prune` removes what no pull needs"
+_PARTIAL: Final = "partial"
+_BATCH: Final = 1 << 20
+_RESERVE_BYTES: Final = 64 << 20
+
+Open = Callable[[int], AbstractAsyncContextManager[registry.Body]]
+"""The blob from an offset on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How often to go on after a break that brought nothing, and how long to wait before."""
+
+    attempts: int = 5
+    first_wait_s: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was, or would be, removed."""
+
+    names: tuple[str, ...]
+    size_bytes: int
+
+
+class Blobs:
+    def __init__(self, root: Path, tries: Tries | None = None) -> None:
+        self._root = root
+        self._tries = tries or Tries()
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._leased: collections.Counter[str] = collections.Counter()
+
+    def path(self, digest: reference.Digest) -> Path:
+        algorithm, _, name = digest.partition(":")
+        return self._root / algorithm / name
+
+    def has(self, digest: reference.Digest, size_bytes: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return self.path(digest).stat().st_size == size_bytes
+        return False
+
+    @contextlib.contextmanager
+    def leased(self, digests: Iterable[reference.Digest]) -> Iterator[None]:
+        """Inside, `prune` leaves these alone, whether they are here already or not."""
+        held = list(digests)
+        self._leased.update(held)
+        try:
+            yield
+        finally:
+            self._leased.subtract(held)
+            self._leased += collections.Counter()  # drops what nobody holds
+
+    def require_space(self, wanted: Iterable[tuple[reference.Digest, int]]) -> None:
+        """Raises NoSpaceError when what is missing will not fit. Better now than after an hour."""
+        missing = sum(
+            size - self._partial_size(digest)
+            for digest, size in dict(wanted).items()
+            if not self.has(digest, size)
+        )
+        self._root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._root).free
+        if missing and missing + _RESERVE_BYTES > free:
+            raise errors.NoSpaceError(
+                f"the layers need {sizes.text_of_bytes(missing)} in {self._root}, "
+                f"which has {sizes.text_of_bytes(free)} left",
+                hint=PRUNE_HINT,
+            )
+
+    async def fetch(
+        self, digest: reference.Digest, size_bytes: int, open_at: Open, on_bytes: Callable[[int], None]
+    ) -> Path:
+        """The blob, from the cache or fetched now; who wants it meanwhile waits. `on_bytes` hears how far.
+
+        Raises ProtocolError when what comes is not what the digest says; nothing of that is kept.
+        """
+        lock = self._locks.setdefault(digest, asyncio.Lock())
+        async with lock:
+            if not self.has(digest, size_bytes):
+                await self._download(digest, size_bytes, open_at, on_bytes)
+            on_bytes(size_bytes)
+        return self.path(digest)
+
+    def prune(self, *, dry_run: bool = False) -> Pruned:
+        """Removes every blob and partial that no pull uses now."""
+        kept = {reference.Digest(digest) for digest in self._leased}
+        doomed = [path for path in self._files() if self._digest(path) not in kept]
+        total = 0
+        for path in doomed:
+            total += path.stat().st_blocks * 512
+            if not dry_run:
+                path.unlink()
+        return Pruned(tuple(self._digest(path) for path in doomed), total)
+
+    async def _download(
+        self, digest: reference.Digest, size_bytes: int, open_at: Open, on_bytes: Callable[[int], None]
+    ) -> None:
+        partial = await run.in_thread(_Partial.open, self._partial_path(digest), digest, size_bytes)
+        try:
+            taken_up = partial.offset > 0
+            await self._fill(partial, open_at, on_bytes)
+            if taken_up and not partial.is_right:
+                # What an earlier pull left may be at fault; what comes now may not.
+                partial.restart()
+                await self._fill(partial, open_at, on_bytes)
+            await run.in_thread(partial.publish, self.path(digest))
+        finally:
+            partial.close()
+
+    async def _fill(self, partial: _Partial, open_at: Open, on_bytes: Callable[[int], None]) -> None:
+        """Until it has all its bytes, going on after each break."""
+        attempt = 0
+        while not partial.is_whole:
+            before = partial.offset
+            failure: errors.BangerError = errors.UnavailableError(
+                f"a layer ended early, {partial.missing} bytes before its end", layer=partial.digest
+            )
+            try:
+                async with open_at(partial.offset) as body:
+                    if body.offset != partial.offset:
+                        partial.restart()
+                    await _receive(partial, body, on_bytes)
+            except (errors.UnavailableError, errors.DeadlineError) as error:
+                failure = error
+            attempt = attempt + 1 if partial.offset <= before else 0
+            if attempt >= self._tries.attempts:
+                raise failure
+            if attempt:
+                await asyncio.sleep(self._tries.first_wait_s * 2 ** (attempt - 1))
+
+    def _partial_path(self, digest: reference.Digest) -> Path:
+        return self._root / _PARTIAL / digest.replace(":", "-")
+
+    def _partial_size(self, digest: reference.Digest) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self._partial_path(digest).stat().st_size
+        return 0
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._root.glob("*/*") if path.is_file())
+
+    def _digest(self, path: Path) -> reference.Digest:
+        if path.parent.name == _PARTIAL:
+            return reference.Digest(path.name.replace("-", ":", 1))
+        return reference.Digest(f"{path.parent.name}:{path.name}")
+
+
+async def _receive(partial: _Partial, body: registry.Body, on_bytes: Callable[[int], None]) -> None:
+    """Small pieces are gathered: each batch is hashed and written in a thread, off the loop."""
+    batch: list[bytes] = []
+    held = 0
+    try:
+        async for chunk in body.chunks:
+            batch.append(chunk)
+            held += len(chunk)
+            if held >= _BATCH or held > partial.missing:
+                await run.in_thread(partial.take, batch)
+                batch, held = [], 0
+                on_bytes(partial.offset)
+    finally:
+        # What came before a break is worth keeping; too much of it is an error of its own.
+        if batch:
+            await run.in_thread(partial.take, batch)
+            on_bytes(partial.offset)
+
+
+class _Partial:
+    """A blob on its way, hashed as it grows. Blocking."""
+
+    def __init__(self, path: Path, digest: reference.Digest, size_bytes: int) -> None:
+        self.digest = digest
+        self.offset = 0
+        self._path = path
+        self._size = size_bytes
+        self._hash = reference.hasher(digest)
+        self._fd = -1
+
+    @classmethod
+    def open(cls, path: Path, digest: reference.Digest, size_bytes: int) -> _Partial:
+        """With what an earlier pull left, read and hashed."""
+        partial = cls(path, digest, size_bytes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with _space():
+            partial._fd = os.open(path, flags, 0o600)
+        try:
+            partial._take_up()
+        except BaseException:
+            partial.close()
+            raise
+        return partial
+
+    @property
+    def missing(self) -> int:
+        return self._size - self.offset
+
+    @property
+    def is_whole(self) -> bool:
+        return self.offset == self._size
+
+    @property
+    def is_right(self) -> bool:
+        return f"{self.digest.partition(':')[0]}:{self._hash.hexdigest()}" == self.digest
+
+    def restart(self) -> None:
+        os.ftruncate(self._fd, 0)
+        self.offset = 0
+        self._hash = reference.hasher(self.digest)
+
+    def take(self, pieces: Iterable[bytes]) -> None:
+        """Adds what came. Whatever makes it useless also removes it."""
+        for piece in pieces:
+            if len(piece) > self.missing:
+                self._path.unlink(missing_ok=True)
+                raise errors.ProtocolError(
+                    f"a layer is longer than the {self._size} bytes its manifest says", layer=self.digest
+                )
+            self._hash.update(piece)
+            self._write(piece)
+
+    def publish(self, final: Path) -> None:
+        """Verified and durable before it has its name."""
+        if not self.is_right:
+            self._path.unlink(missing_ok=True)
+            raise errors.ProtocolError(
+                f"a layer is not what its digest {self.digest} says; it was not kept",
+                hint="pull again; if it stays so the registry's copy is damaged, or something changes it",
+                layer=self.digest,
+            )
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _space():
+            os.fsync(self._fd)
+            self._path.replace(final)
+            _sync(final.parent)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _write(self, piece: bytes) -> None:
+        """A disk that is full is not left full by us."""
+        try:
+            with _space():
+                view = memoryview(piece)
+                while view:
+                    written = os.pwrite(self._fd, view, self.offset)
+                    self.offset += written
+                    view = view[written:]
+        except errors.NoSpaceError:
+            self._path.unlink(missing_ok=True)
+            raise
+
+    def _take_up(self) -> None:
+        if os.fstat(self._fd).st_size > self._size:
+            os.ftruncate(self._fd, 0)
+        while piece := os.pread(self._fd, _BATCH, self.offset):
+            run.check_cancelled()
+            self._hash.update(piece)
+            self.offset += len(piece)
+
+
+@contextlib.contextmanager
+def _space() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise errors.NoSpaceError("no space left for a layer in the cache", hint=PRUNE_HINT) from error
+        raise
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

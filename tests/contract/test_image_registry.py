@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: MIT
+"""Pulling from a registry that behaves, and from one that does not."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from banger.contract import errors
+from banger.images import blobs, bundle, connections, pull, reference
+from tests.fakes import registry as registries
+
+BASE = b"\x1f\x8b base " + bytes(range(256)) * 20_000
+TOP = b"\x28\xb5\x2f\xfd top " + b"0123456789" * 5_000
+LIMITS = connections.Limits(connect_s=2, silence_s=0.5, attempts=3, first_wait_s=0.01, longest_wait_s=0.5)
+PASSWORD = "correct-horse-battery-staple"  # noqa: S105
+
+
+class Watch:
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, str]] = []
+        self.notes: list[str] = []
+
+    def progress(self, current: int, total: int, detail: str = "") -> None:
+        self.told.append((current, total, detail))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Client:
+    """Pulls into one cache."""
+
+    def __init__(self, root: Path, registry: registries.Registry) -> None:
+        self.root = root
+        self.registry = registry
+        self.store = blobs.Blobs(root / "blobs", blobs.Tries(attempts=3, first_wait_s=0.01))
+        self.watch = Watch()
+        self.logins: tuple[Path, ...] = ()
+
+    @contextlib.asynccontextmanager
+    async def opened(self, name: str = "team/app:v1") -> AsyncIterator[pull.Puller]:
+        wanted = reference.parse(f"{self.registry.host}/{name}")
+        settings = pull.Settings(login_files=self.logins, limits=LIMITS)
+        async with asyncio.timeout(20), pull.opened(wanted, settings, self.store, self.watch) as puller:
+            yield puller
+
+    async def pull(self, name: str = "team/app:v1") -> bundle.Bundle:
+        async with self.opened(name) as puller, puller.bundle("x86_64", await puller.digest()) as made:
+            return made
+
+    def log_in(self, text: str) -> None:
+        path = self.root / "auth.json"
+        path.write_text(text)
+        self.logins = (path,)
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "blobs").glob("partial/*"))
+
+
+@pytest.fixture
+def registry() -> Iterator[registries.Registry]:
+    with registries.serving() as made:
+        made.add_image("v1", BASE, TOP, run={"Entrypoint": ["/bin/app"], "Env": ["A=1"], "User": "7"})
+        yield made
+
+
+@pytest.fixture
+def client(tmp_path: Path, registry: registries.Registry) -> Client:
+    return Client(tmp_path, registry)
+
+
+def _digest(data: bytes) -> reference.Digest:
+    return reference.digest_of(data)
+
+
+async def test_a_pull_brings_the_layers_and_what_to_run(client: Client) -> None:
+    made = await client.pull()
+    assert [layer.path.read_bytes() for layer in made.layers] == [BASE, TOP]
+    assert [layer.compression for layer in made.layers] == ["gzip", "zstd"]
+    assert made.run.argv == ("/bin/app",)
+    assert (made.run.env, made.run.user) == (("A=1",), "7")
+    assert made.reference == f"{client.registry.host}/team/app:v1"
+    assert client.watch.told[-1] == (len(BASE) + len(TOP), len(BASE) + len(TOP), "layers")
+    assert client.left() == []
+
+
+async def test_asking_again_is_one_request(client: Client) -> None:
+    made = await client.pull()
+    client.registry.asked.clear()
+    async with client.opened() as puller:
+        assert await puller.digest() == made.digest
+    assert [each.method for each in client.registry.asked if each.path != "/v2/"] == ["HEAD"]
+
+
+async def test_a_registry_that_does_not_say_digests_is_asked_for_the_manifest(client: Client) -> None:
+    client.registry.says_digest = False
+    made = await client.pull()
+    assert made.digest == _digest(client.registry.manifests["v1"][1])
+
+
+async def test_a_changed_top_layer_costs_that_layer(client: Client) -> None:
+    await client.pull()
+    client.registry.sent.clear()
+    client.registry.add_image("v2", BASE, TOP + b"more")
+    await client.pull("team/app:v2")
+    assert client.registry.sent[_digest(BASE)] == 0
+    assert client.registry.sent[_digest(TOP + b"more")] == len(TOP) + 4
+
+
+async def test_two_that_share_a_layer_fetch_it_once(client: Client) -> None:
+    client.registry.add_image("v2", BASE, b"other")
+    await asyncio.gather(client.pull(), client.pull("team/app:v2"), client.pull())
+    assert client.registry.sent[_digest(BASE)] == len(BASE)
+    assert client.registry.sent[_digest(TOP)] == len(TOP)
+
+
+async def test_a_layer_that_occurs_twice_is_fetched_once(client: Client) -> None:
+    client.registry.add_image("twice", TOP, TOP)
+    made = await client.pull("team/app:twice")
+    assert [layer.digest for layer in made.layers] == [_digest(TOP)] * 2
+    assert client.registry.sent[_digest(TOP)] == len(TOP)
+
+
+async def test_an_index_gives_what_this_machine_runs(client: Client) -> None:
+    registry = client.registry
+    arm, amd = registry.add_image("arm", TOP, arch="arm64"), registry.add_image("amd", BASE)
+    entries = [
+        {"mediaType": registries.MANIFEST, "digest": digest, "size": 1, "platform": platform}
+        for digest, platform in (
+            (registry.add_image("attested", b"x"), {"architecture": "unknown", "os": "unknown"}),
+            (arm, {"architecture": "arm64", "os": "linux", "variant": "v8"}),
+            (amd, {"architecture": "amd64", "os": "linux"}),
+        )
+    ]
+    document = {"schemaVersion": 2, "mediaType": registries.INDEX, "manifests": entries}
+    index = registry.add_manifest("multi", document, registries.INDEX)
+    made = await client.pull("team/app:multi")
+    assert (made.digest, [layer.digest for layer in made.layers]) == (index, [_digest(BASE)])
+    document["manifests"] = entries[:2]
+    registry.add_manifest("multi", document, registries.INDEX)
+    with pytest.raises(errors.NotFoundError, match="nothing for linux/amd64") as caught:
+        await client.pull("team/app:multi")
+    assert caught.value.hint == "it has: linux/arm64/v8"
+
+
+async def test_an_image_for_another_machine_is_refused_before_its_layers(client: Client) -> None:
+    client.registry.add_image("arm", BASE, arch="arm64")
+    with pytest.raises(errors.BadRequestError, match="the image is for linux/arm64"):
+        await client.pull("team/app:arm")
+    assert client.registry.sent[_digest(BASE)] == 0
+
+
+# --- breaks ---
+
+
+async def test_a_break_is_taken_up_where_it_was(client: Client) -> None:
+    path = f"/blobs/{_digest(BASE)}"
+    client.registry.faults += [registries.on(path, times=4, then=registries.breaks_after(1_200_000))]
+    made = await client.pull()
+    assert made.layers[0].path.read_bytes() == BASE
+    assert client.registry.sent[_digest(BASE)] == len(BASE)
+    ranges = [each.headers.get("range") for each in client.registry.asked if path in each.path]
+    assert ranges == [None, *(f"bytes={count * 1_200_000}-" for count in range(1, 5))]
+
+
+async def test_the_next_pull_takes_up_what_the_last_one_left(client: Client) -> None:
+    path = f"/blobs/{_digest(BASE)}"
+    client.registry.faults += [
+        registries.on(path, then=registries.breaks_after(3_000_000)),
+        registries.on(path, times=3, then=registries.breaks_after(0)),
+    ]
+    with pytest.raises(errors.UnavailableError):
+        await client.pull()
+    assert client.left() == [_digest(BASE).replace(":", "-")]
+    assert not client.store.has(_digest(BASE), len(BASE))
+    client.registry.faults.clear()
+    await client.pull()
+    assert client.registry.sent[_digest(BASE)] == len(BASE)
+
+
+async def test_a_partial_that_lies_is_thrown_away(client: Client) -> None:
+    partial = client.root / "blobs" / "partial" / _digest(BASE).replace(":", "-")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"not what it says" * 1000)
+    made = await client.pull()
+    assert made.layers[0].path.read_bytes() == BASE
+
+
+async def test_a_registry_without_ranges_sends_all_again(client: Client) -> None:
+    client.registry.ranges = False
+    client.registry.faults += [
+        registries.on(f"/blobs/{_digest(BASE)}", then=registries.breaks_after(2_000_000))
+    ]
+    assert (await client.pull()).layers[0].path.read_bytes() == BASE
+
+
+async def test_a_wrong_byte_is_refused_and_not_kept(client: Client) -> None:
+    wrong = BASE[:-1] + b"!"
+    client.registry.faults += [registries.on(f"/blobs/{_digest(BASE)}", then=registries.gives(wrong))]
+    with pytest.raises(errors.ProtocolError, match="not what its digest"):
+        await client.pull()
+    assert client.left() == []
+    assert not client.store.path(_digest(BASE)).exists()
+    assert (await client.pull()).layers[0].path.read_bytes() == BASE
+
+
+async def test_a_body_that_goes_on_is_cut_off(client: Client) -> None:
+    client.registry.faults += [
+        registries.on(f"/blobs/{_digest(TOP)}", then=registries.gives(TOP + bytes(8 << 20)))
+    ]
+    with pytest.raises(errors.ProtocolError, match=f"longer than the {len(TOP)} bytes"):
+        await client.pull()
+    assert not client.store.path(_digest(TOP)).exists()
+    assert _digest(TOP).replace(":", "-") not in client.left()
+
+
+async def test_a_body_that_is_always_short_ends_with_what_is_missing(client: Client) -> None:
+    client.registry.faults += [
+        registries.on(f"/blobs/{_digest(TOP)}", times=99, then=registries.gives(TOP[:100]))
+    ]
+    client.registry.ranges = False
+    with pytest.raises(errors.UnavailableError, match="ended early"):
+        await client.pull()
+
+
+async def test_a_manifest_that_is_not_what_was_asked_for_is_refused(client: Client) -> None:
+    digest = client.registry.add_image("v1", TOP)
+    client.registry.faults += [registries.on(f"/manifests/{digest}", then=registries.gives(b"{}"))]
+    with pytest.raises(errors.ProtocolError, match="another manifest"):
+        await client.pull()
+
+
+async def test_cancelling_leaves_what_came_for_the_next(client: Client) -> None:
+    said = threading.Event()
+
+    def stall(handler: registries._Handler) -> None:
+        registries.breaks_after(3_000_000)(handler)
+        handler.close_connection = False  # and says nothing more
+        said.wait(20)
+
+    client.registry.faults += [registries.on(f"/blobs/{_digest(BASE)}", then=stall)]
+    partial = client.root / "blobs" / "partial" / _digest(BASE).replace(":", "-")
+    pulling = asyncio.create_task(client.pull())
+    async with asyncio.timeout(20):
+        while not (partial.exists() and partial.stat().st_size >= 1 << 20):  # noqa: ASYNC110  # a file
+            await asyncio.sleep(0.01)
+    pulling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pulling
+    said.set()
+    kept = partial.stat().st_size
+    await client.pull()
+    assert client.registry.sent[_digest(BASE)] == 3_000_000 + len(BASE) - kept
+
+
+# --- what a registry answers ---
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+async def test_what_passes_is_tried_again(client: Client, code: int) -> None:
+    client.registry.faults += [registries.on("/manifests/v1", times=2, then=registries.status(code))]
+    await client.pull()
+    assert len([note for note in client.watch.notes if "trying again" in note]) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "headers", "kind", "text", "hint"),
+    [
+        (429, {"Retry_After": "3600"}, errors.UnavailableError, "too often", "come back in 3600 s"),
+        (403, {}, errors.UnauthorizedError, "forbids reading team/app", "podman login"),
+        (404, {}, errors.NotFoundError, "has no .*team/app:v1", "spelling"),
+        (503, {}, errors.UnavailableError, "answered 503", "later"),
+        (418, {}, errors.ProtocolError, "answered 418", ""),
+    ],
+)
+async def test_what_does_not_pass_says_what_to_do(
+    client: Client, code: int, headers: dict[str, str], kind: type[errors.BangerError], text: str, hint: str
+) -> None:
+    client.registry.faults += [
+        registries.on("/manifests/v1", times=9, then=registries.status(code, **headers))
+    ]
+    with pytest.raises(kind, match=text) as caught:
+        await client.pull()
+    assert hint in caught.value.hint
+
+
+async def test_retry_after_is_heeded(client: Client) -> None:
+    client.registry.faults += [registries.on("/manifests/v1", then=registries.status(429, Retry_After="0"))]
+    await client.pull()
+    assert [note for note in client.watch.notes if "trying again in 0.0 s" in note]
+
+
+async def test_nobody_there_says_so(client: Client) -> None:
+    client.registry.port = 1
+    with pytest.raises(errors.UnavailableError, match=r"127\.0\.0\.1 cannot be reached") as caught:
+        await client.pull()
+    assert "proxy" in caught.value.hint
+
+
+def _says_nothing(handler: registries._Handler) -> None:
+    handler.rfile.read(1)  # until the client gives up
+
+
+async def test_silence_is_an_error_that_says_so(client: Client) -> None:
+    client.registry.faults += [registries.on("/manifests/v1", times=9, then=_says_nothing)]
+    with pytest.raises(errors.DeadlineError, match="went silent"):
+        await client.pull()
+
+
+# --- logins ---
+
+
+def _auths(host: str, login: str) -> str:
+    return json.dumps({"auths": {host: {"auth": base64.b64encode(login.encode()).decode()}}})
+
+
+@pytest.mark.parametrize("bearer", [False, True])
+async def test_a_login_is_used_when_asked_for(client: Client, bearer: bool) -> None:
+    registry = client.registry
+    registry.login, registry.bearer = f"me:{PASSWORD}", bearer
+    with pytest.raises(errors.UnauthorizedError, match="wants a login"):
+        await client.pull()
+    client.log_in(_auths(registry.host, f"me:{PASSWORD}"))
+    await client.pull()
+    client.log_in(_auths(registry.host, "me:wrong"))
+    with pytest.raises(errors.UnauthorizedError, match="does not let this login") as caught:
+        await client.pull("team/app:v2")
+    assert str(client.logins[0]) in caught.value.message
+
+
+async def test_nobody_is_given_a_login_without_asking(client: Client) -> None:
+    client.log_in(_auths(client.registry.host, f"me:{PASSWORD}"))
+    await client.pull()
+    assert all("authorization" not in each.headers for each in client.registry.asked)
+
+
+async def test_anonymous_tokens_are_asked_for_once(client: Client) -> None:
+    client.registry.bearer = True
+    await client.pull()
+    assert client.registry.count("GET", "/token") == 1
+    assert "scope=repository%3Ateam%2Fapp%3Apull" in next(
+        each.path for each in client.registry.asked if each.path.startswith("/token")
+    )
+
+
+async def test_an_identity_token_is_exchanged(client: Client) -> None:
+    client.registry.bearer, client.registry.identity_token = True, "refresh-me"
+    client.log_in(json.dumps({"auths": {client.registry.host: {"identitytoken": "refresh-me"}}}))
+    await client.pull()
+    assert client.registry.count("POST", "/token") == 1
+
+
+async def test_a_token_that_ran_out_is_replaced(client: Client) -> None:
+    registry = client.registry
+    registry.bearer = True
+
+    def expire(handler: registries._Handler) -> bool:
+        if "/blobs/" in handler.path and registry.token == "granted":  # noqa: S105
+            registry.token = "granted-again"  # noqa: S105
+        return False
+
+    registry.faults += [expire]
+    await client.pull()
+    assert registry.count("GET", "/token") == 2
+
+
+async def test_a_redirect_to_another_place_does_not_carry_the_login(client: Client) -> None:
+    registry = client.registry
+    registry.login = f"me:{PASSWORD}"
+    client.log_in(_auths(registry.host, f"me:{PASSWORD}"))
+    with registries.serving() as elsewhere:
+        elsewhere.blobs = registry.blobs
+        to = registries.redirects(lambda handler: f"http://{elsewhere.host}{handler.path}")
+        registry.faults += [registries.on(f"/blobs/{_digest(BASE)}", then=to)]
+        await client.pull()
+        assert [each.path for each in elsewhere.asked] == [f"/v2/team/app/blobs/{_digest(BASE)}"]
+        assert all("authorization" not in each.headers for each in elsewhere.asked)
+
+
+@pytest.mark.parametrize("target", ["http://registry.invalid/x", "ftp://127.0.0.1/x", "file:///etc/passwd"])
+async def test_a_redirect_out_of_tls_is_refused(client: Client, target: str) -> None:
+    client.registry.faults += [
+        registries.on("/blobs/", then=registries.redirects(lambda _: target), times=9)
+    ]
+    with pytest.raises(errors.ProtocolError, match="redirects to"):
+        await client.pull()
+
+
+async def test_redirects_in_a_circle_end(client: Client) -> None:
+    circle = registries.redirects(lambda handler: handler.path)
+    client.registry.faults += [registries.on("/blobs/", then=circle, times=99)]
+    with pytest.raises(errors.ProtocolError, match="redirects more than"):
+        await client.pull()
+
+
+@pytest.mark.parametrize("realm", ["http://elsewhere.invalid/token", "", "https://user:x@a.invalid/t"])
+async def test_a_token_service_unfit_for_a_login_is_not_asked(client: Client, realm: str) -> None:
+    challenge = registries.status(401, WWW_Authenticate=f'Bearer realm="{realm}",service="x"')
+    client.registry.faults += [registries.on("/manifests/", then=challenge, times=9)]
+    client.log_in(_auths(client.registry.host, f"me:{PASSWORD}"))
+    with pytest.raises(errors.ProtocolError, match="not fit to see a login"):
+        await client.pull()
+
+
+async def test_secrets_are_in_no_log_and_no_error(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="banger")
+    registry = client.registry
+    registry.login, registry.bearer = f"me:{PASSWORD}", True
+    client.log_in(_auths(registry.host, f"me:{PASSWORD}"))
+    registry.faults += [registries.on("/blobs/", times=99, then=registries.status(503))]
+    with pytest.raises(errors.UnavailableError) as caught:
+        await client.pull()
+    seen = repr(errors.to_body(caught.value)) + caplog.text + "".join(client.watch.notes)
+    encoded = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    assert not [secret for secret in (PASSWORD, encoded, "granted") if secret in seen]
+
+
+# --- proxies ---
+
+
+async def test_a_proxy_is_used_named_and_never_for_loopback(tmp_path: Path) -> None:
+    with registries.serving() as proxy:
+        notes: list[str] = []
+        proxies = {"http": f"http://me:{PASSWORD}@{proxy.host}", "no": "direct.invalid"}
+        wire = connections.Connections(
+            insecure=("far.invalid", "direct.invalid"), proxies=proxies, say=notes.append, limits=LIMITS
+        )
+        async with wire:
+            async with wire.request("GET", "http://far.invalid/v2/", {}) as response:
+                assert response.status_code == 404  # the fake is no proxy, but it was asked
+            assert proxy.asked[0].path == "http://far.invalid/v2/"
+            assert notes == [f"through the proxy http://{proxy.host}"]
+            with pytest.raises(errors.UnavailableError):
+                async with wire.request("GET", "http://direct.invalid/v2/", {}):
+                    pass
+            async with wire.request("GET", f"http://{proxy.host}/v2/", {}) as response:
+                assert response.status_code == 200
+            assert len(proxy.asked) == 2
+
+
+async def test_a_proxy_that_is_not_there_is_named_without_its_password(tmp_path: Path) -> None:
+    wire = connections.Connections(
+        insecure=("far.invalid",), proxies={"http": f"http://me:{PASSWORD}@127.0.0.1:1"}, limits=LIMITS
+    )
+    async with wire:
+        with pytest.raises(
+            errors.UnavailableError, match=r"through the proxy http://127\.0\.0\.1:1"
+        ) as caught:
+            async with wire.request("GET", "http://far.invalid/v2/", {}):
+                pass
+    assert PASSWORD not in str(caught.value) + caught.value.hint
+
+
+# --- the cache ---
+
+
+async def test_prune_leaves_what_a_pull_uses(client: Client) -> None:
+    async with client.opened() as puller, puller.bundle("x86_64", await puller.digest()) as made:
+        client.store.path(_digest(b"old")).write_bytes(b"old")
+        assert client.store.prune(dry_run=True).names == (_digest(b"old"),)
+        assert client.store.prune().names == (_digest(b"old"),)
+        assert all(layer.path.exists() for layer in made.layers)
+    pruned = client.store.prune()
+    assert sorted(pruned.names) == sorted((_digest(BASE), _digest(TOP)))
+    assert pruned.size_bytes >= len(BASE)
+    assert client.store.prune().names == ()
+
+
+async def test_too_little_room_is_said_before_anything_is_fetched(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A disk that is nearly full cannot be had without root; the real one is filled in the root tier.
+    monkeypatch.setattr(blobs, "_RESERVE_BYTES", 1 << 60)
+    with pytest.raises(errors.NoSpaceError, match="the layers need") as caught:
+        await client.pull()
+    assert "prune" in caught.value.hint
+    assert client.registry.count("GET", "/blobs/") == 1  # the configuration
