@@ -7,61 +7,95 @@ Used by the work disk capability; unprivileged.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
-import tempfile
+import time
 from pathlib import Path
 from typing import Final
 
 from banger.contract import errors
-from banger.images import tree as trees
+from banger.images import flatten
+from banger.images.mkfs import filesystem
+from banger.images.tarstream import reader
 
 LABEL: Final = "banger-work"
 MIB: Final = 1 << 20
-# A sparse file reads as zeros, so nothing needs to be written but the used part.
-_OPTIONS: Final = ("lazy_itable_init=1", "lazy_journal_init=1")
-_PRIVATE: Final = trees.Attributes(stat.S_IFDIR | 0o700)
-_SSH: Final = "/.ssh"
-_AUTHORIZED_KEYS: Final = "/.ssh/authorized_keys"
+_CHUNK: Final = 1 << 20
+_SSH: Final = b".ssh"
+_AUTHORIZED_KEYS: Final = b"authorized_keys"
+_MAX_KEYS_BYTES: Final = 1 << 20
 
 
 def create(path: Path, *, size_mib: int, seed: Path | None = None, authorized_key: str = "") -> None:
     """Makes the disk; the seed is a tar of what `/root` shall hold, an absent one leaves it empty.
 
-    `authorized_key` is a line for the guest's ssh server; it comes after those of the seed.
+    `authorized_key` is a line for the guest's ssh server; it comes after those of the seed. The caller holds
+    the VM's lifecycle lock: two makers of one disk would meet.
     """
     if path.exists():
         raise errors.AlreadyExistsError(f"work disk {path} is already there", hint="it is the user's data")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".work-") as scratch:
-        tree = trees.Tree(Path(scratch) / "tree")
-        tree.attributes["/"] = _PRIVATE
+    staged = path.with_name(f".{path.name}.new")
+    staged.unlink(missing_ok=True)  # what a crash left
+    try:
+        _make(staged, size_mib * MIB, seed, authorized_key)
+        os.link(staged, path)  # unlike a rename, never onto a disk that appeared meanwhile
+    except errors.BadRequestError as error:
+        if not any(isinstance(each, filesystem.DiskTooSmallError) for each in (error, error.__cause__)):
+            raise
+        raise errors.BadRequestError(
+            f"a work disk of {size_mib} MiB is too small for the image's seed",
+            hint="choose a larger --disk-size",
+        ) from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _make(staged: Path, size_bytes: int, seed: Path | None, authorized_key: str) -> None:
+    limits = filesystem.Limits(max_bytes=size_bytes)
+    with filesystem.Filesystem(staged, limits=limits) as made:
+        made.set_attributes(made.ROOT, _private(stat.S_IFDIR | 0o700))
         if seed is not None and seed.exists():
             with seed.open("rb") as archive:
-                tree.unpack(archive)
+                pieces = iter(functools.partial(archive.read, _CHUNK), b"")
+                flatten.Tree(made).add(reader.entries(pieces), "the work seed")
         if authorized_key:
-            _authorize(tree, authorized_key)
-        _check_fits(tree, size_mib)
-        staged = Path(scratch) / path.name
-        tree.make_ext4(staged, size_bytes=size_mib * MIB, options=_OPTIONS, label=LABEL, checked=False)
-        os.chmod(staged, 0o600)
-        os.link(staged, path)  # unlike a rename, never onto a disk that appeared meanwhile
+            _authorize(made, authorized_key.encode())
+        made.finish(size_bytes=size_bytes, label=LABEL)
 
 
-def _authorize(tree: trees.Tree, key: str) -> None:
+def _authorize(made: filesystem.Filesystem, key: bytes) -> None:
     """sshd trusts the file only when root alone can write it and what holds it."""
+    directory = made.lookup(made.ROOT, _SSH)
+    if directory is not None and not _is(made, directory, stat.S_IFDIR):
+        made.remove(made.ROOT, _SSH)
+        directory = None
+    if directory is None:
+        directory = made.mkdir(made.ROOT, _SSH, _private(stat.S_IFDIR | 0o700))
+    else:
+        made.set_attributes(directory, _private(stat.S_IFDIR | 0o700))
+    lines = [*_take_keys(made, directory), key]
+    wanted = _private(stat.S_IFREG | 0o600)
+    made.write(directory, _AUTHORIZED_KEYS, wanted, [b"\n".join(lines) + b"\n"])
+
+
+def _take_keys(made: filesystem.Filesystem, directory: int) -> list[bytes]:
+    """What the seed has of keys, as at most one piece; the file is removed."""
+    found = made.lookup(directory, _AUTHORIZED_KEYS)
+    if found is None:
+        return []
     before = b""
-    found = tree.attributes.get(_AUTHORIZED_KEYS)
-    if found is not None and stat.S_ISREG(found.mode):
-        before = tree.staged(_AUTHORIZED_KEYS).read_bytes().rstrip(b"\n")
-    tree.mkdir(_SSH, _PRIVATE)
-    lines = [line for line in (before, key.encode()) if line]
-    tree.write(_AUTHORIZED_KEYS, b"\n".join(lines) + b"\n", permissions=0o600)
+    if _is(made, found, stat.S_IFREG):
+        if made.size(found) > _MAX_KEYS_BYTES:
+            raise errors.BadRequestError(f"the image's {_AUTHORIZED_KEYS.decode()} is too large to be one")
+        before = b"".join(made.read(found)).rstrip(b"\n")
+    made.remove(directory, _AUTHORIZED_KEYS)
+    return [before] if before else []
 
 
-def _check_fits(tree: trees.Tree, size_mib: int) -> None:
-    content = tree.content_bytes()
-    if content > size_mib * MIB * 9 // 10:
-        raise errors.BadRequestError(
-            f"a work disk of {size_mib} MiB is too small for the image's seed of {content // MIB + 1} MiB",
-            hint="choose a larger --disk-size",
-        )
+def _is(made: filesystem.Filesystem, inode: int, kind: int) -> bool:
+    return stat.S_IFMT(made.attributes(inode).mode) == kind
+
+
+def _private(mode: int) -> filesystem.Attributes:
+    return filesystem.Attributes(mode, mtime_ns=time.time_ns())

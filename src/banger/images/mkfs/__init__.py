@@ -21,7 +21,7 @@ The features, and why:
   disk grows over a multiple of 16 GiB.
 - `has_journal`, of the size that mke2fs would choose; of an empty one a single block is written.
 - `dir_index` with half MD4, `filetype`, `dir_nlink`, `huge_file`, `large_file`, `extra_isize`, `ext_attr`:
-  as everywhere. Inodes have 256 bytes: times in nanoseconds until 2446, small extended attributes inside.
+  as everywhere. Inodes have 256 bytes: times in nanoseconds until 2310, small extended attributes inside.
 
 Linux has all of this since 2.6.28.
 """

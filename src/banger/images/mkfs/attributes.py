@@ -11,7 +11,8 @@ from banger.contract import errors
 
 _NS: Final = 1_000_000_000
 _EARLIEST_S: Final = -(1 << 31)
-_LATEST_S: Final = (1 << 34) - (1 << 31) - 1
+# The format reaches to 2446, but e2fsck takes what lies beyond 2310 for a mistake of old kernels.
+_LATEST_S: Final = (3 << 32) - (1 << 31) - 1
 _MAX_ID: Final = (1 << 32) - 1
 _MAX_MAJOR: Final = (1 << 12) - 1
 _MAX_MINOR: Final = (1 << 20) - 1
@@ -57,7 +58,7 @@ def check(wanted: Attributes) -> None:
 def encode_time(ns: int) -> tuple[int, int]:
     """The low 32 bits of the seconds, and the extra field: 2 more bits, then the nanoseconds.
 
-    A time before 1901 or after 2446 becomes the nearest that ext4 can hold.
+    A time before 1901 or after April 2310 becomes the nearest that can be held.
     """
     seconds, rest = divmod(ns, _NS)
     if seconds < _EARLIEST_S:

@@ -19,27 +19,11 @@ from typing import Final, Self
 
 from banger import run
 from banger.contract import errors
-from banger.images.mkfs import (
-    attributes as attributes_,
-)
-from banger.images.mkfs import (
-    content as contents,
-)
-from banger.images.mkfs import (
-    directory as directories,
-)
-from banger.images.mkfs import (
-    entries,
-    extents,
-    finish,
-    inodes,
-    layout,
-    space,
-    xattrs,
-)
+from banger.images.mkfs import attributes as attributes_
+from banger.images.mkfs import directory as directories
+from banger.images.mkfs import entries, files, finish, inodes, layout, xattrs
 from banger.images.mkfs.attributes import Attributes
 from banger.images.mkfs.content import Hole
-from banger.images.mkfs.disk import Disk
 from banger.images.mkfs.space import DiskTooSmallError
 
 __all__ = ["Attributes", "DiskTooSmallError", "Filesystem", "Hole", "Limits"]
@@ -47,7 +31,6 @@ __all__ = ["Attributes", "DiskTooSmallError", "Filesystem", "Hole", "Limits"]
 _MAX_NAME: Final = 255
 _MAX_TARGET: Final = layout.BLOCK - 1
 _LABEL_BYTES: Final = 16
-_READ_BLOCKS: Final = 256
 _LOST_AND_FOUND: Final = b"lost+found"
 
 
@@ -60,22 +43,15 @@ class Limits:
 
 
 class Filesystem:
-    """Leaving the block without `finish` deletes the file."""
+    """Names, and what they name. Leaving the block without `finish` deletes the file."""
 
     ROOT: Final = layout.ROOT_INODE
 
     def __init__(self, path: Path, *, limits: Limits = Limits()) -> None:
         self._limits = limits
-        self._disk = Disk(path)
-        self._space = space.Space(limits.max_bytes // layout.BLOCK)
-        self._inodes = inodes.Inodes()
+        self._files = files.Files(path, limits.max_bytes // layout.BLOCK)
         self._entries = entries.Entries()
         self._finished = False
-        self._freed = False
-        root = inodes.Record(
-            stat.S_IFDIR | 0o755, inodes.EMPTY, 0, 0, 0, 0, 2, 0, 0, where=self.ROOT, blocks=0
-        )
-        self._inodes.put(self.ROOT, root)
 
     def __enter__(self) -> Self:
         return self
@@ -83,19 +59,19 @@ class Filesystem:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._disk.close()
+        self._files.disk.close()
         if not self._finished:
-            self._disk.path.unlink(missing_ok=True)
+            self._files.disk.path.unlink(missing_ok=True)
 
     @property
     def content_bytes(self) -> int:
         """What the content takes in blocks, extent trees and blocks of extended attributes included."""
-        return self._space.used * layout.BLOCK
+        return self._files.space.used * layout.BLOCK
 
     @property
     def inode_count(self) -> int:
         """Files of any kind, the root directory not counted."""
-        return self._inodes.used
+        return self._files.inodes.used
 
     # --- looking ---
 
@@ -111,47 +87,30 @@ class Filesystem:
                 yield self._entries.name(entry), self._entries.inode(entry)
 
     def attributes(self, inode: int) -> Attributes:
-        record = self._record(inode)
-        is_device = stat.S_IFMT(record.mode) in (stat.S_IFCHR, stat.S_IFBLK)
-        return Attributes(
-            mode=record.mode,
-            uid=record.uid,
-            gid=record.gid,
-            mtime_ns=attributes_.decode_time(record.mtime, record.mtime_extra),
-            device=inodes.split_device(record.where) if is_device else (0, 0),
-            xattrs=self._xattrs(record.xattr),
-        )
+        return self._files.attributes(inode)
 
     def size(self, inode: int) -> int:
         """Of a file or link in bytes; a directory has none yet."""
-        record = self._record(inode)
+        record = self._files.record(inode)
         return 0 if stat.S_ISDIR(record.mode) else record.size
 
     def link_count(self, inode: int) -> int:
-        return self._record(inode).links
+        return self._files.record(inode).links
 
     def read(self, inode: int) -> Iterator[bytes]:
         """The content of a regular file, holes included, in pieces."""
-        record = self._record(inode)
-        if not stat.S_ISREG(record.mode):
-            raise errors.BadRequestError(f"inode {inode} is not a regular file")
-        return self._read(record)
+        return self._files.read(inode)
 
     def readlink(self, inode: int) -> bytes:
-        record = self._record(inode)
-        if not stat.S_ISLNK(record.mode):
-            raise errors.BadRequestError(f"inode {inode} is not a symbolic link")
-        if record.layout == inodes.TARGET:
-            return self._inodes.roots.get(record.where)[: record.size]
-        return b"".join(self._read(record))
+        return self._files.readlink(inode)
 
     # --- making ---
 
     def mkdir(self, directory: int, name: bytes, attributes: Attributes) -> int:
         self._check_new(directory, name, attributes, stat.S_IFDIR)
-        number = self._add_inode(attributes, where=directory, links=2)
+        number = self._files.add(attributes, where=directory, links=2)
         self._add_entry(directory, name, number)
-        self._inodes.add_links(directory, 1)
+        self._files.inodes.add_links(directory, 1)
         return number
 
     def write(
@@ -163,12 +122,13 @@ class Filesystem:
         *,
         size: int | None = None,
     ) -> int:
-        """A regular file; with `size`, content of another length is refused."""
+        """A regular file; with `size`, content of another length is refused.
+
+        After content that failed, by itself or on its way, nothing can be finished any more.
+        """
         self._check_new(directory, name, attributes, stat.S_IFREG)
-        stored = self._store(content, limit=contents.MAX_BYTES if size is None else size)
-        if size is not None and stored.size != size:
-            raise errors.BadRequestError(f"a file of {size} bytes ended after {stored.size}")
-        number = self._add_stored(attributes, stored)
+        stored = self._files.store(content, size=size)
+        number = self._files.add_stored(attributes, stored)
         self._add_entry(directory, name, number)
         return number
 
@@ -177,10 +137,10 @@ class Filesystem:
         if not 0 < len(target) <= _MAX_TARGET or b"\0" in target:
             raise errors.BadRequestError(f"{_shown(name)} has a target that no symbolic link can have")
         if len(target) < layout.FAST_SYMLINK_BYTES:
-            slot = self._inodes.roots.add(target)
-            number = self._add_inode(attributes, layout=inodes.TARGET, where=slot, size=len(target))
+            slot = self._files.inodes.roots.add(target)
+            number = self._files.add(attributes, kind=inodes.TARGET, where=slot, size=len(target))
         else:
-            number = self._add_stored(attributes, self._store((target,), limit=_MAX_TARGET))
+            number = self._files.add_stored(attributes, self._files.store((target,)))
         self._add_entry(directory, name, number)
         return number
 
@@ -191,7 +151,7 @@ class Filesystem:
             raise ValueError(f"mode {attributes.mode:o} is not that of a node")
         self._check_new(directory, name, attributes, kind)
         is_device = kind in (stat.S_IFCHR, stat.S_IFBLK)
-        number = self._add_inode(
+        number = self._files.add(
             attributes, where=inodes.join_device(*attributes.device) if is_device else 0
         )
         self._add_entry(directory, name, number)
@@ -199,45 +159,26 @@ class Filesystem:
 
     def link(self, directory: int, name: bytes, inode: int) -> None:
         """One more name for a file."""
-        record = self._record(inode)
+        record = self._files.record(inode)
         if stat.S_ISDIR(record.mode):
             raise errors.BadRequestError(f"{_shown(name)} would be a second name of a directory")
         if record.links >= layout.MAX_LINKS:
             raise errors.BadRequestError(f"{_shown(name)} would be one name too many for its file")
         self._check_name(directory, name)
         self._add_entry(directory, name, inode)
-        self._inodes.add_links(inode, 1)
+        self._files.inodes.add_links(inode, 1)
 
     # --- changing ---
 
     def set_attributes(self, inode: int, attributes: Attributes) -> None:
         """Replaces all of them; the type cannot change."""
-        record = self._record(inode)
-        attributes_.check(attributes)
-        if stat.S_IFMT(attributes.mode) != stat.S_IFMT(record.mode):
-            raise ValueError(f"mode {attributes.mode:o} would change the type of inode {inode}")
-        time, extra = attributes_.encode_time(attributes.mtime_ns)
-        xattr = self._add_xattrs(attributes.xattrs)
-        self._release_xattrs(record.xattr)
-        where = record.where
-        if stat.S_IFMT(record.mode) in (stat.S_IFCHR, stat.S_IFBLK):
-            where = inodes.join_device(*attributes.device)
-        changed = record._replace(
-            mode=attributes.mode,
-            uid=attributes.uid,
-            gid=attributes.gid,
-            mtime=time,
-            mtime_extra=extra,
-            xattr=xattr,
-            where=where,
-        )
-        self._inodes.put(inode, changed)
+        self._files.set_attributes(inode, attributes)
 
     def remove(self, directory: int, name: bytes) -> None:
         """Removes a name, of a directory with all it holds. A file without names gives its blocks back."""
         entry = self._find(directory, name)
         inode = self._entries.inode(entry)
-        if stat.S_ISDIR(self._inodes.mode(inode)):
+        if stat.S_ISDIR(self._files.inodes.mode(inode)):
             self._empty(inode)
         self._drop(directory, entry)
 
@@ -255,31 +196,24 @@ class Filesystem:
 
         Without `size_bytes` the size is the smallest in whole MiB that leaves `headroom_bytes` free.
         """
+        if self._files.broken:
+            raise ValueError("a file system with half a file cannot be finished")
         uuid = uuid or _new_uuid()
         identity = layout.Identity(uuid, hashlib.sha256(uuid).digest()[:16], _label(label))
         if self.lookup(self.ROOT, _LOST_AND_FOUND) is None:
             self.mkdir(self.ROOT, _LOST_AND_FOUND, Attributes(stat.S_IFDIR | 0o700))
         self._write_directories(identity.hash_seed)
         if size_bytes is None:
-            shape = finish.smallest(self._space, self._inodes, headroom_bytes)
+            shape = finish.smallest(self._files, headroom_bytes)
         else:
-            shape = layout.geometry(size_bytes, self._inodes.used)
-        writer = finish.Writer(self._disk, self._space, self._inodes, shape, reuses=self._freed)
-        writer.write(identity)
+            shape = layout.geometry(size_bytes, self._files.inodes.used)
+        finish.Writer(self._files, shape).write(identity)
         final = size_bytes if size_bytes is not None else shape.blocks * layout.BLOCK
-        self._disk.resize(final)
+        self._files.disk.resize(final)
         self._finished = True
         return final
 
     # --- inside ---
-
-    def _record(self, inode: int) -> inodes.Record:
-        if inode != self.ROOT and not layout.FIRST_INODE <= inode <= self._inodes.last:
-            raise errors.NotFoundError(f"there is no inode {inode}")
-        record = self._inodes.get(inode)
-        if record.mode == 0:
-            raise errors.NotFoundError(f"there is no inode {inode}")
-        return record
 
     def _find(self, directory: int, name: bytes) -> int:
         entry = self._entries.find(directory, name)
@@ -288,7 +222,7 @@ class Filesystem:
         return entry
 
     def _listed(self, directory: int) -> array[int]:
-        record = self._record(directory)
+        record = self._files.record(directory)
         if not stat.S_ISDIR(record.mode):
             raise errors.BadRequestError(f"inode {directory} is not a directory")
         return self._entries.listed(record.size)
@@ -297,101 +231,26 @@ class Filesystem:
         if stat.S_IFMT(wanted.mode) != kind:
             raise ValueError(f"mode {wanted.mode:o} is of another type than what is made")
         attributes_.check(wanted)
-        if self._inodes.used >= self._limits.max_inodes:
+        if wanted.xattrs:
+            xattrs.encode(wanted.xattrs)  # refused before content is written
+        if self._files.inodes.used >= self._limits.max_inodes:
             raise errors.BadRequestError(f"there are more than {self._limits.max_inodes} files")
         self._check_name(directory, name)
 
     def _check_name(self, directory: int, name: bytes) -> None:
         if not 0 < len(name) <= _MAX_NAME or b"/" in name or b"\0" in name or name in (b".", b".."):
             raise errors.BadRequestError(f"{_shown(name)} cannot be the name of a file")
-        if not stat.S_ISDIR(self._record(directory).mode):
+        if not stat.S_ISDIR(self._files.record(directory).mode):
             raise errors.BadRequestError(f"{_shown(name)} would lie in a file that is not a directory")
         if self._entries.find(directory, name):
             raise errors.AlreadyExistsError(f"{_shown(name)} is already there")
         if self._entries.used >= self._limits.max_inodes:
             raise errors.BadRequestError(f"there are more than {self._limits.max_inodes} names")
 
-    def _add_inode(
-        self,
-        wanted: Attributes,
-        *,
-        layout: int = inodes.EMPTY,
-        where: int = 0,
-        size: int = 0,
-        blocks: int = 0,
-        links: int = 1,
-    ) -> int:
-        run.check_cancelled()
-        time, extra = attributes_.encode_time(wanted.mtime_ns)
-        xattr = self._add_xattrs(wanted.xattrs) if wanted.xattrs else 0
-        return self._inodes.add(
-            inodes.Record(
-                *(wanted.mode, layout, wanted.uid, wanted.gid, time, extra),
-                *(links, xattr, size, where, blocks),
-            )
-        )
-
     def _add_entry(self, directory: int, name: bytes, inode: int) -> None:
-        record = self._inodes.get(directory)
+        record = self._files.inodes.get(directory)
         first = self._entries.add(directory, name, inode, record.size)
-        self._inodes.put(directory, record._replace(size=first))
-
-    def _store(self, content: Iterable[bytes | memoryview | Hole], *, limit: int) -> contents.Stored:
-        stored = contents.Stored(self._disk, self._space)
-        stored.take(content, limit)
-        return stored
-
-    def _add_stored(self, wanted: Attributes, stored: contents.Stored) -> int:
-        tree = stored.tree
-        only = tree.only_run()
-        if only is not None and only[1] == -(-stored.size // layout.BLOCK):
-            return self._add_inode(
-                wanted, layout=inodes.RUN, where=only[0], size=stored.size, blocks=only[1]
-            )
-        if tree.blocks == 0:
-            return self._add_inode(wanted, size=stored.size)
-        slot = self._inodes.roots.add(tree.root())
-        return self._add_inode(wanted, layout=inodes.ROOT, where=slot, size=stored.size, blocks=tree.blocks)
-
-    def _runs(self, record: inodes.Record) -> Iterator[tuple[int, int, int]]:
-        if record.layout == inodes.RUN:
-            yield 0, record.where, record.blocks
-        elif record.layout == inodes.ROOT:
-            yield from extents.runs(self._inodes.roots.get(record.where), self._disk.read)
-
-    def _read(self, record: inodes.Record) -> Iterator[bytes]:
-        at = 0
-        for logical, physical, count in self._runs(record):
-            yield from _zeros(logical * layout.BLOCK - at)
-            at = logical * layout.BLOCK
-            for start in range(0, count, _READ_BLOCKS):
-                data = self._disk.read(physical + start, min(_READ_BLOCKS, count - start))
-                yield data[: record.size - at]
-                at += len(data)
-        yield from _zeros(record.size - at)
-
-    def _xattrs(self, slot: int) -> tuple[tuple[bytes, bytes], ...]:
-        if not slot:
-            return ()
-        body, block = self._inodes.xattrs(slot)
-        return xattrs.decode(body, self._disk.read(block) if block else b"")
-
-    def _add_xattrs(self, wanted: tuple[tuple[bytes, bytes], ...]) -> int:
-        if not wanted:
-            return 0
-        body, outside = xattrs.encode(wanted)
-        block = 0
-        if outside:
-            block, _ = self._space.allocate(1)
-            self._disk.write(block, outside)
-        return self._inodes.add_xattrs(body, block)
-
-    def _release_xattrs(self, slot: int) -> None:
-        if slot:
-            _, block = self._inodes.xattrs(slot)
-            self._inodes.bodies.release(slot)
-            if block:
-                self._free(block, 1)
+        self._files.inodes.put(directory, record._replace(size=first))
 
     def _empty(self, directory: int) -> None:
         """Removes what a directory holds, without recursion: archives nest as deep as they like."""
@@ -399,7 +258,7 @@ class Filesystem:
         seen = 0
         while seen < len(waiting):  # parents before their children
             for entry in self._listed(waiting[seen]):
-                if stat.S_ISDIR(self._inodes.mode(self._entries.inode(entry))):
+                if stat.S_ISDIR(self._files.inodes.mode(self._entries.inode(entry))):
                     waiting.append(self._entries.inode(entry))
             seen += 1
         for each in reversed(waiting):
@@ -410,62 +269,35 @@ class Filesystem:
     def _drop(self, directory: int, entry: int) -> None:
         """Removes a name; of a directory only an empty one."""
         inode = self._entries.inode(entry)
-        record = self._inodes.get(directory)
+        record = self._files.inodes.get(directory)
         first = self._entries.remove(entry, record.size)
-        self._inodes.put(directory, record._replace(size=first))
-        if stat.S_ISDIR(self._inodes.mode(inode)):
-            self._inodes.add_links(directory, -1)
-            self._release(inode)
-        elif self._inodes.add_links(inode, -1) == 0:
-            self._release(inode)
-
-    def _release(self, inode: int) -> None:
-        record = self._inodes.get(inode)
-        if record.layout == inodes.RUN:
-            self._free(record.where, record.blocks)
-        elif record.layout == inodes.ROOT:
-            root = self._inodes.roots.get(record.where)
-            for block in [*extents.tree_blocks(root, self._disk.read)]:
-                self._free(block, 1)
-            for _, physical, count in self._runs(record):
-                self._free(physical, count)
-        if record.layout in (inodes.ROOT, inodes.TARGET):
-            self._inodes.roots.release(record.where)
-        self._release_xattrs(record.xattr)
-        self._inodes.release(inode)
-
-    def _free(self, start: int, count: int) -> None:
-        self._disk.flush()  # what waits to be written there must not come later than what is written next
-        self._space.free(start, count)
-        self._freed = True
+        self._files.inodes.put(directory, record._replace(size=first))
+        if stat.S_ISDIR(self._files.inodes.mode(inode)):
+            self._files.inodes.add_links(directory, -1)
+            self._files.release(inode)
+        elif self._files.inodes.add_links(inode, -1) == 0:
+            self._files.release(inode)
 
     def _write_directories(self, hash_seed: bytes) -> None:
         names = directories.Names(self._entries.name, self._target)
-        for number in (self.ROOT, *range(layout.FIRST_INODE, self._inodes.last + 1)):
-            if not stat.S_ISDIR(self._inodes.mode(number)):
+        for number in (self.ROOT, *range(layout.FIRST_INODE, self._files.inodes.last + 1)):
+            if not stat.S_ISDIR(self._files.inodes.mode(number)):
                 continue
             run.check_cancelled()
-            record = self._inodes.get(number)
+            record = self._files.inodes.get(number)
             listed = self._entries.listed(record.size)
             blocks = directories.blocks(number, record.where, listed, names, hash_seed)
-            stored = self._store(blocks, limit=contents.MAX_BYTES)
+            stored = self._files.store(blocks)
             only = stored.tree.only_run()
             kind, where = (inodes.RUN, only[0]) if only else (inodes.ROOT, 0)
             if not only:
-                where = self._inodes.roots.add(stored.tree.root())
+                where = self._files.inodes.roots.add(stored.tree.root())
             written = record._replace(layout=kind, size=stored.size, where=where, blocks=stored.tree.blocks)
-            self._inodes.put(number, written)
+            self._files.inodes.put(number, written)
 
     def _target(self, entry: int) -> tuple[int, int]:
         inode = self._entries.inode(entry)
-        return inode, attributes_.FILE_TYPES[stat.S_IFMT(self._inodes.mode(inode))]
-
-
-def _zeros(count: int) -> Iterator[bytes]:
-    step = _READ_BLOCKS * layout.BLOCK
-    while count > 0:
-        yield bytes(min(step, count))
-        count -= step
+        return inode, attributes_.FILE_TYPES[stat.S_IFMT(self._files.inodes.mode(inode))]
 
 
 def _shown(name: bytes) -> str:

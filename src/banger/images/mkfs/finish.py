@@ -13,8 +13,7 @@ import stat
 from typing import Final
 
 from banger import run
-from banger.images.mkfs import extents, inodes, journal, layout, space
-from banger.images.mkfs.disk import Disk
+from banger.images.mkfs import extents, files, inodes, journal, layout, space
 
 _CHUNK_INODES: Final = 256 * layout.INODES_PER_BLOCK
 _JOURNAL_MODE: Final = stat.S_IFREG | 0o600
@@ -45,16 +44,14 @@ class _Inodes:
 class Writer:
     """Writes everything that follows the content. Used once."""
 
-    def __init__(
-        self, disk: Disk, blocks: space.Space, nodes: inodes.Inodes, shape: layout.Geometry, *, reuses: bool
-    ) -> None:
-        self._disk = disk
-        self._space = blocks
-        self._nodes = nodes
+    def __init__(self, made: files.Files, shape: layout.Geometry) -> None:
+        self._disk = made.disk
+        self._space = made.space
+        self._nodes = made.inodes
+        self._reuses = made.freed
         self._shape = shape
         self._places: list[_Place] = []
         self._last: _Place | None = None
-        self._reuses = reuses
 
     def write(self, identity: layout.Identity) -> None:
         shape = self._shape
@@ -129,7 +126,7 @@ class Writer:
         free_blocks = free_inodes = 0
         for number in range(shape.groups):
             run.check_cancelled()
-            group = self._write_group(number)
+            group = self._untouched(number) or self._write_group(number)
             free_blocks += group.free_blocks
             free_inodes += group.free_inodes
             descriptors += form.pack(number, group)
@@ -146,20 +143,36 @@ class Writer:
             self._disk.write(number * layout.BLOCKS_PER_GROUP, block + descriptors)
         self._disk.flush()
 
+    def _untouched(self, number: int) -> layout.Group | None:
+        """The descriptor that says that nothing of a group was ever written; never that of the last one."""
+        shape = self._shape
+        if number < len(self._places) or number == shape.groups - 1:
+            return None
+        if number * shape.inodes_per_group < self._nodes.last:
+            return None
+        place = self._own_place(number)
+        taken = shape.front(number) + 2 + shape.table_blocks
+        return layout.Group(
+            block_bitmap=place.block_bitmap,
+            inode_bitmap=place.inode_bitmap,
+            inode_table=place.inode_table,
+            free_blocks=layout.BLOCKS_PER_GROUP - taken,
+            free_inodes=shape.inodes_per_group,
+            used_directories=0,
+            flags=layout.BG_INODE_ZEROED | layout.BG_INODE_UNINIT | layout.BG_BLOCK_UNINIT,
+            unused_inodes=shape.inodes_per_group,
+        )
+
     def _write_group(self, number: int) -> layout.Group:
         """Writes a group's inodes and bitmaps as far as they are not empty; gives its descriptor."""
         shape = self._shape
         held = self._inodes_of(number)
         flags = layout.BG_INODE_ZEROED
         if number < len(self._places):
-            place = self._places[number]
-            bitmap = self._bitmap_of(number)
+            place, bitmap = self._places[number], self._bitmap_of(number)
         else:
-            place, bitmap = self._own_place(number)
-            if not held.used and number != shape.groups - 1:
-                flags |= layout.BG_BLOCK_UNINIT
-        if not flags & layout.BG_BLOCK_UNINIT:
-            self._disk.write(place.block_bitmap, bitmap.to_bytes(layout.BLOCK, "little"))
+            place, bitmap = self._own_place(number), self._own_bitmap(number)
+        self._disk.write(place.block_bitmap, bitmap.to_bytes(layout.BLOCK, "little"))
         if held.used:
             self._write_table(number, place.inode_table, held.highest)
             padding = (1 << 8 * layout.BLOCK) - (1 << shape.inodes_per_group)
@@ -181,21 +194,25 @@ class Writer:
         size = layout.BLOCKS_PER_GROUP // 8
         return int.from_bytes(self._space.bitmap[number * size : (number + 1) * size], "little")
 
-    def _own_place(self, number: int) -> tuple[_Place, int]:
-        """Of a group that nothing else touched, and its block bitmap."""
+    def _own_place(self, number: int) -> _Place:
+        """Of a group that no other group's metadata, nor content, touched."""
+        if number == self._shape.groups - 1 and self._last is not None:
+            return self._last
+        start = number * layout.BLOCKS_PER_GROUP + self._shape.front(number)
+        return _Place(start, start + 1, start + 2)
+
+    def _own_bitmap(self, number: int) -> int:
         shape = self._shape
+        taken = shape.front(number)
+        if number < shape.groups - 1 or self._last is None:
+            taken += 2 + shape.table_blocks
         beyond = (1 << layout.BLOCKS_PER_GROUP) - (1 << shape.blocks_of(number))
-        front = shape.front(number)
-        if number == shape.groups - 1 and self._last is not None:
-            return self._last, (1 << front) - 1 | beyond
-        start = number * layout.BLOCKS_PER_GROUP + front
-        taken = front + 2 + shape.table_blocks
-        return _Place(start, start + 1, start + 2), (1 << taken) - 1 | beyond
+        return (1 << taken) - 1 | beyond
 
     def _inodes_of(self, group: int) -> _Inodes:
         each = self._shape.inodes_per_group
         first = group * each + 1
-        bitmap = used = directories = highest = 0
+        used = directories = highest = 0
         marks = bytearray(-(-each // 8))
         for number in range(first, min(first + each, self._nodes.last + 1)):
             mode = self._nodes.mode(number)
@@ -204,8 +221,7 @@ class Writer:
                 marks[(number - first) >> 3] |= 1 << ((number - first) & 7)
                 used += 1
                 directories += stat.S_ISDIR(mode)
-        bitmap = int.from_bytes(marks, "little")
-        return _Inodes(bitmap, used, directories, highest)
+        return _Inodes(int.from_bytes(marks, "little"), used, directories, highest)
 
     def _write_table(self, group: int, table: int, highest: int) -> None:
         first = group * self._shape.inodes_per_group + 1
@@ -216,8 +232,9 @@ class Writer:
             self._disk.write(table + start // layout.INODES_PER_BLOCK, data)
 
 
-def smallest(blocks: space.Space, nodes: inodes.Inodes, headroom_bytes: int) -> layout.Geometry:
+def smallest(made: files.Files, headroom_bytes: int) -> layout.Geometry:
     """The shape of the smallest file system that has the content and so much room left, in whole MiB."""
+    blocks, nodes = made.space, made.inodes
     highest = blocks.highest() + 1
     size = max(highest, blocks.used + headroom_bytes // layout.BLOCK) * layout.BLOCK
     while True:
