@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +36,10 @@ class Package:
 
 
 def sources(suite: str, *, mirror: str = "") -> list[str]:
-    """One-line sources for a suite and its updates: of the mirror if one is named, or the host's."""
+    """One-line sources for a suite and its updates: of the mirror if one is named, or the host's.
+
+    Of a suite that the host has no sources for, those of the same servers.
+    """
     if not KEYRING.exists():
         raise errors.MissingToolError(
             f"the keyring {KEYRING} is not here", hint="install the package debian-archive-keyring"
@@ -56,11 +59,22 @@ def sources(suite: str, *, mirror: str = "") -> list[str]:
         deadline_s=_QUERY_DEADLINE_S,
         env=run.environment(*APT_ENVIRONMENT),
     ).text
-    rows = (line.split("|") for line in said.splitlines() if line.count("|") == 2)
+    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 2]
     entries = {
         _entry(uri, release) for uri, release, component in rows if release in wanted and component == "main"
     }
-    return sorted(entries)
+    return sorted(entries) or sorted({_entry(*each) for each in _elsewhere(rows, wanted)})
+
+
+def _elsewhere(rows: list[list[str]], wanted: tuple[str, str, str]) -> Iterator[tuple[str, str]]:
+    """Where the host's own release comes from, the others come from too; apt says so when they do not."""
+    suite, updates, security = wanted
+    for uri, release, component in rows:
+        if component == "main" and release.endswith("-security"):
+            yield uri, security
+        elif component == "main":
+            yield uri, suite
+            yield uri, updates
 
 
 def _entry(uri: str, release: str) -> str:

@@ -213,6 +213,17 @@ def test_stats(cli: cli_process.Cli) -> None:
     assert cli.run("vm", "stats", "web", "--json").json["cpu_usec"] == 1 << 20
 
 
+def test_a_recipe_of_ones_own(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "busybox"\nname = "mine"\n')
+    assert cli.run("image", "build", str(tmp_path / "mine.toml")).text == "mine\n"
+    (tmp_path / "large.toml").write_text("#" * 300_000)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    for name in ("missing", "large", "binary"):
+        failed = cli.run("image", "build", str(tmp_path / f"{name}.toml"))
+        assert failed.status != 0
+        assert f"{name}.toml" in failed.err
+
+
 def test_images_and_kernels(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_path: Path) -> None:
     assert cli.run("image", "build", "debian-bookworm").text == "debian-bookworm\n"
     assert cli.run("image", "register", str(tmp_path), "--name", "mine").text == "mine\n"

@@ -14,6 +14,7 @@ import datetime
 import os
 import socket
 import threading
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -217,7 +218,8 @@ class FakeDaemon:
                 return 200, None
             case "POST", ["images", "build"]:
                 recipe = msgspec.json.decode(body, type=resources.BuildImage)
-                return 202, self._make(recipe.name or recipe.recipe, "image", "build_image")
+                own = tomllib.loads(recipe.definition or "").get("name", "")
+                return 202, self._make(recipe.name or recipe.recipe or own, "image", "build_image")
             case "POST", ["images", "register"]:
                 registered = msgspec.json.decode(body, type=resources.RegisterImage)
                 return 202, self._make(registered.name or "registered", "image", "build_image")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Trees with their real owners, recipes as data, images published whole; real e2fsprogs, no root needed."""
+"""Recipes as data, layers assembled into images, images published whole; no root needed."""
 
 from __future__ import annotations
 
-import io
-import os
+import dataclasses
+import json
+import shutil
 import stat
 import tarfile
-from collections.abc import Mapping
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -17,70 +19,29 @@ from hypothesis import strategies
 
 from banger import artefacts
 from banger.contract import errors
-from banger.images import ext4, publish, recipe, records
-from banger.images import tree as trees
+from banger.images import assemble, bundle, edit, ext4, paths, publish, recipe, records
+from banger.images.mkfs import filesystem
+from tests.unit import tars
+from tests.unit.tars import directory, file, hard_link, pax, symlink, tar
 
+MIB = 1 << 20
 
-def member(name: str, content: bytes | None = None, **fields: object) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.size = len(content or b"")
-    info.mode = 0o644
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info, content or b""
-
-
-def directory(name: str, mode: int = 0o755, **fields: object) -> tuple[tarfile.TarInfo, bytes]:
-    return member(name, None, type=tarfile.DIRTYPE, mode=mode, **fields)
-
-
-def symlink(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
-    return member(name, type=tarfile.SYMTYPE, linkname=target)
-
-
-def hard_link(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
-    return member(name, type=tarfile.LNKTYPE, linkname=target)
-
-
-def archive(*members: tuple[tarfile.TarInfo, bytes]) -> io.BytesIO:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for info, content in members:
-            tar.addfile(info, io.BytesIO(content))
-    out.seek(0)
-    return out
-
-
-SYSTEM = (
-    directory("."),
-    directory("./usr"),
-    directory("./usr/bin"),
-    directory("./usr/lib/systemd"),
-    directory("./root", 0o700),
-    member("./root/.profile", b"umask 022\n"),
-    member("./usr/bin/su", b"\x7fELF su", mode=0o4755),
-    member("./usr/lib/systemd/systemd", b"\x7fELF init", mode=0o755),
-    symlink("./sbin", "usr/bin"),
-    symlink("./usr/bin/init", "/usr/lib/systemd/systemd"),
-    member(
-        "./usr/bin/ping",
-        b"ping",
-        mode=0o755,
-        pax_headers={"SCHILY.xattr.security.capability": "\x01\0\0\x02"},
-    ),
-    member("./usr/mail", b"", mode=0o2660, uid=8, gid=70000),
-    hard_link("./usr/bin/mail", "./usr/mail"),
-    member("./usr/zero", type=tarfile.CHRTYPE, mode=0o666, devmajor=1, devminor=5),
-    member("./usr/pipe", type=tarfile.FIFOTYPE, mode=0o600),
+SYSTEM = tar(
+    directory(b"./"),
+    directory(b"./usr/bin"),
+    directory(b"./usr/lib/systemd"),
+    directory(b"./root", 0o700),
+    pax((b"mtime", b"1700000000.5"), (b"SCHILY.xattr.user.note", b"\xff\0")),
+    file(b"./root/.profile", b"umask 022\n"),
+    hard_link(b"./root/.login", b"./root/.profile"),
+    symlink(b"./root/link", b"/usr/bin"),
+    directory(b"./root/caf\xe9"),
+    file(b"./root/caf\xe9/own", b"x" * 5000, mode=0o4750, uid=1000, gid=1001),
+    file(b"./usr/bin/su", b"\x7fELF su", mode=0o4755),
+    file(b"./usr/lib/systemd/systemd", b"\x7fELF init", mode=0o755),
+    symlink(b"./sbin", b"usr/bin"),
+    symlink(b"./usr/bin/init", b"/usr/lib/systemd/systemd"),
 )
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> trees.Tree:
-    """A small system, unpacked."""
-    made = trees.Tree(tmp_path / "tree")
-    made.unpack(archive(*SYSTEM))
-    return made
 
 
 @pytest.fixture
@@ -95,142 +56,66 @@ def images(tmp_path: Path) -> records.Images:
     return records.Images(tmp_path / "images")
 
 
-def published(images: records.Images, tree: trees.Tree, guest: Path, name: str = "small") -> records.Image:
-    return publish.publish(
-        images,
-        tree,
-        name=name,
-        arch="x86_64",
-        source="test",
-        guest_binary=guest,
-        kernel="generic-6.12",
-        headroom_mib=16,
-    )
+Assembled = Callable[..., records.Image]
 
 
-# --- trees ---
+@pytest.fixture
+def assembled(images: records.Images, guest: Path, tmp_path: Path) -> Assembled:
+    """Makes an image of tars."""
+
+    def make(*layers: bytes, name: str = "small", **options: object) -> records.Image:
+        blobs = tuple(tars.layer(tmp_path / f"layer{n}", data) for n, data in enumerate(layers))
+        run = bundle.RunConfig(entrypoint=("/bin/web",), command=("-p", "80"), env=("A=1",), user="7")
+        made = bundle.Bundle("registry.test/web:1", "sha256:abc", "x86_64", blobs, run)
+        given = {"guest_binary": guest, "kernel": "generic-6.12", "headroom_mib": 16} | options
+        return assemble.assemble(images, made, name=name, **given)  # type: ignore[arg-type]
+
+    return make
 
 
-def test_everything_an_ordinary_user_cannot_make_arrives(tree: trees.Tree, tmp_path: Path) -> None:
-    image = tmp_path / "root.ext4"
-    tree.make_ext4(image, size_bytes=16 << 20)
-    wanted: Mapping[str, tuple[int, int, int]] = {
-        "/": (stat.S_IFDIR | 0o755, 0, 0),
-        "/root": (stat.S_IFDIR | 0o700, 0, 0),
-        "/usr/bin/su": (stat.S_IFREG | 0o4755, 0, 0),
-        "/usr/mail": (stat.S_IFREG | 0o2660, 8, 70000),
-        "/usr/bin/mail": (stat.S_IFREG | 0o2660, 8, 70000),
-        "/usr/bin/init": (stat.S_IFLNK | 0o777, 0, 0),
-        "/usr/zero": (stat.S_IFCHR | 0o666, 0, 0),
-        "/usr/pipe": (stat.S_IFIFO | 0o600, 0, 0),
-    }
-    for path, expected in wanted.items():
-        found = ext4.find(image, path)
-        assert found is not None, path
-        assert (found.mode, found.uid, found.gid) == expected, path
-    first, second = ext4.find(image, "/usr/mail"), ext4.find(image, "/usr/bin/mail")
-    assert first is not None
-    assert second is not None
-    assert first.inode == second.inode
+@pytest.fixture
+def fs(tmp_path: Path) -> filesystem.Filesystem:
+    made = filesystem.Filesystem(tmp_path / "fs.ext4")
+    tars.put(made, [SYSTEM])
+    return made
 
 
-def test_the_staged_tree_is_harmless(tree: trees.Tree) -> None:
-    for path in tree.root.rglob("*"):
-        mode = path.lstat().st_mode
-        assert not mode & (stat.S_ISUID | stat.S_ISGID), path
-        assert stat.S_IFMT(mode) in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK), path
-        assert path.lstat().st_uid == os.geteuid()
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        (member("../escape", b"x"),),
-        (member("a/../../escape", b"x"),),
-        (symlink("link", "/tmp"), member("link/escape", b"x")),
-        (symlink("link", ".."), member("link/escape", b"x")),
-        (symlink("link", "/tmp"), directory("link/sub")),
-        (hard_link("escape", "/etc/passwd"),),
-        (hard_link("escape", "../../etc/passwd"),),
-        (symlink("link", "/tmp"), hard_link("escape", "link/x")),
-        (member("file", b"x"), member("file/below", b"x")),
-        (member("strange", type=b"Z"),),
-    ],
-)
-def test_hostile_members_are_refused(
-    tmp_path: Path, hostile: tuple[tuple[tarfile.TarInfo, bytes], ...]
-) -> None:
-    (tmp_path / "deep").mkdir()
-    made = trees.Tree(tmp_path / "deep" / "er")
-    with pytest.raises(errors.BadRequestError):
-        made.unpack(archive(*hostile))
-    assert not list(tmp_path.rglob("escape"))
-
-
-@pytest.mark.parametrize("cut", [600, 1024, 1500, -1024, -10240 + 512])
-def test_a_cut_archive_is_no_short_one(tmp_path: Path, cut: int) -> None:
-    data = archive(directory("a"), member("a/b", b"x" * 2000), member("c", b"y" * 10)).getvalue()
-    whole = data.rstrip(b"\0")
-    end = cut if cut > 0 else len(whole)
-    made = trees.Tree(tmp_path / "tree")
-    with pytest.raises(errors.BadRequestError):
-        made.unpack(io.BytesIO(data[:end]))
-
-
-def test_an_absolute_name_starts_at_the_tree(tmp_path: Path) -> None:
-    made = trees.Tree(tmp_path / "tree")
-    made.unpack(archive(member("/etc/x", b"1")))
-    assert (tmp_path / "tree/etc/x").read_bytes() == b"1"
-
-
-def test_a_later_member_replaces_an_earlier(tmp_path: Path) -> None:
-    made = trees.Tree(tmp_path / "tree")
-    made.unpack(
-        archive(
-            directory("a"), member("a/b", b"x"), member("a", b"file"), symlink("b", "a"), member("b", b"2")
-        )
-    )
-    assert (tmp_path / "tree/a").read_bytes() == b"file"
-    assert (tmp_path / "tree/b").read_bytes() == b"2"
-    assert set(made.attributes) == {"/", "/a", "/b"}
+# --- paths ---
 
 
 @pytest.mark.parametrize(
     ("path", "found"),
     [
-        ("/sbin/init", "/usr/lib/systemd/systemd"),
-        ("/usr/../usr/bin/su", "/usr/bin/su"),
-        ("/", "/"),
-        ("/missing", None),
-        ("/loop", None),
-        ("/up", "/usr"),
+        (b"/sbin/init", b"/usr/lib/systemd/systemd"),
+        (b"/sbin/../usr/bin/su", None),
+        (b"/", b""),
+        (b"/missing", None),
+        (b"/loop", None),
+        (b"/up", None),
+        (b"/root/link/su", b"/usr/bin/su"),
+        (b"/usr/bin/su/below", None),
+        (b"/back/bin/su", b"/usr/bin/su"),
     ],
 )
-def test_links_are_followed_as_the_guest_would(tree: trees.Tree, path: str, found: str | None) -> None:
-    tree.symlink("/loop", "loop")
-    tree.symlink("/up", "../../../usr")
-    assert tree.resolve(path) == found
-
-
-@hypothesis.given(strategies.lists(strategies.sampled_from(["a", "b", "..", ".", ""]), max_size=6))
-def test_no_name_leaves_the_tree(parts: list[str]) -> None:
-    name = "/".join(parts)
-    try:
-        inside = trees._inside(name)
-    except errors.BadRequestError:
-        assert ".." in parts
-        return
-    assert inside.startswith("/")
-    assert ".." not in inside
+def test_links_are_followed_as_the_guest_would(
+    fs: filesystem.Filesystem, path: bytes, found: bytes | None
+) -> None:
+    tars.put(fs, [tar(symlink(b"loop", b"loop"), symlink(b"up", b".."), symlink(b"back", b"usr/bin/.."))])
+    plain = None if found is None else fs.ROOT
+    for part in (found or b"").split(b"/")[1:]:
+        plain = fs.lookup(plain or 0, part)
+    assert paths.Paths(fs).find(path) == plain
 
 
 # --- recipes ---
 
 
-def test_the_default_recipe_reads() -> None:
-    found = recipe.load("debian-bookworm")
-    assert recipe.available() == ["debian-bookworm"]
-    assert {"systemd-sysv", "openssh-server", "git", "ca-certificates"} <= set(found.packages)
+def test_the_shipped_recipes_read() -> None:
+    assert recipe.available() == ["busybox", "debian-bookworm", "debian-trixie"]
+    default, newer = recipe.load("debian-bookworm"), recipe.load("debian-trixie")
+    assert {"systemd-sysv", "openssh-server", "git", "ca-certificates"} <= set(default.packages)
+    assert (newer.suite, newer.packages, newer.tree) == ("trixie", default.packages, default.tree)
+    assert "init" not in recipe.load("busybox").tree.links[0].names
 
 
 def test_an_unknown_recipe_names_the_known() -> None:
@@ -239,26 +124,97 @@ def test_an_unknown_recipe_names_the_known() -> None:
     assert "debian-bookworm" in caught.value.hint
 
 
-def test_an_unknown_key_is_refused() -> None:
-    with pytest.raises(errors.BadRequestError, match="packagez"):
-        recipe.parse(b'name="x"\npackagez=[]\n')
+def test_a_users_recipe_may_extend_a_shipped_one() -> None:
+    mine = recipe.parse(b'extends = "debian-bookworm"\nname = "mine"\nmore_packages = ["gcc", "make"]\n')
+    base = recipe.load("debian-bookworm")
+    assert (mine.name, mine.packages) == ("mine", (*base.packages, "gcc", "make"))
+    assert mine.tree == base.tree
 
 
-def test_tree_steps(tree: trees.Tree) -> None:
-    tree.symlink("/usr/lib/systemd/dangling", "/nowhere")
+def toml(value: object) -> str:
+    """As TOML has it: like JSON, but for tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
+
+
+MINE = {"name": "mine", "summary": "s", "suite": "bookworm", "variant": "minbase", "kernel": "k"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("packagez", []),
+        ("name", "../mine"),
+        ("name", "Mine"),
+        ("suite", "--help"),
+        ("suite", "book worm"),
+        ("variant", "-"),
+        ("variant", "other"),
+        ("packages", []),
+        ("packages", ["git", "-o=Evil"]),
+        ("packages", ["git,evil"]),
+        ("packages", ["./local.deb"]),
+        ("packages", ["git\n"]),
+        ("packages", "git"),
+        ("headroom_mib", -1),
+        ("headroom_mib", "many"),
+        ("exclude_paths", ["/usr/*\npre-invoke=/bin/evil"]),
+        ("exclude_paths", ["usr"]),
+        ("summary", "two\nlines"),
+        ("kernel", "../../kernel"),
+        ("tree", {"mask": ["../evil.service"]}),
+        ("tree", {"file": [{"path": "relative", "content": ""}]}),
+        ("tree", {"file": [{"path": "/a", "content": "", "mode": 0o10000}]}),
+        ("tree", {"links": [{"directory": "/bin", "target": "x", "names": ["a/b"]}]}),
+        ("extends", 7),
+        ("extends", "nothing"),
+        ("more_packages", "git"),
+    ],
+    ids=str,
+)
+def test_a_recipe_is_read_strictly(key: str, value: object) -> None:
+    said: dict[str, object] = {**MINE, "headroom_mib": 1, "packages": ["git"], key: value}
+    with pytest.raises((errors.BadRequestError, errors.NotFoundError)) as caught:
+        recipe.parse("".join(f"{name} = {toml(each)}\n" for name, each in said.items()).encode())
+    assert caught.value.hint or key in ("extends", "more_packages")
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"name = ", b"x" * (300 << 10), b"a = " + b"[" * 5000])
+def test_what_is_no_toml_is_no_recipe(text: bytes) -> None:
+    with pytest.raises(errors.BadRequestError):
+        recipe.parse(text)
+
+
+def test_tree_steps(fs: filesystem.Filesystem) -> None:
+    tars.put(fs, [tar(symlink(b"usr/lib/systemd/dangling", b"/nowhere"))])
     steps = recipe.TreeSteps(
         remove=("/usr/bin/s*", "/nothing*", "/usr/*/systemd/dangling"),
-        file=(recipe.File("/etc/deep/conf", "\nline\n", 0o600),),
+        directory=(recipe.Directory("/tmp", 0o1777),),
+        file=(recipe.File("/etc/deep/conf", "\nline\n", 0o600), recipe.File("/sbin/tool", "x")),
         link=(recipe.Link("/etc/alias", "/etc/deep"),),
+        links=(recipe.Links("/usr/bin", "busybox", ("ls", "cat")),),
         mask=("slow.service",),
     )
-    steps.apply(tree)
-    assert not tree.exists("/usr/bin/su")
-    assert not tree.staged("/usr/lib/systemd/dangling").is_symlink()
-    assert tree.staged("/etc/deep/conf").read_bytes() == b"line\n"
-    assert tree.attributes["/etc/deep/conf"].mode == stat.S_IFREG | 0o600
-    assert os.readlink(tree.staged("/etc/systemd/system/slow.service")) == "/dev/null"
-    assert tree.resolve("/etc/alias/conf") == "/etc/deep/conf"
+    steps.apply(edit.Edits(fs))
+    found = tars.listing(fs)
+    assert b"usr/bin/su" not in found
+    assert b"usr/lib/systemd/dangling" not in found
+    assert found[b"tmp"] == "drwxrwxrwt 0"
+    assert found[b"etc/deep/conf"] == "-rw------- 0 x1 line\n"
+    assert found[b"usr/bin/tool"] == "-rw-r--r-- 0 x1 x"
+    assert found[b"etc/systemd/system/slow.service"] == "lrwxrwxrwx 0 > /dev/null"
+    assert found[b"usr/bin/ls"] == found[b"usr/bin/cat"] == "lrwxrwxrwx 0 > busybox"
+    conf = fs.lookup(paths.Paths(fs).make_directory(b"/etc/alias")[-1], b"conf")
+    assert conf is not None
+
+
+@pytest.mark.parametrize("path", ["/a/../../b", "/.."])
+def test_an_edit_stays_inside(fs: filesystem.Filesystem, path: str) -> None:
+    with pytest.raises(errors.BadRequestError):
+        edit.Edits(fs).write(path, [b"x"])
 
 
 def test_only_what_the_packages_depend_on_names_the_cache() -> None:
@@ -274,34 +230,131 @@ def test_only_what_the_packages_depend_on_names_the_cache() -> None:
 # --- images ---
 
 
-def test_a_published_image(images: records.Images, tree: trees.Tree, guest: Path) -> None:
-    made = published(images, tree, guest)
+def test_a_published_image(images: records.Images, assembled: Assembled, guest: Path) -> None:
+    made = assembled(SYSTEM, tar(file(b"usr/top", b"top layer")))
     rootfs = images.rootfs(made.id)
-    assert rootfs.stat().st_size == made.size_bytes >= 16 << 20
+    ext4.check(rootfs)
+    assert rootfs.stat().st_size == made.size_bytes >= 16 * MIB
+    assert rootfs.stat().st_blocks * 512 == made.stored_bytes < 2 * MIB
     assert (made.has_init, made.kernel, made.name) == (True, "generic-6.12", "small")
+    assert (made.source, made.reference, made.digest) == ("registry.test/web:1",) * 2 + ("sha256:abc",)
+    assert made.run.argv == ("/bin/web", "-p", "80")
+    assert [layer.size_bytes for layer in made.layers] == [len(SYSTEM), made.layers[1].size_bytes]
+    assert images.read(made.id) == made
     injected = ext4.find(rootfs, "/.banger/guest")
     assert injected is not None
     assert (injected.mode, injected.uid) == (stat.S_IFREG | 0o755, 0)
     assert ext4.read(rootfs, "/.banger/guest") == guest.read_bytes()
+    assert ext4.read(rootfs, "/usr/top") == b"top layer"
+
+
+def test_the_home_directory_is_the_seed(images: records.Images, assembled: Assembled) -> None:
+    made = assembled(SYSTEM)
+    rootfs = images.rootfs(made.id)
     home = ext4.find(rootfs, "/root")
     assert home is not None
     assert home.mode == stat.S_IFDIR | 0o700
     assert not ext4.exists(rootfs, "/root/.profile")
+    seed = {
+        entry.name.rstrip(b"/"): (entry, content)
+        for entry, content in tars.read(images.work_seed(made.id).read_bytes())
+    }
+    assert seed.keys() == {b".", b".profile", b".login", b"link", b"caf\xe9", b"caf\xe9/own"}
+    assert seed[b"."][0].mode == stat.S_IFDIR | 0o700
+    first, second = sorted((seed[b".profile"][0], seed[b".login"][0]), key=lambda entry: entry.hard_link)
+    assert (first.hard_link, second.hard_link, second.target) == (False, True, first.name)
+    assert (first.mtime_ns, first.xattrs) == (1_700_000_000_500_000_000, ((b"user.note", b"\xff\0"),))
+    assert seed[b"link"][0].target == b"/usr/bin"
+    own, content = seed[b"caf\xe9/own"]
+    assert (own.mode, own.uid, own.gid) == (stat.S_IFREG | 0o4750, 1000, 1001)
+    assert content == b"x" * 5000
+
+
+def test_a_home_that_is_a_link_is_followed(images: records.Images, assembled: Assembled) -> None:
+    made = assembled(tar(symlink(b"root", b"var/roothome"), file(b"var/roothome/x", b"1")))
+    assert not ext4.exists(images.rootfs(made.id), "/var/roothome/x")
     with tarfile.open(images.work_seed(made.id)) as seed:
-        assert seed.getnames() == [".", ".profile"]
-        assert seed.getmember(".").mode == 0o700
+        assert seed.getnames() == [".", "x"]
 
 
-def test_an_image_without_init_says_so(images: records.Images, tmp_path: Path, guest: Path) -> None:
-    bare = trees.Tree(tmp_path / "bare")
-    bare.unpack(archive(member("hello", b"\x7fELF", mode=0o755), symlink("sbin", "nowhere")))
-    assert published(images, bare, guest).has_init is False
+def test_a_home_that_is_a_file_is_refused(assembled: Assembled, tmp_path: Path) -> None:
+    with pytest.raises(errors.BadRequestError, match="/root of the image"):
+        assembled(tar(file(b"root", b"x")))
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        (symlink(b".banger", b"/etc"), directory(b"etc")),
+        (directory(b".banger"), symlink(b".banger/guest", b"/usr/bin/su"), file(b".banger/config", b"evil")),
+        (file(b".banger", b"x"),),
+    ],
+)
+def test_what_an_image_plants_where_the_guest_binary_goes_is_gone(
+    planted: tuple[bytes, ...], images: records.Images, assembled: Assembled, guest: Path
+) -> None:
+    made = assembled(SYSTEM, tar(*planted))
+    rootfs = images.rootfs(made.id)
+    assert ext4.read(rootfs, "/.banger/guest") == guest.read_bytes()
+    assert not ext4.exists(rootfs, "/.banger/config")
+    assert ext4.read(rootfs, "/usr/bin/su") == b"\x7fELF su"
+
+
+def test_an_image_without_init_says_so(assembled: Assembled) -> None:
+    assert (
+        assembled(tar(file(b"hello", b"\x7fELF", mode=0o755), symlink(b"sbin", b"nowhere"))).has_init
+        is False
+    )
+
+
+def test_a_size_of_ones_own(images: records.Images, assembled: Assembled) -> None:
+    made = assembled(SYSTEM, size_bytes=64 * MIB)
+    assert images.rootfs(made.id).stat().st_size == made.size_bytes == 64 * MIB
+    ext4.check(images.rootfs(made.id))
+
+
+def test_a_size_too_small_says_so(assembled: Assembled, tmp_path: Path) -> None:
+    with pytest.raises(errors.BadRequestError, match="does not fit on a disk of 4 MiB") as caught:
+        assembled(tar(file(b"big", bytes(range(1, 256)) * 40_000)), size_bytes=4 * MIB)
+    assert "--size" in caught.value.hint
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize("free", [0, 256 * MIB + 3000, 256 * MIB + MIB], ids=["none", "layers", "content"])
+def test_a_host_without_room_is_told_before_it_is_full(
+    free: int, assembled: Assembled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A disk of a wanted fullness cannot be had without root.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, free))
+    with pytest.raises(errors.NoSpaceError):
+        assembled(tar(*(file(b"small%d" % number, b"x") for number in range(500))))
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_a_refused_layer_leaves_nothing(assembled: Assembled, tmp_path: Path) -> None:
+    with pytest.raises(errors.BadRequestError, match="layer 2 of 2"):
+        assembled(SYSTEM, tar(file(b"../escape", b"x")))
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_a_record_of_an_older_version_is_read(images: records.Images, assembled: Assembled) -> None:
+    made = assembled(SYSTEM)
+    path = images.path(made.id) / records.RECORD
+    old = msgspec.json.decode(path.read_bytes())
+    for key in ("reference", "digest", "layers", "run"):
+        del old[key]
+    path.write_bytes(msgspec.json.encode(old))
+    assert images.read(made.id).run == bundle.RunConfig()
 
 
 def test_an_image_made_elsewhere_is_registered(
-    images: records.Images, tree: trees.Tree, guest: Path, tmp_path: Path
+    images: records.Images, assembled: Assembled, tmp_path: Path
 ) -> None:
-    made = published(images, tree, guest)
+    made = assembled(SYSTEM)
     elsewhere = records.Images(tmp_path / "elsewhere")
     moved = publish.register(elsewhere, images.path(made.id), name="moved")
     assert (moved.id, moved.name, moved.guest_sha256) == (made.id, "moved", made.guest_sha256)
@@ -312,9 +365,9 @@ def test_an_image_made_elsewhere_is_registered(
 
 
 def test_a_damaged_image_is_not_registered(
-    images: records.Images, tree: trees.Tree, guest: Path, tmp_path: Path
+    images: records.Images, assembled: Assembled, tmp_path: Path
 ) -> None:
-    made = published(images, tree, guest)
+    made = assembled(SYSTEM)
     with images.rootfs(made.id).open("r+b") as file:
         file.seek(1024)
         file.write(bytes(64))
@@ -330,12 +383,18 @@ def test_what_is_no_image_is_not_registered(images: records.Images, tmp_path: Pa
         publish.register(images, tmp_path)
 
 
-def test_a_failed_publication_leaves_nothing(
-    images: records.Images, tree: trees.Tree, tmp_path: Path, guest: Path
-) -> None:
-    tree.symlink("/usr/bin/new\nline", "x")
-    with pytest.raises(errors.BadRequestError):
-        published(images, tree, guest)
+def test_a_layer_that_changed_leaves_nothing(images: records.Images, guest: Path, tmp_path: Path) -> None:
+    layer = tars.layer(tmp_path / "changed", SYSTEM)
+    changed = dataclasses.replace(layer, diff_id=f"sha256:{'0' * 64}")
+    with pytest.raises(errors.BadRequestError, match="and not sha256:000"):
+        assemble.assemble(
+            images,
+            bundle.Bundle("", "", "x86_64", (changed,)),
+            name="x",
+            guest_binary=guest,
+            kernel="k",
+            headroom_mib=1,
+        )
     assert list((tmp_path / "images").iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from banger.cli import client, command, many, output, params, progress, render, signals
-from banger.contract import resources, sizes
+from banger.contract import errors, resources, sizes
 
 group = command.Group(
     "image",
@@ -37,7 +37,10 @@ def _make(settings: command.Settings, path: str, asked: resources.Body) -> None:
 @command.make(
     "build",
     group=group,
-    examples=[("banger image build debian-bookworm", "from a recipe that comes with banger")],
+    examples=[
+        ("banger image build debian-bookworm", "from a recipe that comes with banger"),
+        ("banger image build ./mine.toml", "from one of your own"),
+    ],
 )
 @click.argument("recipe")
 @click.option("--name", type=params.NEW_IMAGE, help="Name of the image [default: the recipe's].")
@@ -45,9 +48,26 @@ def _make(settings: command.Settings, path: str, asked: resources.Body) -> None:
 def build(settings: command.Settings, recipe: str, name: str | None) -> None:
     """Build an image from a recipe.
 
-    The packages come from the distribution's signed archive.
+    RECIPE is the name of one that comes with banger, or the path of a TOML file, with a slash in it or
+    ending in .toml. The packages come from the distribution's signed archive.
     """
-    _make(settings, "/v1/images/build", resources.BuildImage(recipe=recipe, name=name))
+    if "/" in recipe or recipe.endswith(".toml"):
+        asked = resources.BuildImage(definition=_text(recipe), name=name)
+    else:
+        asked = resources.BuildImage(recipe=recipe, name=name)
+    _make(settings, "/v1/images/build", asked)
+
+
+def _text(path: str) -> str:
+    """A recipe file, read here: the daemon may not be able to."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(resources.RECIPE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.BadRequestError(f"the recipe {path} cannot be read: {error}") from error
+    if len(text) > resources.RECIPE_CHARACTERS:
+        raise errors.BadRequestError(f"{path} is too large to be a recipe")
+    return text
 
 
 @command.make(

@@ -24,6 +24,7 @@ GuestPath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=4096)]
 ObjectId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
 BranchRef = Annotated[str, msgspec.Meta(pattern=r"^refs/heads/[^\0\n]+$", max_length=4096)]
 Revision = Annotated[str, msgspec.Meta(pattern=r"^[^\0\-][^\0]*$", max_length=4096)]
+RECIPE_CHARACTERS: Final = 256 << 10
 VmNameText = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 
 
@@ -355,7 +356,10 @@ class Image(Resource, frozen=True, kw_only=True):
 
 
 class BuildImage(Body, frozen=True, kw_only=True):
-    recipe: str
+    """`recipe` names one that comes with banger; or `definition` is a recipe of the user's own, as TOML."""
+
+    recipe: str = ""
+    definition: Annotated[str, msgspec.Meta(max_length=RECIPE_CHARACTERS)] | None = None
     name: str | None = None
 
 

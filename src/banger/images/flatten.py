@@ -27,7 +27,7 @@ _MAX_OLD_LINKS: Final = 1 << 16
 class Limits:
     """Of one image: the bytes of all its layers' tars, and the members in them."""
 
-    max_bytes: int = 1 << 40
+    max_bytes: int = 1 << 36
     max_members: int = 4_000_000
 
 
@@ -43,7 +43,7 @@ def flatten(
     for number, layer in enumerate(layers, 1):
         if on_line is not None:
             on_line(f"unpacking layer {number} of {len(layers)}, {layer.size_bytes >> 20} MiB")
-        tree.add_layer(layer, f"layer {number} of {len(layers)} ({layer.digest[:19]})")
+        tree.add_layer(layer, f"layer {number} of {len(layers)} ({layer.digest[:19] or layer.path.name})")
 
 
 class Tree:
@@ -72,6 +72,8 @@ class Tree:
                 self._count_member()
                 self._add(entry)
                 where = "after "
+        except filesystem.DiskTooSmallError:
+            raise  # it is not the layer's fault
         except errors.BadRequestError as error:
             member = f", {where}{header.shown(entry.name)}" if entry is not None else ""
             raise errors.BadRequestError(

@@ -10,71 +10,104 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
+import stat
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
 from banger import debian, run
-from banger.contract import errors
-from banger.images import tree as trees
+from banger.contract import errors, names, resources
+from banger.images import edit
+from banger.images.mkfs import filesystem
 
 BUILDER_VERSION: Final = 1
 _BUILD_DEADLINE_S: Final = 1800.0
 # fakeroot tries the real chown first; in a user namespace (PrivateUsers=) that fails as it does not expect.
 _FAKEROOT: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
 _SYSTEMD_UNITS: Final = "/etc/systemd/system"
+_EXTENDS: Final = "extends"
+_MORE_PACKAGES: Final = "more_packages"
 
 Mode = Literal["root", "fakechroot"]
+Variant = Literal["extract", "custom", "essential", "apt", "minbase", "required", "important", "standard"]
+# Words of command lines and of dpkg's configuration: nothing in them may begin another line or option.
+Name = Annotated[str, msgspec.Meta(pattern=names.ARTEFACT_NAME_PATTERN)]
+Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{0,200}$(?!\n)")]
+Suite = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$(?!\n)")]
+Package = Annotated[
+    str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9+.-]{1,99}(=[A-Za-z0-9.+:~-]{1,99})?$(?!\n)")
+]
+Glob = Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]{0,1000}$(?!\n)")]
+Unit = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9@:_.-]{1,200}\.[a-z]+$(?!\n)")]
+# In the image; `..` is refused where they are used.
+InImage = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]{1,4000}$(?!\n)")]
+Permissions = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
+
+
+class Directory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: InImage
+    mode: Permissions = 0o755
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    path: str
+    path: InImage
     content: str
-    mode: int = 0o644
+    mode: Permissions = 0o644
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    path: str
-    target: str
+    path: InImage
+    target: Annotated[str, msgspec.Meta(pattern=r"^[^\x00]{1,4000}$(?!\n)")]
+
+
+class Links(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Many links in one directory to one target, as a program with many names has them."""
+
+    directory: InImage
+    target: Annotated[str, msgspec.Meta(pattern=r"^[^\x00]{1,4000}$(?!\n)")]
+    names: tuple[Annotated[str, msgspec.Meta(pattern=r"^[^\x00/]{1,255}$(?!\n)")], ...]
 
 
 class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Edits of the unpacked system, applied in the order of these fields."""
 
-    remove: tuple[str, ...] = ()
+    remove: tuple[InImage, ...] = ()
+    directory: tuple[Directory, ...] = ()
     file: tuple[File, ...] = ()
     link: tuple[Link, ...] = ()
-    mask: tuple[str, ...] = ()
+    links: tuple[Links, ...] = ()
+    mask: tuple[Unit, ...] = ()
 
-    def apply(self, tree: trees.Tree) -> None:
+    def apply(self, edits: edit.Edits) -> None:
         for pattern in self.remove:
-            for path in tree.glob(pattern):
-                tree.remove(path)
+            edits.remove(pattern)
+        for directory in self.directory:
+            edits.mkdir(directory.path, filesystem.Attributes(stat.S_IFDIR | directory.mode))
         for file in self.file:
-            tree.makedirs(os.path.dirname(file.path))
-            tree.write(file.path, file.content.removeprefix("\n").encode(), permissions=file.mode)
+            edits.write(file.path, [file.content.removeprefix("\n").encode()], permissions=file.mode)
         for link in self.link:
-            tree.makedirs(os.path.dirname(link.path))
-            tree.symlink(link.path, link.target)
-        if self.mask:
-            tree.makedirs(_SYSTEMD_UNITS)
+            edits.symlink(link.path, link.target)
+        for many in self.links:
+            for name in many.names:
+                edits.symlink(f"{many.directory}/{name}", many.target)
         for unit in self.mask:
-            tree.symlink(f"{_SYSTEMD_UNITS}/{unit}", "/dev/null")
+            edits.symlink(f"{_SYSTEMD_UNITS}/{unit}", "/dev/null")
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    name: str
-    summary: str
-    suite: str
-    variant: str
-    kernel: str
-    headroom_mib: int
-    packages: tuple[str, ...]
-    exclude_paths: tuple[str, ...] = ()
-    include_paths: tuple[str, ...] = ()
+    name: Name
+    summary: Line
+    suite: Suite
+    variant: Variant
+    kernel: Name
+    headroom_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+    packages: Annotated[tuple[Package, ...], msgspec.Meta(min_length=1, max_length=2000)]
+    exclude_paths: tuple[Glob, ...] = ()
+    include_paths: tuple[Glob, ...] = ()
     tree: TreeSteps = TreeSteps()
 
     def base_key(self, arch: str, mirror: str) -> str:
@@ -91,18 +124,43 @@ def available() -> list[str]:
 
 def load(name: str) -> Recipe:
     """A recipe that ships with banger, by name."""
+    return parse(_shipped(name))
+
+
+def parse(text: bytes) -> Recipe:
+    """A recipe as text. With `extends` it is what it says over what a shipped one says."""
+    if len(text) > resources.RECIPE_CHARACTERS:
+        raise errors.BadRequestError(f"the recipe is larger than {resources.RECIPE_CHARACTERS >> 10} KiB")
+    try:
+        return msgspec.convert(_extended(text), type=Recipe)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise errors.BadRequestError(
+            f"the recipe cannot be read: {error}", hint="docs/images.md says what a recipe holds"
+        ) from error
+
+
+def _extended(text: bytes) -> dict[str, object]:
+    said: dict[str, object] = tomllib.loads(text.decode())
+    base = said.pop(_EXTENDS, None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise errors.BadRequestError("`extends` names no recipe")
+        said = _extended(_shipped(base)) | said
+    more = said.pop(_MORE_PACKAGES, ())
+    packages = said.get("packages", [])
+    if isinstance(more, list) and isinstance(packages, list):
+        said["packages"] = [*packages, *more]
+    elif more != ():
+        raise errors.BadRequestError(f"`{_MORE_PACKAGES}` is no list")
+    return said
+
+
+def _shipped(name: str) -> bytes:
     if name not in available():
         raise errors.NotFoundError(
             f"there is no recipe {name!r}", hint=f"there are: {', '.join(available())}"
         )
-    return parse(importlib.resources.files(__package__).joinpath("recipes", f"{name}.toml").read_bytes())
-
-
-def parse(text: bytes) -> Recipe:
-    try:
-        return msgspec.toml.decode(text, type=Recipe)
-    except msgspec.DecodeError as error:
-        raise errors.BadRequestError(f"the recipe cannot be read: {error}") from error
+    return importlib.resources.files(__package__).joinpath("recipes", f"{name}.toml").read_bytes()
 
 
 def base_archive(

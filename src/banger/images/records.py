@@ -9,14 +9,26 @@ from typing import Final
 import msgspec
 
 from banger import artefacts
+from banger.images import bundle
 
 ROOTFS: Final = "rootfs.ext4"
 WORK_SEED: Final = "work-seed.tar"
 RECORD: Final = "image.json"
 
 
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One that the image was made of, from the lowest up; `size_bytes` as it was transferred."""
+
+    digest: str
+    size_bytes: int
+    diff_id: str = ""
+
+
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`size_bytes` is the root disk's, `stored_bytes` what it takes here; `kernel` is a kernel's name."""
+    """`size_bytes` is the root disk's, `stored_bytes` what it takes here; `kernel` is a kernel's name.
+
+    What stands behind `created_at` is only said of images that came as OCI images or root file systems.
+    """
 
     id: str
     name: str
@@ -29,6 +41,10 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     has_init: bool
     kernel: str
     created_at: str
+    reference: str = ""
+    digest: str = ""
+    layers: tuple[Layer, ...] = ()
+    run: bundle.RunConfig = bundle.RunConfig()
 
 
 class Images(artefacts.Artefacts[Image]):

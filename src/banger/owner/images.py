@@ -53,7 +53,10 @@ class ImageService:
 
     def build(self, body: resources.BuildImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""
-        wanted = recipe.load(body.recipe)
+        own = body.definition
+        if (own is None) == (not body.recipe):
+            raise errors.BadRequestError("an image is built from a recipe's name or from a definition")
+        wanted = recipe.load(body.recipe) if own is None else recipe.parse(own.encode())
         name = names.parse_artefact_name(body.name or wanted.name, "an image")
 
         async def make(progress: operations.Progress) -> records.Image:

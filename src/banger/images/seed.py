@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""The work seed: what an image has in `/root`, as a tar, for the first content of each VM's work disk.
+
+The work disk is mounted over `/root`: on the root disk nothing there would ever be seen. Used by `assemble`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Final, cast
+
+from banger import run
+from banger.images.mkfs import filesystem
+
+_NS: Final = 1_000_000_000
+_TYPES: Final = {
+    stat.S_IFREG: tarfile.REGTYPE,
+    stat.S_IFDIR: tarfile.DIRTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+}
+
+
+def pack(fs: filesystem.Filesystem, directory: int, archive: Path) -> None:
+    """Writes a directory of the file system into a new tar, itself as `.`, with all that its inodes say."""
+    first_names: dict[int, str] = {}
+    with tarfile.open(archive, "x", format=tarfile.PAX_FORMAT) as out:
+        for name, inode in _walk(fs, directory):
+            run.check_cancelled()
+            member = _member(fs, inode, name)
+            if inode in first_names:
+                member.type, member.linkname, member.size = tarfile.LNKTYPE, first_names[inode], 0
+            elif fs.link_count(inode) > 1 and not member.isdir():
+                first_names[inode] = name
+            if member.isreg():
+                out.addfile(member, cast(IO[bytes], _Content(fs.read(inode))))
+            else:
+                out.addfile(member)
+
+
+def _walk(fs: filesystem.Filesystem, directory: int) -> Iterator[tuple[str, int]]:
+    """Parents before what they hold."""
+    waiting = [(".", directory)]
+    while waiting:
+        name, inode = waiting.pop()
+        yield name, inode
+        if stat.S_ISDIR(fs.attributes(inode).mode):
+            prefix = "" if name == "." else f"{name}/"
+            waiting += [(prefix + os.fsdecode(child), below) for child, below in fs.children(inode)]
+
+
+def _member(fs: filesystem.Filesystem, inode: int, name: str) -> tarfile.TarInfo:
+    about = fs.attributes(inode)
+    member = tarfile.TarInfo(name)
+    member.type = _TYPES[stat.S_IFMT(about.mode)]
+    member.mode = stat.S_IMODE(about.mode)
+    member.uid, member.gid = about.uid, about.gid
+    member.devmajor, member.devminor = about.device
+    member.mtime = about.mtime_ns // _NS
+    said = {f"SCHILY.xattr.{os.fsdecode(key)}": os.fsdecode(value) for key, value in about.xattrs}
+    if about.mtime_ns % _NS or about.mtime_ns < 0:
+        said["mtime"] = _decimal(about.mtime_ns)
+    member.pax_headers = said
+    if member.isreg():
+        member.size = fs.size(inode)
+    elif member.issym():
+        member.linkname = os.fsdecode(fs.readlink(inode))
+    return member
+
+
+def _decimal(ns: int) -> str:
+    seconds, rest = divmod(abs(ns), _NS)
+    return f"{'-' if ns < 0 else ''}{seconds}.{rest:09}"
+
+
+class _Content:
+    """As much of a file as tarfile asks of one: to be read."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._rest) < size and (piece := next(self._pieces, b"")):
+            self._rest += piece
+        found, self._rest = self._rest[:size], self._rest[size:]
+        return found
