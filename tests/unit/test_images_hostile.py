@@ -290,7 +290,7 @@ def test_a_bomb_of_many_layers(tmp_path: Path) -> None:
 def test_content_beyond_the_disk(tmp_path: Path) -> None:
     limits = filesystem.Limits(max_bytes=1 << 20)
     with (
-        pytest.raises(errors.BadRequestError, match=r"'big'"),
+        pytest.raises(filesystem.DiskTooSmallError),
         filesystem.Filesystem(image(tmp_path), limits=limits) as fs,
     ):
         tars.put(fs, [tar(file(b"big", os.urandom(4 << 20)))])
