@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from banger.contract import names, privileged
+from banger.contract import egress, names, privileged
 from banger.contract.privileged import (
+    AllowAddresses,
     AttachWorkDisk,
     CheckSnapshot,
     CreateSnapshot,
     CreateTap,
     DeleteBridge,
+    DeleteGuestRules,
     DeleteJail,
     DeleteSnapshot,
     DeleteTap,
@@ -35,6 +37,7 @@ from banger.contract.privileged import (
     PatchRoot,
     PrepareJail,
     PurgeLogs,
+    SetGuestRules,
     TearDown,
 )
 
@@ -104,6 +107,7 @@ def start(sources: Sources) -> list[Request]:
         CheckSnapshot(vm_id=VM, slot=SLOT),
         PatchRoot(vm_id=VM, slot=SLOT, hostname="case", inject_guest=True),
         AttachWorkDisk(vm_id=VM, slot=SLOT),
+        SetGuestRules(vm_id=VM, slot=SLOT, nat=True),
         CreateTap(vm_id=VM, slot=SLOT),
         PrepareJail(vm_id=VM, slot=SLOT),
         launch(sources),
@@ -127,7 +131,8 @@ def launch(sources: Sources, *, kernel: str = "", work_disk: bool = True, tap: b
 
 
 _NOTHING = {
-    "snapshot": False, "loops": 0, "tap": False, "jail": False, "cgroup": False, "vmm_pid": 0,
+    "snapshot": False, "loops": 0, "tap": False, "rules": False, "jail": False, "cgroup": False,
+    "vmm_pid": 0,
 }  # fmt: skip
 
 
@@ -147,6 +152,58 @@ def _links(sources: Sources) -> Iterator[Case]:
         "a tap is deleted twice",
         (done(EnsureBridge()), done(tap), *[done(DeleteTap(vm_id=VM))] * 2, sees(tap=False)),
     )
+
+
+def _rules(sources: Sources) -> Iterator[Case]:
+    closed, natted = SetGuestRules(vm_id=VM, slot=SLOT), SetGuestRules(vm_id=VM, slot=SLOT, nat=True)
+    everything = SetGuestRules(
+        vm_id=VM,
+        slot=SLOT,
+        nat=True,
+        egress=egress.Egress.NONE,
+        allow=(egress.Destination("192.0.2.0/24"), egress.Destination("192.0.2.7/32", 443)),
+        peers="shop",
+    )
+    delete = DeleteGuestRules(vm_id=VM)
+    yield Case(
+        "rules need their tables", (done(DeleteBridge()), refused("not_found", closed), sees(rules=False))
+    )
+    yield Case(
+        "rules are set again and again and deleted twice",
+        (
+            done(EnsureBridge()),
+            *map(done, (closed, natted, everything, everything, closed)),
+            sees(rules=True),
+            *map(done, (delete, delete)),
+            sees(**_NOTHING),
+        ),
+    )
+    yield Case(
+        "the tables are made once",
+        (done(DeleteBridge()), done(EnsureBridge(), rebuilt=True), done(EnsureBridge(), rebuilt=False)),
+    )
+    odd = SetGuestRules(vm_id=VM, slot=SLOT, nat=True, allow=(egress.Destination("192.0.2.1/24"),))
+    yield Case(
+        "a network that is none", (done(EnsureBridge()), refused("bad_request", odd), sees(rules=False))
+    )
+    named = AllowAddresses(vm_id=VM, slot=SLOT, addresses=("192.0.2.7",), ttl_s=60)
+    yield Case(
+        "a name needs NAT",
+        (
+            done(EnsureBridge()),
+            done(closed),
+            refused("conflict", named),
+            done(natted),
+            done(named),
+            done(named),
+        ),
+    )
+    for address in ("127.0.0.1", "169.254.169.254"):
+        inside = AllowAddresses(vm_id=VM, slot=SLOT, addresses=(address,), ttl_s=60)
+        yield Case(
+            f"a name that stands for {address}",
+            (done(EnsureBridge()), done(natted), refused("bad_request", inside)),
+        )
 
 
 def _disks(sources: Sources) -> Iterator[Case]:
@@ -247,6 +304,7 @@ def _machines(sources: Sources) -> Iterator[Case]:
                 done(DeleteSnapshot(vm_id=VM)),
                 done(DetachWorkDisk(vm_id=VM)),
                 done(DeleteTap(vm_id=VM)),
+                done(DeleteGuestRules(vm_id=VM)),
                 sees(**_NOTHING),
             ),
             needs_machine=True,
@@ -267,7 +325,7 @@ def _launches(sources: Sources) -> Iterator[Case]:
     whole = start(sources)
     for missing in (CreateSnapshot, AttachWorkDisk, CreateTap):
         before = [
-            request for request in whole[:7]
+            request for request in whole[:8]
             if not isinstance(request, missing)
             and not (missing is CreateSnapshot and isinstance(request, CheckSnapshot | PatchRoot))
         ]  # fmt: skip
@@ -304,6 +362,7 @@ def _hosts(sources: Sources) -> Iterator[Case]:
     yield Case("the helper says what it speaks", (done(GetHost(), protocol=privileged.PROTOCOL_VERSION),))
     deletes: list[Request] = [
         DeleteTap(vm_id=VM),
+        DeleteGuestRules(vm_id=VM),
         DeleteSnapshot(vm_id=VM),
         DetachWorkDisk(vm_id=VM),
         DeleteJail(vm_id=VM),
@@ -314,7 +373,7 @@ def _hosts(sources: Sources) -> Iterator[Case]:
 
 
 def cases(sources: Sources) -> list[Case]:
-    parts = (_hosts, _links, _disks, _jails, _machines)
+    parts = (_hosts, _links, _rules, _disks, _jails, _machines)
     return list(itertools.chain.from_iterable(part(sources) for part in parts))
 
 
@@ -361,6 +420,7 @@ def _world(reply: privileged.Reply) -> privileged.World:
 
 
 _HOST = b'{"request":{"op":"get_host"%s}%s}'
+_RULES = b'{"request":{"op":"set_guest_rules","vm_id":"c0ffee000001","slot":1,%s}}'
 MALFORMED: dict[str, bytes] = {
     "nothing": b"",
     "no JSON": b"\x00\x01",
@@ -377,6 +437,11 @@ MALFORMED: dict[str, bytes] = {
     "a slot too high": b'{"request":{"op":"create_tap","vm_id":"c0ffee000001","slot":%d}}'
     % (names.MAX_SLOTS + 1),
     "a slot that is text": b'{"request":{"op":"create_tap","vm_id":"c0ffee000001","slot":"1"}}',
+    "a peer network that is a path": _RULES % b'"peers":"../x"',
+    "a destination that is a command": _RULES % b'"allow":[{"cidr":"1.2.3.4/8; flush ruleset"}]',
+    "an egress that is none of the three": _RULES % b'"egress":"most"',
+    "an address for ever": b'{"request":{"op":"allow_addresses","vm_id":"c0ffee000001","slot":1,'
+    b'"addresses":["1.2.3.4"],"ttl_s":0}}',
     "nesting without end": b"[" * 60000,
 }
 """Payloads that must be refused as `bad_request` before anything is done."""

@@ -9,6 +9,7 @@ the cases of tests/contract/privileged_cases.py. `leftovers` counts what a test 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ class VmState:
     work_disk: bool = False
     tap: bool = False
     tap_slot: int = 0
+    rules: privileged.SetGuestRules | None = None
+    names: dict[str, int] = field(default_factory=dict)
+    """Addresses that were allowed for a time, and for how long."""
     jail: bool = False
     jail_slot: int = 0
     cgroup: bool = False
@@ -40,7 +44,7 @@ class VmState:
 
     @property
     def is_empty(self) -> bool:
-        kept = (self.snapshot, self.work_disk, self.tap, self.jail, self.cgroup, self.runs)
+        kept = (self.snapshot, self.work_disk, self.tap, self.rules, self.jail, self.cgroup, self.runs)
         return not any(kept)
 
 
@@ -59,6 +63,8 @@ class World:
     before: Hook = _nothing
     after: Hook = _nothing
     bridge: bool = False
+    tables: bool = False
+    """Packet rules are loaded; a test may flush them."""
     vms: dict[str, VmState] = field(default_factory=dict)
     requests: list[privileged.Request[Any]] = field(default_factory=list)
 
@@ -115,6 +121,7 @@ async def _list_world(world: World, request: Any) -> privileged.Result:
                 snapshot=vm.snapshot,
                 loops=int(vm.work_disk) + 2 * int(vm.snapshot),
                 tap=vm.tap,
+                rules=vm.rules is not None,
                 jail=vm.jail,
                 cgroup=vm.cgroup,
                 logs=vm.logs,
@@ -129,13 +136,17 @@ async def _list_world(world: World, request: Any) -> privileged.Result:
 
 
 async def _ensure_bridge(world: World, request: Any) -> privileged.Result:
-    world.bridge = True
-    return privileged.Done()
+    rebuilt = not world.tables
+    if rebuilt:
+        for vm in world.vms.values():
+            vm.rules = None
+    world.bridge = world.tables = True
+    return privileged.Ensured(rebuilt)
 
 
 async def _delete_bridge(world: World, request: Any) -> privileged.Result:
     _need(not any(vm.tap for vm in world.vms.values()), "a tap is attached to the bridge")
-    world.bridge = False
+    world.bridge = world.tables = False
     return privileged.Done()
 
 
@@ -191,6 +202,36 @@ async def _create_tap(world: World, request: privileged.CreateTap) -> privileged
 
 async def _delete_tap(world: World, request: privileged.DeleteTap) -> privileged.Result:
     world.vm(request.vm_id).tap = False
+    return privileged.Done()
+
+
+async def _set_guest_rules(world: World, request: privileged.SetGuestRules) -> privileged.Result:
+    vm = world.claim(request.vm_id, request.slot)
+    _need(world.tables, "the packet rules are not loaded", errors.NotFoundError)
+    for rule in request.allow:
+        try:
+            ipaddress.IPv4Network(rule.cidr)
+        except ValueError as error:
+            raise errors.BadRequestError(str(error)) from None
+    vm.rules = request
+    return privileged.Done()
+
+
+async def _delete_guest_rules(world: World, request: privileged.DeleteGuestRules) -> privileged.Result:
+    vm = world.vm(request.vm_id)
+    vm.rules = None
+    vm.names.clear()
+    return privileged.Done()
+
+
+async def _allow_addresses(world: World, request: privileged.AllowAddresses) -> privileged.Result:
+    vm = world.claim(request.vm_id, request.slot)
+    _need(vm.rules is not None and vm.rules.nat, "the VM has no NAT")
+    for text in request.addresses:
+        address = ipaddress.IPv4Address(text)
+        special = address.is_loopback or address.is_link_local or address.is_multicast
+        _need(not special, f"a name may not stand for {text}", errors.BadRequestError)
+    vm.names |= dict.fromkeys(request.addresses, request.ttl_s)
     return privileged.Done()
 
 
@@ -290,6 +331,9 @@ _HANDLERS: dict[type[privileged.Request[Any]], Callable[[World, Any], Awaitable[
     privileged.DetachWorkDisk: _detach_work_disk,
     privileged.CreateTap: _create_tap,
     privileged.DeleteTap: _delete_tap,
+    privileged.SetGuestRules: _set_guest_rules,
+    privileged.DeleteGuestRules: _delete_guest_rules,
+    privileged.AllowAddresses: _allow_addresses,
     privileged.PrepareJail: _prepare_jail,
     privileged.DeleteJail: _delete_jail,
     privileged.LaunchVmm: _launch,

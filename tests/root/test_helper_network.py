@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("own_network")
 TAP = names.tap_name(names.VmId(VM))
 
 
-def ask(world: HelperWorld, request: privileged.Request[privileged.Done]) -> None:
-    operations.execute(world.policy, request)
+def ask(world: HelperWorld, request: privileged.AnyRequest) -> None:
+    operations.run(world.policy, request)
 
 
 def ip(*words: str) -> None:

@@ -23,7 +23,7 @@ def texts(kind: msgspec.inspect.Type) -> Iterator[msgspec.inspect.StrType]:
     elif isinstance(kind, msgspec.inspect.VarTupleType):
         yield from texts(kind.item_type)
     else:
-        plain = (msgspec.inspect.IntType, msgspec.inspect.BoolType)
+        plain = (msgspec.inspect.IntType, msgspec.inspect.BoolType, msgspec.inspect.EnumType)
         assert isinstance(kind, plain), f"{kind} is not a type that a request may have"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -88,6 +89,35 @@ class _Variable(click.ParamType[str]):
         return f"{name}={os.environ[name]}"
 
 
+class _Checked(click.ParamType[str]):
+    """A text that a parser of the contract takes."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from banger.contract import errors
+
+        try:
+            self._parse(value)
+        except errors.BadRequestError as error:
+            self.fail(f"{error.message}: {error.hint}", param, ctx)
+        return value
+
+
+def _parse_destination(text: str) -> object:
+    from banger.contract import egress
+
+    return egress.parse(text)
+
+
+def _parse_peers(text: str) -> object:
+    from banger.contract import names
+
+    return names.parse_vm_name(text) if text else text
+
+
 VM: Final = _Name("vm", "/v1/vms")
 NEW_VM: Final = _Name("vm", "")
 IMAGE: Final = _Name("image", "/v1/images")
@@ -97,3 +127,5 @@ NEW_KERNEL: Final = _Name("kernel", "")
 CATALOG_KERNEL: Final = _Name("kernel", "/v1/kernels?available=true")
 SIZE: Final = _Size()
 VARIABLE: Final = _Variable()
+DESTINATION: Final = _Checked("destination", _parse_destination)
+PEERS: Final = _Checked("network", _parse_peers)

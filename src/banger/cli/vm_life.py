@@ -10,10 +10,26 @@ import click
 import msgspec
 
 from banger.cli import client, command, many, output, params, progress, render, signals
-from banger.contract import errors, resources
+from banger.contract import egress, errors, resources
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MANY: Final = click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
+
+
+_EGRESS: Final = (
+    click.option(
+        "--egress",
+        type=click.Choice([str(mode) for mode in egress.Egress]),
+        help="Where NAT leads to; all also means private networks [default: internet].",
+    ),
+    click.option(
+        "--allow",
+        metavar="DEST[:PORT]",
+        multiple=True,
+        type=params.DESTINATION,
+        help="A network or name it reaches besides, or alone when --nat is not given.",
+    ),
+)
 
 
 def size_options(function: _F) -> _F:
@@ -27,6 +43,16 @@ def size_options(function: _F) -> _F:
         click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G."),
         click.option("--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root."),
         click.option("--no-network", is_flag=True, help="Without a network interface."),
+        click.option("--nat", is_flag=True, help="The guest reaches beyond this host."),
+        *_EGRESS,
+        click.option(
+            "--network",
+            "peer_network",
+            metavar="NAME",
+            type=params.PEERS,
+            default="",
+            help="The guest and the others of this network reach each other.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -37,6 +63,7 @@ def request(name: str | None, chosen: dict[str, Any], **more: bool) -> resources
     """The request of options as click gives them; ranges are checked as the daemon will."""
     chosen = dict(chosen)
     network = not chosen.pop("no_network")
+    chosen["nat"] = chosen["nat"] or None
     try:
         return msgspec.convert({"name": name, "network": network, **chosen, **more}, resources.CreateVm)
     except msgspec.ValidationError as error:
@@ -161,6 +188,8 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     examples=[
         ("banger vm set web --memory 4G --vcpu 4", "takes effect at the next start"),
         ("banger vm set web --name shop", "another name"),
+        ("banger vm set web --nat on", "the guest reaches the internet, at once"),
+        ("banger vm set web --egress none --allow 10.1.0.0/16:443", "only that, at once"),
     ],
 )
 @click.argument("vm", metavar="NAME", type=params.VM)
@@ -168,12 +197,19 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.option("--vcpu", "vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs.")
 @click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G.")
 @click.option("--kernel", type=params.KERNEL, help="Kernel to boot.")
+@click.option("--nat", type=click.Choice(["on", "off"]), help="Whether the guest reaches beyond this host.")
+@_EGRESS[0]
+@_EGRESS[1]
+@click.option("--allow-nothing", is_flag=True, help="Take back all that --allow gave.")
 @click.pass_obj
-def change(settings: command.Settings, /, vm: str, **chosen: Any) -> None:
-    """Change a VM's name, size or kernel.
+def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:
+    """Change a VM's name, size or kernel, or what it reaches.
 
-    The VM must not be running.
+    What it reaches changes at once; for the rest the VM must not be running. --allow replaces what was
+    allowed before.
     """
+    chosen["nat"] = None if chosen["nat"] is None else chosen["nat"] == "on"
+    chosen["allow"] = chosen["allow"] or (() if allow_nothing else None)
     if all(value is None for value in chosen.values()):
         raise errors.BadRequestError("nothing to change was given", hint="see `banger vm set --help`")
     try:

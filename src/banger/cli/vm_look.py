@@ -13,7 +13,7 @@ from typing import Final
 import click
 
 from banger.cli import client, command, output, params, render
-from banger.contract import errors, resources, sizes
+from banger.contract import egress, errors, resources, sizes
 
 _CHUNK: Final = 1 << 16
 _SOURCES: Final = {
@@ -113,6 +113,10 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     yield "memory", _sourced(vm, sizes.text_of_mib(vm.memory_mib), "memory_mib")
     yield "work disk", _sourced(vm, sizes.text_of_mib(vm.disk_size_mib), "disk_size_mib")
     yield "address", vm.address or ("none yet" if vm.network else "no network")
+    if vm.network:
+        yield "reaches", _reach(vm)
+    if vm.peer_network:
+        yield "peers", f"the VMs of network {vm.peer_network}"
     yield "created", f"{vm.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.created_at)} ago"
     if vm.started_at is not None:
         yield "started", f"{vm.started_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.started_at)} ago"
@@ -126,6 +130,19 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         yield "last start", ""
         for step in vm.last_start:
             yield f"  {render.safe(step.name)}", f"{step.elapsed_ms:.1f} ms"
+
+
+_REACH: Final = {
+    egress.Egress.NONE: "",
+    egress.Egress.INTERNET: "the internet",
+    egress.Egress.ALL: "the internet and private networks",
+}
+
+
+def _reach(vm: resources.Vm) -> str:
+    if not vm.nat:
+        return "this host only"
+    return ", ".join(filter(None, (_REACH[vm.egress], *vm.allow))) or "this host only"
 
 
 def _sourced(vm: resources.Vm, text: str, field: str) -> str:

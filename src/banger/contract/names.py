@@ -22,6 +22,8 @@ KernelId = NewType("KernelId", str)
 ID_PATTERN: Final = r"^[0-9a-f]{12}$(?!\n)"
 VM_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$(?!\n)"
 ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$(?!\n)"
+PEER_NETWORK_PATTERN: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$(?!\n)"
+"""A VM's name, or nothing."""
 
 BRIDGE: Final = "br-fc"
 CGROUP_PARENT: Final = "banger.slice/banger-vms.service"

@@ -16,6 +16,7 @@ from typing import Annotated, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
+from banger.contract import egress as egresses
 from banger.contract import errors, names
 
 MAX_REQUEST_BYTES: Final = 64 * 1024
@@ -27,6 +28,7 @@ Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
 OpId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z-]{0,40}$(?!\n)")]
 Hostname = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 BootArgs = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$(?!\n)", max_length=1900)]
+PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
 Ipv4 = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$(?!\n)")]
 
 
@@ -94,6 +96,8 @@ class VmWorld(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshot: bool = False
     loops: int = 0
     tap: bool = False
+    rules: bool = False
+    """Packet rules speak of this VM."""
     jail: bool = False
     cgroup: bool = False
     logs: bool = False
@@ -103,8 +107,13 @@ class VmWorld(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def is_empty(self) -> bool:
         """Nothing but perhaps logs is left of this VM."""
-        kept = (self.snapshot, self.loops, self.tap, self.jail, self.cgroup, self.vmm_pid)
+        kept = (self.snapshot, self.loops, self.tap, self.rules, self.jail, self.cgroup, self.vmm_pid)
         return not any(kept)
+
+
+class Ensured(Result, tag="ensured", frozen=True):
+    rebuilt: bool
+    """The packet rules were missing or another version's: those of running guests must be set again."""
 
 
 class World(Result, tag="world", frozen=True):
@@ -123,12 +132,15 @@ class ListWorld(Request[World], tag="list_world", frozen=True):
     """Everything banger-named on this host, found by scanning the kernel, never from memory."""
 
 
-class EnsureBridge(Request[Done], tag="ensure_bridge", frozen=True):
-    """The bridge exists, is up and holds the first address of the configured prefix."""
+class EnsureBridge(Request[Ensured], tag="ensure_bridge", frozen=True):
+    """The bridge is up and holds the first address of the configured prefix; its packet rules are loaded.
+
+    Also mends what other firewalls took away when they were loaded anew; the daemon asks now and then.
+    """
 
 
 class DeleteBridge(Request[Done], tag="delete_bridge", frozen=True):
-    """Refused with `conflict` while a tap is attached."""
+    """And the packet rules. Refused with `conflict` while a tap is attached."""
 
 
 class CheckRuntime(Request[HostInfo], tag="check_runtime", frozen=True):
@@ -186,14 +198,51 @@ class DetachWorkDisk(Request[Done], tag="detach_work_disk", frozen=True):
 
 
 class CreateTap(Request[Done], tag="create_tap", frozen=True):
-    """The VM's tap, owned by its uid, attached to the bridge as an isolated port, up."""
+    """The VM's tap, owned by its uid, attached to the bridge as an isolated port, up.
+
+    Nothing passes through it before `SetGuestRules`.
+    """
 
     vm_id: Id
     slot: Slot
+    peers: bool = False
+    """Not isolated: the packet rules alone say which other guests it reaches."""
 
 
 class DeleteTap(Request[Done], tag="delete_tap", frozen=True):
     vm_id: Id
+
+
+class SetGuestRules(Request[Done], tag="set_guest_rules", frozen=True):
+    """Exactly these packet rules for this VM, in one atomic change, whatever held before.
+
+    They bind the tap to the VM's hardware and IP address, and say what its guest reaches. NAT makes the host
+    forward for it, past other firewalls too.
+    """
+
+    vm_id: Id
+    slot: Slot
+    nat: bool = False
+    egress: egresses.Egress = egresses.Egress.INTERNET
+    allow: Annotated[tuple[egresses.Destination, ...], msgspec.Meta(max_length=egresses.MAX_RULES)] = ()
+    peers: PeerNetwork = ""
+    """Guests of one network reach each other; those of none reach no other guest."""
+
+
+class DeleteGuestRules(Request[Done], tag="delete_guest_rules", frozen=True):
+    """Nothing passes through the VM's tap any more; the last guest with NAT ends forwarding."""
+
+    vm_id: Id
+
+
+class AllowAddresses(Request[Done], tag="allow_addresses", frozen=True):
+    """For `ttl_s` seconds this guest, which has NAT, reaches these addresses too: what a name stands for."""
+
+    vm_id: Id
+    slot: Slot
+    addresses: Annotated[tuple[Ipv4, ...], msgspec.Meta(min_length=1, max_length=64)]
+    ttl_s: Annotated[int, msgspec.Meta(ge=1, le=86400)]
+    port: egresses.Port = 0
 
 
 class PrepareJail(Request[Done], tag="prepare_jail", frozen=True):
@@ -255,7 +304,7 @@ class GetUsage(Request[Usage], tag="get_usage", frozen=True):
 
 
 class TearDown(Request[Done], tag="tear_down", frozen=True):
-    """Nothing is left of this VM's runtime: VMM, tap, loops, snapshot, jail, cgroup. Keeps logs."""
+    """Nothing is left of this VM's runtime: VMM, tap, rules, loops, snapshot, jail, cgroup. Keeps logs."""
 
     vm_id: Id
 
@@ -280,6 +329,9 @@ AnyRequest = (
     | DetachWorkDisk
     | CreateTap
     | DeleteTap
+    | SetGuestRules
+    | DeleteGuestRules
+    | AllowAddresses
     | PrepareJail
     | DeleteJail
     | LaunchVmm
@@ -291,7 +343,7 @@ AnyRequest = (
     | TearDown
     | PurgeLogs
 )
-AnyResult = Done | HostInfo | Snapshot | Check | Vmm | Usage | World
+AnyResult = Done | Ensured | HostInfo | Snapshot | Check | Vmm | Usage | World
 REQUEST_TYPES: Final[tuple[type[Request[Result]], ...]] = typing.get_args(AnyRequest)
 
 

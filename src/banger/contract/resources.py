@@ -13,6 +13,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from banger.contract import egress as egresses
 from banger.contract import errors, names
 
 API_VERSION: Final = 1
@@ -24,6 +25,7 @@ GuestPath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=4096)]
 ObjectId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
 BranchRef = Annotated[str, msgspec.Meta(pattern=r"^refs/heads/[^\0\n]+$", max_length=4096)]
 Revision = Annotated[str, msgspec.Meta(pattern=r"^[^\0\-][^\0]*$", max_length=4096)]
+PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
 RECIPE_CHARACTERS: Final = 256 << 10
 VmNameText = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 
@@ -88,18 +90,35 @@ class CreateVm(Body, frozen=True, kw_only=True):
     memory_mib: MemoryMib | None = None
     disk_size_mib: DiskMib | None = None
     network: bool = True
+    nat: bool | None = None
+    """Whether the guest reaches beyond its host; absent, when `egress` or `allow` says so."""
+    egress: egresses.Egress | None = None
+    """Where to; absent: the internet, or with `allow` and without `nat` only what is allowed."""
+    allow: tuple[str, ...] = ()
+    """Besides: `CIDR[:PORT]` or `NAME[:PORT]`."""
+    peer_network: PeerNetwork = ""
+    """VMs of one peer network reach each other."""
     start: bool = True
     remove_on_failure: bool = False
     """A start that fails deletes the VM instead of keeping it in `error` (`vm run --rm`)."""
 
 
 class SetVm(Body, frozen=True, kw_only=True):
-    """Sizes take effect at the next start; a running VM is refused with `conflict`."""
+    """What a guest reaches changes at once; a running VM is refused any other change with `conflict`."""
 
     name: VmNameText | None = None
     vcpus: Vcpus | None = None
     memory_mib: MemoryMib | None = None
     kernel: str | None = None
+    nat: bool | None = None
+    egress: egresses.Egress | None = None
+    allow: tuple[str, ...] | None = None
+    """Instead of what was allowed."""
+
+    @property
+    def changes_egress_only(self) -> bool:
+        others = (self.name, self.vcpus, self.memory_mib, self.kernel)
+        return all(value is None for value in others)
 
 
 class StepTiming(Resource, frozen=True, kw_only=True):
@@ -146,6 +165,11 @@ class Vm(Resource, frozen=True, kw_only=True):
     network: bool
     address: str
     """The guest's IPv4 address, reserved for the VM's life; empty without network."""
+    nat: bool = False
+    egress: egresses.Egress = egresses.Egress.INTERNET
+    """Where NAT leads to."""
+    allow: tuple[str, ...] = ()
+    peer_network: str = ""
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None
     boot_id: str = ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Privileged operations on links: the bridge and the taps. A link's alias says whose it is."""
+"""Privileged operations on links: bridge, with its packet rules, and taps. An alias says whose a link is."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import os
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.helper import filesystem
+from banger.helper import filesystem, forwarding, ruleset
 from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
 BRIDGE_ALIAS: Final = "banger/bridge"
-_BRIDGE_MAC: Final = bytes.fromhex("02fc00000001")
+_BRIDGE_MAC: Final = bytes.fromhex(ruleset.BRIDGE_MAC.replace(":", ""))
 _DONE: Final = privileged.Done()
 
 
-def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) -> privileged.Done:
+def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) -> privileged.Ensured:
     bridge = find_bridge(policy)
     wanted = str(names.bridge_address(policy.prefix))
     addresses = netlink.addresses()
@@ -33,7 +33,10 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
     address = netlink.Address(bridge.number, wanted, policy.prefix.prefixlen)
     if address not in addresses:
         netlink.add_address(address, policy.bridge)
-    return _DONE
+    with ruleset.lock:
+        rebuilt = ruleset.ensure(policy)
+        forwarding.sync(policy, ruleset.elements())
+    return privileged.Ensured(rebuilt)
 
 
 def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) -> privileged.Done:
@@ -42,7 +45,10 @@ def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) ->
         ports = [link.name for link in netlink.links() if link.master == bridge.number]
         if ports:
             raise errors.ConflictError(f"bridge {policy.bridge} still has {', '.join(sorted(ports)[:5])}")
-        netlink.delete(bridge.number, policy.bridge)
+        with ruleset.lock:
+            forwarding.sync(policy, set())
+            netlink.delete(bridge.number, policy.bridge)
+            ruleset.delete()
     return _DONE
 
 
@@ -61,7 +67,13 @@ def create_tap(policy: policies.Policy, request: privileged.CreateTap) -> privil
         made = netlink.find(name)
         if made is None:
             raise errors.ConflictError(f"tap {name} vanished while it was made", vm=vm_id)
-        netlink.bring_up(made.number, alias=_tap_alias(vm_id), master=bridge.number)
+        netlink.bring_up(
+            made.number,
+            alias=_tap_alias(vm_id),
+            master=bridge.number,
+            group=ruleset.TAP_GROUP,
+            isolated=not request.peers,
+        )
         netlink.keep_tap(tap, name)  # last: whatever fails or kills us before leaves no tap
     finally:
         os.close(tap)

@@ -18,7 +18,7 @@ import msgspec
 
 import banger
 from banger.contract import errors, names, privileged
-from banger.helper import cgroup, network, process, storage
+from banger.helper import cgroup, guest_rules, network, process, storage
 from banger.helper import policy as policies
 from banger.helper.linux import devmapper, loop, netlink
 
@@ -46,11 +46,12 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
     loops = [found.label.split("/")[1] for found in loop.scan("banger/")]
     links = netlink.links()
     taps = set(network.tap_owners(policy, links))
+    rules = guest_rules.owners()
     jails = _entries(f"{policy.jails}/firecracker")
     cgroups = set(cgroup.vm_ids(policy))
     logs = _entries(f"{policy.helper_dir}/logs")
     vms = []
-    for vm_id in sorted(filter(names.is_id, snapshots | set(loops) | taps | jails | cgroups | logs)):
+    for vm_id in sorted(filter(names.is_id, snapshots | set(loops) | taps | rules | jails | cgroups | logs)):
         vmm = process.find(policy, vm_id)
         vms.append(
             privileged.VmWorld(
@@ -58,6 +59,7 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
                 snapshot=vm_id in snapshots,
                 loops=loops.count(vm_id),
                 tap=vm_id in taps,
+                rules=vm_id in rules,
                 jail=vm_id in jails,
                 cgroup=vm_id in cgroups,
                 logs=vm_id in logs,
@@ -76,6 +78,7 @@ def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileg
     parts: tuple[tuple[Callable[[policies.Policy, Any], privileged.Done], privileged.Request[Any]], ...] = (
         (process.kill_vmm, privileged.KillVmm(vm_id=vm_id, force=True)),
         (network.delete_tap, privileged.DeleteTap(vm_id=vm_id)),
+        (guest_rules.delete_guest_rules, privileged.DeleteGuestRules(vm_id=vm_id)),
         (storage.delete_snapshot, privileged.DeleteSnapshot(vm_id=vm_id)),
         (storage.detach_work_disk, privileged.DetachWorkDisk(vm_id=vm_id)),
         (process.delete_jail, privileged.DeleteJail(vm_id=vm_id)),
@@ -109,6 +112,9 @@ OPERATIONS: Final[
     privileged.DetachWorkDisk: storage.detach_work_disk,
     privileged.CreateTap: network.create_tap,
     privileged.DeleteTap: network.delete_tap,
+    privileged.SetGuestRules: guest_rules.set_guest_rules,
+    privileged.DeleteGuestRules: guest_rules.delete_guest_rules,
+    privileged.AllowAddresses: guest_rules.allow_addresses,
     privileged.PrepareJail: process.prepare_jail,
     privileged.DeleteJail: process.delete_jail,
     privileged.LaunchVmm: process.launch,

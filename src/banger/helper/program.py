@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The one door to programs of the host: started as a VM's uid, without privileges, with a deadline."""
+"""The one door to programs of the host, each with a deadline.
+
+What parses files of others runs as a VM's uid without privileges; iptables-legacy, which speaks with the
+kernel on arguments composed here, as root.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from banger.helper.linux import pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 MAX_OUTPUT_BYTES: Final = 1 << 20
+_PACKAGES: Final = {"iptables-legacy": "iptables"}
 
 
 class Ended(NamedTuple):
@@ -43,6 +48,23 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
         os.close(output)
 
 
+def run_as_root(name: str, arguments: Sequence[str], *, deadline_s: float) -> Ended:
+    """The output is stdout when it succeeds, and what it complained of when not."""
+    try:
+        done = subprocess.run(
+            [_find(name), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=deadline_s,
+            env=ENVIRONMENT,
+            cwd="/",
+            umask=0o077,
+        )
+    except subprocess.TimeoutExpired:
+        raise errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s") from None
+    return Ended(done.returncode, done.stderr[:MAX_OUTPUT_BYTES] if done.returncode else done.stdout)
+
+
 def start(argv: Sequence[str], *, uid: int, fds: Sequence[int], output: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         argv,
@@ -64,4 +86,5 @@ def _find(name: str) -> str:
     for directory in ENVIRONMENT["PATH"].split(":"):
         if os.access(f"{directory}/{name}", os.X_OK):
             return f"{directory}/{name}"
-    raise errors.MissingToolError(f"{name} is not installed", hint="install the package e2fsprogs")
+    package = _PACKAGES.get(name, "e2fsprogs")
+    raise errors.MissingToolError(f"{name} is not installed", hint=f"install the package {package}")

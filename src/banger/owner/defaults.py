@@ -38,6 +38,7 @@ class Defaults:
             memory_mib=_sized(body.memory_mib, self._config.memory_mib, _host_memory_mib(), _MEMORY_MIB),
             disk_size_mib=_sized(body.disk_size_mib, self._config.disk_size_mib, None, _DISK_SIZE_MIB),
             network=body.network,
+            access=create.access(body),
         )
 
     def kernel_id(self, ref: str) -> names.KernelId:

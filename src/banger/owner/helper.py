@@ -28,6 +28,7 @@ TAKES_BACK: Final = (
     privileged.KillVmm,
     privileged.DeleteJail,
     privileged.DeleteTap,
+    privileged.DeleteGuestRules,
     privileged.DetachWorkDisk,
     privileged.DeleteSnapshot,
 )

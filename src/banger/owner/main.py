@@ -21,7 +21,7 @@ from typing import Final, NoReturn
 
 import banger
 from banger import guest_binary
-from banger.contract import errors, names, privileged
+from banger.contract import errors, names, privileged, resources
 from banger.owner import (
     app,
     config,
@@ -44,8 +44,9 @@ from banger.owner import (
     vms,
     workspaces,
 )
-from banger.vm import host
-from banger.vm.capabilities import work_disk
+from banger.owner import network as network_keeper
+from banger.vm import host, record
+from banger.vm.capabilities import packet_rules, work_disk
 
 _log = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ async def compose(
     def connect(vm_id: names.VmId) -> guest.GuestClient:
         return guest.GuestClient(guest.vsock_connector(layout.vsock_socket(vm_id)))
 
+    keeper = network_keeper.NetworkKeeper(ops, lambda: _networked(rows))
     machine = host.Host(
         ops=ops,
         records=rows,
@@ -189,6 +191,7 @@ async def compose(
         network=network,
         agent=connect,
         vmm_gone=lambda vm_id: firecracker.wait_gone(layout.api_socket(vm_id)),
+        on_rules_lost=keeper.restore,
         dns=settings.dns,
         guest_sha256=guest_sha256,
         limits=settings.limits,
@@ -200,11 +203,13 @@ async def compose(
         resolver=defaults.Defaults(settings, image_service, kernel_service),
         views=views.Views(layout, network, image_service.name, kernel_service.name),
         connect=connect,
-        features=(work_disk.WorkDisk(keys.public_key),),
+        features=(work_disk.WorkDisk(keys.public_key), packet_rules.PacketRules()),
         keys=keys,
     )
     try:
         await reconcile.reconcile(rows, machine, vm_service)
+        await _restore_network(keeper, rows)
+        keeper.start()
         yield routes.Services(
             vms=vm_service,
             workspaces=workspaces.WorkspaceService(rows, connect),
@@ -217,9 +222,24 @@ async def compose(
             started_at=datetime.datetime.now(datetime.UTC),
         )
     finally:
+        await keeper.close()
         await running.close()
         await vm_service.close()
         rows.close()
+
+
+def _networked(rows: store.Store) -> list[record.VmRecord]:
+    return [vm for vm in rows.list() if vm.network and vm.state is resources.VmState.RUNNING]
+
+
+async def _restore_network(keeper: network_keeper.NetworkKeeper, rows: store.Store) -> None:
+    """A daemon that was killed may have saved a row and not done what it says."""
+    if _networked(rows):
+        try:
+            await keeper.ensure()
+        except errors.BangerError as error:
+            _log.error("the network of running VMs is not as it should be", extra={"error": error.message})
+        await keeper.restore()
 
 
 @contextmanager

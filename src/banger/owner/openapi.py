@@ -19,7 +19,7 @@ from litestar import handlers, openapi
 from litestar.types import Method
 
 import banger
-from banger.contract import errors, resources
+from banger.contract import egress, errors, resources
 
 Document = dict[str, Any]  # JSON
 Routes = Sequence[handlers.BaseRouteHandler]
@@ -110,13 +110,18 @@ def _failure(statuses: Mapping[str, int]) -> Document:
     }
 
 
+def _kind(name: str) -> Any:
+    """The type of the contract that a schema is named after."""
+    return next(found for module in (resources, errors, egress) if (found := getattr(module, name, None)))
+
+
 def _schemas(used: Document, exchanges: Exchanges) -> Document:
-    kinds = {getattr(resources, name, None) or getattr(errors, name) for name in used}
+    kinds = {_kind(name) for name in used}
     told = {kind for exchange in exchanges.values() for kind in exchange.values()}
     _, components = msgspec.json.schema_components({*kinds, *told}, ref_template=_SCHEMA + "{name}")
-    notes = _field_notes(resources) | _field_notes(errors)
+    notes = _field_notes(resources) | _field_notes(errors) | _field_notes(egress)
     for name, schema in components.items():
-        kind = getattr(resources, name, None) or getattr(errors, name)
+        kind = _kind(name)
         schema["description"] = inspect.cleandoc(kind.__doc__ or "")
         if "enum" in schema:
             schema["enum"] = list(kind)  # msgspec sorts them, and the order may mean something

@@ -18,6 +18,7 @@ from banger.contract import errors, guest, names, privileged, resources
 from banger.owner import guest as guests
 from banger.owner import live, locks, operations, ssh, store, tunnels, views
 from banger.vm import capabilities, create, host, record, start, stop, timeline
+from banger.vm.capabilities import packet_rules
 
 _log = logging.getLogger(__name__)
 
@@ -145,9 +146,12 @@ class VmService:
         return self._lifecycle_operation("vm.delete", ref, work, cancels=_STARTING | {"vm.stop", "vm.kill"})
 
     async def set(self, ref: str, body: resources.SetVm) -> resources.Vm:
-        """Raises ConflictError while the VM runs, or while an operation holds it."""
+        """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
         vm = self._store.find(ref)
-        if vm.state is resources.VmState.RUNNING or self._lifecycle.holder(vm.id):
+        runs = vm.state is resources.VmState.RUNNING
+        if runs and body.changes_egress_only and not self._lifecycle.holder(vm.id):
+            return await self._set_egress(vm.id, body)
+        if runs or self._lifecycle.holder(vm.id):
             raise errors.ConflictError(
                 f"{vm.name} cannot be changed while it runs",
                 hint=f"stop it first: `banger vm stop {vm.name}`",
@@ -157,6 +161,20 @@ class VmService:
         if changed.name != vm.name:
             self._keys.forget(vm.name)
         return self._view(changed)
+
+    async def _set_egress(self, vm_id: names.VmId, body: resources.SetVm) -> resources.Vm:
+        """The row first: if we die in between, the next daemon does what it says."""
+        async with self._lifecycle.hold(vm_id, ""):
+            vm = self._store.get(vm_id)
+            changed = _with_access(vm, body)
+            self._store.save(changed)
+            if changed.state is resources.VmState.RUNNING:
+                try:
+                    await self._host.privileged(packet_rules.request(changed))
+                except errors.BangerError:
+                    self._store.save(vm)
+                    raise
+            return self._view(changed)
 
     # --- in the guest ---
 
@@ -344,4 +362,13 @@ def _apply(vm: record.VmRecord, body: resources.SetVm, resolver: Resolver) -> re
         vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
     if body.kernel is not None:
         vm = msgspec.structs.replace(vm, kernel_id=resolver.kernel_id(body.kernel))
-    return msgspec.structs.replace(vm, sources=sources)
+    return _with_access(msgspec.structs.replace(vm, sources=sources), body)
+
+
+def _with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
+    """Raises BadRequestError."""
+    allow = vm.allow if body.allow is None else create.allowed(body.allow)
+    nat = vm.nat if body.nat is None else body.nat
+    if nat and not vm.network:
+        raise errors.BadRequestError(f"{vm.name} has no network", hint="NAT needs a VM with one")
+    return msgspec.structs.replace(vm, nat=nat, egress=body.egress or vm.egress, allow=allow)

@@ -9,7 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-from banger.contract import names, resources
+from banger.contract import egress as egresses
+from banger.contract import errors, names, resources
 from banger.vm import record
 
 _ADJECTIVES: Final = (
@@ -37,6 +38,38 @@ class Sized:
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """What the guest reaches."""
+
+    nat: bool = False
+    egress: egresses.Egress = egresses.Egress.INTERNET
+    allow: tuple[str, ...] = ()
+    peers: str = ""
+
+
+def access(body: resources.CreateVm) -> Access:
+    """Raises BadRequestError. Who names a destination wants NAT; who names nothing but those, only them."""
+    allow = allowed(body.allow)
+    wants_nat = body.nat if body.nat is not None else bool(allow or body.egress)
+    named_alone = bool(allow) and not body.nat
+    egress = body.egress or (egresses.Egress.NONE if named_alone else egresses.Egress.INTERNET)
+    if not body.network and (wants_nat or body.peer_network):
+        raise errors.BadRequestError(
+            "a VM without network has no NAT and no peers", hint="leave out --no-network, or the others"
+        )
+    return Access(wants_nat, egress, allow, body.peer_network)
+
+
+def allowed(rules: tuple[str, ...]) -> tuple[str, ...]:
+    """Checked, each once, in the order given. Raises BadRequestError."""
+    if len(rules) > egresses.MAX_RULES:
+        raise errors.BadRequestError(f"{len(rules)} destinations are more than {egresses.MAX_RULES}")
+    for rule in rules:
+        egresses.parse(rule)
+    return tuple(dict.fromkeys(rule.strip().lower() for rule in rules))
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """What a create request comes to once every default has been applied."""
 
@@ -46,6 +79,7 @@ class Resolved:
     memory_mib: Sized
     disk_size_mib: Sized
     network: bool
+    access: Access = Access()
 
 
 def new_name(taken: Collection[str]) -> names.VmName:
@@ -71,6 +105,10 @@ def draft(
         memory_mib=resolved.memory_mib.value,
         disk_size_mib=resolved.disk_size_mib.value,
         network=resolved.network,
+        nat=resolved.access.nat,
+        egress=resolved.access.egress,
+        allow=resolved.access.allow,
+        peers=resolved.access.peers,
         state=resources.VmState.CREATED,
         created_at=now,
         sources={

@@ -78,6 +78,10 @@ class Limits:
     power_off_s: float = 4.0
 
 
+async def _nothing() -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """The daemon's doors. `ops` may be the socket client, the in-process adapter or a fake."""
@@ -89,6 +93,8 @@ class Host:
     agent: Callable[[names.VmId], Agent]
     vmm_gone: Callable[[names.VmId], Awaitable[None]]
     """Returns once the VM's VMM is no more; at once when there is none."""
+    on_rules_lost: Callable[[], Awaitable[None]] = _nothing
+    """The packet rules had to be made anew: those of the VMs that run are gone."""
     dns: tuple[str, ...] = ()
     guest_sha256: str = ""
     """Of the guest binary this program carries; an image with another one is patched at start."""

@@ -7,6 +7,7 @@ import datetime
 
 import msgspec
 
+from banger.contract import egress as egresses
 from banger.contract import errors, names, resources
 
 
@@ -23,6 +24,12 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory_mib: int
     disk_size_mib: int
     network: bool
+    nat: bool = False
+    egress: egresses.Egress = egresses.Egress.INTERNET
+    allow: tuple[str, ...] = ()
+    """Networks and names, as `contract/egress.py` parses them."""
+    peers: str = ""
+    """The network of VMs that reach each other; none when empty."""
     state: resources.VmState
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None

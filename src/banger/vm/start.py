@@ -94,7 +94,9 @@ class Start:
 
     async def _bridge(self) -> None:
         if self._vm.network:
-            await self._host.privileged(privileged.EnsureBridge())
+            ensured = await self._host.privileged(privileged.EnsureBridge())
+            if ensured.rebuilt:
+                await self._host.on_rules_lost()
 
     async def _make_dir(self) -> None:
         path = self._host.layout.vm_dir(self._vm.id)
@@ -164,7 +166,10 @@ class Start:
 
     async def _make_tap(self) -> None:
         if self._vm.network:
-            await self._host.privileged(privileged.CreateTap(vm_id=self._vm.id, slot=self._vm.slot))
+            vm = self._vm
+            await self._host.privileged(
+                privileged.CreateTap(vm_id=vm.id, slot=vm.slot, peers=bool(vm.peers))
+            )
 
     async def _delete_tap(self) -> None:
         await self._host.privileged(privileged.DeleteTap(vm_id=self._vm.id))

@@ -14,7 +14,8 @@ CAPABILITIES: Final = {
     "kill": 5,  # VMMs run as other uids
     "setgid": 6,  # e2fsprogs and the jailer become the VM's gid
     "setuid": 7,
-    "net_admin": 12,  # bridge and taps
+    "net_admin": 12,  # bridge, taps, packet rules, forwarding
+    "net_raw": 13,  # iptables-legacy, which speaks with the kernel through a raw socket
     "sys_chroot": 18,  # the jailer
     "sys_admin": 21,  # loop, device-mapper; the jailer's mount and pid namespaces
     "mknod": 27,  # the jail's device nodes

@@ -19,12 +19,14 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTM_NEWADDR, RTM_GETADDR, RTM_GETROUTE = 20, 22, 26
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 AF_BRIDGE: Final = 7
 IFF_UP: Final = 1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_PROTINFO, IFLA_LINKINFO = 1, 3, 10, 12, 18
-IFLA_IFALIAS, IFLA_STATS64, IFLA_AF_SPEC = 20, 23, 26
+IFLA_IFALIAS, IFLA_STATS64, IFLA_AF_SPEC, IFLA_GROUP = 20, 23, 26, 27
+IFLA_INET_CONF, IPV4_DEVCONF_FORWARDING = 1, 1
+RTA_DST, RTA_OIF, RTA_MULTIPATH, RTN_UNICAST = 1, 4, 9, 1
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_TUN_OWNER: Final = 1
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
@@ -35,6 +37,8 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 _HEADER: Final = struct.Struct("=IHHII")
 _IFINFO: Final = struct.Struct("=BxHiII")
 _IFADDR: Final = struct.Struct("=BBBBI")
+_RTMSG: Final = struct.Struct("=BBBBBBBBI")
+_RTNEXTHOP: Final = struct.Struct("=HBBi")
 
 Attributes = dict[int, bytes]
 
@@ -48,8 +52,16 @@ class Link(NamedTuple):
     master: int
     tun_owner: int
     """uid that may open it; -1 when it is no tap or has no owner."""
+    forwards: bool
+    """Passes on IPv4 packets that come in through it."""
     rx_bytes: int
     tx_bytes: int
+
+
+class Route(NamedTuple):
+    destination: str
+    prefix_length: int
+    links: tuple[int, ...]
 
 
 class Address(NamedTuple):
@@ -88,17 +100,23 @@ def add_bridge(name: str, *, alias: str, mac: bytes) -> None:
         raise
 
 
-def bring_up(index: int, *, alias: str, master: int = 0) -> None:
-    """Labels the link and brings it up, without the IPv6 address by which guests could pass around rules."""
+def bring_up(index: int, *, alias: str, master: int = 0, group: int = 0, isolated: bool = True) -> None:
+    """Labels the link and brings it up, without the IPv6 address by which guests could pass around rules.
+
+    A port of a bridge (`master`) is isolated from the other isolated ones unless told otherwise.
+    """
     mode = _attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
     attributes = _attribute(IFLA_IFALIAS, alias.encode())
     attributes += _attribute(IFLA_AF_SPEC | NLA_F_NESTED, _attribute(socket.AF_INET6 | NLA_F_NESTED, mode))
+    if group:
+        # By itself: the group is what packet rules know a port by, so it comes before the bridge does.
+        _request(RTM_SETLINK, 0, _ifinfo(index) + _attribute(IFLA_GROUP, struct.pack("=I", group)), alias)
     if master:
         attributes += _attribute(IFLA_MASTER, struct.pack("=I", master))
     _request(RTM_SETLINK, 0, _ifinfo(index) + attributes, alias)
-    if master:
-        isolated = _attribute(IFLA_PROTINFO | NLA_F_NESTED, _attribute(IFLA_BRPORT_ISOLATED, b"\1"))
-        _request(RTM_SETLINK, 0, _ifinfo(index, family=AF_BRIDGE) + isolated, alias)
+    if master and isolated:
+        port = _attribute(IFLA_PROTINFO | NLA_F_NESTED, _attribute(IFLA_BRPORT_ISOLATED, b"\1"))
+        _request(RTM_SETLINK, 0, _ifinfo(index, family=AF_BRIDGE) + port, alias)
     _request(RTM_SETLINK, 0, _ifinfo(index, flags=IFF_UP, change=IFF_UP), alias)
 
 
@@ -127,6 +145,29 @@ def add_address(address: Address, name: str) -> None:
     attributes = _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
     head = _IFADDR.pack(socket.AF_INET, address.prefix_length, 0, 0, address.link)
     _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, head + attributes, name)
+
+
+def routes() -> list[Route]:
+    """IPv4 unicast routes of every table but the local one."""
+    found = []
+    for body in _request(RTM_GETROUTE, NLM_F_DUMP, _RTMSG.pack(socket.AF_INET, *bytes(7), 0)):
+        _, length, _, _, _, _, _, kind, _ = _RTMSG.unpack_from(body)
+        if kind != RTN_UNICAST:
+            continue
+        attributes = _attributes(body[_RTMSG.size :])
+        links = [_u32(attributes[RTA_OIF])] if RTA_OIF in attributes else []
+        links += _next_hops(attributes.get(RTA_MULTIPATH, b""))
+        found.append(Route(socket.inet_ntoa(attributes.get(RTA_DST, bytes(4))), length, tuple(links)))
+    return found
+
+
+def set_forwarding(link: Link, *, on: bool) -> None:
+    """What `net.ipv4.conf.<link>.forwarding` says; /proc/sys is read-only to the helper."""
+    conf = _attribute(IPV4_DEVCONF_FORWARDING, struct.pack("=I", on))
+    family = _attribute(socket.AF_INET | NLA_F_NESTED, _attribute(IFLA_INET_CONF | NLA_F_NESTED, conf))
+    _request(
+        RTM_SETLINK, 0, _ifinfo(link.number) + _attribute(IFLA_AF_SPEC | NLA_F_NESTED, family), link.name
+    )
 
 
 def open_tap(name: str, *, owner: int) -> int:
@@ -163,6 +204,21 @@ def _attributes(data: bytes) -> Attributes:
     return found
 
 
+def _next_hops(data: bytes) -> list[int]:
+    found = []
+    while len(data) >= _RTNEXTHOP.size:
+        length, _, _, link = _RTNEXTHOP.unpack_from(data)
+        found.append(link)
+        data = data[max(_RTNEXTHOP.size, (length + 3) & ~3) :]
+    return found
+
+
+def _forwards(attributes: Attributes) -> bool:
+    family = _attributes(attributes.get(IFLA_AF_SPEC, b"")).get(socket.AF_INET, b"")
+    conf = _attributes(family).get(IFLA_INET_CONF, b"")
+    return len(conf) >= 4 and bool(_u32(conf))
+
+
 def _link(body: bytes) -> Link:
     _, _, index, flags, _ = _IFINFO.unpack_from(body)
     attributes = _attributes(body[_IFINFO.size :])
@@ -178,6 +234,7 @@ def _link(body: bytes) -> Link:
         bool(flags & IFF_UP),
         _u32(attributes.get(IFLA_MASTER, bytes(4))),
         _u32(tun[IFLA_TUN_OWNER]) if IFLA_TUN_OWNER in tun else -1,
+        _forwards(attributes),
         *struct.unpack_from("=16x2Q", stats),
     )
 

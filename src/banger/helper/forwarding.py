@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""What the host does for guests besides our own tables: it forwards, and other firewalls let them pass.
+
+An `accept` of ours cannot overrule another base chain's drop (Docker sets the policy of FORWARD to drop,
+ufw too, firewalld ends in a reject). So while a guest needs it, one rule tagged `banger` for each direction
+stands at the head of every other base chain that may drop. Our own tables judge the same packets, so it
+opens nothing more than they do. No rule of others is changed or moved, and ours go when they are not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, NamedTuple
+
+from banger.contract import errors
+from banger.helper import policy as policies
+from banger.helper import program, ruleset
+from banger.helper.linux import netlink, nftables
+
+TAG: Final = "banger"
+_LEGACY: Final = "iptables-legacy"
+_LEGACY_TABLES: Final = "/proc/thread-self/net/ip_tables_names"
+_DEADLINE_S: Final = 20.0
+_FIRST_PRIORITY: Final = 0
+"""Chains before `filter` mangle or track; accepting at their head would skip that and gain nothing."""
+
+
+class Need(NamedTuple):
+    """What the guests that there are ask of the host."""
+
+    to_host: bool = False
+    """Guests speak with the host: DNS."""
+    through_host: bool = False
+    """Guests have NAT, or peers whom br_netfilter shows to the IP firewall."""
+    nat: bool = False
+    private: bool = False
+    """Also by links other than those of the default routes."""
+
+
+def needed(elements: Iterable[ruleset.Element]) -> Need:
+    sets = {element.set for element in elements if element.owner}
+    nat = ruleset.NAT in sets
+    reach = {ruleset.EVERYWHERE, ruleset.ALLOWED, ruleset.ALLOWED_PORTS, ruleset.NAMED, ruleset.NAMED_PORTS}
+    return Need(
+        to_host=ruleset.GUESTS in sets,
+        through_host=nat or ruleset.MEMBERS in sets,
+        nat=nat,
+        private=nat and bool(reach & sets),
+    )
+
+
+def follow(policy: policies.Policy, change: ruleset.Change) -> None:
+    """`sync` when a change of elements changes what they need."""
+    if needed(change.before) != needed(change.after):
+        sync(policy, change.after)
+
+
+def sync(policy: policies.Policy, elements: set[ruleset.Element]) -> None:
+    """Makes the host do what these elements need, and no more. Idempotent."""
+    need = needed(elements)
+    _forward(policy, need, {json.loads(each.key) for each in elements if each.set == ruleset.OPENED})
+    _pass_others(policy, need)
+
+
+# --- forwarding ---
+
+
+def _forward(policy: policies.Policy, need: Need, guarded: set[str]) -> None:
+    """Forwarding for the links that carry guests' packets, where the host does not forward anyway.
+
+    Replies come in by the uplink, so it must forward too; what else comes in by it is then dropped by the
+    set `opened`, as it was dropped before. A file remembers which links we changed in this boot.
+    """
+    links = {link.name: link for link in netlink.links()}
+    ours = _opened(policy) & set(links)
+    if _host_forwards():
+        wanted: set[str] = set()
+        ours = set()  # all links forward now by the host's own will
+    elif need.nat:
+        carriers = _carriers(links, policy, need)
+        wanted = {name for name in carriers if name in ours or not links[name].forwards}
+        if policy.bridge in links and not links[policy.bridge].forwards:
+            netlink.set_forwarding(links[policy.bridge], on=True)
+    else:
+        wanted = set()
+        if policy.bridge in links and links[policy.bridge].forwards:
+            netlink.set_forwarding(links[policy.bridge], on=False)
+    _remember(policy, wanted | ours)
+    if guarded != wanted:
+        ruleset.set_opened(wanted | ours)
+    for name in wanted:
+        netlink.set_forwarding(links[name], on=True)
+    for name in ours - wanted:
+        netlink.set_forwarding(links[name], on=False)
+    if guarded != wanted or ours - wanted:
+        ruleset.set_opened(wanted)
+    _remember(policy, wanted)
+
+
+def _carriers(links: dict[str, netlink.Link], policy: policies.Policy, need: Need) -> set[str]:
+    names = {link.number: link.name for link in links.values()}
+    used = {
+        names[number]
+        for route in netlink.routes()
+        if route.prefix_length == 0 or need.private
+        for number in route.links
+        if number in names
+    }
+    return used - {policy.bridge, "lo"}
+
+
+def _host_forwards() -> bool:
+    with open("/proc/sys/net/ipv4/ip_forward") as file:
+        return file.read().strip() == "1"
+
+
+def _record(policy: policies.Policy) -> str:
+    return f"{policy.helper_dir}/forwarding.json"
+
+
+def _opened(policy: policies.Policy) -> set[str]:
+    """Links that we made forward in this boot; a reboot has undone what an older file says."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        with open(_record(policy)) as file:
+            found = json.load(file)
+        if found["boot_id"] == _boot_id():
+            return set(found["links"])
+    return set()
+
+
+def _remember(policy: policies.Policy, links: set[str]) -> None:
+    path = _record(policy)
+    if links == _opened(policy):
+        return
+    if not links:
+        os.unlink(path)
+        return
+    with open(f"{path}.new", "w") as file:
+        json.dump({"boot_id": _boot_id(), "links": sorted(links)}, file)
+    os.rename(f"{path}.new", path)
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+# --- other firewalls ---
+
+
+class _Chain(NamedTuple):
+    family: str
+    table: str
+    name: str
+    hook: str
+    drops: bool
+
+    def rule(self, more: nftables.Json) -> nftables.Json:
+        return {"family": self.family, "table": self.table, "chain": self.name, **more}
+
+
+def _pass_others(policy: policies.Policy, need: Need) -> None:
+    _pass_legacy(policy, need)
+    for attempt in (1, 2):
+        commands = _differences(policy, need)
+        if not commands:
+            return
+        try:
+            nftables.change(commands)
+            return
+        except nftables.RefusedError:
+            if attempt == 2:  # not just a chain that its owner replaced meanwhile
+                raise
+
+
+def _differences(policy: policies.Policy, need: Need) -> list[nftables.Json]:
+    listed = nftables.query("tables") + nftables.query("chains")
+    owned = {_table(each["table"]) for each in listed if "table" in each and _has_owner(each["table"])}
+    chains = [
+        _Chain(c["family"], c["table"], c["name"], c["hook"], c.get("policy") == "drop")
+        for c in _bases(listed)
+    ]
+    if not chains:
+        return []
+    rules = [rule for chain in chains for rule in _rules(chain)]
+    commands: list[nftables.Json] = []
+    for chain in chains:
+        here = [rule for rule in rules if (rule["family"], rule["table"], rule["chain"]) == chain[:3]]
+        mine = [rule for rule in here if rule.get("comment") == TAG]
+        wanted = _wanted(policy, need, chain) if chain.drops or len(here) > len(mine) else []
+        if (chain.family, chain.table) not in owned:
+            commands += _changes(chain, mine, wanted)
+        elif wanted and chain.hook == "forward" and not _speaks_of(policy.bridge, chain):
+            command = f"firewall-cmd --permanent --zone=trusted --add-interface={policy.bridge}"
+            raise errors.ConflictError(
+                f"table {chain.family} {chain.table} stops forwarding, and only its maker may change it",
+                hint=f"for firewalld: `{command}`, then `firewall-cmd --reload`",
+            )
+    return commands
+
+
+def _speaks_of(bridge: str, chain: _Chain) -> bool:
+    """Somebody has told that firewall about our bridge."""
+    return f'"{bridge}"' in json.dumps(nftables.query("table", family=chain.family, name=chain.table))
+
+
+def _rules(chain: _Chain) -> list[nftables.Json]:
+    found = nftables.query("chain", family=chain.family, table=chain.table, name=chain.name)
+    return [each["rule"] for each in found if "rule" in each]
+
+
+def _bases(listed: list[nftables.Json]) -> Iterator[nftables.Json]:
+    for each in listed:
+        fields = each.get("chain", {})
+        if fields.get("hook") in ("input", "forward") and fields["family"] in ("ip", "inet"):
+            ours = fields["table"] == ruleset.TABLE
+            if fields.get("type") == "filter" and fields["prio"] >= _FIRST_PRIORITY and not ours:
+                yield fields
+
+
+def _table(fields: nftables.Json) -> tuple[str, str]:
+    return fields["family"], fields["name"]
+
+
+def _has_owner(fields: nftables.Json) -> bool:
+    """Only the process that made such a table may change it."""
+    return "owner" in fields.get("flags", ())
+
+
+def _wanted(policy: policies.Policy, need: Need, chain: _Chain) -> list[tuple[str, str]]:
+    if chain.hook == "input":
+        return [("iifname", policy.bridge)] if need.to_host else []
+    return [("iifname", policy.bridge), ("oifname", policy.bridge)] if need.through_host else []
+
+
+def _changes(
+    chain: _Chain, mine: list[nftables.Json], wanted: list[tuple[str, str]]
+) -> Iterator[nftables.Json]:
+    have: dict[tuple[str, str], int] = {}
+    for rule in mine:
+        match = _match(rule)
+        if match in wanted and match not in have:
+            have[match] = rule["handle"]
+        else:
+            yield {"delete": {"rule": chain.rule({"handle": rule["handle"]})}}
+    for key, link in wanted:
+        if (key, link) not in have:
+            compared = {"match": {"op": "==", "left": {"meta": {"key": key}}, "right": link}}
+            # With a counter, iptables-nft shows it as a rule of its own kind.
+            counter = {"counter": {"packets": 0, "bytes": 0}}
+            rule = {"expr": [compared, counter, {"accept": None}], "comment": TAG}
+            yield {"insert": {"rule": chain.rule(rule)}}
+
+
+def _match(rule: nftables.Json) -> tuple[str, str]:
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        match: Any = rule["expr"][0]["match"]
+        return match["left"]["meta"]["key"], match["right"]
+    return "", ""
+
+
+def _pass_legacy(policy: policies.Policy, need: Need) -> None:
+    """The old kernel interface, which nft does not see; only where something has used it."""
+    with contextlib.suppress(FileNotFoundError), open(_LEGACY_TABLES) as file:
+        if "filter" in file.read().split():
+            for chain, option, on in (
+                ("INPUT", "-i", need.to_host),
+                ("FORWARD", "-i", need.through_host),
+                ("FORWARD", "-o", need.through_host),
+            ):
+                _set_legacy(chain, option, policy.bridge, on=on)
+
+
+def _set_legacy(chain: str, option: str, bridge: str, *, on: bool) -> None:
+    rule = [chain, option, bridge, "-m", "comment", "--comment", TAG, "-j", "ACCEPT"]
+    is_there = _legacy("-C", rule).status == 0
+    if is_there != on:
+        ended = _legacy("-I" if on else "-D", rule)
+        if ended.status:
+            why = ended.output.decode(errors="replace").strip()[:300]
+            raise errors.OperationFailedError(f"{_LEGACY} refused a rule in {chain}: {why}")
+
+
+def _legacy(verb: str, rule: list[str]) -> program.Ended:
+    return program.run_as_root(_LEGACY, ["-w", "5", verb, *rule], deadline_s=_DEADLINE_S)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Packet rules follow the rows: at start, when changed on a running VM, after every kind of death."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from banger.contract import egress, errors, names, privileged, resources
+from banger.owner import config, main
+from tests.contract import conftest
+from tests.fakes import world as worlds
+
+NAT = resources.SetVm(nat=True)
+
+
+def rules(daemon: conftest.Daemon, vm_id: str) -> privileged.SetGuestRules | None:
+    return daemon.world.vm(vm_id).rules
+
+
+async def made(daemon: conftest.Daemon, **more: Any) -> resources.Vm:
+    operation = await daemon.done(await daemon.services.vms.create(resources.CreateVm(**more)))
+    assert operation.vm is not None, operation.error
+    return operation.vm
+
+
+async def test_a_start_sets_what_was_asked_for(daemon: conftest.Daemon) -> None:
+    vm = await made(
+        daemon, nat=True, egress=egress.Egress.ALL, allow=("10.1.0.0/16:80", "a.org"), peer_network="x"
+    )
+    found = rules(daemon, vm.id)
+    assert found is not None
+    assert (found.nat, found.egress, found.peers) == (True, egress.Egress.ALL, "x")
+    assert found.allow == (egress.Destination("10.1.0.0/16", 80),)
+    assert (vm.nat, vm.egress, vm.allow, vm.peer_network) == (
+        True,
+        egress.Egress.ALL,
+        ("10.1.0.0/16:80", "a.org"),
+        "x",
+    )
+    create = next(each for each in daemon.world.requests if isinstance(each, privileged.CreateTap))
+    assert create.peers
+
+
+async def test_a_vm_without_network_has_no_rules(daemon: conftest.Daemon) -> None:
+    vm = await made(daemon, network=False)
+    assert rules(daemon, vm.id) is None
+
+
+async def test_nat_is_switched_on_a_running_vm(daemon: conftest.Daemon) -> None:
+    vm = await made(daemon, name="web")
+    for on in (True, False, True):
+        changed = await daemon.services.vms.set("web", resources.SetVm(nat=on))
+        found = rules(daemon, vm.id)
+        assert found is not None
+        assert (changed.nat, found.nat) == (on, on)
+    await daemon.done(await daemon.services.vms.stop("web"))
+    assert rules(daemon, vm.id) is None
+
+
+async def test_other_changes_of_a_running_vm_are_refused_whole(daemon: conftest.Daemon) -> None:
+    await made(daemon, name="web")
+    with pytest.raises(errors.ConflictError):
+        await daemon.services.vms.set("web", resources.SetVm(nat=True, vcpus=2))
+    assert not (await daemon.services.vms.get("web")).nat
+
+
+async def test_a_change_that_the_helper_refuses_is_not_remembered(daemon: conftest.Daemon) -> None:
+    await made(daemon, name="web")
+
+    async def refuse(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.SetGuestRules):
+            raise errors.OperationFailedError("no")
+
+    daemon.world.before = refuse
+    with pytest.raises(errors.OperationFailedError):
+        await daemon.services.vms.set("web", NAT)
+    assert not (await daemon.services.vms.get("web")).nat
+
+
+async def test_a_daemon_that_starts_sets_what_rows_want(paths: config.Paths, world: worlds.World) -> None:
+    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        vm = await made(conftest.Daemon(services, paths, world), name="web", nat=True)
+    world.vm(vm.id).rules = None
+    orphan = "feed00000000"
+    world.vm(orphan).rules = privileged.SetGuestRules(vm_id=orphan, slot=9, nat=True)
+    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
+        found = world.vm(vm.id).rules
+        assert found is not None
+        assert found.nat
+        assert world.vm(orphan).rules is None
+
+
+async def test_rules_that_were_flushed_come_back_with_the_next_start(daemon: conftest.Daemon) -> None:
+    vm = await made(daemon, name="web", nat=True)
+    daemon.world.tables = False
+    await made(daemon, name="db")
+    found = rules(daemon, vm.id)
+    assert found is not None
+    assert found.nat
+
+
+async def test_addresses_are_stable_and_never_handed_out_twice(daemon: conftest.Daemon) -> None:
+    """The slot is leased with the row and goes back with it."""
+    vms = [await made(daemon, name=f"vm-{n}", start=False) for n in range(6)]
+    addresses = [vm.address for vm in vms]
+    assert len(set(addresses)) == 6
+    await daemon.done(await daemon.services.vms.delete("vm-2"))
+    await daemon.done(await daemon.services.vms.start("vm-4"))
+    assert (await daemon.services.vms.get("vm-4")).address == addresses[4]
+    assert (await made(daemon, name="new", start=False)).address == addresses[2]
+    assert str(names.guest_address(conftest.NETWORK, 1)) == addresses[0]

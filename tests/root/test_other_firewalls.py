@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""NAT where other firewalls stand in the path: it works, and their rules are what they were, to the byte."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger.contract import errors, privileged
+from banger.helper import forwarding, ruleset
+from banger.helper.linux import netlink
+from tests.root import firewalls, helper_world, network_world
+from tests.root.network_world import BRIDGE, INTERNET, Net
+
+pytestmark = pytest.mark.usefixtures("own_network")
+ALL = pytest.mark.parametrize(
+    "firewall", firewalls.FIREWALLS, ids=[each.name for each in firewalls.FIREWALLS]
+)
+
+
+@pytest.fixture
+def net(helper_world_here: helper_world.HelperWorld, own_network: None) -> Iterator[Net]:
+    with network_world.networks(helper_world_here) as made:
+        yield made
+
+
+def forwards(link: str) -> bool:
+    return Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").read_text() == "1\n"
+
+
+@ALL
+def test_nat_works_and_leaves_no_trace(net: Net, firewall: firewalls.Firewall) -> None:
+    firewall.start()
+    before = firewall.shown()
+    guest = net.guest(1, nat=True)
+    server = net.tcp_server(INTERNET, 80, net.internet)
+    assert network_world.connects(guest.space, INTERNET, 80)
+    assert "banger" in firewall.shown()
+    assert firewall.without_ours() == before
+    net.rules(guest, nat=False)
+    net.rules(guest, nat=True)
+    assert network_world.connects(guest.space, INTERNET, 80)
+    net.unplug(guest)
+    assert firewall.shown() == before
+    server.close()
+
+
+@ALL
+def test_without_our_rule_it_would_not_pass(
+    net: Net, firewall: firewalls.Firewall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    firewall.start()
+    monkeypatch.setattr(forwarding, "_pass_others", lambda policy, need: None)
+    guest = net.guest(1, nat=True)
+    net.tcp_server(INTERNET, 80, net.internet)
+    assert not network_world.connects(guest.space, INTERNET, 80, timeout_s=0.5)
+
+
+@ALL
+def test_guests_reach_the_name_service_past_it(net: Net, firewall: firewalls.Firewall) -> None:
+    firewall.start()
+    guest = net.guest(1)
+    server = net.tcp_server(BRIDGE, 53)
+    assert network_world.connects(guest.space, BRIDGE, 53)
+    server.close()
+    net.tcp_server(BRIDGE, 22)
+    assert not network_world.connects(guest.space, BRIDGE, 22, timeout_s=0.5)
+    assert network_world.run("nft", "list", "counters", "table", "inet", "banger").count("packets 0 ") == 7
+
+
+@ALL
+def test_what_a_firewall_forgot_when_loaded_anew_is_mended(net: Net, firewall: firewalls.Firewall) -> None:
+    firewall.start()
+    before = firewall.shown()
+    guest = net.guest(1, nat=True)
+    for command in firewall.flush:
+        network_world.run(*command)
+    firewall.start()
+    assert firewall.shown() == before
+    net.ask(privileged.EnsureBridge())
+    net.tcp_server(INTERNET, 80, net.internet)
+    assert network_world.connects(guest.space, INTERNET, 80)
+    net.unplug(guest)
+    assert firewall.shown() == before
+
+
+def test_a_table_that_only_its_maker_may_change_is_named(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """firewalld 2 does so; its own tool can let the bridge pass."""
+    firewall = firewalls.FIREWALLS[4]
+    firewall.start()
+    monkeypatch.setattr(forwarding, "_has_owner", lambda fields: fields["name"] == "firewalld")
+    guest = net.guest(1)
+    with pytest.raises(errors.ConflictError, match="inet firewalld") as caught:
+        net.rules(guest, nat=True)
+    assert "--add-interface=br-fc" in caught.value.hint
+    network_world.run(
+        "nft", "insert", "rule", "inet", "firewalld", "filter_FORWARD", "iifname", "br-fc", "accept"
+    )
+    net.rules(guest, nat=True)
+
+
+def test_forwarding_is_lent_by_the_links_that_need_it_and_given_back(net: Net) -> None:
+    network_world.run("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+    assert not any(map(forwards, ("all", "br-fc", "uplink0", "lan0")))
+    one, two = net.guest(1), net.guest(2)
+    assert not forwards("br-fc")
+    net.rules(one, nat=True)
+    net.rules(two, nat=True)
+    assert [link for link in ("all", "br-fc", "uplink0", "lan0") if forwards(link)] == ["br-fc", "uplink0"]
+    net.unplug(one)
+    assert forwards("uplink0")
+    net.unplug(two)
+    assert not any(map(forwards, ("all", "br-fc", "uplink0", "lan0")))
+    assert not Path(net.world.policy.helper_dir, "forwarding.json").exists()
+
+
+def test_a_host_that_forwards_anyway_goes_on(net: Net) -> None:
+    network_world.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    guest = net.guest(1, nat=True)
+    assert not [each for each in ruleset.elements() if each.set == ruleset.OPENED]
+    net.unplug(guest)
+    assert forwards("all")
+    assert forwards("uplink0")
+
+
+def test_a_host_that_began_to_forward_meanwhile_goes_on(net: Net) -> None:
+    guest = net.guest(1, nat=True)
+    network_world.run("sysctl", "-qw", "net.ipv4.ip_forward=1")  # as Docker does when it starts
+    net.ask(privileged.EnsureBridge())
+    assert not [each for each in ruleset.elements() if each.set == ruleset.OPENED]
+    net.unplug(guest)
+    assert forwards("uplink0")
+
+
+def test_links_opened_before_a_reboot_are_not_ours(net: Net) -> None:
+    path = Path(net.world.policy.helper_dir, "forwarding.json")
+    path.write_text(json.dumps({"boot_id": "another", "links": ["uplink0"]}))
+    netlink_link = netlink.find("uplink0")
+    assert netlink_link is not None
+    netlink.set_forwarding(netlink_link, on=True)
+    guest = net.guest(1, nat=True)
+    net.unplug(guest)
+    assert forwards("uplink0")
+
+
+def test_flushed_rules_are_rebuilt_and_said_so(net: Net) -> None:
+    guest = net.guest(1, nat=True)
+    network_world.run("nft", "flush", "ruleset")
+    from banger.helper import operations
+
+    found = operations.execute(net.world.policy, privileged.EnsureBridge())
+    assert found.rebuilt
+    assert not operations.execute(net.world.policy, privileged.EnsureBridge()).rebuilt
+    assert not forwards("uplink0")
+    net.rules(guest, nat=True)
+    net.tcp_server(INTERNET, 80, net.internet)
+    assert network_world.connects(guest.space, INTERNET, 80)
+
+
+def test_deleting_the_bridge_takes_everything(net: Net) -> None:
+    firewall = firewalls.FIREWALLS[0]
+    firewall.start()
+    before = firewall.shown()
+    guest = net.guest(1, nat=True)
+    net.ask(privileged.DeleteTap(vm_id=guest.vm_id))
+    net.ask(privileged.DeleteBridge())
+    assert firewall.shown() == before
+    assert not forwards("uplink0")
+    assert "banger" not in network_world.run("nft", "list", "tables")
+
+
+def test_a_foreign_table_of_our_name_is_left_alone(net: Net) -> None:
+    network_world.run("nft", "delete", "table", "inet", "banger")
+    network_world.run("nft", "add", "table", "inet", "banger")
+    with pytest.raises(errors.ConflictError, match="inet banger"):
+        net.ask(privileged.EnsureBridge())
+    net.ask(privileged.DeleteBridge())
+    assert "table inet banger" in network_world.run("nft", "list", "tables")
+
+
+def test_two_hundred_guests_in_random_order_leave_exactly_what_is_wanted(net: Net) -> None:
+    """Taps and rules, acquired and released, some twice and some halfway: no leak, no duplicate."""
+    choose = random.Random(7)
+    wanted: dict[int, bool] = {}
+    slots = list(range(1, 201))
+    for step, slot in enumerate(itertools.chain(slots, choose.choices(slots, k=200))):
+        vm_id = f"{slot:04x}" * 3
+        if slot in wanted and choose.random() < 0.6:
+            net.ask(privileged.TearDown(vm_id=vm_id)) if step % 2 else net.ask(
+                privileged.DeleteTap(vm_id=vm_id)
+            )
+            net.ask(privileged.DeleteGuestRules(vm_id=vm_id))
+            net.ask(privileged.DeleteTap(vm_id=vm_id))
+            del wanted[slot]
+        else:
+            nat = choose.random() < 0.5
+            net.ask(privileged.CreateTap(vm_id=vm_id, slot=slot))
+            net.ask(privileged.SetGuestRules(vm_id=vm_id, slot=slot, nat=nat))
+            wanted[slot] = nat
+    owners = [each.owner for each in ruleset.elements() if each.set == ruleset.GUESTS]
+    assert sorted(owners) == sorted(f"{slot:04x}" * 3 for slot in wanted)
+    natted = [each.owner for each in ruleset.elements() if each.set == ruleset.NAT]
+    assert sorted(natted) == sorted(f"{slot:04x}" * 3 for slot, nat in wanted.items() if nat)
+    taps = [link.name for link in netlink.links() if link.name.startswith("tap-")]
+    assert len(taps) == len(wanted)
+    for slot in wanted:
+        net.ask(privileged.TearDown(vm_id=f"{slot:04x}" * 3))
+    assert not [each for each in ruleset.elements() if each.owner]
+    assert not [link for link in netlink.links() if link.name.startswith("tap-")]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""What a user may write for a destination, and what a request for a VM comes to."""
+
+from __future__ import annotations
+
+import pytest
+
+from banger.contract import egress, errors, resources
+from banger.vm import create
+
+CREATE = resources.CreateVm
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("10.1.0.0/16", egress.Destination("10.1.0.0/16")),
+        ("10.1.2.3", egress.Destination("10.1.2.3/32")),
+        ("10.1.2.3:443", egress.Destination("10.1.2.3/32", 443)),
+        ("0.0.0.0/0:53", egress.Destination("0.0.0.0/0", 53)),
+        ("api.example.org", egress.NamedDestination("api.example.org")),
+        ("API.Example.org.:443", egress.NamedDestination("api.example.org", 443)),
+        ("*.example.org", egress.NamedDestination("*.example.org")),
+        ("intranet", egress.NamedDestination("intranet")),
+    ],
+)
+def test_a_destination(text: str, parsed: object) -> None:
+    assert egress.parse(text) == parsed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":443",
+        "10.1.2.3/16",
+        "10.1.2.300",
+        "10.1.2.3:0",
+        "10.1.2.3:65536",
+        "10.1.2.3:",
+        "a..b",
+        "a.org:x",
+    ],
+)
+def test_not_a_destination(text: str) -> None:
+    with pytest.raises(errors.BadRequestError, match=r"destination|port"):
+        egress.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["-a.org", "a b", "a.org\n;", "fd00::1", "*.", "a.*.org", "x" * 254, "1.2.3.4/33", "a.org:4 3"]
+)
+def test_not_a_name_either(text: str) -> None:
+    with pytest.raises(errors.BadRequestError, match=r"destination|port"):
+        egress.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "access"),
+    [
+        (CREATE(), create.Access()),
+        (CREATE(nat=True), create.Access(nat=True)),
+        (CREATE(egress=egress.Egress.ALL), create.Access(nat=True, egress=egress.Egress.ALL)),
+        (CREATE(allow=("10.0.0.1",)), create.Access(True, egress.Egress.NONE, ("10.0.0.1",))),
+        (CREATE(nat=True, allow=("10.0.0.1",)), create.Access(True, egress.Egress.INTERNET, ("10.0.0.1",))),
+        (CREATE(nat=False, allow=("A.org", "a.org")), create.Access(False, egress.Egress.NONE, ("a.org",))),
+        (CREATE(network=False), create.Access()),
+        (CREATE(peer_network="shop"), create.Access(peers="shop")),
+    ],
+)
+def test_what_a_request_comes_to(asked: resources.CreateVm, access: create.Access) -> None:
+    assert create.access(asked) == access
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        CREATE(network=False, nat=True),
+        CREATE(network=False, allow=("10.0.0.1",)),
+        CREATE(network=False, peer_network="shop"),
+        CREATE(allow=("10.0.0.1/8",)),
+        CREATE(allow=tuple(f"10.0.0.{n}" for n in range(65))),
+    ],
+)
+def test_what_cannot_be(asked: resources.CreateVm) -> None:
+    with pytest.raises(errors.BadRequestError):
+        create.access(asked)
