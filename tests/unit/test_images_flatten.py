@@ -88,6 +88,11 @@ def test_a_file_replaces_a_directory_and_the_reverse(fs: filesystem.Filesystem) 
     assert b"etc/deep/er" not in found
 
 
+def test_a_whiteout_below_what_became_a_file_hides_nothing(fs: filesystem.Filesystem) -> None:
+    tars.put(fs, [LOWER, tar(file(b"etc", b"x"), whiteout(b"etc/a"), opaque(b"etc/deep"))])
+    assert tars.listing(fs)[b"etc"] == "-rw-r--r-- 0 x1 x"
+
+
 def test_a_directory_said_again_keeps_what_is_in_it(fs: filesystem.Filesystem) -> None:
     tars.put(fs, [LOWER, tar(directory(b"etc/", 0o1777, uid=9))])
     assert names(fs) == LOWER_NAMES
@@ -257,13 +262,11 @@ def described(member: Member) -> str:
     return member.text
 
 
-def makes_sense(lower: Tree, layer: list[Member], so_far: Tree, member: Member) -> bool:
+def makes_sense(lower: Tree, so_far: Tree, member: Member) -> bool:
     """Whether no reader would refuse the member, or go through a link with it, wherever whiteouts stand."""
     for tree in (lower, so_far):
         if any(tree[parent].kind != "dir" for parent in parents(member.path) if parent in tree):
             return False
-    if member.kind == "opaque":
-        return all(tree[member.path].kind == "dir" for tree in (lower, so_far) if member.path in tree)
     if member.kind != "hard":
         return True
     return (
@@ -294,19 +297,12 @@ def stacks(draw: strategies.DrawFn) -> list[tuple[list[Member], Tree]]:
     lower: Tree = {}
     for _ in range(draw(strategies.integers(1, 4))):
         marks = draw(strategies.lists(MARKS, max_size=3))
-        marks = [mark for mark in marks if makes_sense(lower, [], lower, mark)]
         so_far = model(lower, marks)
         own: list[Member] = []
         for member in draw(strategies.lists(MEMBERS, max_size=8)):
-            if makes_sense(lower, own, so_far, member):
+            if makes_sense(lower, so_far, member):
                 own.append(member)
                 bring(so_far, member)
-        solid = {member.path for member in own if member.kind != "dir"}
-        marks = [
-            mark
-            for mark in marks
-            if not solid & {*parents(mark.path), *([mark.path] if mark.kind == "opaque" else [])}
-        ]
         layer = list(own)
         for mark in marks:
             layer.insert(draw(strategies.integers(0, len(layer))), mark)

@@ -169,7 +169,10 @@ class Tree:
             raise errors.BadRequestError("a whiteout is an empty file and nothing else")
         if name != OPAQUE and (hidden in (b"", b".", b"..") or hidden.startswith(WHITEOUT)):
             raise errors.BadRequestError("it is a whiteout of what no file can be called")
-        directory = self._paths.find_directory(parent)
+        try:
+            directory = self._paths.find_directory(parent)
+        except paths.BlockedError:
+            return  # umoci hides one by one what was in a directory that the same layer makes a file
         if directory is None:
             return
         if name == OPAQUE:

@@ -25,6 +25,10 @@ Chain = tuple[int, ...]
 """Inodes of the directories from the root to one, both included."""
 
 
+class BlockedError(errors.BadRequestError):
+    """What should be a directory on the way is something else."""
+
+
 class _Missing(Exception):
     """Something on the way is not there."""
 
@@ -101,7 +105,7 @@ class Paths:
             elif ends_with_any and not left:
                 chain.append(found)
             else:
-                raise errors.BadRequestError(f"it goes through {part!r}, which is not a directory")
+                raise BlockedError(f"it goes through {part!r}, which is not a directory")
         return tuple(chain)
 
     def _check_depth(self, chain: list[int]) -> None:

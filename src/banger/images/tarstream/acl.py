@@ -55,6 +55,6 @@ def _entry(line: bytes) -> tuple[int, int, int]:
     if not number.isdigit() or nobody == somebody or int(number) >= _NO_ID:
         raise errors.BadRequestError(
             f"an access control list names {who.decode(errors='replace')!r}, not a number",
-            hint="make the archive with --xattrs instead of --acls, or with --numeric-owner",
+            hint="make the archive with `tar --xattrs`, which has them as numbers, and without --acls",
         )
     return somebody, int(number), bits
