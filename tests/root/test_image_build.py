@@ -11,6 +11,7 @@ import ctypes
 import os
 import platform
 import stat
+import subprocess
 import tarfile
 import tempfile
 import traceback
@@ -20,10 +21,12 @@ from pathlib import Path
 import pytest
 
 from banger.contract import names
-from banger.images import ext4, publish, recipe
+from banger.images import bundle, ext4, flatten, publish, recipe
 from banger.images import records as image_records
+from banger.images.mkfs import filesystem
 from banger.kernels import catalog, elf
 from banger.kernels import records as kernel_records
+from tests.root import compared
 
 NOBODY = 65534
 ARCH = platform.machine()
@@ -127,6 +130,41 @@ def test_owners_and_modes_are_the_distributions(built: Path, path: str, mode: in
     found = ext4.find(rootfs, path)
     assert found is not None
     assert (found.mode, found.uid, found.gid) == (mode, 0, groups[group])
+
+
+@pytest.mark.timeout(600)
+def test_the_packages_arrive_exactly_as_tar_unpacks_them(built: Path, home: Path, tmp_path: Path) -> None:
+    """The archive that the image was built of, without the recipe's own edits."""
+    [archive] = (home / "cache/recipes").glob("debian-bookworm-*.tar")
+    layer = bundle.Layer(archive, bundle.Compression.NONE, "", archive.stat().st_size)
+    with filesystem.Filesystem(tmp_path / "ours.ext4") as fs:
+        flatten.flatten(fs, [layer])
+        fs.finish(headroom_bytes=1 << 20)
+    ext4.check(tmp_path / "ours.ext4")
+    (tmp_path / "theirs").mkdir()
+    unpack: list[str | Path] = ["tar", "-C", tmp_path / "theirs", "-xpf", archive, "--numeric-owner"]
+    unpack += ["--xattrs", "--xattrs-include=*"]
+    subprocess.run(unpack, check=True, timeout=120)
+    with compared.mounted(tmp_path / "ours.ext4", tmp_path / "mounted") as ours:
+        assert compared.differences(ours, tmp_path / "theirs") == []
+
+
+@pytest.mark.timeout(300)
+def test_the_smallest_recipe(home: Path) -> None:
+    images = image_records.Images(home / "small")
+    wanted = recipe.load("busybox")
+
+    def build() -> None:
+        publish.build(images, wanted, arch=ARCH, cache_dir=home / "cache", guest_binary=home / "guest")
+
+    as_nobody(home, build)
+    made = images.find("busybox")
+    rootfs = images.rootfs(made.id)
+    ext4.check(rootfs)
+    assert (made.has_init, made.stored_bytes < 8 << 20) == (False, True)
+    found = ext4.find(rootfs, "/bin/sh")
+    assert found is not None
+    assert stat.S_ISLNK(found.mode)
 
 
 @pytest.mark.timeout(600)
