@@ -7,6 +7,9 @@
 #include "config.h"
 #include "io.h"
 
+#define WORD_PREFIX "banger."
+#define INIT_WORD "banger.init=" /* init.c's */
+
 /* Copies text that must fit. */
 static int take_text(char *target, size_t size, const char *text) {
         size_t length = strlen(text);
@@ -82,21 +85,37 @@ int ip_config_parse(char *text, struct ip_config *ret) {
 void config_add_dns(struct config *config, const char *address) {
         if (*address == 0 || config->dns_count >= CONFIG_DNS_MAX)
                 return;
+        for (size_t i = 0; i < config->dns_count; i++)
+                if (strcmp(config->dns[i], address) == 0)
+                        return;
         if (take_address(config->dns[config->dns_count], address) == 0)
                 config->dns_count++;
 }
 
-static int take_mount(struct config *config, char *text) {
-        struct mount_config *mount = config->mounts + config->mount_count;
-        char *device = next_token(&text, ":"), *target = next_token(&text, ":"), *type = next_token(&text, ":");
+static size_t find_mount(const struct config *config, const char *target) {
+        size_t i = 0;
 
-        if (config->mount_count >= CONFIG_MOUNTS_MAX || !device || !target || !type || *text)
+        while (i < config->mount_count && strcmp(config->mounts[i].target, target) != 0)
+                i++;
+        return i;
+}
+
+static int take_mount(struct config *config, char *text) {
+        char *device = next_token(&text, ":"), *target = next_token(&text, ":"), *type = next_token(&text, ":");
+        struct mount_config mount;
+        size_t at;
+
+        if (!device || !target || !type || *text || *device != '/' || *target != '/')
                 return -EINVAL;
-        if (*device != '/' || *target != '/' || take_text(mount->device, sizeof mount->device, device) < 0 ||
-            take_text(mount->target, sizeof mount->target, target) < 0 ||
-            take_text(mount->type, sizeof mount->type, type) < 0)
+        if (take_text(mount.device, sizeof mount.device, device) < 0 ||
+            take_text(mount.target, sizeof mount.target, target) < 0 ||
+            take_text(mount.type, sizeof mount.type, type) < 0)
                 return -EINVAL;
-        config->mount_count++;
+        at = find_mount(config, target);
+        if (at >= CONFIG_MOUNTS_MAX)
+                return -EINVAL;
+        config->mounts[at] = mount;
+        config->mount_count += at == config->mount_count;
         return 0;
 }
 
@@ -137,16 +156,39 @@ int config_parse_line(struct config *config, char *line) {
         return -ENOENT;
 }
 
-void config_load(struct config *config, const char *path) {
+static void take_line(struct config *config, char *line) {
+        if (config_parse_line(config, line) < 0 && config->bad_lines++ == 0)
+                snprintf(config->first_bad, sizeof config->first_bad, "%s", line);
+}
+
+static void load_file(struct config *config, const char *path) {
         _cleanup_(lines_close) struct lines lines;
         char *line;
 
-        *config = (struct config) { 0 };
         if (lines_open(&lines, path) < 0)
                 return;
         while (lines_next(&lines, &line) > 0)
-                if (config_parse_line(config, line) < 0 && config->bad_lines++ == 0)
-                        snprintf(config->first_bad, sizeof config->first_bad, "%s", line);
+                take_line(config, line);
+}
+
+static void take_words(struct config *config, const struct cmdline *words) {
+        const size_t length = strlen(WORD_PREFIX);
+        char line[512];
+
+        for (size_t at = 0; at < words->size; at += strlen(words->text + at) + 1) {
+                const char *word = words->text + at;
+
+                if (strncmp(word, WORD_PREFIX, length) != 0 || strncmp(word, INIT_WORD, strlen(INIT_WORD)) == 0)
+                        continue;
+                snprintf(line, sizeof line, "%s", word + length);
+                take_line(config, line);
+        }
+}
+
+void config_load(struct config *config, const char *path, const struct cmdline *words) {
+        *config = (struct config) { 0 };
+        load_file(config, path);
+        take_words(config, words);
 }
 
 void cmdline_split(struct cmdline *cmdline) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* /.banger/config and the kernel command line. Parsing only. */
+/* What the host says: `banger.` words of the kernel command line, and before them /.banger/config. Parsing only. */
 #pragma once
 
 #include <stdbool.h>
@@ -37,10 +37,6 @@ struct config {
 /* Changes the text; -EINVAL when a part cannot be what it should be. */
 int ip_config_parse(char *text, struct ip_config *ret);
 
-int config_parse_line(struct config *config, char *line);
-void config_load(struct config *config, const char *path);
-void config_add_dns(struct config *config, const char *address);
-
 /* The kernel command line, cut into words. */
 struct cmdline {
         size_t size;
@@ -53,3 +49,8 @@ void cmdline_split(struct cmdline *cmdline);
 /* The value of the last name=, "" for a bare name, NULL when absent. */
 const char *cmdline_value(const struct cmdline *cmdline, const char *name);
 bool cmdline_read_only(const struct cmdline *cmdline);
+
+int config_parse_line(struct config *config, char *line);
+/* The file's lines, then each `banger.key=value` of the words, which win. */
+void config_load(struct config *config, const char *path, const struct cmdline *words);
+void config_add_dns(struct config *config, const char *address);

@@ -14,6 +14,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static void read_cmdline(const char *text, size_t size) {
         static struct cmdline cmdline;
+        static struct config config;
 
         cmdline.size = min_size(size, sizeof cmdline.text - 1);
         memcpy(cmdline.text, text, cmdline.size);
@@ -21,6 +22,9 @@ static void read_cmdline(const char *text, size_t size) {
         cmdline_split(&cmdline);
         (void) cmdline_value(&cmdline, "ip");
         (void) cmdline_read_only(&cmdline);
+        config_load(&config, "/dev/null", &cmdline);
+        if (config.mount_count > CONFIG_MOUNTS_MAX || config.dns_count > CONFIG_DNS_MAX)
+                abort();
 }
 
 static void read_port(char *text) {
@@ -46,7 +50,7 @@ static void read_file_of(const uint8_t *data, size_t size) {
         if (fd < 0 || write_all(fd, data, size) < 0)
                 abort();
         snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        config_load(&config, path);
+        config_load(&config, path, &(struct cmdline) { 0 });
         if (user_lookup(path, path, "root", &user) < 0)
                 abort();
         (void) user_lookup(path, path, "a:b", &user);

@@ -65,9 +65,11 @@ static void add_load(struct builder *builder) {
 }
 
 static void add_failed_mounts(struct builder *builder) {
+        struct cmdline words;
         struct config config;
 
-        config_load(&config, CONFIG_PATH);
+        cmdline_load(&words);
+        config_load(&config, CONFIG_PATH, &words);
         for (size_t i = 0; i < config.mount_count; i++)
                 if (!is_mount_point(config.mounts[i].target))
                         builder_string(builder, TAG_FAILED_MOUNT, config.mounts[i].target);

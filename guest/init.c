@@ -20,6 +20,7 @@
 #include "systemd.h"
 
 #define OWN_PROGRAM "/.banger/guest"
+#define HOSTNAME "/etc/hostname"
 #define NOTIFY_SOCKET "/run/banger-notify"
 /* At the end systemd kills all but those named with an '@': systemd.io/ROOT_STORAGE_DAEMONS. */
 #define AGENT_NAME "@banger-guest"
@@ -86,16 +87,29 @@ static void take_ip_of_kernel(struct config *config, const struct cmdline *words
         config->ip_given = ip_config_parse(text, &config->ip) >= 0;
 }
 
+/* An image's own init takes the name from the file. What is there in its place is replaced, never followed. */
+static void set_hostname(const char *name) {
+        char line[80];
+
+        if (sethostname(name, strlen(name)) < 0)
+                log_line(LEVEL_WARNING, "cannot set the host name: %s", strerror(errno));
+        snprintf(line, sizeof line, "%s\n", name);
+        (void) mkdir("/etc", 0755);
+        (void) unlink(HOSTNAME);
+        if (write_file(HOSTNAME, line, O_CREAT | O_EXCL) < 0 && errno != EROFS)
+                log_line(LEVEL_WARNING, "cannot write " HOSTNAME ": %s", strerror(errno));
+}
+
 static void set_up(const struct cmdline *words) {
         static struct config config;
 
-        config_load(&config, CONFIG_PATH);
+        config_load(&config, CONFIG_PATH, words);
         if (config.bad_lines > 0)
-                log_line(LEVEL_WARNING, "%u lines of %s mean nothing to me, the first: %s", config.bad_lines,
-                         CONFIG_PATH, config.first_bad);
+                log_line(LEVEL_WARNING, "%u lines of my configuration mean nothing to me, the first: %s",
+                         config.bad_lines, config.first_bad);
         take_ip_of_kernel(&config, words);
-        if (*config.hostname && sethostname(config.hostname, strlen(config.hostname)) < 0)
-                log_line(LEVEL_WARNING, "cannot set the host name: %s", strerror(errno));
+        if (*config.hostname)
+                set_hostname(config.hostname);
         for (size_t i = 0; i < config.mount_count; i++)
                 mount_drive(&config.mounts[i]);
         net_loopback_up();

@@ -57,7 +57,7 @@ def paths(short_path: Path) -> config.Paths:
     for directory in (state / "images" / IMAGE_ID, state / "kernels" / KERNEL_ID, helper / "logs"):
         directory.mkdir(parents=True)
     common = {"name": "tiny", "arch": "x86_64", "source": "test", "created_at": "2026-01-01T00:00:00Z"}
-    image = {"id": IMAGE_ID, "size_bytes": 1 << 20, "stored_bytes": 0, "guest_sha256": "0" * 64}
+    image = {"id": IMAGE_ID, "size_bytes": 1 << 20, "stored_bytes": 0, "guest_sha256": "1" * 64}
     kernel = {"id": KERNEL_ID, "version": "1", "kind": "direct", "vmlinux_sha256": "0" * 64}
     (state / "images" / IMAGE_ID / "image.json").write_text(
         json.dumps({**common, **image, "has_init": True, "kernel": "tiny"})

@@ -105,7 +105,7 @@ def start(sources: Sources) -> list[Request]:
         EnsureBridge(),
         CreateSnapshot(vm_id=VM, slot=SLOT, image_id=sources.image),
         CheckSnapshot(vm_id=VM, slot=SLOT),
-        PatchRoot(vm_id=VM, slot=SLOT, hostname="case", inject_guest=True),
+        PatchRoot(vm_id=VM, slot=SLOT),
         AttachWorkDisk(vm_id=VM, slot=SLOT),
         SetGuestRules(vm_id=VM, slot=SLOT, nat=True),
         CreateTap(vm_id=VM, slot=SLOT),
@@ -233,7 +233,7 @@ def _disks(sources: Sources) -> Iterator[Case]:
         "no snapshot to check or to patch",
         (
             refused("not_found", CheckSnapshot(vm_id=VM, slot=SLOT)),
-            refused("not_found", PatchRoot(vm_id=VM, slot=SLOT, hostname="case")),
+            refused("not_found", PatchRoot(vm_id=VM, slot=SLOT)),
             sees(**_NOTHING),
         ),
     )

@@ -63,6 +63,17 @@ async def test_a_start_runs_the_nineteen_steps_in_their_order(daemon: conftest.D
     assert [name for name in ran if name not in CAPABILITIES] == STEPS
 
 
+@pytest.mark.parametrize(("has_our_guest", "patched"), [(False, 1), (True, 0)])
+async def test_only_an_image_with_another_guest_binary_is_patched(
+    daemon: conftest.Daemon, has_our_guest: bool, patched: int
+) -> None:
+    if has_our_guest:
+        about = daemon.paths.state / "images" / conftest.IMAGE_ID / "image.json"
+        about.write_text(about.read_text().replace("1" * 64, "0" * 64))
+    await daemon.create()
+    assert daemon.world.asked(privileged.PatchRoot) == patched
+
+
 async def test_a_client_sees_the_stages_once_each_in_their_order(daemon: conftest.Daemon) -> None:
     operation = await daemon.create()
     events = [event async for event in daemon.services.operations.events(operation.id)]

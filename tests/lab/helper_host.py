@@ -153,16 +153,12 @@ def launch_request(vm_id: str, slot: int, **changes: object) -> privileged.Launc
 
 def start_requests(vm_id: str, slot: int) -> list[privileged.Request[Any]]:
     """What the pipeline asks for a start, in its order."""
-    address = f"10.213.240.{1 + slot}::10.213.240.1:255.255.240.0:vm{slot}:eth0:off"
-    patch = privileged.PatchRoot(
-        vm_id=vm_id, slot=slot, hostname=f"vm{slot}", ip_arg=address, inject_guest=True
-    )
     requests: list[privileged.Request[Any]] = [
         privileged.TearDown(vm_id=vm_id),
         privileged.EnsureBridge(),
         privileged.CreateSnapshot(vm_id=vm_id, slot=slot, image_id=IMAGE),
         privileged.CheckSnapshot(vm_id=vm_id, slot=slot),
-        patch,
+        privileged.PatchRoot(vm_id=vm_id, slot=slot),
         privileged.AttachWorkDisk(vm_id=vm_id, slot=slot),
         privileged.CreateTap(vm_id=vm_id, slot=slot),
         privileged.PrepareJail(vm_id=vm_id, slot=slot),

@@ -26,7 +26,6 @@ PROTOCOL_VERSION: Final = 1
 Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
 Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
 OpId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z-]{0,40}$(?!\n)")]
-Hostname = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 BootArgs = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$(?!\n)", max_length=1900)]
 PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
 Ipv4 = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$(?!\n)")]
@@ -166,18 +165,10 @@ class CheckSnapshot(Request[Check], tag="check_snapshot", frozen=True):
 
 
 class PatchRoot(Request[Done], tag="patch_root", frozen=True):
-    """Writes into the snapshot's ext4 what a start needs: hostname, guest configuration, guest binary."""
+    """Writes the guest binary of this installation into the snapshot's ext4."""
 
     vm_id: Id
     slot: Slot
-    hostname: Hostname
-    ip_arg: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-z.:-]{0,160}$(?!\n)")] = ""
-    """The kernel's `ip=` value, for guests that read it from the configuration file; may be empty."""
-    dns: tuple[Ipv4, ...] = ()
-    work_disk: bool = True
-    """The second drive is mounted at /root."""
-    inject_guest: bool = False
-    """Also write the guest binary (the image carries another version, or none)."""
 
 
 class DeleteSnapshot(Request[Done], tag="delete_snapshot", frozen=True):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final
 
 from banger.contract import errors, names, privileged
 from banger.helper import filesystem, program
@@ -19,74 +19,54 @@ _EXT2_SUPER_MAGIC: Final = 0xEF53
 _EXT2_VALID_FS: Final = 1
 _INCOMPAT_RECOVER: Final = 0x4
 _RO_COMPAT_ORPHAN_PRESENT: Final = 0x10000
-_DIRECTORIES: Final = (names.GUEST_DIR, "/etc")
-
-
-class _File(NamedTuple):
-    mode: int
-    data: bytes
 
 
 def patch(policy: policies.Policy, request: privileged.PatchRoot, device: int, uid: int) -> None:
-    """Writes hostname, guest configuration and, if asked, the guest binary; each is read back.
-
-    An image that has our binary has the directories too. Only else are they looked for first, as that is a
-    program more on the way to a boot, and debugfs damages the file system when it makes one that is there.
-    """
-    files = {
-        f"{names.GUEST_DIR}/config": _File(0o644, _guest_config(request)),
-        "/etc/hostname": _File(0o644, f"{request.hostname}\n".encode()),
-    }
-    if request.inject_guest:
-        with open(policies.open_root_owned(policy.guest), "rb") as binary:
-            files[names.GUEST_BINARY] = _File(0o755, binary.read())
+    """Writes the guest binary, and reads it back."""
+    with open(policies.open_root_owned(policy.guest), "rb") as file:
+        binary = file.read()
     node = filesystem.open_node(policy, device, uid)
     try:
-        failed = "not tried" if request.inject_guest else _write(node, uid, files, missing=())
-        if failed:
-            failed = _write(node, uid, files, missing=_missing_directories(node, uid))
+        failed = _write(node, uid, binary)
     finally:
         os.close(node)
     if failed:
-        raise errors.OperationFailedError(f"could not write {failed} into the root disk", vm=request.vm_id)
+        raise errors.OperationFailedError(
+            f"could not write {names.GUEST_BINARY} into the root disk: {failed}", vm=request.vm_id
+        )
     _flush(policy, device)
 
 
-def _write(node: int, uid: int, files: Mapping[str, _File], *, missing: Sequence[str]) -> str:
-    """Empty when all is written; debugfs exits 0 always, so only what it reads back counts."""
-    sources: list[int] = []
-    lines = [f"mkdir {directory}" for directory in missing]
+def _write(node: int, uid: int, binary: bytes) -> str:
+    """Empty when it is written; debugfs exits 0 always, so only what it reads back counts."""
+    source = _memory(binary)
     try:
-        for path, file in files.items():
-            sources.append(_memory(file.data))
-            lines += _write_commands(path, file.mode, sources[-1])
-        ended = _debugfs(node, uid, lines, sources, ["-w"])
+        lines = _write_commands(source, make_directory=_lacks_directory(node, uid))
+        ended = _debugfs(node, uid, lines, [source], ["-w"])
     finally:
-        for fd in sources:
-            os.close(fd)
-    for path, file in files.items():
-        if ended.status != 0 or f"debugfs: cat {path}\n".encode() + file.data not in ended.output:
-            return f"{path}: {_complaint(ended.output)}"
+        os.close(source)
+    if ended.status != 0 or f"debugfs: cat {names.GUEST_BINARY}\n".encode() + binary not in ended.output:
+        return _complaint(ended.output)
     return ""
 
 
-def _write_commands(path: str, mode: int, source: int) -> list[str]:
-    directory, name = path.rsplit("/", 1)
+def _write_commands(source: int, *, make_directory: bool) -> list[str]:
+    directory, name = names.GUEST_BINARY.rsplit("/", 1)
     return [
-        f"rm {path}",
+        *([f"mkdir {directory}"] if make_directory else []),
+        f"rm {names.GUEST_BINARY}",
         f"cd {directory}",
         f"write /proc/self/fd/{source} {name}",
-        f"sif {path} mode 0{0o100000 | mode:o}",
-        f"sif {path} uid 0",
-        f"sif {path} gid 0",
-        f"cat {path}",
+        f"sif {names.GUEST_BINARY} mode 0100755",
+        f"sif {names.GUEST_BINARY} uid 0",
+        f"sif {names.GUEST_BINARY} gid 0",
+        f"cat {names.GUEST_BINARY}",
     ]
 
 
-def _missing_directories(node: int, uid: int) -> list[str]:
-    ended = _debugfs(node, uid, [f"stat {directory}" for directory in _DIRECTORIES], [], [])
-    answers = ended.output.split(b"debugfs: stat ")[1:]
-    return [name for name, said in zip(_DIRECTORIES, answers, strict=False) if b"File not found" in said]
+def _lacks_directory(node: int, uid: int) -> bool:
+    """Looked for first: debugfs damages the file system when it makes a directory that is there."""
+    return b"File not found" in _debugfs(node, uid, [f"stat {names.GUEST_DIR}"], [], []).output
 
 
 def _debugfs(
@@ -99,16 +79,6 @@ def _debugfs(
         return program.run("debugfs", arguments, uid=uid, fds=fds, deadline_s=PATCH_DEADLINE_S)
     finally:
         os.close(script)
-
-
-def _guest_config(request: privileged.PatchRoot) -> bytes:
-    lines = [f"hostname={request.hostname}"]
-    if request.ip_arg:
-        lines.append(f"ip={request.ip_arg}")
-    lines += [f"dns={address}" for address in request.dns]
-    if request.work_disk:
-        lines.append("mount=/dev/vdb:/root:ext4")
-    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _complaint(output: bytes) -> str:

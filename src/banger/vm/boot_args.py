@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from typing import Final
 
 from banger.contract import names
@@ -22,6 +23,7 @@ _COMMON: Final = (
     "root=/dev/vda",
     "rw",
 )
+_WORK_DISK: Final = "/dev/vdb:/root:ext4"
 
 
 def ip_argument(
@@ -36,7 +38,21 @@ def ip_argument(
     return ":".join(fields)
 
 
-def compose(*, has_initrd: bool, ip: str) -> str:
-    """Direct boot gets `ip=`; with an initrd the network driver is a module, and `ip=` would stall."""
-    direct = (f"ip={ip}",) if ip and not has_initrd else ()
-    return " ".join((*_COMMON, *direct, f"init={names.GUEST_BINARY}"))
+def compose(*, has_initrd: bool, ip: str, guest: Sequence[str] = ()) -> str:
+    """Direct boot gets `ip=`; with an initrd the network driver is a module, and `ip=` would stall.
+
+    `guest` are words for our own init, which takes the address from one of them when the kernel cannot.
+    """
+    if not ip:
+        address: tuple[str, ...] = ()
+    elif has_initrd:
+        address = (f"banger.ip={ip}",)
+    else:
+        address = (f"ip={ip}",)
+    return " ".join((*_COMMON, *address, *guest, f"init={names.GUEST_BINARY}"))
+
+
+def guest_words(name: names.VmName, dns: Sequence[str], *, work_disk: bool) -> tuple[str, ...]:
+    """What the guest's init is told beyond its address: guest/README.md, Configuration."""
+    mount = (f"banger.mount={_WORK_DISK}",) if work_disk else ()
+    return (f"banger.hostname={name}", *(f"banger.dns={address}" for address in dns), *mount)

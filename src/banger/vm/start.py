@@ -64,7 +64,7 @@ class Start:
                 "dm_snapshot", self._make_snapshot, self._delete_snapshot, rootfs, "joining base and overlay"
             ),
             step("fsck_snapshot", self._check_snapshot),
-            step("patch_root_overlay", self._patch_root, None, rootfs, "writing the guest's configuration"),
+            step("patch_root_overlay", self._patch_root, None, rootfs, "looking at the guest binary"),
             step("prepare_host_features", self._prepare, self._clean_up, features, "making the work disk"),
             step("tap", self._make_tap, self._delete_tap),
             step("metrics_file", self._make_jail, self._delete_jail),
@@ -143,18 +143,9 @@ class Start:
             await self._host.privileged(privileged.CheckSnapshot(vm_id=self._vm.id, slot=self._vm.slot))
 
     async def _patch_root(self) -> None:
-        vm, host = self._vm, self._host
-        await host.privileged(
-            privileged.PatchRoot(
-                vm_id=vm.id,
-                slot=vm.slot,
-                hostname=vm.name,
-                ip_arg=self._ip_argument(),
-                dns=host.dns,
-                work_disk=True,
-                inject_guest=self._files.guest_sha256 != host.guest_sha256,
-            )
-        )
+        """All else that a guest must know is in its kernel's command line: nothing to write is quickest."""
+        if self._files.guest_sha256 != self._host.guest_sha256:
+            await self._host.privileged(privileged.PatchRoot(vm_id=self._vm.id, slot=self._vm.slot))
 
     # --- host features ---
 
@@ -195,7 +186,7 @@ class Start:
                 initrd=self._files.has_initrd,
                 vcpus=vm.vcpus,
                 memory_mib=vm.memory_mib,
-                boot_args=boot_args.compose(has_initrd=self._files.has_initrd, ip=self._ip_argument()),
+                boot_args=self._boot_args(),
                 work_disk=True,
                 tap=vm.network,
             )
@@ -229,6 +220,14 @@ class Start:
     async def _persist(self) -> None:
         if self.started is not None:
             self._host.records.save(self.started)
+
+    def _boot_args(self) -> str:
+        words = boot_args.guest_words(self._vm.name, self._host.dns, work_disk=True)
+        return boot_args.compose(
+            has_initrd=self._files.has_initrd,
+            ip=self._ip_argument(),
+            guest=words,
+        )
 
     def _ip_argument(self) -> str:
         if not self._vm.network:
