@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds the guest binary and the console keeper, static, for every architecture, with `zig cc`.
+"""Builds the guest binary and the programs of the host, static, for every architecture, with `zig cc`.
 
 Run by hatchling when it builds the wheel, and by make; what is up to date is left. The tests also have the
 agent and the fuzz targets built for this machine by clang, with its sanitizers.
@@ -18,8 +18,8 @@ SOURCES = Path(__file__).resolve().parent
 TREE = SOURCES.parent
 OUTPUT = TREE / "src" / "banger" / "_guest"
 ARCHITECTURES = ("x86_64", "aarch64")
-# Its own program on the host; all other sources make the guest binary.
-CONSOLE = "console.c"
+# Each a program of the host's; all other sources make the guest binary.
+HOST_PROGRAMS = ("console.c", "enter.c")
 NOT_SHIPPED = ("fuzz",)
 LANGUAGE = ("-std=c11", "-D_GNU_SOURCE")
 WARNINGS = (
@@ -62,8 +62,8 @@ def programs() -> dict[str, list[Path]]:
     """Each program with its sources."""
     sources = sorted(path for path in SOURCES.glob("*.c") if not path.stem.startswith(NOT_SHIPPED))
     return {
-        "banger-guest": [path for path in sources if path.name != CONSOLE],
-        "banger-console": [SOURCES / CONSOLE],
+        "banger-guest": [path for path in sources if path.name not in HOST_PROGRAMS],
+        **{f"banger-{Path(name).stem}": [SOURCES / name] for name in HOST_PROGRAMS},
     }
 
 

@@ -62,9 +62,15 @@ def delete(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> No
         os.rmdir(path)
 
 
-def adopt_console(policy: policies.Policy, pid: int) -> None:
+def open_procs(policy: policies.Policy, vm_id: names.VmId) -> int:
+    """A descriptor through which a process enters the VM's cgroup."""
+    return os.open(f"{_path(policy, vm_id)}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def open_console_procs(policy: policies.Policy) -> int:
     """The log writer outlives us as the VMM does, but is not the VMM: it has a cgroup elsewhere."""
-    _write(f"{policy.cgroup_mount}/{names.CGROUP_PARENT}/{CONSOLES}/cgroup.procs", str(pid))
+    path = f"{policy.cgroup_mount}/{names.CGROUP_PARENT}/{CONSOLES}/cgroup.procs"
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def processes(policy: policies.Policy, vm_id: str) -> dict[int, int]:

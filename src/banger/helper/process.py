@@ -13,13 +13,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from typing import Final, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, NoReturn
 
 import msgspec
 
 from banger.contract import errors, names, privileged
-from banger.helper import cgroup, filesystem, network, program, storage
+from banger.helper import cgroup, filesystem, network, storage
 from banger.helper import policy as policies
 from banger.helper.linux import netlink, pidfd
 
@@ -78,9 +78,14 @@ def launch(policy: policies.Policy, request: privileged.LaunchVmm) -> privileged
         on_failure = undo.enter_context(contextlib.ExitStack())
         on_failure.callback(_end, policy, vm_id)
         cgroup.create(policy, vm_id, vcpus=request.vcpus, memory_mib=request.memory_mib)
-        output = _start_console(policy, vm_id, root, uid)
-        _run_jailer(policy, vm_id, uid, output, deadline)
+        with _streams(policy, vm_id, root) as streams:
+            jailer = _start_jailer(policy, vm_id, uid, streams.output)
+            undo.callback(_reap, jailer)
+            _start_console(policy, vm_id, uid, streams)
+        _await_jailer(policy, vm_id, jailer, deadline)
         vmm = _await_vmm(policy, vm_id, root, deadline)
+        if _consoles[vm_id].poll() is not None:
+            raise errors.OperationFailedError(f"the log writer of VM {vm_id} ended at once", vm=vm_id)
         on_failure.pop_all()
         return vmm
 
@@ -135,82 +140,96 @@ def _configuration(request: privileged.LaunchVmm) -> dict[str, object]:
     }
 
 
-def _start_console(policy: policies.Policy, vm_id: names.VmId, root: int, uid: int) -> int:
-    """Starts the program that keeps the logs bounded; returns the pipe that becomes the VMM's output.
+class _Streams(NamedTuple):
+    """What the VMM writes to, and the log writer's descriptors: source, file and predecessor of each log."""
 
-    It runs as the VM's uid with these descriptors alone, and ends when the VMM has let go of the pipe.
-    """
+    output: int
+    logs: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def _streams(policy: policies.Policy, vm_id: names.VmId, root: int) -> Iterator[_Streams]:
+    """Open for as long as it takes to start both: the writer ends when nobody holds the VMM's output."""
     directory = filesystem.logs(policy, vm_id)
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    fds = [read_end]
-    try:
+    with contextlib.ExitStack() as opened:
+
+        def held(fd: int) -> int:
+            opened.callback(os.close, fd)
+            return fd
+
+        source, output = map(held, os.pipe2(os.O_CLOEXEC))
+        logs: list[int] = []
         for name in filesystem.LOGS:
             if name != "console":
                 flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-                fds.append(os.open(f"{name}.log", flags, dir_fd=root))
-            fds.append(filesystem.open_log(policy, f"{directory}/{name}.log"))
-            fds.append(filesystem.open_log(policy, f"{directory}/{name}.log.1"))
-        os.close(policies.open_root_owned(policy.console))
-        streams = [":".join(str(fd) for fd in fds[at : at + 3]) for at in range(0, len(fds), 3)]
-        argv = [policy.console, str(LOG_LIMIT_BYTES), *streams]
-        _await_console(vm_id, deadline_s=0)
-        _consoles[vm_id] = program.start(argv, uid=uid, fds=fds, output=subprocess.DEVNULL)
-        cgroup.adopt_console(policy, _consoles[vm_id].pid)
-    except BaseException:
-        os.close(write_end)
-        raise
-    finally:
-        for fd in fds:
-            os.close(fd)
-    return write_end
+                source = held(os.open(f"{name}.log", flags, dir_fd=root))
+            logs.append(source)
+            logs += [held(filesystem.open_log(policy, f"{directory}/{name}.log{end}")) for end in ("", ".1")]
+        yield _Streams(output, tuple(logs))
 
 
-def _run_jailer(policy: policies.Policy, vm_id: names.VmId, uid: int, output: int, deadline: float) -> None:
-    """Returns when the jailer's first process has ended, once the VMM's exists. Closes `output`."""
-    argv = [
-        policy.jailer,
-        "--id",
-        vm_id,
-        "--exec-file",
-        policy.firecracker,
-        "--uid",
-        str(uid),
-        "--gid",
-        str(uid),
-    ]
-    argv += ["--chroot-base-dir", policy.jails, "--new-pid-ns", "--cgroup-version", "2"]
-    argv += ["--parent-cgroup", names.cgroup_path(vm_id)]
+def _start_console(policy: policies.Policy, vm_id: names.VmId, uid: int, streams: _Streams) -> None:
+    """Starts the program that keeps the logs bounded, as the VM's uid with these descriptors alone."""
+    os.close(policies.open_root_owned(policy.console))
+    groups = [":".join(map(str, streams.logs[at : at + 3])) for at in range(0, len(streams.logs), 3)]
+    argv = [policy.console, str(LOG_LIMIT_BYTES), *groups]
+    _await_console(vm_id, deadline_s=0)
+    procs = cgroup.open_console_procs(policy)
+    _consoles[vm_id] = _enter(policy, procs, argv, uid=uid, fds=streams.logs, output=subprocess.DEVNULL)
+
+
+def _start_jailer(
+    policy: policies.Policy, vm_id: names.VmId, uid: int, output: int
+) -> subprocess.Popen[bytes]:
+    """In the VM's cgroup already: the jailer's own way there costs it half of its time."""
+    argv = [policy.jailer, "--id", vm_id, "--exec-file", policy.firecracker, "--new-pid-ns"]
+    argv += ["--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", policy.jails]
     # No file in the jail grows but the jailer's pidfile: logs are pipes, disks are block devices.
-    argv += [
-        "--resource-limit",
-        "fsize=4096",
-        "--",
-        "--config-file",
-        "/vm.json",
-        "--api-sock",
-        "/run/api.sock",
-    ]
+    argv += ["--resource-limit", "fsize=4096"]
+    argv += ["--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
+    return _enter(policy, cgroup.open_procs(policy, vm_id), argv, uid=0, fds=(), output=output)
+
+
+def _enter(
+    policy: policies.Policy, procs: int, argv: list[str], *, uid: int, fds: Sequence[int], output: int
+) -> subprocess.Popen[bytes]:
+    """Starts a program of ours in the cgroup that `procs` leads to, and closes that.
+
+    A user for Popen would have it fork this whole process; without one it borrows its memory (vfork).
+    """
     try:
-        process = subprocess.Popen(
-            argv,
+        os.close(policies.open_root_owned(policy.enter))
+        return subprocess.Popen(
+            [policy.enter, str(procs), str(uid), *argv],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            pass_fds=[procs, *fds],
             env={},
             cwd="/",
             start_new_session=True,
         )
     finally:
-        os.close(output)  # the log writer ends when nobody holds it
-    held = os.pidfd_open(process.pid)
+        os.close(procs)
+
+
+def _await_jailer(
+    policy: policies.Policy, vm_id: names.VmId, jailer: subprocess.Popen[bytes], deadline: float
+) -> None:
+    """Returns when the jailer's first process has ended, once the VMM's exists."""
+    held = os.pidfd_open(jailer.pid)
     try:
         pidfd.wait(held, deadline=deadline)
     finally:
-        if process.poll() is None:
-            process.kill()
         os.close(held)
-    if process.wait() != 0:
+    if jailer.poll() != 0:
         _fail_launch(policy, vm_id, "the jailer failed")
+
+
+def _reap(jailer: subprocess.Popen[bytes]) -> None:
+    if jailer.poll() is None:
+        jailer.kill()
+        jailer.wait()
 
 
 def _await_vmm(policy: policies.Policy, vm_id: names.VmId, root: int, deadline: float) -> privileged.Vmm:
