@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab import cache, errors, image, qemu
 
-KEPT_LAYERS = 6
+KEPT_LAYERS = 8
 DISK = "disk.qcow2"
 STATE = "state"
 RECORD = "layer.json"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Installs banger in a lab the way a user does: a root-owned venv from hashed wheels, then `system install`.
 
-The result is kept as a layer, keyed by everything that went into it.
+The result is kept as two layers, each keyed by everything that went into it: the pinned wheels, which change
+seldom and take long, and banger on them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import pwd
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ VENV = "/usr/local/lib/banger"
 OWNER = "dev"
 IMAGE = "debian-bookworm"
 KERNELS = ("generic-6.12", "debian-6.1")
+PIP = (f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index")
 INSTALL_LIMIT_S = 600
 
 
@@ -66,24 +68,56 @@ def _link_or_copy(source: str, target: str) -> None:
 def installed(name: str, *, detached: bool = False, root: Path | None = None) -> session.Lab:
     """Bring up a lab with banger installed, its kernels imported and its default image registered.
 
-    Installs into a fresh lab on the first call for this content, and starts from the kept layer after that.
+    Installs on the first call for this content, and starts from the kept layer after that.
     """
     root = root or cache.default_root()
     parcel = bundle(root)
     try:
-        machine = layer.signature(qemu.Hardware())
-        key = cache.key_of(["installed", parcel.path.name, image.recipe_key(), machine])
-        with layer.making(root, key):
-            found = layer.find(root, key)
-            if found is None:
-                with session.Lab.up(f"installing-{os.getpid()}", artefacts=parcel.path, root=root) as lab:
-                    install(lab, Path("/artefacts"))
-                    lab.commit(key)
-            else:
-                found.close()
+        key = _key("installed", parcel.path.name)
+        _ensure(root, key, parcel.path, lambda: _wheels_layer(root, parcel.path), install_banger)
         return session.Lab.up(name, layer_key=key, artefacts=parcel.path, detached=detached, root=root)
     finally:
         parcel.close()
+
+
+def prepared(name: str, *, root: Path | None = None) -> session.Lab:
+    """Bring up a lab that has banger's virtual environment, with all that banger needs, but not banger."""
+    root = root or cache.default_root()
+    parcel = bundle(root)
+    try:
+        key = _wheels_layer(root, parcel.path)
+        return session.Lab.up(name, layer_key=key, artefacts=parcel.path, root=root)
+    finally:
+        parcel.close()
+
+
+def _wheels_layer(root: Path, parcel: Path) -> str:
+    key = _key("wheels", wheels.REQUIREMENTS.read_bytes())
+    _ensure(root, key, parcel, lambda: None, install_wheels)
+    return key
+
+
+def _key(*content: str | bytes) -> str:
+    return cache.key_of([*content, image.recipe_key(), layer.signature(qemu.Hardware())])
+
+
+def _ensure(
+    root: Path,
+    key: str,
+    parcel: Path,
+    below: Callable[[], str | None],
+    install_into: Callable[[session.Lab, Path], None],
+) -> None:
+    """Makes the layer unless it is there, from the one below it, which is asked for only then."""
+    with layer.making(root, key):
+        found = layer.find(root, key)
+        if found is not None:
+            found.close()
+            return
+        place, base = f"installing-{os.getpid()}", below()
+        with session.Lab.up(place, layer_key=base, artefacts=parcel, root=root) as lab:
+            install_into(lab, Path("/artefacts"))
+            lab.commit(key)
 
 
 class Machine(Protocol):
@@ -113,16 +147,20 @@ def as_user(argv: Sequence[str], user: str) -> list[str]:
 
 def install(machine: Machine, parcel: Path, owner: str = OWNER) -> None:
     """The commands of README.md's installation, with the parcel's files instead of a registry's."""
-    pip = [f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index"]
-    wheels_at = f"{parcel}/wheels"
-    runtime = [f"--{tool}={parcel}/runtime/{tool}" for tool in ("firecracker", "jailer")]
+    install_wheels(machine, parcel)
+    install_banger(machine, parcel, owner)
+
+
+def install_wheels(machine: Machine, parcel: Path) -> None:
     _step(machine, "making the virtual environment", ["python3", "-m", "venv", VENV])
-    _step(
-        machine,
-        "installing the pinned wheels",
-        [*pip, "--require-hashes", "--find-links", wheels_at, "-r", f"{parcel}/requirements.txt"],
-    )
-    _step(machine, "installing banger", [*pip, "--no-deps", "--find-links", f"{parcel}/dist", "banger"])
+    wheels_at = ["--find-links", f"{parcel}/wheels", "-r", f"{parcel}/requirements.txt"]
+    _step(machine, "installing the pinned wheels", [*PIP, "--require-hashes", *wheels_at])
+
+
+def install_banger(machine: Machine, parcel: Path, owner: str = OWNER) -> None:
+    """Into a virtual environment that has the pinned wheels."""
+    runtime = [f"--{tool}={parcel}/runtime/{tool}" for tool in ("firecracker", "jailer")]
+    _step(machine, "installing banger", [*PIP, "--no-deps", "--find-links", f"{parcel}/dist", "banger"])
     _step(
         machine,
         "banger system install",

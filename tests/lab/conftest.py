@@ -73,6 +73,15 @@ def fresh_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[La
         yield lab
 
 
+@pytest.fixture
+def prepared_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
+    """A host of the test's own with the wheels that banger needs, in the place where banger will be."""
+    from lab import provision
+
+    with provision.prepared(new_name("prepared")) as lab:
+        yield lab
+
+
 @pytest.fixture(scope="session")
 def installed_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
     """A host with banger, both kernels and the default image; shared, so clean up what you make."""
