@@ -12,12 +12,12 @@ from lab import provision
 from lab.session import Lab
 from tests.lab import user
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(600, func_only=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def web(installed_host: Lab) -> Iterator[Lab]:
-    """The installed host with a VM named web running."""
+    """The installed host with a VM named web running, for all tests here: its boot takes the longest."""
     user.banger(installed_host, "vm", "create", "web", "--memory", "256M", "--disk-size", "256M")
     yield installed_host
     user.banger(installed_host, "vm", "delete", "web", check=False)
@@ -66,16 +66,6 @@ def test_what_was_written_just_before_stop_is_there_after_start(web: Lab) -> Non
     assert user.shown(web, "web")["boot_id"] != first
 
 
-def test_kill_and_delete_leave_nothing(web: Lab) -> None:
-    user.banger(web, "vm", "kill", "web")
-    assert user.leftovers(web) == ""
-    user.banger(web, "vm", "delete", "web")
-    assert web.run(["sh", "-c", "ls /var/lib/banger/vms /var/lib/banger-root/logs"]).text.split() == [
-        "/var/lib/banger-root/logs:",
-        "/var/lib/banger/vms:",
-    ]
-
-
 def test_a_guest_killed_by_a_signal_gives_128_and_its_number(web: Lab) -> None:
     result = user.banger(web, "vm", "exec", "web", "--", "sh", "-c", "kill -KILL $$", check=False)
     assert result.status == 137
@@ -87,3 +77,14 @@ def test_another_user_is_refused_by_both_services(installed_host: Lab) -> None:
         connect = f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})"
         result = installed_host.run(["python3", "-c", connect], user="stranger", check=False)
         assert "PermissionError" in result.error_text, path
+
+
+def test_kill_and_delete_leave_nothing(web: Lab) -> None:
+    """The last one: no VM is left."""
+    user.banger(web, "vm", "kill", "web")
+    assert user.leftovers(web) == ""
+    user.banger(web, "vm", "delete", "web")
+    assert web.run(["sh", "-c", "ls /var/lib/banger/vms /var/lib/banger-root/logs"]).text.split() == [
+        "/var/lib/banger-root/logs:",
+        "/var/lib/banger/vms:",
+    ]
