@@ -27,7 +27,8 @@ _CONNECT_PORT_S: Final = 15.0
 _STALL_S: Final = 60.0
 """How long a file transfer may stand still."""
 _MAX_LISTENERS: Final = 4096
-_CONNECT_S: Final = 5.0
+_CONNECT_S: Final = 20.0
+"""Firecracker answers a connection at once, and the agent when it comes to it: a busy host needs seconds."""
 _SUN_PATH_BYTES: Final = 107
 _ACCEPTED: Final = b"OK "
 _LINE_BYTES: Final = 64
