@@ -14,9 +14,12 @@ import pytest
 from banger import guest_binary
 
 UID = 2_100_000_001
-LOOK = (
-    "id -u; id -g; id -G; grep CapEff /proc/self/status | cut -f2; grep ^0: /proc/self/cgroup; ls /proc/self/fd"
-)
+LOOK = """
+id -u; id -g; id -G
+grep CapEff /proc/self/status | cut -f2
+grep ^0: /proc/self/cgroup
+ls /proc/self/fd
+"""
 
 
 @pytest.fixture
