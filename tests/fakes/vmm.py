@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Behaviour:
     """The agent answers every request with these bytes."""
     agent: Path | None = None
     """Socket of a real agent, which gets what concerns commands and files."""
+    on_put: Callable[[], Awaitable[object]] | None = None
+    """Awaited before files are taken."""
 
 
 class FakeVmm:
@@ -132,6 +135,8 @@ class FakeVmm:
         writer.write(guest.frame(F.HELLO, greeting))
         kind, payload = await _receive(reader)
         if self._behaviour.agent is not None and kind in {F.EXEC, F.PUT, F.GET, F.MORE}:
+            if kind == F.PUT and self._behaviour.on_put is not None:
+                await self._behaviour.on_put()
             await self._relay(reader, writer, guest.frame(F(kind), payload))
             return
         if kind == F.HEALTH:

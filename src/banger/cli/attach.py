@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -26,6 +27,9 @@ _READ_BYTES: Final = 64 * 1024
 _PIECE_BYTES: Final = 4096
 _PATIENCE: Final = 3
 _LET_GO_MS: Final = 60_000
+_GRACE_S: Final = 5.0
+TIMED_OUT: Final = 124
+"""As timeout(1) has it."""
 _FORWARDED: Final = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -45,12 +49,24 @@ def run(
     *,
     stdin: bool = True,
     on_begin: Callable[[], None] = lambda: None,
+    before: Callable[[], None] | None = None,
+    timeout_s: float | None = None,
 ) -> int:
-    """The command's exit status. `on_begin` is called when the daemon has the request."""
+    """The command's exit status. `on_begin` is called when the daemon has the request.
+
+    `before` prepares the VM once the daemon knows that it belongs to this command (`request.hold`). A
+    command that takes longer than `timeout_s` is ended, and the status is TIMED_OUT.
+    """
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
     with contextlib.closing(channel), contextlib.ExitStack() as stack:
         channel.send(websocket.Opcode.TEXT, msgspec.json.encode(request))
+        if before is not None:
+            _flush(channel)
+            on_begin()
+            before()
+            channel.send(websocket.Opcode.TEXT, msgspec.json.encode(resources.ExecControl(begin=True)))
         session = _Session(channel, stack.enter_context(_handled_signals()), tty=request.tty)
+        session.end_after(timeout_s)
         if stdin:
             session.open_stdin(0)
         else:
@@ -59,7 +75,16 @@ def run(
             session.raw = stack.enter_context(terminal.raw(0))
         channel.flush()
         on_begin()
-        return _status(session.run())
+        status = _status(session.run())
+        return TIMED_OUT if session.has_timed_out else status
+
+
+def _flush(channel: websocket.WebSocket) -> None:
+    while channel.pending_bytes:
+        poller = select.poll()
+        poller.register(channel, select.POLLOUT)
+        poller.poll()
+        channel.flush()
 
 
 @contextlib.contextmanager
@@ -108,6 +133,12 @@ class _Session:
         self._outputs = {1: _Output(1), 2: _Output(2)}
         self._end: resources.ExecEnd | None = None
         self._asked_to_end = 0
+        self._deadline: float | None = None
+        self.has_timed_out = False
+
+    def end_after(self, timeout_s: float | None) -> None:
+        if timeout_s is not None:
+            self._deadline = time.monotonic() + timeout_s
 
     def open_stdin(self, fd: int) -> None:
         try:
@@ -135,8 +166,10 @@ class _Session:
         return self._channel.at_end and not any(output.held for output in self._outputs.values())
 
     def _turn(self) -> None:
-        ready = dict(self._poller().poll(None if self._end is None else _LET_GO_MS))
-        if not ready:  # the command has ended, and the daemon takes its time to say goodbye
+        ready = dict(self._poller().poll(self._wait_ms()))
+        if self._deadline is not None and self._end is None:
+            self._keep_to_time(self._deadline)
+        elif not ready:  # the command has ended, and the daemon takes its time to say goodbye
             self._channel.at_end = True
         if self._woken.fileno() in ready:
             for number in signals.arrived(self._woken):
@@ -148,6 +181,18 @@ class _Session:
             self._exchange()
         if self._stdin in ready:
             self._read_stdin()
+
+    def _wait_ms(self) -> float | None:
+        if self._end is not None:
+            return _LET_GO_MS
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic()) * 1000 + 1
+
+    def _keep_to_time(self, deadline: float) -> None:
+        """Asked first, then made to end."""
+        if time.monotonic() >= deadline:
+            number = signal.SIGKILL if self.has_timed_out else signal.SIGTERM
+            self._control(resources.ExecControl(signal=number))
+            self.has_timed_out, self._deadline = True, time.monotonic() + _GRACE_S
 
     def _poller(self) -> select.poll:
         poller = select.poll()

@@ -93,20 +93,40 @@ class Command(_Documented):
 class TailCommand(Command):
     """A command that ends in the user's own: what follows `--` arrives untouched as the parameter `argv`.
 
-    Without `--` nothing after the first positional argument is read as an option.
+    Without `--` nothing after the first positional argument is read as an option, for it may be the user's.
     """
 
     options_anywhere = True
     """With `--`, options may also stand between the first positional argument and it."""
+    words_are_ours = False
+    """The user's own command always comes after `--`, so options may stand anywhere before."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         has_tail = "--" in args
         cut = args.index("--") if has_tail else len(args)
         tail = args[cut + 1 :]
-        ctx.allow_interspersed_args = has_tail and self.options_anywhere
+        ctx.allow_interspersed_args = self.words_are_ours or (has_tail and self.options_anywhere)
         ctx.params["argv"] = tuple(tail)
         ctx.meta["banger.has_tail"] = has_tail
         return super().parse_args(ctx, args[:cut])
+
+
+class PathCommand(TailCommand):
+    """One that takes a path, and the user's own command only after `--`."""
+
+    words_are_ours = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if "--" in given:
+                raise
+            import shlex
+
+            meant = f"a command comes after --: `{ctx.command_path} -- {shlex.join(given)}`"
+            raise click.UsageError(f"{error.format_message().rstrip('.')}; {meant}", ctx) from None
 
 
 class Group(_Documented, click.Group):

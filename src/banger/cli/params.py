@@ -73,6 +73,25 @@ class _Size(click.ParamType[int]):
             self.fail(f"{error.message}: {error.hint}", param, ctx)
 
 
+class _Span(click.ParamType[float]):
+    """`90`, `90s`, `5m`, `2h`: seconds."""
+
+    name = "span"
+    _UNITS: Final = {"s": 1, "m": 60, "h": 3600}
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        number, unit = (value[:-1], self._UNITS[value[-1]]) if value[-1:] in self._UNITS else (value, 1)
+        try:
+            seconds = float(number) * unit
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < 1e9:
+            self.fail(f"{value!r} is not a time, such as 90, 90s, 5m or 2h", param, ctx)
+        return seconds
+
+
 class _Variable(click.ParamType[str]):
     """`NAME=value`, or `NAME` for the caller's own value."""
 
@@ -126,6 +145,7 @@ KERNEL: Final = _Name("kernel", "/v1/kernels")
 NEW_KERNEL: Final = _Name("kernel", "")
 CATALOG_KERNEL: Final = _Name("kernel", "/v1/kernels?available=true")
 SIZE: Final = _Size()
+SPAN: Final = _Span()
 VARIABLE: Final = _Variable()
 DESTINATION: Final = _Checked("destination", _parse_destination)
 PEERS: Final = _Checked("network", _parse_peers)

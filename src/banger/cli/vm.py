@@ -25,6 +25,8 @@ NOUNS: Final = {
     "show": command.Noun(_LOOK, "Show everything about VMs.", "show"),
     "logs": command.Noun(_LOOK, "Show a VM's console, or what its VMM says.", "logs"),
     "stats": command.Noun(_LOOK, "Show what running VMs use.", "stats"),
+    "cp": command.Noun("banger.cli.vm_copy", "Copy files and directories into a VM, or out of it.", "copy"),
+    "console": command.Noun(_LOOK, "Watch a VM's serial console.", "console"),
     "workspace": command.Noun(
         "banger.cli.vm_workspace", "Take a repository into a VM, and its changes back out."
     ),

@@ -187,9 +187,28 @@ def logs(settings: command.Settings, name: str, follow: bool, source: str) -> No
     """
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
     with settings.client().stream(asked) as response:
-        for data in _pieces(response, by_line=sys.stdout.isatty()):
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+        _show(response)
+
+
+@command.make("console", examples=[("banger vm console web", "what the guest prints, until Ctrl-C")])
+@click.argument("name", type=params.VM)
+@click.pass_obj
+def console(settings: command.Settings, name: str) -> None:
+    """Watch a VM's serial console.
+
+    Only for reading: a jailed Firecracker takes no input on it. `banger vm exec NAME` gives a shell.
+    """
+    if sys.stderr.isatty():
+        render.note(f"watching the console of {name}, which takes no input; Ctrl-C ends it")
+    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source="console", follow="true")
+    with settings.client().stream(asked) as response:
+        _show(response)
+
+
+def _show(response: http.client.HTTPResponse) -> None:
+    for data in _pieces(response, by_line=sys.stdout.isatty()):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
 
 
 def _pieces(response: http.client.HTTPResponse, *, by_line: bool) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ Its exit status is ours. Whatever else goes wrong ends with 125 and a message, s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import click
 
 from banger.cli import (
     attach,
+    bootstrap,
     client,
     command,
     exits,
@@ -25,9 +27,11 @@ from banger.cli import (
     signals,
     terminal,
     vm_life,
+    workspaces,
 )
 from banger.contract import errors, resources
 
+_EXEC_FIELDS: Final = ("user", "cwd", "env", "tty", "stdin", "timeout")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # The user's login shell in the guest, else the best there is. The agent sets SHELL from the guest's passwd.
@@ -41,7 +45,9 @@ _SHELL: Final = (
 def _exec_options(function: _F) -> _F:
     options = (
         click.option("-u", "--user", default="", help="User in the guest [default: root]."),
-        click.option("--cwd", default="", help="Directory in the guest [default: the user's home]."),
+        click.option(
+            "--cwd", default="", help="Directory in the guest [default: the workspace, else home]."
+        ),
         click.option(
             "-e",
             "--env",
@@ -62,13 +68,21 @@ def _exec_options(function: _F) -> _F:
             default=True,
             help="Pass on our input, or give the command none [default: pass it on].",
         ),
+        click.option(
+            "--timeout",
+            metavar="TIME",
+            type=params.SPAN,
+            help="End it after 90s, 5m or 2h; the status is 124.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
     return function
 
 
-def _exec_request(argv: tuple[str, ...], chosen: dict[str, Any], *, remove: bool) -> resources.ExecRequest:
+def _exec_request(
+    argv: tuple[str, ...], chosen: dict[str, Any], *, remove: bool, hold: bool = False
+) -> resources.ExecRequest:
     tty = chosen["tty"]
     if tty is None:
         tty = chosen["stdin"] and terminal.is_terminal(0) and terminal.is_terminal(1)
@@ -85,6 +99,7 @@ def _exec_request(argv: tuple[str, ...], chosen: dict[str, Any], *, remove: bool
         rows=rows,
         cols=columns,
         remove=remove,
+        hold=hold,
     )
 
 
@@ -95,6 +110,7 @@ def _exec_request(argv: tuple[str, ...], chosen: dict[str, Any], *, remove: bool
         ("banger vm exec web -- make check", "a command; its exit status is yours"),
         ("banger vm exec web -- sh -c 'cd /srv && ls'", "arguments arrive exactly as given"),
         ("banger vm exec web", "a shell"),
+        ("banger vm exec --auto-prepare web -- make check", "with the repository as it is here now"),
         ("tar -c . | banger vm exec web -- tar -x -C /srv", "stdin and stdout are binary clean"),
         ("banger vm exec -u www-data -e DEBUG=1 web -- id", "as another user, with a variable"),
     ],
@@ -102,11 +118,23 @@ def _exec_request(argv: tuple[str, ...], chosen: dict[str, Any], *, remove: bool
 @click.argument("name", type=params.VM)
 @click.argument("words", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
 @_exec_options
+@click.option("--guest-path", metavar="PATH", help="Another workspace in the guest than the last one.")
+@click.option("--auto-prepare", is_flag=True, help="First send what changed in the repository here.")
 @click.pass_context
 def execute(
-    ctx: click.Context, /, name: str, words: tuple[str, ...], argv: tuple[str, ...], **chosen: Any
+    ctx: click.Context,
+    /,
+    name: str,
+    words: tuple[str, ...],
+    argv: tuple[str, ...],
+    guest_path: str | None,
+    auto_prepare: bool,
+    **chosen: Any,
 ) -> NoReturn:
     """Run a command in a running VM.
+
+    It begins in the workspace when the VM has one; when the repository here has changed since it was sent, a
+    line on stderr says so.
 
     Options end at `--` or at the first word of the command. On a terminal Ctrl-C is a key for the command;
     otherwise SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on to it. Ends with the command's exit status,
@@ -118,27 +146,36 @@ def execute(
         raise click.UsageError(f"put options before {name!r}, or -- before the command", ctx)
     settings = ctx.ensure_object(command.Settings)
     with exits.failures_as(exits.BEFORE_COMMAND):
+        api = settings.client()
+        workspaces.keep_up(settings, api, name, path=guest_path, send_changes=auto_prepare)
+        chosen["cwd"] = chosen["cwd"] or guest_path or ""
         request = _exec_request(words or argv or _SHELL, chosen, remove=False)
-        status = attach.run(settings.client(), name, request, stdin=chosen["stdin"])
+        status = attach.run(api, name, request, stdin=chosen["stdin"], timeout_s=chosen["timeout"])
     raise exits.CommandEnd(status)
 
 
 @command.make(
     "run",
-    cls=command.TailCommand,
+    cls=command.PathCommand,
     examples=[
         ("banger vm run", "a shell in a new VM, which stays"),
+        ("banger vm run .", "a shell with this repository at /root/repo"),
+        ("banger vm run --rm . -- make check", "a command in it; the VM is gone afterwards"),
+        ("banger vm run . --dry-run", "which files would go in"),
         ("banger vm run --rm -- uname -a", "a command in a VM that is gone afterwards"),
         ("banger vm run -d --name web --memory 2G", "start it and come back"),
         ("echo hi | banger vm run --rm -- wc -c", "stdin reaches the command"),
     ],
 )
-@click.argument("words", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("words", metavar="[PATH] [-- CMD…]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--rm", "remove", is_flag=True, help="Delete the VM when the command ends.")
 @click.option("-d", "--detach", is_flag=True, help="Start the VM, print its name, and run nothing.")
 @click.option("--name", type=params.NEW_VM, help="Name of the VM [default: a generated one].")
 @vm_life.size_options
 @_exec_options
+@workspaces.repository_options
+@click.option("--dry-run", is_flag=True, help="List the files that would go in; make nothing.")
+@click.option("--no-bootstrap", is_flag=True, help="Do not install the tools that the repository declares.")
 @click.pass_obj
 def run(
     settings: command.Settings,
@@ -148,39 +185,70 @@ def run(
     remove: bool,
     detach: bool,
     name: str | None,
+    dry_run: bool,
+    no_bootstrap: bool,
     **chosen: Any,
 ) -> None:
     """Create and start a VM and run a command, or a shell, in it.
+
+    With PATH, the git repository there is at /root/repo, with its history and its files as they are, and the
+    command begins there. Tools that it declares for mise are installed first.
 
     The stages are shown on stderr, then the command has the terminal. Ends with the command's exit status,
     128 + n after signal n, or 125 when banger itself failed. Ctrl-C while the VM starts takes back what was
     made. Without --rm the VM stays.
     """
-    _refuse_what_cannot_be(words, argv, detach=detach, remove=remove)
-    with exits.failures_as(exits.BEFORE_COMMAND):
-        exec_fields = {field: chosen.pop(field) for field in ("user", "cwd", "env", "tty", "stdin")}
-        asked = vm_life.request(name, chosen, remove_on_failure=remove)
+    wanted = workspaces.wanted(words, chosen)
+    _refuse_what_cannot_be(words, argv, detach=detach, remove=remove, dry_run=dry_run)
+    with exits.failures_as(exits.BEFORE_COMMAND), contextlib.ExitStack() as stack:
+        ready = stack.enter_context(workspaces.taken(wanted)) if wanted is not None else None
+        if dry_run and ready is not None:
+            workspaces.show_files(settings, ready)
+            return
+        tools = ready is not None and not no_bootstrap and bootstrap.is_wanted(ready.files)
+        if tools:
+            bootstrap.require_network(chosen)
+        exec_fields = {field: chosen.pop(field) for field in _EXEC_FIELDS}
+        needs_git = ready is not None and ready.snapshot is not None
+        asked = vm_life.request(name, chosen, remove_on_failure=remove, needs_git=needs_git)
         api = settings.client()
         with signals.raised():
             outcome = vm_life.submit_create(api, asked, progress.display(json=settings.json))
         vm = vm_life.made_vm(outcome.require())
         vm_life.say_timing(outcome, json=settings.json)
+
+        def prepare() -> None:
+            if ready is not None:
+                workspaces.send_into(settings, api, vm, ready)
+                stack.close()
+            if tools and wanted is not None:
+                bootstrap.install(api, vm, wanted.path)
+
         if detach:
-            _print_started(settings, vm)
+            _detached(settings, vm, prepare)
             return
-        request = _exec_request(argv or _SHELL, exec_fields, remove=remove)
-        status = _attached(api, vm, request, stdin=exec_fields["stdin"])
+        request = _exec_request(argv or _SHELL, exec_fields, remove=remove, hold=ready is not None)
+        before = prepare if ready is not None else None
+        status = _attached(api, vm, request, exec_fields, before=before)
     raise exits.CommandEnd(status)
 
 
 def _refuse_what_cannot_be(
-    words: tuple[str, ...], argv: tuple[str, ...], *, detach: bool, remove: bool
+    words: tuple[str, ...], argv: tuple[str, ...], *, detach: bool, remove: bool, dry_run: bool
 ) -> None:
-    if words:
+    if len(words) > 1:
         raise errors.BadRequestError(
-            f"vm run cannot take the repository {words[0]!r} yet",
+            f"vm run takes one repository, not {len(words)}",
             hint=f"for a command put -- before it: `banger vm run -- {shlex.join(words)}`",
         )
+    if words and not os.path.isdir(words[0]):
+        what = "is not a directory" if os.path.lexists(words[0]) else "does not exist"
+        raise errors.BadRequestError(
+            f"repository {words[0]} {what}",
+            hint=f"for a command put -- before it: `banger vm run -- {shlex.join(words)}`",
+        )
+    if dry_run and not words:
+        raise errors.BadRequestError("--dry-run lists the files of a repository", hint="name one: `.`")
     if detach and remove:
         raise errors.BadRequestError(
             "-d and --rm exclude each other: nothing would tell when to delete the VM",
@@ -192,14 +260,30 @@ def _refuse_what_cannot_be(
         )
 
 
-def _print_started(settings: command.Settings, vm: resources.Vm) -> None:
+def _detached(settings: command.Settings, vm: resources.Vm, prepare: Callable[[], None]) -> None:
+    try:
+        prepare()
+    except BaseException:
+        _say_kept(vm)
+        raise
     if settings.json:
         output.json(vm)
     else:
         output.text(vm.name)
 
 
-def _attached(api: client.Client, vm: resources.Vm, request: resources.ExecRequest, *, stdin: bool) -> int:
+def _say_kept(vm: resources.Vm) -> None:
+    render.note(f"{vm.name} goes on; `banger vm exec {vm.name}`, `banger vm delete {vm.name}`")
+
+
+def _attached(
+    api: client.Client,
+    vm: resources.Vm,
+    request: resources.ExecRequest,
+    chosen: dict[str, Any],
+    *,
+    before: Callable[[], None] | None,
+) -> int:
     """The command's status. With `remove` the VM is gone when this returns or raises."""
     handed_over = False
 
@@ -209,12 +293,20 @@ def _attached(api: client.Client, vm: resources.Vm, request: resources.ExecReque
 
     try:
         with signals.raised():
-            return attach.run(api, vm.id, request, stdin=stdin, on_begin=begun)
+            return attach.run(
+                api,
+                vm.id,
+                request,
+                stdin=chosen["stdin"],
+                on_begin=begun,
+                before=before,
+                timeout_s=chosen["timeout"],
+            )
     finally:
         if request.remove:
             _wait_until_gone(api, vm, deletes_itself=handed_over)
         else:
-            render.note(f"{vm.name} goes on; `banger vm exec {vm.name}`, `banger vm delete {vm.name}`")
+            _say_kept(vm)
 
 
 def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bool) -> None:

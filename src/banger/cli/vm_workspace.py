@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -48,20 +49,7 @@ def _vm(settings: command.Settings, name: str) -> resources.Vm:
 )
 @click.argument("name", type=params.VM)
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-@click.option("--guest-path", metavar="PATH", help="Where to put it [default: /root/repo].")
-@click.option("--include-untracked", is_flag=True, help="Also files git does not track; never ignored ones.")
-@click.option("--branch", metavar="NAME", default="", help="Be on a new branch in the guest.")
-@click.option(
-    "--from", "start", metavar="COMMIT", default="", help="Begin from this commit, without changes."
-)
-@click.option(
-    "--mode",
-    type=click.Choice(["history", "full-copy"]),
-    default="history",
-    show_default=True,
-    help="full-copy needs no git in the guest and takes submodules.",
-)
-@click.option("--readonly", "read_only", is_flag=True, help="The guest cannot change it.")
+@workspaces.repository_options
 @click.option("--discard", is_flag=True, help="Throw away what was changed in the guest.")
 @click.option("--dry-run", is_flag=True, help="List the files; send nothing.")
 @click.pass_obj
@@ -70,8 +58,7 @@ def prepare(
     /,
     name: str,
     path: Path | None,
-    guest_path: str | None,
-    mode: str,
+    discard: bool,
     dry_run: bool,
     **chosen: Any,
 ) -> None:
@@ -82,15 +69,12 @@ def prepare(
     changed in the guest meanwhile is never replaced without --discard.
     """
     vm = _vm(settings, name)
-    wanted = workspaces.Wanted(
-        workspaces.source_of(vm, path),
-        path=guest_path or (vm.workspace.path if vm.workspace else workspaces.GUEST_PATH),
-        full_copy=mode == "full-copy",
-        **chosen,
-    )
+    known = vm.workspace.path if vm.workspace else workspaces.GUEST_PATH
+    source = workspaces.source_of(vm, path)
+    wanted = dataclasses.replace(workspaces.chosen(source, chosen, path=known), discard=discard)
     with workspaces.taken(wanted) as ready:
         if dry_run:
-            show_files(settings, ready)
+            workspaces.show_files(settings, ready)
             return
         sent = workspaces.send(
             settings.client(), vm.id, vm.name, ready, progress.display(json=settings.json)
@@ -100,14 +84,6 @@ def prepare(
         output.json(told)
     else:
         workspaces.say_sent(vm.name, sent, len(ready.files))
-
-
-def show_files(settings: command.Settings, ready: workspaces.Taken) -> None:
-    files = ready.files
-    if settings.json:
-        output.json([name.decode(errors="backslashreplace") for name in files])
-    else:
-        workspaces.print_files(files, to_terminal=sys.stdout.isatty())
 
 
 @command.make(

@@ -11,18 +11,46 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from banger.cli import client, exchange, progress, render, signals
+import click
+
+from banger.cli import client, command, exchange, output, progress, render, signals
 from banger.contract import errors, resources, sizes
 
 if TYPE_CHECKING:
     from banger.workspace import sending
     from banger.workspace import snapshot as snapshots
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 GUEST_PATH: Final = "/root/repo"
+
+
+def repository_options(function: _F) -> _F:
+    """Which state of a repository goes into a VM, and how."""
+    options = (
+        click.option("--guest-path", metavar="PATH", help="Where to put it [default: /root/repo]."),
+        click.option(
+            "--include-untracked", is_flag=True, help="Also files git does not track; never ignored ones."
+        ),
+        click.option("--branch", metavar="NAME", default="", help="Be on a new branch in the guest."),
+        click.option(
+            "--from", "start", metavar="COMMIT", default="", help="Begin from this commit, without changes."
+        ),
+        click.option(
+            "--mode",
+            type=click.Choice(["history", "full-copy"]),
+            default="history",
+            show_default=True,
+            help="full-copy needs no git in the guest and takes submodules.",
+        ),
+        click.option("--readonly", "read_only", is_flag=True, help="The guest cannot change it."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +77,24 @@ class Taken:
     send: Callable[[sending.Exchange, sending.Choice, sending.Report], sending.Sent]
     snapshot: snapshots.Snapshot | None = None
     """None for a full copy."""
+
+
+def chosen(source: Path, options: dict[str, Any], *, path: str = GUEST_PATH) -> Wanted:
+    """Takes its own options out of what click gave."""
+    named = {name: options.pop(name) for name in ("include_untracked", "branch", "start", "read_only")}
+    full_copy = options.pop("mode") == "full-copy"
+    return Wanted(source, path=options.pop("guest_path") or path, full_copy=full_copy, **named)
+
+
+def wanted(words: Sequence[str], options: dict[str, Any]) -> Wanted | None:
+    """The repository that `vm run` names. Raises BadRequestError for options that need one."""
+    given = any(
+        options[name] for name in ("include_untracked", "branch", "start", "read_only", "guest_path")
+    )
+    found = chosen(Path(words[0]) if words else Path(), options)
+    if given and not words:
+        raise errors.BadRequestError("these options are for a repository", hint="name one: `.`")
+    return found if words else None
 
 
 @contextlib.contextmanager
@@ -96,8 +142,10 @@ def send(api: client.Client, ref: str, name: str, ready: Taken, shown: progress.
         include_untracked=wanted.include_untracked,
         discard=wanted.discard,
         read_only=wanted.read_only,
+        has_own_branch=bool(wanted.branch),
+        is_fixed=bool(wanted.start),
     )
-    report = _Report(name, shown)
+    report = Report("workspace.prepare", name, shown)
     try:
         with (
             signals.raised(),
@@ -111,6 +159,53 @@ def send(api: client.Client, ref: str, name: str, ready: Taken, shown: progress.
     return sent
 
 
+def send_into(
+    settings: command.Settings, api: client.Client, vm: resources.Vm, ready: Taken
+) -> sending.Sent:
+    sent = send(api, vm.id, vm.name, ready, progress.display(json=settings.json))
+    if not settings.json:
+        say_sent(vm.name, sent, len(ready.files))
+    return sent
+
+
+def keep_up(
+    settings: command.Settings, api: client.Client, name: str, *, path: str | None, send_changes: bool
+) -> None:
+    """Says that the repository here has changed since it was sent, or sends what did."""
+    vm = api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
+    known = vm.workspace
+    if known is None or vm.state is not resources.VmState.RUNNING or path not in {None, known.path}:
+        if send_changes and vm.state is resources.VmState.RUNNING:
+            hint = f"`banger vm workspace prepare {name}` sends it the first time"
+            raise errors.NotFoundError(f"{name} has no workspace to send changes to", hint=hint)
+        return
+    if "fixed" in known.options:
+        return
+    try:
+        with taken(wanted_again(known)) as ready:
+            news = _news(known, ready)
+            if news and send_changes:
+                send_into(settings, api, vm, ready)
+            elif news:
+                render.note(f"{news} since it was sent; --auto-prepare sends it again")
+    except errors.BadRequestError as error:
+        if send_changes:
+            raise
+        render.note(f"cannot compare with {known.source}: {error.message}")
+
+
+def _news(known: resources.Workspace, ready: Taken) -> str:
+    """How the repository differs from what was sent; empty when it does not, or cannot be told."""
+    now = ready.snapshot
+    if now is None:
+        return ""
+    if now.head != known.head:
+        return f"{known.source} has other commits"
+    if (now.worktree, now.index) != (known.worktree, known.index):
+        return f"files in {known.source} have changed"
+    return ""
+
+
 def say_sent(name: str, sent: sending.Sent, count: int) -> None:
     """One line on stderr."""
     made = sent.workspace
@@ -118,14 +213,14 @@ def say_sent(name: str, sent: sending.Sent, count: int) -> None:
     render.note(f"{made.source} is at {made.path} in {name}: {count} files, {moved} sent")
 
 
-class _Report:
+class Report:
     """What is going on, as events of an operation, so that it looks like everything else."""
 
-    def __init__(self, name: str, shown: progress.Display) -> None:
+    def __init__(self, kind: str, name: str, shown: progress.Display) -> None:
         now = datetime.datetime.now(datetime.UTC)
         self._operation = resources.Operation(
             id="",
-            kind="workspace.prepare",
+            kind=kind,
             target=name,
             status=resources.OperationStatus.RUNNING,
             created_at=now,
@@ -138,8 +233,7 @@ class _Report:
     def __call__(self, stage: str, count: int) -> None:
         if stage == self._stage and count - self._told_bytes < 8 << 20:
             return
-        kind = "note" if stage == self._stage else "stage"
-        if kind == "note" and not sys.stderr.isatty():
+        if stage == self._stage and not sys.stderr.isatty():
             return
         self._stage, self._told_bytes = stage, count
         detail = f"{stage} {sizes.text_of_bytes(count)}" if count else stage
@@ -148,11 +242,14 @@ class _Report:
             seq=0,
             time=datetime.datetime.now(datetime.UTC),
             kind="stage",
-            stage="prepare_workspace",
+            stage=self._operation.kind.rpartition(".")[2],
             detail=detail,
             elapsed_ms=(time.monotonic() - self._began) * 1000,
         )
         self._shown.hear(self._operation, event)
+
+    def close(self) -> None:
+        self._shown.close()
 
 
 @contextlib.contextmanager
@@ -174,25 +271,6 @@ def _whole(talk: exchange.Exchange) -> Iterator[bytes]:
     talk.hear(resources.Transferred)
 
 
-def moved_on(workspace: resources.Workspace) -> str:
-    """How the host's repository differs from what was sent; empty when it does not, or cannot be told."""
-    wanted = wanted_again(workspace)
-    if "full_copy" in workspace.options or not wanted.source.is_dir():
-        return ""
-    try:
-        with taken(wanted) as ready:
-            now = ready.snapshot
-    except errors.BangerError:
-        return ""
-    if now is None:
-        return ""
-    if now.head != workspace.head:
-        return f"{workspace.source} has other commits now"
-    if now.worktree != workspace.worktree or now.index != workspace.index:
-        return f"files in {workspace.source} have changed"
-    return ""
-
-
 def wanted_again(workspace: resources.Workspace) -> Wanted:
     """The same repository in the same way as the last time."""
     return Wanted(
@@ -200,6 +278,8 @@ def wanted_again(workspace: resources.Workspace) -> Wanted:
         path=workspace.path,
         include_untracked="untracked" in workspace.options,
         read_only="read_only" in workspace.options,
+        full_copy="full_copy" in workspace.options,
+        branch=workspace.branch.removeprefix("refs/heads/") if "branch" in workspace.options else "",
     )
 
 
@@ -210,7 +290,14 @@ def source_of(vm: resources.Vm, given: Path | None, here: Callable[[], Path] = P
     return Path(vm.workspace.source) if vm.workspace is not None else here()
 
 
-def print_files(files: tuple[bytes, ...], *, to_terminal: bool) -> None:
+def show_files(settings: command.Settings, ready: Taken) -> None:
+    if settings.json:
+        output.json([name.decode(errors="backslashreplace") for name in ready.files])
+    else:
+        _print_files(ready.files, to_terminal=sys.stdout.isatty())
+
+
+def _print_files(files: tuple[bytes, ...], *, to_terminal: bool) -> None:
     """Names as they are, one a line; on a terminal made harmless."""
     for name in files:
         shown = render.safe(name.decode(errors="replace")).encode() if to_terminal else name

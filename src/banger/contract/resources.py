@@ -101,6 +101,8 @@ class CreateVm(Body, frozen=True, kw_only=True):
     start: bool = True
     remove_on_failure: bool = False
     """A start that fails deletes the VM instead of keeping it in `error` (`vm run --rm`)."""
+    needs_git: bool = False
+    """Refuse an image without git, before anything is made: a repository is to go in."""
 
 
 class SetVm(Body, frozen=True, kw_only=True):
@@ -148,7 +150,7 @@ class Workspace(Resource, frozen=True, kw_only=True):
     """What was staged, as a git tree."""
     prepared_at: datetime.datetime
     options: tuple[str, ...] = ()
-    """Of how it was sent: `untracked`, `read_only`, `full_copy`."""
+    """How it was sent: `untracked`, `read_only`, `full_copy`, `branch` (a new one), `fixed` (a commit)."""
 
 
 class Vm(Resource, frozen=True, kw_only=True):
@@ -210,17 +212,21 @@ class ExecRequest(Body, frozen=True, kw_only=True):
     env: tuple[str, ...] = ()
     """`NAME=value` each, added to the guest user's environment."""
     cwd: str = ""
+    """Empty: the workspace for root, when there is one, else the user's home."""
     user: str = ""
     tty: bool = False
     rows: int = 0
     cols: int = 0
     remove: bool = False
     """Delete the VM when this command ends or this client goes away (`vm run --rm`)."""
+    hold: bool = False
+    """Begin only when an ExecControl says so: until then the client prepares the VM for the command."""
 
 
 class ExecControl(Body, frozen=True, kw_only=True):
     """Later JSON text messages from the client. Stdin travels as binary messages, an empty one ends it."""
 
+    begin: bool = False
     resize: tuple[int, int] | None = None
     signal: int = 0
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Final
 
-from banger.contract import names, resources
+from banger.contract import errors, names, resources
 from banger.owner import config, images, kernels
 from banger.vm import create
 
@@ -40,6 +41,15 @@ class Defaults:
             network=body.network,
             access=create.access(body),
         )
+
+    async def require_git(self, image_id: names.ImageId) -> None:
+        """Raises MissingToolError for an image that certainly has none."""
+        if not await asyncio.to_thread(self._images.may_have, image_id, "git"):
+            raise errors.MissingToolError(
+                f"image {self._images.name(image_id)} has no git, which takes a repository's history in",
+                hint="use an image with git, or `--mode full-copy`, which needs none",
+                tool="git",
+            )
 
     def kernel_id(self, ref: str) -> names.KernelId:
         return names.KernelId(self._kernels.find(ref).id)

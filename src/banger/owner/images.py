@@ -7,11 +7,14 @@ import datetime
 import platform
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Final
 
 from banger import guest_binary, run
 from banger.contract import errors, names, resources
-from banger.images import publish, recipe, records
+from banger.images import ext4, publish, recipe, records
 from banger.owner import locks, operations, store
+
+_PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
 
 
 class ImageService:
@@ -50,6 +53,16 @@ class ImageService:
             return self._images.read(image_id).name
         except errors.BangerError:
             return image_id
+
+    def may_have(self, image_id: str, program: str) -> bool:
+        """False when the image's usual directories certainly lack it; blocking."""
+        rootfs = self._images.rootfs(image_id)
+        try:
+            if not ext4.exists(rootfs, "/usr/bin"):
+                return True
+            return any(ext4.exists(rootfs, f"{place}/{program}") for place in _PROGRAMS)
+        except errors.BangerError:  # it will be seen in the guest
+            return True
 
     def build(self, body: resources.BuildImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""

@@ -33,6 +33,8 @@ class Resolver(Protocol):
 
     def kernel_id(self, ref: str, /) -> names.KernelId: ...
 
+    async def require_git(self, image_id: names.ImageId, /) -> None: ...
+
 
 class VmService:
     """Everything the API can do to VMs. Long work returns its operation at once."""
@@ -84,6 +86,8 @@ class VmService:
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
         resolved = self._resolver.resolve(body)
+        if body.needs_git:
+            await self._resolver.require_git(resolved.image_id)
         name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         vm = self._store.reserve(
@@ -181,12 +185,10 @@ class VmService:
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
         vm = self._running(ref)
-        if request.remove:
-            self._store.set_throw_away(vm.id, throw_away=True)
         spec = guest.ExecSpec(
             argv=request.argv,
             env=request.env,
-            cwd=request.cwd,
+            cwd=request.cwd or _workspace_of(vm, request.user),
             user=request.user,
             tty=request.tty,
             rows=request.rows,
@@ -201,6 +203,11 @@ class VmService:
         """A port of a running VM. Raises RefusedError when nobody listens there in time."""
         vm = self._running(ref)
         return tunnels.opened(self._connect(vm.id), vm.name, request)
+
+    def exec_announced(self, ref: str, request: resources.ExecRequest) -> None:
+        """From here on the VM goes with its client, whatever becomes of this daemon."""
+        if request.remove:
+            self._store.set_throw_away(self._running(ref).id, throw_away=True)
 
     async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:
         """A VM of one command goes with it, however the command or its client ended.
@@ -339,6 +346,11 @@ class VmService:
         ended = self._views.ended(vm)
         self._store.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
+
+
+def _workspace_of(vm: record.VmRecord, user: str) -> str:
+    """Where a command begins that says nothing else; other users cannot look into root's home."""
+    return vm.workspace.path if vm.workspace is not None and user in {"", "root", "0"} else ""
 
 
 def _described(vm: record.VmRecord, error: BaseException) -> BaseException:

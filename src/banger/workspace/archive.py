@@ -55,7 +55,7 @@ def packed(members: Iterable[tuple[str, str]], report: Report = lambda _: None) 
         info = _member(name, path, links)
         if info is None:
             continue
-        yield _header(info)
+        yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
         if info.isreg():
             for piece in _content(path, info.size):
                 count += len(piece)
@@ -110,15 +110,6 @@ def _attributes(path: str) -> dict[str, str]:
                 value = os.getxattr(path, name, follow_symlinks=False)
                 found[_XATTR + name] = value.decode("utf-8", "surrogateescape")
     return found
-
-
-def _header(info: tarfile.TarInfo) -> bytes:
-    """pax where everything is text, else the older form, whose names are bytes."""
-    try:
-        "".join((info.name, info.linkname, *info.pax_headers.values())).encode()
-    except UnicodeEncodeError:
-        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 def _content(path: str, size: int) -> Iterator[bytes]:

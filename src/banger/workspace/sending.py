@@ -39,10 +39,18 @@ class Choice:
     include_untracked: bool = False
     discard: bool = False
     read_only: bool = False
+    has_own_branch: bool = False
+    is_fixed: bool = False
+    """Made from a commit that was named, whatever happens here."""
 
     @property
     def options(self) -> tuple[str, ...]:
-        named = {"untracked": self.include_untracked, "read_only": self.read_only}
+        named = {
+            "untracked": self.include_untracked,
+            "read_only": self.read_only,
+            "branch": self.has_own_branch,
+            "fixed": self.is_fixed,
+        }
         return tuple(name for name, is_set in named.items() if is_set)
 
 

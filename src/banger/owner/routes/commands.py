@@ -28,6 +28,9 @@ async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services
     began, end = time.monotonic(), None
     try:
         request = msgspec.json.decode(await socket.receive_text(), type=resources.ExecRequest)
+        services.vms.exec_announced(ref, request)
+        if request.hold:
+            await _until_told(socket)
         end = await _run(socket, ref, request, services)
     except exceptions.WebSocketException:
         _log.debug("client left before the end", extra={"ref": ref})
@@ -57,6 +60,16 @@ def _log_end(ref: str, end: resources.ExecEnd | None, elapsed_s: float) -> None:
     else:
         fields["exit_status"] = end.exit_status
     _log.info("command ended", extra=fields)
+
+
+async def _until_told(socket: sockets.Socket) -> None:
+    """What comes before the word to begin is lost: nothing runs yet that it could be for."""
+    while True:
+        message = await socket.receive()
+        if message["type"] != "websocket.receive":
+            raise exceptions.WebSocketDisconnect(detail="the client left")
+        if msgspec.json.decode(message.get("text") or "{}", type=resources.ExecControl).begin:
+            return
 
 
 async def _run(

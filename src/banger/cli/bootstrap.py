@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""The tools that a repository declares, installed in its VM by mise before anything else runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Final
+
+from banger.cli import attach, client, render
+from banger.contract import errors, resources
+
+LOG: Final = "/root/.banger-bootstrap.log"
+_DECLARATIONS: Final = (b"mise.toml", b".mise.toml", b".tool-versions", b".config/mise/config.toml")
+_NO_MISE: Final = 90
+_SCRIPT: Final = r"""
+command -v mise >/dev/null 2>&1 || exit 90
+cd "$1" || exit 1
+mise trust -q "$1" >"$2" 2>&1
+mise install --yes >>"$2" 2>&1 || { tail -n 20 "$2" >&2; exit 1; }
+mkdir -p /etc/profile.d &&
+  echo 'export PATH="$HOME/.local/share/mise/shims:$PATH"' >/etc/profile.d/banger-mise.sh
+"""
+
+
+def is_wanted(files: Collection[bytes]) -> bool:
+    return any(name in files for name in _DECLARATIONS)
+
+
+def require_network(chosen: dict[str, Any]) -> None:
+    """Refuses, before anything is made, to install tools where nothing can be fetched."""
+    if not chosen.get("nat"):
+        raise errors.BadRequestError(
+            "the repository declares tools for mise, and a VM without --nat cannot fetch them",
+            hint="add --nat, or --no-bootstrap to do without them",
+        )
+
+
+def install(api: client.Client, vm: resources.Vm, path: str) -> None:
+    """Raises OperationFailedError when it did not work; the end of its log is on stderr then."""
+    render.note(f"installing the repository's tools in {vm.name}; the log is {LOG} there")
+    argv = ("/bin/sh", "-c", _SCRIPT, "banger-bootstrap", path, LOG)
+    status = attach.run(api, vm.id, resources.ExecRequest(argv=argv, cwd="/"), stdin=False)
+    if status == _NO_MISE:
+        raise errors.MissingToolError(
+            f"the repository declares tools for mise, which {vm.name} does not have",
+            hint="use an image with mise, or --no-bootstrap",
+            tool="mise",
+        )
+    if status:
+        raise errors.OperationFailedError(
+            f"the repository's tools could not be installed in {vm.name}",
+            hint=f"see {LOG} there, or do without them: --no-bootstrap",
+        )

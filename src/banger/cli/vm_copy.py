@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm cp`: files and directories into a VM and out of it, as a tar stream through the guest's agent.
+
+Needs nothing in the guest. What comes out of it is a stranger's: nothing lands outside the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+
+from banger.cli import client, command, exchange, output, progress, render, signals, workspaces
+from banger.contract import errors, names, resources, sizes
+
+_PIPE: Final = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One side of a copy. `vm` is empty on this host."""
+
+    vm: str
+    path: str
+
+    @property
+    def is_pipe(self) -> bool:
+        return not self.vm and self.path == _PIPE
+
+    @property
+    def names_directory(self) -> bool:
+        return self.path.endswith(("/", "/."))
+
+
+def parse_place(text: str) -> Place:
+    """`NAME:PATH` in a VM; anything with a slash before its first colon is a path here."""
+    vm, colon, path = text.partition(":")
+    if not colon or "/" in vm or not vm:
+        return Place("", text)
+    if not path.startswith("/"):
+        path = posixpath.join("/root", path)
+    return Place(names.parse_vm_name(vm), path)
+
+
+@command.make(
+    "cp",
+    examples=[
+        ("banger vm cp notes.txt web:", "a file, into /root"),
+        (
+            "banger vm cp ./site web:/srv",
+            "a directory: it becomes /srv/site, or /srv when that is not there",
+        ),
+        ("banger vm cp web:/var/log ./logs", "out of the VM"),
+        ("banger vm cp web:/etc - | tar -t", "as a tar stream"),
+    ],
+)
+@click.argument("source")
+@click.argument("target")
+@click.option("-a", "--archive", is_flag=True, help="Keep owners, by number [default: root's in the guest].")
+@click.option("-L", "--follow-link", is_flag=True, help="Copy what a symlink names, when SOURCE is one.")
+@click.pass_obj
+def copy(settings: command.Settings, source: str, target: str, archive: bool, follow_link: bool) -> None:
+    """Copy files and directories into a VM, or out of it.
+
+    NAME:PATH is in a VM, where a relative PATH is below /root; - is a tar stream on stdin or stdout. Modes,
+    times, links and extended attributes are kept. A directory that is there is filled, a file replaced.
+    """
+    here, there = parse_place(source), parse_place(target)
+    if bool(here.vm) == bool(there.vm):
+        raise errors.BadRequestError(
+            "one side of a copy is in a VM and the other is not", hint="write the VM's side as NAME:PATH"
+        )
+    with signals.raised():
+        if there.vm:
+            done = _into(settings, here, there, archive=archive, follow_link=follow_link)
+        else:
+            done = _out_of(settings, here, there, follow_link=follow_link)
+    if settings.json and not there.is_pipe:
+        output.json(done)
+
+
+def _into(
+    settings: command.Settings, here: Place, there: Place, *, archive: bool, follow_link: bool
+) -> resources.Transferred:
+    from banger.workspace import archive as archives
+
+    api = settings.client()
+    report = _report(settings, there.vm)
+    if here.is_pipe:
+        directory, pieces = there.path, _piped()
+    else:
+        source = Path(here.path)
+        if not os.path.lexists(source):
+            raise errors.NotFoundError(f"{source} does not exist")
+        if follow_link:
+            source = source.resolve()
+        directory, name = _place_in_guest(api, there, source)
+        pieces = archives.packed(archives.walk(source, name), lambda count: report("copying", count))
+    owner = None if archive or here.is_pipe else 0
+    try:
+        with exchange.opened(api, f"/v1/vms/{client.segment(there.vm)}/put") as talk:
+            talk.tell(resources.PutRequest(path=directory, uid=owner, gid=owner))
+            talk.send(pieces)
+            done = talk.hear(resources.Transferred)
+    finally:
+        report.close()
+    _say(settings, f"{done.entries} files, {sizes.text_of_bytes(done.content_bytes)}, are in {there.vm}")
+    return done
+
+
+def _place_in_guest(api: client.Client, there: Place, source: Path) -> tuple[str, str]:
+    """The directory in the guest, and the name that the source has in it."""
+    own_name = source.resolve().name if source.name in {"", ".", ".."} else source.name
+    path = posixpath.normpath(there.path)
+    if there.names_directory or path == "/" or _is_directory(api, there.vm, path):
+        return path, own_name
+    return posixpath.split(path)
+
+
+def _is_directory(api: client.Client, vm: str, path: str) -> bool:
+    """By the first member of its archive: this works in a guest without any program."""
+    try:
+        with (
+            _fetched(api, vm, path, follow_link=True) as pieces,
+            tarfile.open(fileobj=_Reader(pieces), mode="r|") as tar,  # type: ignore[call-overload]
+        ):
+            first: tarfile.TarInfo | None = tar.next()
+    except errors.NotFoundError:
+        return False
+    return first is not None and first.isdir()
+
+
+class _Reader:
+    """As much of a file as tarfile wants for a stream."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._held = b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._held) < size and (piece := next(self._pieces, b"")):
+            self._held += piece
+        taken, self._held = self._held[:size], self._held[size:]
+        return taken
+
+
+def _out_of(
+    settings: command.Settings, here: Place, there: Place, *, follow_link: bool
+) -> resources.Transferred:
+    api = settings.client()
+    if there.is_pipe:
+        if sys.stdout.isatty():
+            raise errors.BadRequestError("a tar stream is not for terminals", hint="pipe it: `… - | tar -x`")
+        with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
+            for piece in pieces:
+                sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+        return resources.Transferred()
+    return _unpack(settings, api, here, there, follow_link=follow_link)
+
+
+def _unpack(
+    settings: command.Settings, api: client.Client, here: Place, there: Place, *, follow_link: bool
+) -> resources.Transferred:
+    from banger.workspace import archive as archives
+
+    target = Path(there.path)
+    own_name = posixpath.basename(posixpath.normpath(here.path)) or here.vm
+    inside = there.names_directory or target.is_dir()
+    directory, name = (target, own_name) if inside else (target.parent, target.name)
+    if not directory.is_dir():
+        raise errors.NotFoundError(f"there is no directory {directory}", hint="make it first")
+    report = _report(settings, here.vm)
+    try:
+        with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
+            done = archives.unpack(
+                pieces, directory, rename=name, report=lambda count: report("copying", count)
+            )
+    finally:
+        report.close()
+    for skipped in done.skipped:
+        render.note(f"left out: {skipped}")
+    _say(settings, f"{done.entries} files are in {directory / name}")
+    return resources.Transferred(entries=done.entries)
+
+
+def _fetched(
+    api: client.Client, vm: str, path: str, *, follow_link: bool
+) -> contextlib.AbstractContextManager[Iterator[bytes]]:
+    request = resources.GetRequest(path=posixpath.normpath(path), follow_link=follow_link)
+    return _stream(api, vm, request)
+
+
+@contextlib.contextmanager
+def _stream(api: client.Client, vm: str, request: resources.GetRequest) -> Iterator[Iterator[bytes]]:
+    with exchange.opened(api, f"/v1/vms/{client.segment(vm)}/get") as talk:
+        talk.tell(request)
+        yield _whole(talk)
+
+
+def _whole(talk: exchange.Exchange) -> Iterator[bytes]:
+    """To the daemon's word that the archive is complete."""
+    yield from talk.pieces()
+    talk.hear(resources.Transferred)
+
+
+def _piped() -> Iterable[bytes]:
+    while piece := os.read(0, 1 << 18):
+        yield piece
+
+
+def _report(settings: command.Settings, vm: str) -> workspaces.Report:
+    return workspaces.Report("vm.cp", vm, progress.display(json=settings.json))
+
+
+def _say(settings: command.Settings, text: str) -> None:
+    if not settings.json and sys.stderr.isatty():
+        render.note(text)

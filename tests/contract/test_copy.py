@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""`vm cp` both ways over the real daemon and agent: exact, and nothing lands where it should not."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.contract import workspaces
+
+Guest = workspaces.Guest
+MTIME_NS = 1_700_000_000_123_456_789
+
+
+def make_tree(root: Path) -> None:
+    (root / "sub" / "empty").mkdir(parents=True)
+    (root / "big").write_bytes(os.urandom(3 << 20))
+    (root / "tool").write_text("#!/bin/sh\n")
+    (root / "tool").chmod(0o750)
+    (root / "sub" / "link").symlink_to("../tool")
+    (root / "sub" / "dangling").symlink_to("/nowhere")
+    os.link(root / "tool", root / "sub" / "again")
+    (root / "odd\n \udcff").write_bytes(b"odd")
+    (root / ("n" * 200)).write_bytes(b"long")
+    os.setxattr(root / "tool", "user.note", b"a\0b")
+    os.utime(root / "tool", ns=(MTIME_NS, MTIME_NS))
+    os.utime(root / "sub" / "empty", ns=(MTIME_NS, MTIME_NS))
+
+
+def described(root: Path) -> dict[str, tuple[int, int, object]]:
+    """Of each path: kind and mode, time, and content or target."""
+    found: dict[str, tuple[int, int, object]] = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        if path.is_symlink():
+            content: object = path.readlink()
+        else:
+            content = path.read_bytes() if path.is_file() else b""
+        time = 0 if path.is_symlink() else status.st_mtime_ns
+        found[str(path.relative_to(root))] = (status.st_mode, time, content)
+    return found
+
+
+async def test_a_tree_goes_in_and_comes_back_the_same(guest: Guest, tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    await guest.banger("vm", "cp", str(tmp_path / "tree"), f"web:{inside}")
+    assert described(inside / "tree") == described(tmp_path / "tree")
+    assert os.getxattr(inside / "tree" / "tool", "user.note") == b"a\0b"
+    assert (inside / "tree" / "tool").stat().st_nlink == 2
+    await guest.banger("vm", "cp", f"web:{inside / 'tree'}", str(tmp_path / "back"))
+    assert described(tmp_path / "back") == described(tmp_path / "tree")
+    assert os.getxattr(tmp_path / "back" / "tool", "user.note") == b"a\0b"
+    assert (tmp_path / "back" / "tool").stat().st_nlink == 2
+
+
+async def test_names_follow_cp(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    inside, out = tmp_path / "inside", tmp_path / "out"
+    inside.mkdir()
+    out.mkdir()
+    await guest.banger("vm", "cp", str(tmp_path / "file"), f"web:{inside}/renamed")
+    await guest.banger("vm", "cp", str(tmp_path / "file"), f"web:{inside}/")
+    await guest.banger("vm", "cp", str(tmp_path / "file"), f"web:{inside}/new/")
+    assert sorted(str(path.relative_to(inside)) for path in inside.rglob("*")) == [
+        "file",
+        "new",
+        "new/file",
+        "renamed",
+    ]
+    await guest.banger("vm", "cp", f"web:{inside}/file", f"{out}/renamed")
+    await guest.banger("vm", "cp", f"web:{inside}/file", str(out))
+    assert sorted(os.listdir(out)) == ["file", "renamed"]
+    (inside / "alias").symlink_to("file")
+    await guest.banger("vm", "cp", f"web:{inside}/alias", str(out))
+    await guest.banger("vm", "cp", "-L", f"web:{inside}/alias", f"{out}/followed")
+    assert (out / "alias").is_symlink()
+    assert (out / "followed").read_text() == "text"
+
+
+async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    done = await guest.banger("vm", "cp", f"web:{tmp_path / 'tree'}", "-")
+    with tarfile.open(fileobj=io.BytesIO(done.out)) as tar:
+        assert "tree/sub/link" in tar.getnames()
+    await guest.banger("vm", "cp", "-", f"web:{tmp_path / 'again'}", stdin=done.out)
+    assert described(tmp_path / "again" / "tree") == described(tmp_path / "tree")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("a", "b"), 2, "one side of a copy"),
+        (("web:/a", "web:/b"), 2, "one side of a copy"),
+        (("/nonexistent", "web:/tmp"), 1, "does not exist"),
+        (("web:/nonexistent", "/tmp/x"), 1, "nonexistent"),
+        (("web:/etc/hostname", "/nonexistent/x"), 1, "no directory /nonexistent"),
+        (("nobody:/etc/hostname", "/tmp/x"), 1, "nobody"),
+        (("UPPER:/etc/hostname", "/tmp/x"), 2, "UPPER"),
+    ],
+)
+async def test_what_cannot_be_copied_is_said(
+    guest: Guest, words: tuple[str, str], status: int, message: str
+) -> None:
+    assert message in (await guest.banger("vm", "cp", *words, status=status)).err
+
+
+async def test_set_user_id_does_not_come_out_of_a_guest(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "su").write_text("#!/bin/sh\n")
+    (tmp_path / "su").chmod(0o6755)
+    await guest.banger("vm", "cp", f"web:{tmp_path / 'su'}", f"{tmp_path}/out")
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755

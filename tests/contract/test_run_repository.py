@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""`vm run PATH` and `vm exec` in a workspace, over the real daemon and agent: refused early, or exact."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from banger.contract import resources
+from tests.contract import cli_process, repositories, workspaces
+
+Guest = workspaces.Guest
+git = repositories.git
+
+
+async def names(guest: Guest) -> list[str]:
+    return [vm.name for vm in await guest.served.get("/v1/vms", list[resources.Vm])]
+
+
+def run_words(guest: Guest, *options: str) -> tuple[str, ...]:
+    return ("vm", "run", *options, str(guest.source), "--guest-path", str(guest.repo))
+
+
+async def test_a_command_runs_in_the_repository_and_gives_its_status(guest: Guest) -> None:
+    repositories.dirty(guest.source)
+    script = "pwd; cat README; git status --porcelain; exit 7"
+    done = await guest.banger(*run_words(guest, "--rm"), "--", "sh", "-c", script, status=7)
+    assert done.text.splitlines()[:2] == [str(guest.repo), "changed"]
+    assert "M README" in done.text
+    assert await names(guest) == ["web"]
+
+
+async def test_it_stays_without_rm_and_detached(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    done = await guest.banger(*run_words(guest, "-d", "--name", "shop", "--branch", "fix"))
+    assert done.text == "shop\n"
+    assert git(guest.repo, "symbolic-ref", "HEAD") == b"refs/heads/fix\n"
+    inside = await guest.banger("vm", "exec", "shop", "--", "pwd")
+    assert (inside.text, inside.err) == (f"{guest.repo}\n", "")
+
+
+async def test_a_dry_run_makes_nothing(guest: Guest) -> None:
+    repositories.dirty(guest.source)
+    listed = await guest.banger(*run_words(guest, "--dry-run", "--rm"))
+    assert listed.text.splitlines() == [".gitignore", "README", "link", "src/data.bin", "src/tool.sh"]
+    assert listed.err == ""
+    assert await names(guest) == ["web"]
+    assert not guest.repo.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--include-untracked",), "for a repository"),
+        (("--branch", "x"), "for a repository"),
+        (("--dry-run",), "of a repository"),
+        (("a", "b"), "one repository, not 2"),
+        (("/nonexistent",), "does not exist"),
+        (("-d", "--rm", "."), "exclude each other"),
+    ],
+)
+async def test_what_cannot_be_is_refused_before_anything_is_made(
+    guest: Guest, options: tuple[str, ...], message: str
+) -> None:
+    done = await asyncio.to_thread(cli_process.Cli(guest.served.path).run, "vm", "run", *options)
+    assert done.status in {2, 125}
+    assert message in done.err
+    assert await names(guest) == ["web"]
+
+
+async def test_repositories_that_cannot_go_in_are_refused_before_anything_is_made(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    git(guest.source, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},module")
+    assert "submodule" in (await guest.banger(*run_words(guest, "--rm"), status=125)).err
+    git(guest.source, "reset", "-q")
+    (guest.source / ".mise.toml").write_text("[tools]\n")
+    git(guest.source, "add", ".mise.toml")
+    refused = await guest.banger(*run_words(guest, "--rm"), status=125)
+    assert "--no-bootstrap" in refused.err
+    await guest.banger(*run_words(guest, "--rm", "--no-bootstrap"), "--", "true")
+    assert await names(guest) == ["web"]
+    git(guest.source.parent, "init", "-q", "--bare", "bare")
+    bare = ("vm", "run", "--rm", str(guest.source.parent / "bare"))
+    assert "bare repository" in (await guest.banger(*bare, status=125)).err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("remove", [True, False])
+async def test_an_end_while_the_repository_goes_in(
+    guest: Guest, number: signal.Signals, *, remove: bool
+) -> None:
+    """With --rm nothing is left; without, the VM is kept and named. Never half a workspace."""
+    repositories.plain(guest.source)
+    reached, never = asyncio.Event(), asyncio.Event()
+
+    async def stand_still() -> None:
+        reached.set()
+        await never.wait()
+
+    guest.served.daemon.world.behaviour.on_put = stand_still
+    words = run_words(guest, "--name", "shop", *(["--rm"] if remove else []))
+    with cli_process.Cli(guest.served.path).started(*words, "--", "true") as process:
+        await asyncio.wait_for(reached.wait(), cli_process.DEADLINE_S)
+        process.send_signal(number)
+        status = await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    expected = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+    assert status == expected[number], said
+    assert not guest.repo.exists()
+    if remove:
+        await until_deleted(guest)
+        assert await names(guest) == ["web"]
+    else:
+        assert await names(guest) == ["shop", "web"] or sorted(await names(guest)) == ["shop", "web"]
+        assert number is signal.SIGKILL or "shop goes on" in said
+
+
+async def until_deleted(guest: Guest) -> None:
+    operations = guest.served.daemon.services.operations
+    async with asyncio.timeout(cli_process.DEADLINE_S):
+        # Nothing announces the start of an operation.
+        while not any(each.kind == "vm.delete" for each in operations.list()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for each in operations.list():
+            await operations.wait(each.id)
+
+
+# --- exec in a workspace ---
+
+
+async def test_exec_begins_in_the_workspace_and_says_that_the_host_moved_on(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    same = await guest.banger("vm", "exec", "web", "--", "pwd")
+    assert (same.text, same.err) == (f"{guest.repo}\n", "")
+    assert (await guest.banger("vm", "exec", "--cwd", "/", "web", "--", "pwd")).text == "/\n"
+    (guest.source / "README").write_text("newer\n")
+    old = await guest.banger("vm", "exec", "web", "--", "cat", "README")
+    assert old.text == "hello\nagain\n"
+    assert "have changed since it was sent; --auto-prepare" in old.err
+    new = await guest.banger("vm", "exec", "--auto-prepare", "web", "--", "cat", "README")
+    assert new.text == "newer\n"
+    repositories.commit(guest.source)
+    assert "has other commits" in (await guest.banger("vm", "exec", "web", "--", "true")).err
+
+
+async def test_auto_prepare_never_replaces_the_guests_work(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    (guest.repo / "README").write_text("mine\n")
+    (guest.source / "README").write_text("theirs\n")
+    words = ("vm", "exec", "--auto-prepare", "web", "--", "true")
+    assert "changes of its own" in (await guest.banger(*words, status=125)).err
+    assert (guest.repo / "README").read_text() == "mine\n"
+
+
+async def test_auto_prepare_needs_a_workspace(guest: Guest) -> None:
+    words = ("vm", "exec", "--auto-prepare", "web", "--", "true")
+    assert "has no workspace" in (await guest.banger(*words, status=125)).err
+
+
+async def test_a_repository_that_is_gone_does_not_keep_a_command_from_running(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    guest.source.rename(guest.source.with_name("elsewhere"))
+    done = await guest.banger("vm", "exec", "web", "--", "pwd")
+    assert done.text == f"{guest.repo}\n"
+    assert "cannot compare" in done.err
+
+
+async def test_a_command_that_takes_too_long_is_ended(guest: Guest) -> None:
+    done = await guest.banger("vm", "exec", "--timeout", "0.5s", "web", "--", "sleep", "60", status=124)
+    assert done.err == ""
+    stubborn = "trap '' TERM; echo ready; while :; do sleep 1; done"
+    words = ("vm", "exec", "--timeout", "1", "web", "--", "sh", "-c", stubborn)
+    assert (await guest.banger(*words, status=124)).text == "ready\n"
+    await guest.banger("vm", "exec", "--timeout", "1m", "web", "--", "true")
+    await guest.banger("vm", "exec", "--timeout", "soon", "web", "--", "true", status=2)
+
+
+async def test_tools_are_installed_first_and_a_failure_is_loud(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repositories.plain(guest.source)
+    (guest.source / ".tool-versions").write_text("zig 0.13\n")
+    repositories.commit(guest.source)
+    refused = await guest.banger(*run_words(guest, "--rm"), "--", "true", status=125)
+    assert "--nat" in refused.err

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""A developer's repository in a real microVM without network: in, worked on, and out again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from lab import remote
+from lab.session import Lab
+from tests.lab import user
+
+pytestmark = pytest.mark.timeout(900)
+
+REPO = "/home/dev/project"
+_MAKE = r"""
+set -e
+rm -rf "$1"; mkdir "$1"; cd "$1"
+git init -q -b main
+git config user.name Ada; git config user.email ada@example.org
+printf 'hello\n' >README
+printf '#!/bin/sh\necho built\n' >build.sh; chmod 755 build.sh
+head -c 3000000 /dev/urandom >large.bin
+ln -s build.sh link
+printf '.env\n' >.gitignore
+mkdir "d
+ir"; printf 'odd\n' >"d
+ir/-f"
+git add -A; git commit -qm first
+printf 'TOKEN=1\n' >.env
+printf 'changed\n' >README
+printf 'staged\n' >added; git add added
+printf 'loose\n' >untracked
+"""
+
+
+def banger(host: Lab, *words: str, check: bool = True) -> remote.Result:
+    return user.banger(host, *words, check=check)
+
+
+def on_host(host: Lab, *words: str) -> str:
+    return host.run(["git", "-C", REPO, *words], user=user.NAME).text
+
+
+def in_guest(host: Lab, *words: str) -> str:
+    return banger(host, "vm", "exec", "work", "--", *words).text
+
+
+@pytest.fixture(scope="module")
+def repository(installed_host: Lab) -> Iterator[Lab]:
+    """The installed host, and a repository of its user's with every kind of change."""
+    installed_host.run(["sh", "-c", _MAKE, "make", REPO], user=user.NAME)
+    yield installed_host
+    installed_host.run(["rm", "-rf", REPO], user=user.NAME)
+
+
+@pytest.fixture(scope="module")
+def work(repository: Lab) -> Iterator[Lab]:
+    """A VM, `work`, without network, that the repository went into."""
+    words = ("-d", "--name", "work", "--no-network", *user.SMALL[:2], "--disk-size", "256M")
+    banger(repository, "vm", "run", *words, REPO)
+    yield repository
+    banger(repository, "vm", "delete", "work", check=False)
+
+
+def test_a_command_in_a_vm_of_its_own(repository: Lab) -> None:
+    script = "pwd; ./build.sh; cat README; git status --porcelain; ls -A; exit 7"
+    words = ("--rm", "--no-network", *user.SMALL[:2], "--disk-size", "128M", REPO)
+    done = banger(repository, "vm", "run", *words, "--", "sh", "-c", script, check=False)
+    assert done.status == 7, done.error_text
+    lines = done.text.splitlines()
+    assert lines[:3] == ["/root/repo", "built", "changed"]
+    assert {"A  added", " M README"} <= set(lines)
+    assert ".env" not in lines
+    assert "untracked" not in lines
+    assert user.leftovers(repository) == ""
+
+
+def test_the_guest_has_what_the_host_has(work: Lab) -> None:
+    status = ("status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    assert in_guest(work, "git", *status) == on_host(work, *status)
+    assert in_guest(work, "git", "log", "--format=%H") == on_host(work, "log", "--format=%H")
+    hashes = ("hash-object", "README", "added", "large.bin", "build.sh", "d\nir/-f")
+    assert in_guest(work, "git", *hashes) == on_host(work, *hashes)
+
+
+def test_again_only_what_changed_and_never_over_the_guests_work(work: Lab) -> None:
+    work.write(f"{REPO}/README", b"newer\n")
+    sent = json.loads(banger(work, "vm", "workspace", "prepare", "work", "--json").text)
+    assert sent["sent_bytes"] < 20_000
+    assert in_guest(work, "cat", "README") == "newer\n"
+    in_guest(work, "sh", "-c", "echo mine >build.sh")
+    refused = banger(work, "vm", "workspace", "prepare", "work", check=False)
+    assert "changes of its own" in refused.error_text
+    in_guest(work, "git", "checkout", "build.sh")
+
+
+def test_the_guests_work_comes_out(work: Lab) -> None:
+    script = (
+        "echo more >more; git add -A; git commit -qm 'in the guest'; head -c 100000 /dev/urandom >raw.bin"
+    )
+    in_guest(work, "sh", "-c", script)
+    before = on_host(work, "status", "--porcelain=v2")
+    assert banger(work, "vm", "workspace", "pull", "work").text == "banger/work\n"
+    assert on_host(work, "status", "--porcelain=v2") == before
+    assert on_host(work, "rev-parse", "banger/work:raw.bin") == in_guest(
+        work, "git", "hash-object", "raw.bin"
+    )
+    patch = banger(work, "vm", "workspace", "export", "work").stdout
+    assert b"GIT binary patch" in patch
+    assert b"+++ b/more" in patch
+
+
+def test_files_go_in_and_come_back(work: Lab) -> None:
+    banger(work, "vm", "cp", f"{REPO}/large.bin", "work:/var/tmp/")
+    banger(work, "vm", "cp", "work:/var/tmp/large.bin", "/home/dev/back.bin")
+    work.run(["cmp", f"{REPO}/large.bin", "/home/dev/back.bin"], user=user.NAME)
+    work.run(["rm", "/home/dev/back.bin"], user=user.NAME)
+
+
+def test_a_workspace_survives_a_stop_and_can_be_read_only(work: Lab) -> None:
+    banger(work, "vm", "stop", "work")
+    banger(work, "vm", "start", "work")
+    assert in_guest(work, "pwd") == "/root/repo\n"
+    banger(work, "vm", "workspace", "prepare", "work", "--discard", "--readonly")
+    refused = banger(work, "vm", "exec", "work", "--", "touch", "/root/repo/x", check=False)
+    assert "Read-only" in refused.error_text
+    banger(work, "vm", "workspace", "prepare", "work")
+    in_guest(work, "touch", "/root/repo/x")

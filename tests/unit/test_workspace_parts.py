@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""Parts of workspaces and copies that need no guest: a stranger's archives, paths, and what is said."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from banger.cli import vm_copy
+from banger.contract import errors
+from banger.vm import workspace
+from banger.workspace import archive
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, **values: object) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    for key, value in values.items():
+        setattr(info, key, value)
+    return info
+
+
+def made(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for info, content in members:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def pieces(data: bytes, size: int = 1000) -> Iterator[bytes]:
+    for at in range(0, len(data), size):
+        yield data[at : at + size]
+
+
+def unpack(data: bytes, target: Path, rename: str | None = None) -> archive.Unpacked:
+    return archive.unpack(pieces(data), target, rename=rename, report=lambda _: None)
+
+
+HOSTILE = {
+    "absolute": [(member("/tmp/banger-escaped"), b"x")],
+    "dots": [(member("a/../../escaped"), b"x")],
+    "dots first": [(member("../escaped"), b"x")],
+    "through a link": [(member("out", tarfile.SYMTYPE, linkname=".."), b""), (member("out/escaped"), b"x")],
+    "through a deep link": [
+        (member("a", tarfile.DIRTYPE), b""),
+        (member("a/out", tarfile.SYMTYPE, linkname="../.."), b""),
+        (member("a/out/escaped"), b"x"),
+    ],
+    "hard link by dots": [(member("own", tarfile.LNKTYPE, linkname="../secret"), b"")],
+    "hard link to an absolute": [(member("own", tarfile.LNKTYPE, linkname="/etc/passwd"), b"")],
+    "hard link through a link": [
+        (member("out", tarfile.SYMTYPE, linkname=".."), b""),
+        (member("own", tarfile.LNKTYPE, linkname="out/secret"), b""),
+    ],
+    "no name": [(member("./"), b"x")],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_leaves_the_target(tmp_path: Path, name: str) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "secret").write_text("s")
+    with pytest.raises(errors.BangerError):
+        unpack(made(*HOSTILE[name]), inside)
+    assert sorted(os.listdir(tmp_path)) == ["inside", "secret"]
+    assert not (inside / "own").exists()
+    assert not Path("/tmp/banger-escaped").exists()
+
+
+def test_a_link_in_the_way_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "secret").write_text("s")
+    (inside / "file").symlink_to("../secret")
+    (inside / "directory").symlink_to("..")
+    unpack(made((member("file"), b"new"), (member("directory", tarfile.DIRTYPE, mode=0o700), b"")), inside)
+    assert (tmp_path / "secret").read_text() == "s"
+    assert (inside / "file").read_text() == "new"
+    assert (inside / "directory").is_dir()
+    assert not (inside / "directory").is_symlink()
+
+
+def test_devices_and_privileges_are_left_out(tmp_path: Path) -> None:
+    data = made(
+        (member("t/null", tarfile.CHRTYPE, devmajor=1, devminor=3), b""),
+        (member("t/disk", tarfile.BLKTYPE, devmajor=8), b""),
+        (member("t/su", mode=0o6755), b"x"),
+    )
+    done = unpack(data, tmp_path, rename="r")
+    assert os.listdir(tmp_path / "r") == ["su"]
+    assert (tmp_path / "r" / "su").stat().st_mode & 0o7777 == 0o755
+    assert len(done.skipped) == 2
+
+
+def test_a_directory_that_holds_something_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "name" / "kept").mkdir(parents=True)
+    with pytest.raises(errors.OperationFailedError, match="not empty"):
+        unpack(made((member("name"), b"x")), tmp_path)
+    assert (tmp_path / "name" / "kept").is_dir()
+
+
+@pytest.mark.parametrize("cut", [100, 512, 700, 1024])
+def test_a_cut_archive_is_an_error(tmp_path: Path, cut: int) -> None:
+    with pytest.raises(errors.ProtocolError):
+        unpack(made((member("file"), b"y" * 600))[:cut], tmp_path)
+
+
+@given(st.binary(max_size=2048))
+def test_noise_is_an_error_or_nothing(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name, pytest.raises(errors.BangerError):
+        unpack(b"x" + data, Path(name))
+
+
+def test_what_was_packed_is_unpacked_the_same(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "f").write_bytes(os.urandom(700_000))
+    (source / "l").symlink_to("sub/f")
+    os.link(source / "sub" / "f", source / "z")
+    os.utime(source / "sub" / "f", ns=(1_234_567_890_123_456_789,) * 2)
+    target = tmp_path / "target"
+    target.mkdir()
+    data = b"".join(archive.packed(archive.walk(source, "s")))
+    done = unpack(data, target, rename="t")
+    assert done.entries == 5
+    assert (target / "t" / "sub" / "f").read_bytes() == (source / "sub" / "f").read_bytes()
+    assert (target / "t" / "sub" / "f").stat().st_mtime_ns == 1_234_567_890_123_456_789
+    assert (target / "t" / "l").readlink() == Path("sub/f")
+    assert (target / "t" / "z").stat().st_ino == (target / "t" / "sub" / "f").stat().st_ino
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 20))
+    stream = archive.packed([("f", str(path))])
+    next(stream)
+    path.write_bytes(b"")
+    with pytest.raises(errors.OperationFailedError, match="shorter"):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("text", "vm", "path"),
+    [
+        ("web:/etc", "web", "/etc"),
+        ("web:notes", "web", "/root/notes"),
+        ("web:", "web", "/root/"),
+        ("./a:b", "", "./a:b"),
+        ("/a:b", "", "/a:b"),
+        ("plain", "", "plain"),
+        (":x", "", ":x"),
+        ("-", "", "-"),
+    ],
+)
+def test_the_sides_of_a_copy(text: str, vm: str, path: str) -> None:
+    assert vm_copy.parse_place(text) == vm_copy.Place(vm, path)
+
+
+@pytest.mark.parametrize("text", ["/", "/root", "/proc/x", "/sys/a/b", "/dev/shm", "/.banger/x", "//x"])
+def test_a_workspace_is_a_directory_of_its_own(text: str) -> None:
+    with pytest.raises(errors.BadRequestError):
+        workspace.clean_path(text)
+
+
+def test_paths_are_made_plain() -> None:
+    assert workspace.clean_path("/root/../srv//code/./") == "/srv/code"
+    assert workspace.staging("/srv/code") == "/srv/.code.banger-new"
+
+
+def test_what_a_guest_says_of_its_workspace() -> None:
+    found = workspace.parse_found(b"ours\ntip abc\nchange M\tREADME\nnoise\n")
+    assert (found.exists, found.tips, found.changes) == (True, ("abc",), ("M\tREADME",))
+    for said in (b"", b"yes\n", b"\xff\n"):
+        with pytest.raises(errors.ProtocolError):
+            workspace.parse_found(said)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind"),
+    [
+        (90, ["the guest has no git"], errors.MissingToolError),
+        (92, ["the guest has no commit x"], errors.NotFoundError),
+        (127, ["sh: not found"], errors.MissingToolError),
+        (
+            1,
+            ["fatal: write error: No space left on device", "fatal: index-pack failed"],
+            errors.NoSpaceError,
+        ),
+        (128, [], errors.OperationFailedError),
+    ],
+)
+def test_why_a_script_failed(status: int, said: list[str], kind: type[errors.BangerError]) -> None:
+    error = workspace.script_failure("web", status, said)
+    assert type(error) is kind
+    assert "web" in error.message
