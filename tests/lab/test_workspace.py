@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lab import remote
 from lab.session import Lab
-from tests.lab import user
+from tests.lab import documents, user
 
+TREE = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
 
 REPO = "/home/dev/project"
@@ -129,3 +131,20 @@ def test_a_workspace_survives_a_stop_and_can_be_read_only(work: Lab) -> None:
     assert "Read-only" in refused.error_text
     banger(work, "vm", "workspace", "prepare", "work")
     in_guest(work, "touch", "/root/repo/x")
+
+
+def test_the_page_about_workspaces_is_true(repository: Lab) -> None:
+    """Its commands, in its order; of what it shows, the lines in theirs."""
+    work = "/home/dev/page"
+    repository.run(["cp", "-a", REPO, work], user=user.NAME)
+    repository.write(f"{work}/README", b"changed\n")
+    try:
+        for line, shown in documents.console(TREE / "docs" / "workspace.md"):
+            done = repository.run(
+                ["bash", "-c", f"cd {work} && {line}"], user=user.NAME, check=False, timeout_s=240
+            )
+            assert done.status == 0, (line, done.error_text)
+            assert documents.is_shown(shown, done.text), (line, shown, done.text)
+    finally:
+        banger(repository, "vm", "delete", "web", check=False)
+        repository.run(["rm", "-rf", work])

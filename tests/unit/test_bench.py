@@ -41,7 +41,7 @@ def test_every_benchmark_can_be_loaded(name: str) -> None:
     assert callable(importlib.import_module(f"bench.{name}").run)
 
 
-@pytest.mark.parametrize("name", ["start", "memory", "transfer", "bare"])
+@pytest.mark.parametrize("name", ["start", "memory", "transfer", "bare", "repository"])
 def test_what_runs_in_the_lab_is_there(name: str) -> None:
     importlib.import_module(f"bench.inside.{name}")
 

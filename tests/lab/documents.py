@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""The commands of a page, and whether what it shows came: in `console` blocks, `…` stands for any lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+_BLOCK: Final = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_ANYTHING: Final = "…"
+
+
+def console(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each command line and the lines shown below it."""
+    for block in _BLOCK.findall(page.read_text()):
+        command, shown = "", list[str]()
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                if command:
+                    yield command, shown
+                command, shown = line[2:], []
+            else:
+                shown.append(line)
+        yield command, shown
+
+
+def is_shown(shown: list[str], text: str) -> bool:
+    """Whether the output is what is shown; a page that shows nothing promises nothing."""
+    if not shown:
+        return True
+    parts = ("(.*\n)*" if line == _ANYTHING else re.escape(line) + "\n" for line in shown)
+    return re.fullmatch("".join(parts), text) is not None
