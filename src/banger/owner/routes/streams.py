@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 import litestar
@@ -13,17 +13,17 @@ import msgspec
 from litestar import exceptions, params
 
 from banger.contract import errors, resources
-from banger.owner import operations, peers, routes
+from banger.owner import operations, routes
+from banger.owner.routes import sockets
 
 _log = logging.getLogger(__name__)
-Socket = litestar.WebSocket[object, object, litestar.datastructures.State]
 T = TypeVar("T")
 
 
 class Link:
     """One client; meets `workspaces.Peer`. At most one message is held each way."""
 
-    def __init__(self, socket: Socket) -> None:
+    def __init__(self, socket: sockets.Socket) -> None:
         self._socket = socket
 
     async def hear(self, kind: type[T], /) -> T:
@@ -54,21 +54,21 @@ class Link:
     async def _receive(self) -> dict[str, Any]:
         message = await self._socket.receive()
         if message["type"] != "websocket.receive":
-            raise exceptions.WebSocketDisconnect(detail="the client left")
+            raise sockets.left()
         return dict(message)
 
 
-Work = Callable[[str, Link], Awaitable[resources.Resource]]
+Work = Callable[[str, Link], Coroutine[Any, Any, resources.Resource]]
 
 
 async def _serve(
-    socket: Socket, ref: str, work: Work, failed: Callable[[errors.ErrorBody], resources.Resource]
+    socket: sockets.Socket, ref: str, work: Work, failed: Callable[[errors.ErrorBody], resources.Resource]
 ) -> None:
     """Does the work while the client is there; its outcome is the last message."""
     await socket.accept()
     link = Link(socket)
-    working = asyncio.ensure_future(work(ref, link))
-    leaving = asyncio.create_task(socket.scope["state"][peers.GONE].wait())
+    working = asyncio.create_task(work(ref, link))
+    leaving = sockets.leaving(socket)
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -82,14 +82,8 @@ async def _serve(
         _log.info("request failed", extra={"ref": ref, "code": error.code, "error": error.message})
         end = failed(errors.to_body(error, op_id=operations.current_op_id.get()))
     finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-    try:
-        await link.tell(end)
-        await socket.close()
-    except exceptions.WebSocketException:
-        _log.debug("client left before the end", extra={"ref": ref})
+        await sockets.stop(working, leaving)
+    await sockets.say_goodbye(socket, end)
 
 
 def _prepared(error: errors.ErrorBody) -> resources.Resource:
@@ -101,25 +95,29 @@ def _transferred(error: errors.ErrorBody) -> resources.Resource:
 
 
 @litestar.websocket("/v1/vms/{ref:str}/workspace/prepare")
-async def prepare_workspace(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+async def prepare_workspace(
+    socket: sockets.Socket, ref: params.FromPath[str], services: routes.Injected
+) -> None:
     """Takes a repository into a running VM."""
     await _serve(socket, ref, services.workspaces.prepare, _prepared)
 
 
 @litestar.websocket("/v1/vms/{ref:str}/workspace/export")
-async def export_workspace(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+async def export_workspace(
+    socket: sockets.Socket, ref: params.FromPath[str], services: routes.Injected
+) -> None:
     """Gives out what changed in a workspace."""
     await _serve(socket, ref, services.workspaces.export, _transferred)
 
 
 @litestar.websocket("/v1/vms/{ref:str}/put")
-async def put_files(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+async def put_files(socket: sockets.Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
     """Unpacks a tar in a running VM."""
     await _serve(socket, ref, services.workspaces.put, _transferred)
 
 
 @litestar.websocket("/v1/vms/{ref:str}/get")
-async def get_files(socket: Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
+async def get_files(socket: sockets.Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
     """Packs a path of a running VM as a tar."""
     await _serve(socket, ref, services.workspaces.get, _transferred)
 
