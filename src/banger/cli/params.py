@@ -74,10 +74,10 @@ class _Size(click.ParamType[int]):
 
 
 class _Span(click.ParamType[float]):
-    """`90`, `90s`, `5m`, `2h`: seconds."""
+    """`90`, `90s`, `5m`, `2h`, `7d`: seconds."""
 
     name = "span"
-    _UNITS: Final = {"s": 1, "m": 60, "h": 3600}
+    _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
@@ -88,7 +88,7 @@ class _Span(click.ParamType[float]):
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < 1e9:
-            self.fail(f"{value!r} is not a time, such as 90, 90s, 5m or 2h", param, ctx)
+            self.fail(f"{value!r} is not a time, such as 90, 90s, 5m, 2h or 7d", param, ctx)
         return seconds
 
 

@@ -30,6 +30,14 @@ NOUNS: Final = {
     "workspace": command.Noun(
         "banger.cli.vm_workspace", "Take a repository into a VM, and its changes back out."
     ),
+    "explain": command.Noun(
+        "banger.cli.vm_explain",
+        "Say how a VM is, why, and where the time of its last start went.",
+        "explain",
+    ),
+    "prune": command.Noun(
+        "banger.cli.vm_prune", "Delete the VMs that do not run, and their disks.", "prune"
+    ),
     "exec": command.Noun(_RUN, "Run a command in a running VM.", "execute"),
     "ssh": command.Noun(_SSH, "Log in to a running VM with ssh, as root.", "ssh"),
     "proxy": command.Noun(

@@ -142,7 +142,7 @@ def create(
 @click.pass_obj
 def start(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Start VMs."""
-    _each(settings, names, "start", cancellable=True)
+    each(settings, names, "start", cancellable=True)
 
 
 @command.make("stop", examples=[("banger vm stop web db", "several at once")])
@@ -150,7 +150,7 @@ def start(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.pass_obj
 def stop(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Stop VMs, losing nothing that they wrote."""
-    _each(settings, names, "stop", cancellable=False)
+    each(settings, names, "stop", cancellable=False)
 
 
 @command.make("restart", examples=[("banger vm restart web", "a new boot, the same disks")])
@@ -158,7 +158,7 @@ def stop(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.pass_obj
 def restart(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Stop VMs and start them again."""
-    _each(settings, names, "restart", cancellable=True)
+    each(settings, names, "restart", cancellable=True)
 
 
 @command.make("kill", examples=[("banger vm kill web", "when it does not stop")])
@@ -166,7 +166,7 @@ def restart(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.pass_obj
 def kill(settings: command.Settings, names: tuple[str, ...]) -> None:
     """End VMs at once, as if their power failed."""
-    _each(settings, names, "kill", cancellable=False)
+    each(settings, names, "kill", cancellable=False)
 
 
 @command.make(
@@ -180,7 +180,7 @@ def kill(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.pass_obj
 def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Delete VMs and their disks, stopping them first."""
-    _each(settings, names, "delete", cancellable=False)
+    each(settings, names, "delete", cancellable=False)
 
 
 @command.make(
@@ -223,7 +223,7 @@ def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen
         output.text(changed.name)
 
 
-def _each(settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool) -> None:
+def each(settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool) -> None:
     """Does it to every name, whatever becomes of the others; reports each."""
     api = settings.client()
     wanted = list(dict.fromkeys(names))

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import http.client
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import click
@@ -22,10 +23,11 @@ _SOURCES: Final = {
     resources.SizeSource.HOST: "from this host's size",
     resources.SizeSource.DEFAULT: "default",
 }
+_HEADERS: Final = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "ADDRESS", "CREATED", "UPTIME")
 _FORMAT: Final = click.option(
     "--format",
     "form",
-    type=click.Choice(["table", "json"]),
+    type=click.Choice(["table", "wide", "json"]),
     default="table",
     show_default=True,
     help="How to print it.",
@@ -38,16 +40,28 @@ _QUIET: Final = click.option("-q", "--quiet", is_flag=True, help="Print names on
     examples=[
         ("banger vm list", "a table"),
         ("banger vm list -q", "names only"),
-        ("banger vm list --state running", "only those"),
+        ("banger vm list --state running --name 'web*'", "only those"),
+        ("banger vm list --format wide", "with kernels, disks and workspaces"),
     ],
 )
 @_QUIET
 @click.option("--state", type=click.Choice([str(state) for state in resources.VmState]), help="Only these.")
+@click.option(
+    "--name", "pattern", metavar="PATTERN", default="*", help="Only names like this, such as 'web*'."
+)
+@click.option("--image", type=params.IMAGE, help="Only those made from this image.")
 @_FORMAT
 @click.pass_obj
-def list_vms(settings: command.Settings, quiet: bool, state: str | None, form: str) -> None:
+def list_vms(
+    settings: command.Settings, quiet: bool, state: str | None, pattern: str, image: str | None, form: str
+) -> None:
     """List VMs."""
-    _list(settings, state, quiet=quiet, json=form == "json")
+
+    def is_meant(vm: resources.Vm) -> bool:
+        fits = fnmatch.fnmatchcase(vm.name, pattern) and image in {None, vm.image, vm.image_id}
+        return fits and state in {None, vm.state}
+
+    _list(settings, is_meant, quiet=quiet, form=form)
 
 
 @command.make(
@@ -60,20 +74,30 @@ def list_vms(settings: command.Settings, quiet: bool, state: str | None, form: s
 @click.pass_obj
 def ps(settings: command.Settings, everything: bool, quiet: bool, form: str) -> None:
     """List the VMs that are running."""
-    state = None if everything else resources.VmState.RUNNING
-    _list(settings, state, quiet=quiet, json=form == "json")
+
+    def is_meant(vm: resources.Vm) -> bool:
+        return everything or vm.state is resources.VmState.RUNNING
+
+    _list(settings, is_meant, quiet=quiet, form=form)
 
 
-def _list(settings: command.Settings, state: str | None, *, quiet: bool, json: bool) -> None:
-    found = settings.client().get("/v1/vms", list[resources.Vm])
-    vms = [vm for vm in found if state is None or vm.state == state]
-    if settings.json or json:
+def _list(
+    settings: command.Settings, is_meant: Callable[[resources.Vm], bool], *, quiet: bool, form: str
+) -> None:
+    vms = [vm for vm in settings.client().get("/v1/vms", list[resources.Vm]) if is_meant(vm)]
+    if settings.json or form == "json":
         output.json(vms)
     elif quiet:
         output.text("".join(f"{render.safe(vm.name)}\n" for vm in vms))
+    elif form == "wide":
+        output.text(render.table((*_HEADERS, "ID", "KERNEL", "DISK", "WORKSPACE"), map(_wide_row, vms)))
     else:
-        headers = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "ADDRESS", "CREATED", "UPTIME")
-        output.text(render.table(headers, map(_row, vms)))
+        output.text(render.table(_HEADERS, map(_row, vms)))
+
+
+def _wide_row(vm: resources.Vm) -> Sequence[str]:
+    source = vm.workspace.source if vm.workspace is not None else "-"
+    return (*_row(vm), vm.id, vm.kernel, sizes.text_of_mib(vm.disk_size_mib), source)
 
 
 def _row(vm: resources.Vm) -> Sequence[str]:
@@ -124,6 +148,9 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         yield "VMM", f"pid {vm.pid}"
     if vm.boot_id:
         yield "boot id", vm.boot_id
+    if vm.workspace is not None:
+        when = render.age(vm.workspace.prepared_at)
+        yield "workspace", f"{vm.workspace.path}, from {vm.workspace.source}, {when} ago"
     if vm.last_error is not None:
         yield from _error_facts(vm.last_error)
     if vm.last_start:

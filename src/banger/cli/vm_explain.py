@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""`banger vm explain`: where the time of a VM's last start went, and why a VM does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import click
+import msgspec
+
+from banger.cli import client, command, output, params, render
+from banger.contract import errors, resources
+
+_TAIL_LINES: Final = 8
+_TAIL_BYTES: Final = 64 * 1024
+_BAR: Final = 24
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """For `--json`."""
+
+    name: str
+    state: resources.VmState
+    summary: str
+    next: str
+    """What to do about it; empty when nothing needs to be done."""
+    total_ms: float
+    """Of the last start, from its first step to its last."""
+    steps: tuple[resources.StepTiming, ...]
+    console: tuple[str, ...]
+    """The last the guest printed, when the VM does not run."""
+    error: errors.ErrorBody | None = None
+
+
+@command.make(
+    "explain",
+    examples=[
+        ("banger vm explain web", "why it does not run, and what its last start did"),
+        ("banger vm explain web --json", "for programs"),
+    ],
+)
+@click.argument("name", type=params.VM)
+@click.pass_obj
+def explain(settings: command.Settings, name: str) -> None:
+    """Say how a VM is, why, and where the time of its last start went."""
+    api = settings.client()
+    vm = api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
+    found = _explained(api, vm)
+    if settings.json:
+        output.json(found)
+    else:
+        output.text("\n".join(_lines(found)))
+
+
+def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
+    summary, remedy = _running(api, vm) if vm.state is resources.VmState.RUNNING else _not_running(vm)
+    runs = vm.state is resources.VmState.RUNNING
+    return Explanation(
+        name=vm.name,
+        state=vm.state,
+        summary=summary,
+        next=remedy,
+        total_ms=_total_ms(vm.last_start),
+        steps=vm.last_start,
+        console=() if runs or vm.state is resources.VmState.CREATED else tuple(_console(api, vm)),
+        error=vm.last_error,
+    )
+
+
+def _running(api: client.Client, vm: resources.Vm) -> tuple[str, str]:
+    """By asking its agent now."""
+    try:
+        stats = api.get(f"/v1/vms/{client.segment(vm.id)}/stats", resources.VmStats)
+    except (errors.UnavailableError, errors.DeadlineError) as error:
+        return (
+            f"{vm.name} runs, but its agent does not answer: {error.message}",
+            f"see `banger vm logs {vm.name}`; `banger vm restart {vm.name}` begins anew",
+        )
+    return f"{vm.name} has run for {render.span(stats.uptime_ms / 1000)}, and its agent answers", ""
+
+
+def _not_running(vm: resources.Vm) -> tuple[str, str]:
+    again = f"`banger vm start {vm.name}` starts it"
+    if vm.last_error is not None:
+        at = f" (in step {vm.last_error.step})" if vm.last_error.step else ""
+        return f"{vm.name} does not run: {vm.last_error.message}{at}", vm.last_error.hint or again
+    if vm.state is resources.VmState.CREATED:
+        return f"{vm.name} has never been started", again
+    return f"{vm.name} was stopped, or its guest powered off", again
+
+
+def _total_ms(steps: tuple[resources.StepTiming, ...]) -> float:
+    return max((step.started_ms + step.elapsed_ms for step in steps), default=0.0)
+
+
+def _console(api: client.Client, vm: resources.Vm) -> Iterator[str]:
+    with api.stream(f"/v1/vms/{client.segment(vm.id)}/logs") as response:
+        kept = b""
+        while data := response.read1(_TAIL_BYTES):
+            kept = (kept + data)[-_TAIL_BYTES:]
+    lines = [line for line in kept.decode(errors="replace").splitlines() if line.strip()]
+    yield from (render.safe_log(line) for line in lines[-_TAIL_LINES:])
+
+
+def _lines(found: Explanation) -> Iterator[str]:
+    yield render.safe(found.summary)
+    if found.error is not None:
+        yield from (f"  also: {render.safe(note)}" for note in found.error.also)
+    if found.next:
+        yield f"  next: {render.safe(found.next)}"
+    if found.console:
+        yield ""
+        yield "the last it printed:"
+        yield from (f"  {line}" for line in found.console)
+    if found.steps:
+        yield ""
+        yield f"its last start took {render.elapsed(found.total_ms)}:"
+        yield from _timeline(found)
+
+
+def _timeline(found: Explanation) -> Iterator[str]:
+    """Stage by stage, step by step; the bar shows when in the start a step ran."""
+    width = max(len(step.name) for step in found.steps)
+    stage = None
+    for step in found.steps:
+        if step.stage != stage:
+            stage = step.stage
+            took = sum(each.elapsed_ms for each in found.steps if each.stage == stage)
+            yield f"  {render.safe(stage or 'unnamed')}: {render.elapsed(took)}"
+        share = 100 * step.elapsed_ms / found.total_ms if found.total_ms else 0.0
+        name = render.safe(step.name).ljust(width)
+        yield f"    {name}  {step.elapsed_ms:9.1f} ms  {share:4.0f} %  {_bar(step, found.total_ms)}".rstrip()
+    between = found.total_ms - sum(step.elapsed_ms for step in found.steps)
+    if between > 0:
+        yield f"  between steps: {render.elapsed(between)}"
+
+
+def _bar(step: resources.StepTiming, total_ms: float) -> str:
+    if not total_ms:
+        return ""
+    begin = int(_BAR * step.started_ms / total_ms)
+    length = max(1, round(_BAR * step.elapsed_ms / total_ms))
+    return " " * min(begin, _BAR - 1) + "█" * min(length, _BAR - min(begin, _BAR - 1))

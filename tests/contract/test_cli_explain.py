@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""`vm explain`, `vm prune` and the filters of `vm list` against the real daemon over a fake world."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from banger.contract import errors, privileged, resources
+from tests.contract import api_served, cli_process, conftest
+
+
+@pytest.fixture
+async def served(daemon: conftest.Daemon) -> AsyncIterator[api_served.Served]:
+    async with api_served.serving(daemon) as made:
+        yield made
+
+
+async def banger(served: api_served.Served, *words: str, status: int = 0, **more: Any) -> cli_process.Done:
+    done = await asyncio.to_thread(cli_process.Cli(served.path).run, *words, **more)
+    assert done.status == status, (done.err, done.out)
+    return done
+
+
+async def test_where_the_time_of_a_start_went(served: api_served.Served) -> None:
+    await served.daemon.create()
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert shown.startswith("web has run for ")
+    assert "its agent answers" in shown
+    assert "its last start took" in shown
+    for step in ("preflight", "dm_snapshot", "firecracker_launch", "wait_vsock_agent", "persist"):
+        assert f"    {step} " in shown
+    assert "  boot_firecracker: " in shown
+    document = (await banger(served, "vm", "explain", "web", "--json")).json
+    last = document["steps"][-1]
+    assert document["total_ms"] == pytest.approx(last["started_ms"] + last["elapsed_ms"])
+    assert document["next"] == ""
+
+
+async def test_an_agent_that_fell_silent_is_named(served: api_served.Served) -> None:
+    await served.daemon.create()
+    served.daemon.world.behaviour.silent = True
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert "runs, but its agent does not answer" in shown
+    assert "banger vm restart web" in shown
+
+
+async def test_why_a_start_failed(served: api_served.Served) -> None:
+    async def refuse(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.CreateTap):
+            raise errors.ConflictError("the tap is busy", hint="free it")
+
+    served.daemon.world.before = refuse
+    await served.daemon.create()
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert "web does not run: the tap is busy (in step tap)" in shown
+    assert "next: free it" in shown
+
+
+async def test_a_panic_is_quoted_from_the_console(served: api_served.Served) -> None:
+    served.daemon.world.behaviour.panic = "out of luck"
+    await served.daemon.create()
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert "out of luck" in shown.partition("the last it printed:")[0]
+    assert "Kernel panic - not syncing: out of luck" in shown.partition("the last it printed:")[2]
+
+
+async def test_those_that_never_ran_or_were_stopped(served: api_served.Served) -> None:
+    await served.daemon.create("new", start=False)
+    assert "has never been started" in (await banger(served, "vm", "explain", "new")).text
+    await served.daemon.create()
+    await served.done("POST", "/v1/vms/web/stop")
+    assert "was stopped" in (await banger(served, "vm", "explain", "web")).text
+
+
+async def test_prune_deletes_what_does_not_run_and_asks_first(served: api_served.Served) -> None:
+    await served.daemon.create()
+    for name in ("old-one", "old-two"):
+        await served.daemon.create(name, start=False)
+    assert (await banger(served, "vm", "prune", "--dry-run")).text == "old-one\nold-two\n"
+    refused = await banger(served, "vm", "prune", status=2)
+    assert "nobody to ask" in refused.err
+    assert (await banger(served, "vm", "prune", "--older-than", "7d", "--force")).text == ""
+    assert (await banger(served, "vm", "prune", "--force")).text == "old-one\nold-two\n"
+    assert [vm.name for vm in await served.get("/v1/vms", list[resources.Vm])] == ["web"]
+
+
+async def test_prune_takes_no_for_an_answer(served: api_served.Served) -> None:
+    await served.daemon.create("old", start=False)
+
+    def decline() -> int:
+        with cli_process.Cli(served.path).on_terminal("vm", "prune") as terminal:
+            terminal.read_until(b"Delete them?")
+            terminal.type(b"n\n")
+            return terminal.wait()
+
+    assert await asyncio.to_thread(decline) == 130
+    assert len(await served.get("/v1/vms", list[resources.Vm])) == 1
+
+
+async def test_lists_are_filtered(served: api_served.Served) -> None:
+    await served.daemon.create()
+    await served.daemon.create("shop", start=False)
+    assert (await banger(served, "vm", "list", "-q", "--name", "w*")).text == "web\n"
+    assert (await banger(served, "vm", "list", "-q", "--state", "created")).text == "shop\n"
+    assert (await banger(served, "vm", "list", "-q", "--image", "other")).text == ""
+    assert (await banger(served, "ps", "-q")).text == "web\n"
+    assert "WORKSPACE" in (await banger(served, "vm", "list", "--format", "wide")).text
