@@ -333,6 +333,7 @@ async def test_a_vm_that_does_not_run_is_named(guest: Guest) -> None:
         assert "web is not running" in (await guest.banger("vm", "workspace", *words, status=1)).err
 
 
+@pytest.mark.timeout(240)
 async def test_ten_thousand_files(guest: Guest) -> None:
     repositories.plain(guest.source)
     for number in range(10_000):

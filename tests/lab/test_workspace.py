@@ -148,3 +148,14 @@ def test_the_page_about_workspaces_is_true(repository: Lab) -> None:
     finally:
         banger(repository, "vm", "delete", "web", check=False)
         repository.run(["rm", "-rf", work])
+
+
+def test_configured_files_of_the_home_are_in_every_vm(repository: Lab) -> None:
+    repository.run(["git", "config", "--global", "user.name", "Ada"], user=user.NAME)
+    with user.configured(repository, '[[file_sync]]\nsource = "~/.gitconfig"'):
+        words = ("--rm", "--no-network", *user.SMALL)
+        done = banger(repository, "vm", "run", *words, "--", "git", "config", "user.name")
+        assert done.text == "Ada\n"
+        repository.run(["rm", "/home/dev/.gitconfig"], user=user.NAME)
+        refused = banger(repository, "vm", "run", *words, "--", "true", check=False)
+    assert "file_sync: ~/.gitconfig cannot go into the VM: no such file" in refused.error_text

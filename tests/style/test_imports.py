@@ -12,7 +12,7 @@ import pytest
 
 from tests.style import tree
 
-_SHARED = {"artefacts", "contract", "debian", "guest_binary", "pinned", "run", "steps"}
+_SHARED = {"archive", "artefacts", "contract", "debian", "guest_binary", "pinned", "run", "steps"}
 _PLANNING = _SHARED | {"images", "kernels", "net", "storage"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"contract"},
     "steps": set(),
     "run": {"contract"},
+    "archive": {"contract"},
     "artefacts": {"contract"},
     "debian": {"contract", "run"},
     "pinned": {"contract", "run"},
@@ -31,11 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": _SHARED | {"images"},
     "vm": _PLANNING,
     "system": _PLANNING,
-    "workspace": {"contract", "run"},
+    "workspace": {"archive", "contract", "run"},
     "owner": _PLANNING | {"inprocess", "system", "vm"},
     "inprocess": {"contract", "helper"},
 }
-MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"system", "workspace"}}
+MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"archive", "system", "workspace"}}
 """Within a function: `system install` and `doctor` do the work themselves, as the root who calls them;
 repositories are read by the user's own process, which may read what the daemon may not."""
 

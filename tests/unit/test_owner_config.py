@@ -22,6 +22,7 @@ VALUES: dict[str, object] = {
     "flush_deadline_s": 3.0,
     "power_off_deadline_s": 2.0,
     "dns": ("192.0.2.53", "10.0.0.1"),
+    "file_sync": (config.FileSync(source="~/.gitconfig", target=".config/git/config"),),
 }
 WRONG = [
     ("image = 1", "image: expected `str`, got `int`"),
@@ -45,6 +46,8 @@ WRONG = [
     ("flush_deadline_s = inf", "flush_deadline_s: expected `float` <= 3600"),
     ("power_off_deadline_s = 3601", "power_off_deadline_s: expected `float` <= 3600"),
     ("power_off_deadline_s = false", "power_off_deadline_s: expected `float`, got `bool`"),
+    ("file_sync = [{source = '/etc/passwd'}]", "file_sync[0]: '/etc/passwd' is not a path below"),
+    ("file_sync = [{source = '~/x', mode = 1}]", "file_sync[0]: object contains unknown field `mode`"),
     ("dns = '192.0.2.1'", "dns: expected `array`, got `str`"),
     ("dns = [1]", "dns[0]: expected `str`, got `int`"),
     ("dns = ['1.1.1.1', '1.1.1.2', '1.1.1.3', '1.1.1.4']", "dns: expected `array` of length <= 3"),
@@ -88,7 +91,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def _written(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, config.FileSync):
+        return f"{{source = {value.source!r}, target = {value.target!r}}}"
+    return repr(value)
 
 
 def test_the_values_below_are_those_of_every_key() -> None:

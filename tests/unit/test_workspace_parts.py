@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from banger import archive
 from banger.cli import vm_copy
 from banger.contract import errors
 from banger.vm import workspace
-from banger.workspace import archive
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, **values: object) -> tarfile.TarInfo:

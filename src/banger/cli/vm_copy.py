@@ -90,7 +90,7 @@ def copy(settings: command.Settings, source: str, target: str, archive: bool, fo
 def _into(
     settings: command.Settings, here: Place, there: Place, *, archive: bool, follow_link: bool
 ) -> resources.Transferred:
-    from banger.workspace import archive as archives
+    from banger import archive as archives
 
     api = settings.client()
     report = _report(settings, there.vm)
@@ -170,7 +170,7 @@ def _out_of(
 def _unpack(
     settings: command.Settings, api: client.Client, here: Place, there: Place, *, follow_link: bool
 ) -> resources.Transferred:
-    from banger.workspace import archive as archives
+    from banger import archive as archives
 
     target = Path(there.path)
     own_name = posixpath.basename(posixpath.normpath(here.path)) or here.vm

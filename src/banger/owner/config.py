@@ -14,6 +14,7 @@ import msgspec
 
 from banger.contract import errors, names, resources
 from banger.vm import host as hosts
+from banger.vm.capabilities import file_sync
 
 CONFIG_PATH: Final = Path("/etc/banger/config.toml")
 INSTALL_PATH: Final = Path("/etc/banger/install.toml")
@@ -24,6 +25,34 @@ Reference = Annotated[str, msgspec.Meta(min_length=1)]
 AbsolutePath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$(?!\n)")]
 
 _WHERE: Final = re.compile(r"(.*) - at `\$\.(.+)`", re.DOTALL)
+
+
+class FileSync(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file or directory of the owner's home that every VM gets."""
+
+    source: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+    """Such as `~/.gitconfig`."""
+    target: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
+    """Below the guest's /root; absent: as below the owner's home."""
+
+    def __post_init__(self) -> None:
+        _below_home(self.source, "~/")
+        if self.target is not None:
+            _below_home(self.target, "/root/")
+
+    @property
+    def entry(self) -> file_sync.Entry:
+        source = _below_home(self.source, "~/")
+        return file_sync.Entry(source, _below_home(self.target, "/root/") if self.target else source)
+
+
+def _below_home(text: str, home: str) -> str:
+    """The path below a home. Raises ValueError for one that is not."""
+    below = text.removeprefix(home)
+    parts = below.split("/")
+    if below.startswith(("/", "~")) or "\0" in below or not set(parts).isdisjoint({"", ".", ".."}):
+        raise ValueError(f"{text!r} is not a path below {home}")
+    return below
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,10 +69,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     power_off_deadline_s: Seconds = 4.0
     dns: Annotated[tuple[str, ...], msgspec.Meta(max_length=3)] = ()
     """What guests ask for names; as many as a resolv.conf holds."""
+    file_sync: Annotated[tuple[FileSync, ...], msgspec.Meta(max_length=64)] = ()
+    """Copied into /root of every VM when it starts."""
 
     def __post_init__(self) -> None:
         for text in self.dns:
             _check_resolver(text)
+        targets = [each.entry.target for each in self.file_sync]
+        if len(set(targets)) < len(targets):
+            raise ValueError("file_sync: two entries have one target")
 
     @property
     def limits(self) -> hosts.Limits:

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import platform
+import pwd
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -46,7 +47,7 @@ from banger.owner import (
 )
 from banger.owner import network as network_keeper
 from banger.vm import host, record
-from banger.vm.capabilities import packet_rules, work_disk
+from banger.vm.capabilities import file_sync, packet_rules, work_disk
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +204,11 @@ async def compose(
         resolver=defaults.Defaults(settings, image_service, kernel_service),
         views=views.Views(layout, network, image_service.name, kernel_service.name),
         connect=connect,
-        features=(work_disk.WorkDisk(keys.public_key), packet_rules.PacketRules()),
+        features=(
+            work_disk.WorkDisk(keys.public_key),
+            packet_rules.PacketRules(),
+            *_file_sync(settings),
+        ),
         keys=keys,
     )
     try:
@@ -258,6 +263,17 @@ def _only_daemon(state: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _file_sync(settings: config.Config) -> Iterator[file_sync.FileSync]:
+    """Nothing that does nothing shows in a start."""
+    if settings.file_sync:
+        yield file_sync.FileSync(_home(), [each.entry for each in settings.file_sync])
+
+
+def _home() -> Path:
+    """As the system knows it: HOME may be anything."""
+    return Path(pwd.getpwuid(os.getuid()).pw_dir)
 
 
 def _guest_sha256() -> str:

@@ -184,6 +184,7 @@ class VmService:
 
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
+        self.exec_announced(ref, request)
         vm = self._running(ref)
         spec = guest.ExecSpec(
             argv=request.argv,

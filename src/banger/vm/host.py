@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,8 @@ class Agent(Protocol):
     """The guest's agent, as far as the life cycle speaks with it. Every call has its own deadline."""
 
     async def health(self) -> guest.Health: ...
+
+    async def put(self, spec: guest.PutSpec, archive: AsyncIterable[bytes], /) -> guest.Transferred: ...
 
     async def flush(self, *, deadline_s: float) -> None: ...
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from banger import archive
 from banger.contract import errors, resources
-from banger.workspace import archive, sending
 from banger.workspace import repository as repositories
+from banger.workspace import sending
 from banger.workspace import snapshot as snapshots
 
 _GITLINK: Final = b"160000"
