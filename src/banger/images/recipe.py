@@ -205,9 +205,13 @@ def mode() -> Mode:
 def _command(recipe: Recipe, arch: str) -> list[str]:
     paths = [f"--dpkgopt=path-exclude={path}" for path in recipe.exclude_paths]
     paths += [f"--dpkgopt=path-include={path}" for path in recipe.include_paths]
+    how = mode()
+    program = ["mmdebstrap", f"--mode={how}"]
+    if how == "fakechroot" and recipe.variant == "extract":
+        # Nothing of such a system runs while it is made, and fakechroot would run its tar, which it lacks.
+        program = ["fakeroot", "mmdebstrap", "--mode=chrootless"]
     return [
-        "mmdebstrap",
-        f"--mode={mode()}",
+        *program,
         f"--variant={recipe.variant}",
         f"--architectures={debian.ARCHITECTURES[arch]}",
         "--format=tar",
