@@ -56,6 +56,7 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "egress": None,
         "allow": [],
         "peer_network": "",
+        "publish": [],
         "start": True,
         "image": None,
         "kernel": None,

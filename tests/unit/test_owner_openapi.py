@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from litestar import handlers
 
-from banger.contract import errors, resources
+from banger.contract import errors, ports, resources
 from banger.owner import app
 
 DOCUMENT: dict[str, Any] = json.loads(app.document())
@@ -135,4 +135,6 @@ def test_the_schema_is_one(name: str) -> None:
     assert set(types) <= _TYPES
     if "enum" not in schema:
         closed = schema.get("additionalProperties", True) is False
-        assert closed == issubclass(getattr(resources, name, errors.ErrorBody), resources.Body)
+        assert closed == issubclass(
+            getattr(ports, name, getattr(resources, name, errors.ErrorBody)), resources.Body
+        )

@@ -131,6 +131,12 @@ def _parse_destination(text: str) -> object:
     return egress.parse(text)
 
 
+def _parse_publish(text: str) -> object:
+    from banger.contract import ports
+
+    return ports.parse(text)
+
+
 def _parse_peers(text: str) -> object:
     from banger.contract import names
 
@@ -148,4 +154,5 @@ SIZE: Final = _Size()
 SPAN: Final = _Span()
 VARIABLE: Final = _Variable()
 DESTINATION: Final = _Checked("destination", _parse_destination)
+PUBLISH: Final = _Checked("port", _parse_publish)
 PEERS: Final = _Checked("network", _parse_peers)

@@ -9,6 +9,7 @@ from banger.cli import command
 
 _LIFE: Final = "banger.cli.vm_life"
 _LOOK: Final = "banger.cli.vm_look"
+_PORTS: Final = "banger.cli.vm_ports"
 _RUN: Final = "banger.cli.vm_run"
 _SSH: Final = "banger.cli.ssh"
 
@@ -30,6 +31,9 @@ NOUNS: Final = {
     "workspace": command.Noun(
         "banger.cli.vm_workspace", "Take a repository into a VM, and its changes back out."
     ),
+    "ports": command.Noun(_PORTS, "Show the ports on which a VM listens.", "show_ports"),
+    "publish": command.Noun(_PORTS, "Offer ports of a VM on this host.", "publish"),
+    "unpublish": command.Noun(_PORTS, "Take back ports that were published.", "unpublish"),
     "explain": command.Noun(
         "banger.cli.vm_explain",
         "Say how a VM is, why, and where the time of its last start went.",

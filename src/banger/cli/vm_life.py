@@ -53,6 +53,14 @@ def size_options(function: _F) -> _F:
             default="",
             help="The guest and the others of this network reach each other.",
         ),
+        click.option(
+            "-p",
+            "--publish",
+            metavar="[ADDR:]HOST:GUEST[/udp]",
+            multiple=True,
+            type=params.PUBLISH,
+            help="Offer a port of the guest on this host, on loopback unless ADDR is given.",
+        ),
     )
     for option in reversed(options):
         function = option(function)

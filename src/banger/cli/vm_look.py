@@ -141,6 +141,8 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         yield "reaches", _reach(vm)
     if vm.peer_network:
         yield "peers", f"the VMs of network {vm.peer_network}"
+    if vm.publish:
+        yield "published", ", ".join(vm.publish)
     yield "created", f"{vm.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.created_at)} ago"
     if vm.started_at is not None:
         yield "started", f"{vm.started_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.started_at)} ago"

@@ -98,6 +98,8 @@ class CreateVm(Body, frozen=True, kw_only=True):
     """Besides: `CIDR[:PORT]` or `NAME[:PORT]`."""
     peer_network: PeerNetwork = ""
     """VMs of one peer network reach each other."""
+    publish: tuple[str, ...] = ()
+    """`[ADDR:]HOST:GUEST[/udp]`, on loopback by default; a port in use is refused, and nothing made."""
     start: bool = True
     remove_on_failure: bool = False
     """A start that fails deletes the VM instead of keeping it in `error` (`vm run --rm`)."""
@@ -172,6 +174,8 @@ class Vm(Resource, frozen=True, kw_only=True):
     """Where NAT leads to."""
     allow: tuple[str, ...] = ()
     peer_network: str = ""
+    publish: tuple[str, ...] = ()
+    """`ADDR:HOST:GUEST/PROTOCOL` each."""
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None
     boot_id: str = ""

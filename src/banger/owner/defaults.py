@@ -7,7 +7,7 @@ import asyncio
 import os
 from typing import Final
 
-from banger.contract import errors, names, resources
+from banger.contract import errors, names, ports, resources
 from banger.owner import config, images, kernels
 from banger.vm import create
 
@@ -40,6 +40,7 @@ class Defaults:
             disk_size_mib=_sized(body.disk_size_mib, self._config.disk_size_mib, None, _DISK_SIZE_MIB),
             network=body.network,
             access=create.access(body),
+            publish=tuple(map(str, ports.parse_all(body.publish))),
         )
 
     async def require_git(self, image_id: names.ImageId) -> None:

@@ -35,6 +35,7 @@ from banger.owner import (
     logs,
     migrations,
     operations,
+    publish,
     reconcile,
     routes,
     runtime,
@@ -48,6 +49,7 @@ from banger.owner import (
 from banger.owner import network as network_keeper
 from banger.vm import host, record
 from banger.vm.capabilities import file_sync, packet_rules, work_disk
+from banger.vm.capabilities import publish as publishing
 
 _log = logging.getLogger(__name__)
 
@@ -197,6 +199,7 @@ async def compose(
         guest_sha256=guest_sha256,
         limits=settings.limits,
     )
+    publisher = publish.Publisher(network, connect)
     vm_service = vms.VmService(
         host=machine,
         store=rows,
@@ -208,12 +211,15 @@ async def compose(
             work_disk.WorkDisk(keys.public_key),
             packet_rules.PacketRules(),
             *_file_sync(settings),
+            publishing.Publish(publisher),
         ),
+        publisher=publisher,
         keys=keys,
     )
     try:
         await reconcile.reconcile(rows, machine, vm_service)
         await _restore_network(keeper, rows)
+        await vm_service.republish()
         keeper.start()
         yield routes.Services(
             vms=vm_service,
@@ -229,6 +235,7 @@ async def compose(
     finally:
         await keeper.close()
         await running.close()
+        await publisher.close()
         await vm_service.close()
         rows.close()
 

@@ -19,7 +19,7 @@ from litestar import handlers, openapi
 from litestar.types import Method
 
 import banger
-from banger.contract import egress, errors, resources
+from banger.contract import egress, errors, ports, resources
 
 Document = dict[str, Any]  # JSON
 Routes = Sequence[handlers.BaseRouteHandler]
@@ -112,14 +112,16 @@ def _failure(statuses: Mapping[str, int]) -> Document:
 
 def _kind(name: str) -> Any:
     """The type of the contract that a schema is named after."""
-    return next(found for module in (resources, errors, egress) if (found := getattr(module, name, None)))
+    return next(
+        found for module in (resources, errors, egress, ports) if (found := getattr(module, name, None))
+    )
 
 
 def _schemas(used: Document, exchanges: Exchanges) -> Document:
     kinds = {_kind(name) for name in used}
     told = {kind for exchange in exchanges.values() for kind in exchange.values()}
     _, components = msgspec.json.schema_components({*kinds, *told}, ref_template=_SCHEMA + "{name}")
-    notes = _field_notes(resources) | _field_notes(errors) | _field_notes(egress)
+    notes = _field_notes(resources) | _field_notes(errors) | _field_notes(egress) | _field_notes(ports)
     for name, schema in components.items():
         kind = _kind(name)
         schema["description"] = inspect.cleandoc(kind.__doc__ or "")

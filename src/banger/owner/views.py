@@ -56,6 +56,7 @@ class Views:
             egress=vm.egress,
             allow=vm.allow,
             peer_network=vm.peers,
+            publish=vm.publish,
             created_at=vm.created_at,
             started_at=vm.started_at,
             boot_id=vm.boot_id,

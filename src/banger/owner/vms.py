@@ -14,9 +14,9 @@ from typing import Final, Protocol
 import msgspec
 
 from banger import steps
-from banger.contract import errors, guest, names, privileged, resources
+from banger.contract import errors, guest, names, ports, privileged, resources
 from banger.owner import guest as guests
-from banger.owner import live, locks, operations, ssh, store, tunnels, views
+from banger.owner import listeners, live, locks, operations, publish, ssh, store, tunnels, views
 from banger.vm import capabilities, create, host, record, start, stop, timeline
 from banger.vm.capabilities import packet_rules
 
@@ -49,6 +49,7 @@ class VmService:
         views: views.Views,
         connect: Callable[[names.VmId], guests.GuestClient],
         features: Sequence[capabilities.Capability],
+        publisher: publish.Publisher,
         keys: ssh.SshKeys,
     ) -> None:
         self._host = host
@@ -58,6 +59,7 @@ class VmService:
         self._views = views
         self._connect = connect
         self._features = features
+        self._publisher = publisher
         self._keys = keys
         self._lifecycle = locks.Lifecycle()
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone)
@@ -90,6 +92,8 @@ class VmService:
             await self._resolver.require_git(resolved.image_id)
         name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
+        for each in resolved.publish:
+            publish.bound(ports.parse(each)).close()
         vm = self._store.reserve(
             lambda slot: create.draft(vm_id, name, slot, resolved, now), throw_away=body.remove_on_failure
         )
@@ -179,6 +183,39 @@ class VmService:
                     self._store.save(vm)
                     raise
             return self._view(changed)
+
+    async def listening(self, ref: str) -> Sequence[ports.GuestPort]:
+        vm = self._running(ref)
+        return await listeners.look(self._connect(vm.id), vm)
+
+    async def change_ports(self, ref: str, body: ports.ChangePorts) -> resources.Vm:
+        """Raises AlreadyExistsError for a port in use; nothing has changed then."""
+        gone = set(ports.parse_all(body.unpublish))
+        found = self._store.find(ref)
+        if self._lifecycle.holder(found.id):
+            raise errors.ConflictError(f"{found.name} is being changed", hint="wait until that has ended")
+        async with self._lifecycle.hold(found.id, ""):
+            vm = self._store.get(found.id)
+            kept = [each for each in ports.parse_all(vm.publish) if each not in gone]
+            fresh = [each for each in ports.parse_all(body.publish) if each not in kept]
+            wanted = ports.parse_all(tuple(map(str, (*kept, *fresh))))
+            changed = msgspec.structs.replace(vm, publish=tuple(map(str, wanted)))
+            if vm.state is resources.VmState.RUNNING:
+                await self._publisher.serve(changed)
+            else:
+                for each in fresh:
+                    publish.bound(each).close()
+            self._store.save(changed)
+            return self._view(changed)
+
+    async def republish(self) -> None:
+        """The ports of all that run, after the daemon's start. One that is in use now is logged."""
+        for vm in self._store.list():
+            if vm.state is resources.VmState.RUNNING and vm.publish:
+                try:
+                    await self._publisher.serve(vm)
+                except errors.BangerError as error:
+                    _log.error("a port is no longer published", extra={"vm": vm.id, "error": error.message})
 
     # --- in the guest ---
 

@@ -80,6 +80,7 @@ class Resolved:
     disk_size_mib: Sized
     network: bool
     access: Access = Access()
+    publish: tuple[str, ...] = ()
 
 
 def new_name(taken: Collection[str]) -> names.VmName:
@@ -109,6 +110,7 @@ def draft(
         egress=resolved.access.egress,
         allow=resolved.access.allow,
         peers=resolved.access.peers,
+        publish=resolved.publish,
         state=resources.VmState.CREATED,
         created_at=now,
         sources={

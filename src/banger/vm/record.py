@@ -30,6 +30,8 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Networks and names, as `contract/egress.py` parses them."""
     peers: str = ""
     """The network of VMs that reach each other; none when empty."""
+    publish: tuple[str, ...] = ()
+    """As `contract/ports.py` parses them."""
     state: resources.VmState
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None

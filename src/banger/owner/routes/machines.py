@@ -12,7 +12,7 @@ from typing import Final, Literal
 import litestar
 from litestar import params, response
 
-from banger.contract import resources
+from banger.contract import ports, resources
 from banger.owner import routes
 
 _CHUNK_BYTES: Final = 64 * 1024
@@ -75,6 +75,20 @@ async def get_stats(ref: params.FromPath[str], services: routes.Injected) -> res
     return await services.vms.stats(ref)
 
 
+@litestar.get("/v1/vms/{ref:str}/ports")
+async def list_ports(ref: params.FromPath[str], services: routes.Injected) -> list[ports.GuestPort]:
+    """The ports on which a running VM listens."""
+    return list(await services.vms.listening(ref))
+
+
+@litestar.patch("/v1/vms/{ref:str}/ports")
+async def change_ports(
+    ref: params.FromPath[str], data: params.JSONBody[ports.ChangePorts], services: routes.Injected
+) -> resources.Vm:
+    """Publishes ports of a VM on the host, and takes back others."""
+    return await services.vms.change_ports(ref, data)
+
+
 @litestar.get("/v1/vms/{ref:str}/logs", responses=routes.answer(str, "text/plain"))
 async def get_logs(
     ref: params.FromPath[str],
@@ -122,5 +136,7 @@ HANDLERS: Final = (
     delete_vm,
     act_on_vm,
     get_stats,
+    list_ports,
+    change_ports,
     get_logs,
 )

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: MIT
+"""Listens on the host for ports of guests and carries what comes: straight to a guest with network, else by
+its agent. Bounded in connections, and in how long a silent UDP client is remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from banger.contract import errors, guest, names, ports
+from banger.owner import guest as guests
+from banger.vm import record
+
+_log = logging.getLogger(__name__)
+
+_CHUNK: Final = 256 * 1024
+_CONNECT_S: Final = 10.0
+_MAX_CONNECTIONS: Final = 512
+_MAX_UDP_CLIENTS: Final = 256
+_UDP_IDLE_S: Final = 60.0
+_UDP_QUEUE: Final = 64
+
+
+@dataclass(slots=True)
+class _Port:
+    publish: ports.Publish
+    socket: socket.socket
+    close: Callable[[], None] | None = None
+    """Set while it is served."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Target:
+    """A port of a guest. `address` is empty when only the agent reaches it."""
+
+    address: str
+    port: int
+    protocol: str
+    client: guests.GuestClient
+
+
+class Publisher:
+    """Meets the capability's Publisher."""
+
+    def __init__(
+        self, network: ipaddress.IPv4Network, connect: Callable[[names.VmId], guests.GuestClient]
+    ) -> None:
+        self._network = network
+        self._connect = connect
+        self._ports: dict[names.VmId, list[_Port]] = {}
+
+    def take(self, vm: record.VmRecord) -> None:
+        held = {port.publish for port in self._ports.get(vm.id, ())}
+        fresh: list[_Port] = []
+        try:
+            for publish in ports.parse_all(vm.publish):
+                if publish not in held:
+                    fresh.append(_Port(publish, bound(publish)))
+        except BaseException:
+            for port in fresh:
+                port.socket.close()
+            raise
+        if fresh:
+            self._ports.setdefault(vm.id, []).extend(fresh)
+
+    async def serve(self, vm: record.VmRecord) -> None:
+        """Those of the row, and no others; what is served already goes on."""
+        wanted = set(ports.parse_all(vm.publish))
+        for port in [each for each in self._ports.get(vm.id, ()) if each.publish not in wanted]:
+            self._ports[vm.id].remove(port)
+            await _end(port)
+        self.take(vm)
+        for port in self._ports.get(vm.id, ()):
+            if port.close is None:
+                await self._open(vm, port)
+
+    async def release(self, vm_id: names.VmId) -> None:
+        for port in self._ports.pop(vm_id, []):
+            await _end(port)
+
+    async def close(self) -> None:
+        for vm_id in list(self._ports):
+            await self.release(vm_id)
+
+    async def _open(self, vm: record.VmRecord, port: _Port) -> None:
+        address = str(names.guest_address(self._network, vm.slot)) if vm.network else ""
+        target = _Target(address, port.publish.guest_port, port.publish.protocol, self._connect(vm.id))
+        if port.publish.protocol == "udp":
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.create_datagram_endpoint(
+                lambda: _Udp(target, port.tasks), sock=port.socket
+            )
+            port.close = transport.close
+            return
+
+        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None  # noqa: S101 - a server's callback is a task
+            if len(port.tasks) >= _MAX_CONNECTIONS:
+                writer.close()
+                return
+            port.tasks.add(task)
+            try:
+                await _carry_tcp(target, reader, writer)
+            except (OSError, errors.BangerError, TimeoutError) as error:
+                _log.debug(
+                    "published connection ended", extra={"port": port.publish.place, "error": str(error)}
+                )
+            finally:
+                port.tasks.discard(task)
+                writer.close()
+
+        server = await asyncio.start_server(accepted, sock=port.socket, limit=_CHUNK)
+        port.close = server.close
+
+
+def bound(publish: ports.Publish) -> socket.socket:
+    """Raises AlreadyExistsError when the port is in use, BadRequestError for an address that is not ours."""
+    kind = socket.SOCK_DGRAM if publish.protocol == "udp" else socket.SOCK_STREAM
+    made = socket.socket(socket.AF_INET, kind)
+    try:
+        made.setblocking(False)
+        if kind is socket.SOCK_STREAM:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((publish.address, publish.host_port))
+        if kind is socket.SOCK_STREAM:
+            made.listen(128)  # SO_REUSEADDR lets two bind; only one of them may listen
+            return made
+    except OSError as error:
+        made.close()
+        raise _refused(publish, error) from None
+    return made
+
+
+def _refused(publish: ports.Publish, error: OSError) -> errors.BangerError:
+    if isinstance(error, PermissionError):
+        hint = "ports below 1024 are root's; choose a higher one"
+        return errors.BadRequestError(f"port {publish.place} of this host may not be used", hint=hint)
+    text = f"port {publish.place} of this host cannot be published: {error.strerror}"
+    return errors.AlreadyExistsError(text, hint="choose another port, or end what uses this one")
+
+
+async def _end(port: _Port) -> None:
+    if port.close is None:
+        port.socket.close()
+    else:
+        port.close()
+    for task in list(port.tasks):
+        task.cancel()
+    await asyncio.gather(*port.tasks, return_exceptions=True)
+
+
+# --- TCP ---
+
+
+async def _carry_tcp(target: _Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    if target.address:
+        async with asyncio.timeout(_CONNECT_S):
+            there, back = await asyncio.open_connection(target.address, target.port, limit=_CHUNK)
+        try:
+            await _both(_pump(reader, back), _pump(there, writer))
+        finally:
+            back.close()
+        return
+    async with target.client.connect(guest.ConnectSpec(port=target.port)) as tunnel:
+        await _both(_into(reader, tunnel), _out_of(tunnel, writer))
+
+
+async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
+    """Until both have ended; the first that fails ends the other."""
+    async with contextlib.AsyncExitStack():
+        tasks = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()
+
+
+async def _into(reader: asyncio.StreamReader, tunnel: guests.Tunnel) -> None:
+    while data := await reader.read(_CHUNK):
+        await tunnel.write(data)
+    await tunnel.end()
+
+
+async def _out_of(tunnel: guests.Tunnel, writer: asyncio.StreamWriter) -> None:
+    while data := await tunnel.read():
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()
+
+
+# --- UDP ---
+
+
+class _Udp(asyncio.DatagramProtocol):
+    """One way to the guest for each client, forgotten when it is silent."""
+
+    def __init__(self, target: _Target, tasks: set[asyncio.Task[None]]) -> None:
+        self._target = target
+        self._tasks = tasks
+        self._clients: dict[tuple[str, int], asyncio.Queue[bytes]] = {}
+        self._transport: asyncio.DatagramTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment] # asyncio gives a datagram endpoint such a one
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        queue = self._clients.get(addr)
+        if queue is None:
+            if len(self._clients) >= _MAX_UDP_CLIENTS:
+                return
+            queue = self._clients[addr] = asyncio.Queue(_UDP_QUEUE)
+            task = asyncio.create_task(self._serve(addr, queue))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        with contextlib.suppress(asyncio.QueueFull):  # as a network would: dropped
+            queue.put_nowait(data)
+
+    def _reply(self, data: bytes, addr: tuple[str, int]) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.sendto(data, addr)
+
+    async def _serve(self, addr: tuple[str, int], queue: asyncio.Queue[bytes]) -> None:
+        try:
+            if self._target.address:
+                await self._straight(addr, queue)
+            else:
+                await self._by_agent(addr, queue)
+        except (OSError, errors.BangerError) as error:
+            _log.debug("published datagrams ended", extra={"error": str(error)})
+        finally:
+            self._clients.pop(addr, None)
+
+    async def _straight(self, addr: tuple[str, int], queue: asyncio.Queue[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: _Answers(lambda data: self._reply(data, addr)),
+            remote_addr=(self._target.address, self._target.port),
+        )
+        try:
+            while True:
+                async with asyncio.timeout(_UDP_IDLE_S):
+                    transport.sendto(await queue.get())
+        except TimeoutError:
+            return
+        finally:
+            transport.close()
+
+    async def _by_agent(self, addr: tuple[str, int], queue: asyncio.Queue[bytes]) -> None:
+        spec = guest.ConnectSpec(port=self._target.port, protocol="udp")
+        async with self._target.client.connect(spec) as tunnel:
+
+            async def answers() -> None:
+                while data := await tunnel.read():
+                    self._reply(data, addr)
+
+            async def questions() -> None:
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        async with asyncio.timeout(_UDP_IDLE_S):
+                            await tunnel.write(await queue.get())
+
+            answering = asyncio.create_task(answers())
+            try:
+                await questions()
+            finally:
+                answering.cancel()
+                await asyncio.gather(answering, return_exceptions=True)
+
+
+class _Answers(asyncio.DatagramProtocol):
+    def __init__(self, reply: Callable[[bytes], None]) -> None:
+        self._reply = reply
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self._reply(data)
