@@ -79,6 +79,19 @@ def test_a_network_in_use_is_refused(helper_world_here: HelperWorld) -> None:
     assert "br-fc" not in link_names()
 
 
+def test_a_network_that_is_routed_elsewhere_is_refused(helper_world_here: HelperWorld) -> None:
+    add_foreign("tun9")
+    ip("addr", "add", "192.0.2.1/24", "dev", "tun9")
+    ip("link", "set", "tun9", "up")
+    ip("link", "set", "other", "up")
+    ip("route", "add", "10.213.0.0/16", "via", "192.0.2.2")
+    with pytest.raises(errors.ConflictError, match="overlaps"):
+        ask(helper_world_here, privileged.EnsureBridge())
+    ip("route", "del", "10.213.0.0/16")
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.EnsureBridge())
+
+
 def test_bridge_with_taps_is_not_deleted(helper_world_here: HelperWorld) -> None:
     ask(helper_world_here, privileged.EnsureBridge())
     ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))

@@ -22,7 +22,10 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
     wanted = str(names.bridge_address(policy.prefix))
     addresses = netlink.addresses()
     index = bridge.number if bridge is not None else 0
-    _refuse_overlap(policy, [address for address in addresses if address.link != index])
+    others = [address for address in addresses if address.link != index]
+    _refuse_overlap(policy, [f"{each.local}/{each.prefix_length}" for each in others])
+    elsewhere = [route for route in netlink.routes() if route.prefix_length and index not in route.links]
+    _refuse_overlap(policy, [f"{each.destination}/{each.prefix_length}" for each in elsewhere])
     if bridge is None:
         netlink.add_bridge(policy.bridge, alias=BRIDGE_ALIAS, mac=_BRIDGE_MAC)
         bridge = find_bridge(policy)
@@ -126,9 +129,9 @@ def _tap_alias(vm_id: names.VmId) -> str:
     return f"banger/{vm_id}"
 
 
-def _refuse_overlap(policy: policies.Policy, others: list[netlink.Address]) -> None:
+def _refuse_overlap(policy: policies.Policy, others: list[str]) -> None:
     for other in others:
-        network = ipaddress.IPv4Interface(f"{other.local}/{other.prefix_length}").network
+        network = ipaddress.IPv4Interface(other).network
         if network.overlaps(policy.prefix) and network.prefixlen > 0:
             hint = f"set another network in {policies.DEFAULT_PATH}"
             message = f"network {policy.prefix} overlaps {network}, which this host already uses"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import ipaddress
 import os
 import pwd
 import shutil
@@ -21,6 +22,7 @@ import msgspec
 
 from banger import pinned, run, steps
 from banger.contract import errors, names, resources
+from banger.net import addresses
 from banger.system import host, runtime
 
 MANIFEST: Final = host.HELPER / "install-manifest.json"
@@ -85,6 +87,7 @@ class Install:
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
+        addresses.check(_network(self._choices.network), addresses.routes())
 
     async def _make_directories(self) -> None:
         owner = self._found_owner()
@@ -212,6 +215,13 @@ class Install:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _network(text: str) -> ipaddress.IPv4Network:
+    try:
+        return ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise errors.BadRequestError(f"{text!r} is not an IPv4 network: {error}") from None
 
 
 class _Said:
