@@ -181,11 +181,13 @@ async def test_a_command_that_takes_too_long_is_ended(guest: Guest) -> None:
     await guest.banger("vm", "exec", "--timeout", "soon", "web", "--", "true", status=2)
 
 
-async def test_tools_are_installed_first_and_a_failure_is_loud(
-    guest: Guest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tools_that_cannot_be_installed_are_loud(guest: Guest) -> None:
     repositories.plain(guest.source)
     (guest.source / ".tool-versions").write_text("zig 0.13\n")
     repositories.commit(guest.source)
     refused = await guest.banger(*run_words(guest, "--rm"), "--", "true", status=125)
     assert "--nat" in refused.err
+    failed = await guest.banger(*run_words(guest, "--rm", "--nat"), "--", "true", status=125)
+    assert "which" in failed.err
+    assert "does not have" in failed.err
+    assert await names(guest) == ["web"]
