@@ -119,6 +119,22 @@ def test_forwarding_is_lent_by_the_links_that_need_it_and_given_back(net: Net) -
     assert not Path(net.world.policy.helper_dir, "forwarding.json").exists()
 
 
+def test_a_second_way_out_forwards_too_and_a_private_network_when_asked(net: Net) -> None:
+    for link, network in (("vpn0", "192.0.2.0/24"), ("lan0", "10.99.0.0/16")):
+        network_world.run("ip", "link", "add", link, "type", "veth", "peer", "name", f"{link}x")
+        network_world.run("ip", "link", "set", link, "up")
+        network_world.run("ip", "link", "set", f"{link}x", "up")
+        network_world.run("ip", "route", "add", network, "dev", link)
+    guest = net.guest(1, nat=True)
+    assert [link for link in ("uplink0", "vpn0", "lan0") if forwards(link)] == ["uplink0", "vpn0"]
+    net.rules(guest, nat=True, egress="all")
+    assert forwards("lan0")
+    net.rules(guest, nat=True)
+    assert not forwards("lan0")
+    net.unplug(guest)
+    assert not any(map(forwards, ("uplink0", "vpn0", "lan0")))
+
+
 def test_a_host_that_forwards_anyway_goes_on(net: Net) -> None:
     network_world.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
     guest = net.guest(1, nat=True)

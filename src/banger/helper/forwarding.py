@@ -10,6 +10,7 @@ opens nothing more than they do. No rule of others is changed or moved, and ours
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ TAG: Final = "banger"
 _LEGACY: Final = "iptables-legacy"
 _LEGACY_TABLES: Final = "/proc/thread-self/net/ip_tables_names"
 _DEADLINE_S: Final = 20.0
+_PRIVATE: Final = tuple(map(ipaddress.IPv4Network, (*ruleset.PRIVATE, ruleset.LINK_LOCAL)))
 _FIRST_PRIORITY: Final = 0
 """Chains before `filter` mangle or track; accepting at their head would skip that and gain nothing."""
 
@@ -37,7 +39,7 @@ class Need(NamedTuple):
     """Guests have NAT, or peers whom br_netfilter shows to the IP firewall."""
     nat: bool = False
     private: bool = False
-    """Also by links other than those of the default routes."""
+    """Also by links that lead to private networks alone."""
 
 
 def needed(elements: Iterable[ruleset.Element]) -> Need:
@@ -105,11 +107,16 @@ def _carriers(links: dict[str, netlink.Link], policy: policies.Policy, need: Nee
     used = {
         names[number]
         for route in netlink.routes()
-        if route.prefix_length == 0 or need.private
+        if need.private or not _is_private(route)
         for number in route.links
         if number in names
     }
     return used - {policy.bridge, "lo"}
+
+
+def _is_private(route: netlink.Route) -> bool:
+    network = ipaddress.IPv4Network(f"{route.destination}/{route.prefix_length}")
+    return any(network.subnet_of(each) for each in _PRIVATE)
 
 
 def _host_forwards() -> bool:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""The network between real guests and a real host: closed by default, opened and closed while they run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from lab.session import Lab
+from tests.lab import user
+
+pytestmark = pytest.mark.timeout(900)
+
+# The lab has no internet: a namespace behind a veth plays it, with a web server.
+_INTERNET = """
+set -e
+ip netns add internet
+ip link add uplink9 type veth peer name inet9 netns internet
+ip addr add 198.51.100.2/24 dev uplink9
+ip link set uplink9 up
+ip -n internet addr add 198.51.100.1/24 dev inet9
+ip -n internet addr add 203.0.113.10/32 dev lo
+ip -n internet link set lo up
+ip -n internet link set inet9 up
+ip route add 203.0.113.0/24 via 198.51.100.1
+echo internet > /run/index.html
+cd /run && ip netns exec internet setsid python3 -m http.server 80 >/dev/null 2>&1 &
+"""
+_NO_INTERNET = "ip netns pids internet | xargs -r kill; ip link del uplink9; ip netns del internet"
+_GET = "exec 3<>/dev/tcp/{address}/{port} && printf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3"
+_SERVE = (
+    "printf 'served' > /srv/index.html; cd /srv; setsid perl -MIO::Socket::INET -e "
+    "'$s=IO::Socket::INET->new(Listen=>9,LocalPort=>8000,ReuseAddr=>1);"
+    'while($c=$s->accept){<$c>;print $c "HTTP/1.0 200 OK\\r\\n\\r\\nserved";close $c}\' >/dev/null 2>&1 &'
+)
+
+
+@pytest.fixture(scope="module")
+def two(installed_host: Lab) -> Iterator[Lab]:
+    """Two guests, each a stranger to the other; one serves port 8000."""
+    installed_host.run(["sh", "-c", _INTERNET])
+    for name in ("one", "two"):
+        user.banger(installed_host, "vm", "create", name, *user.SMALL)
+    user.banger(installed_host, "vm", "exec", "two", "--", "bash", "-c", _SERVE)
+    yield installed_host
+    user.banger(installed_host, "vm", "delete", "one", "two", check=False)
+    installed_host.run(["sh", "-c", _NO_INTERNET], check=False)
+
+
+def get(host: Lab, name: str, address: str, port: int = 80) -> str:
+    """What a guest is served there; nothing when it does not come through."""
+    script = _GET.format(address=address, port=port)
+    words = ("vm", "exec", name, "--", "timeout", "5", "bash", "-c", script)
+    return user.banger(host, *words, check=False).text
+
+
+def drops(host: Lab, family: str) -> int:
+    found = json.loads(host.run(["nft", "-j", "list", "counters", "table", family, "banger"]).text)
+    return sum(each["counter"]["packets"] for each in found["nftables"] if "counter" in each)
+
+
+def test_the_host_reaches_guests_and_guests_not_each_other(two: Lab) -> None:
+    address = user.shown(two, "two")["address"]
+    fetch = f"import urllib.request as u; print(u.urlopen('http://{address}:8000/', timeout=20).read())"
+    assert "served" in two.run(["python3", "-c", fetch]).text
+    assert get(two, "one", address, 8000) == ""
+
+
+def test_nat_on_off_and_on_with_both_services_killed_in_between(two: Lab) -> None:
+    assert get(two, "one", "203.0.113.10") == ""
+    before = two.run(["sh", "-c", "nft -s list ruleset | grep -c 'tap-'"]).text
+    for on in (True, False, True):
+        user.banger(two, "vm", "set", "one", "--nat", "on" if on else "off")
+        two.run(["systemctl", "kill", "-s", "KILL", "bangerd", "bangerd-root"], check=False)
+        two.run(["systemctl", "reset-failed"], check=False)
+        two.run(["systemctl", "start", "bangerd-root.socket", "bangerd"])
+        user.banger(two, "vm", "list")
+        assert ("internet" in get(two, "one", "203.0.113.10")) is on
+        assert two.run(["sh", "-c", "nft -s list ruleset | grep -c 'tap-'"]).text == before
+    user.banger(two, "vm", "set", "one", "--nat", "off")
+    assert two.run(["cat", "/proc/sys/net/ipv4/conf/uplink9/forwarding"]).text == "0\n"
+
+
+def test_a_published_port_is_served_on_loopback(two: Lab) -> None:
+    user.banger(two, "vm", "publish", "two", "18000:8000")
+    fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:18000/', timeout=20).read())"
+    assert "served" in two.run(["python3", "-c", fetch]).text
+    listed = json.loads(user.banger(two, "vm", "ports", "two", "--json").text)
+    found = next(each for each in listed if each["port"] == 8000)
+    assert (found["published"], found["target"]) == (["127.0.0.1:18000"], "two.vm:8000")
+    user.banger(two, "vm", "unpublish", "two", "18000:8000")
+    assert two.run(["python3", "-c", fetch], check=False).status != 0
