@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from banger.contract import names, privileged
+from banger.system.doctor import services
 from tests.lab import helper_host as helper_hosts
 from tests.lab.helper_host import (
     BOOT_ARGS,
@@ -378,11 +379,11 @@ def test_requests_grep_by_operation_id(helper_host: HelperHost) -> None:
     assert logged["op_id"] == "lab-test"
 
 
-@pytest.mark.parametrize(("unit", "limit"), [("bangerd", 1.5), ("bangerd-root", 4.5)])
+@pytest.mark.parametrize(("unit", "limit"), services.EXPOSURE_LIMITS.items())
 def test_exposure_stays_low(helper_host: HelperHost, unit: str, limit: float) -> None:
-    said = helper_host.sh(f"systemd-analyze security --no-pager {unit}.service | tail -1")
+    said = helper_host.sh(f"systemd-analyze security --no-pager {unit} | tail -1")
     found = re.search(r": ([0-9.]+) ", said)
     assert found is not None, said
     assert float(found[1]) <= limit
-    verified = helper_host.sh(f"systemd-analyze verify /etc/systemd/system/{unit}.service 2>&1 || true")
+    verified = helper_host.sh(f"systemd-analyze verify /etc/systemd/system/{unit} 2>&1 || true")
     assert "Unknown" not in verified

@@ -10,6 +10,7 @@ import pytest
 
 from banger.contract import names, privileged
 from banger.helper.linux import caps
+from banger.system.doctor import services
 
 TREE = Path(__file__).parents[2]
 PAGE = (TREE / "docs" / "privileges.md").read_text()
@@ -45,3 +46,8 @@ def test_defaults_are_those_of_the_code() -> None:
     assert f"{names.UID_BASE:,}" in PAGE
     assert names.NETWORK in PAGE
     assert names.CGROUP_PARENT in PAGE
+
+
+def test_doctor_keeps_the_limits_of_exposure() -> None:
+    rows = re.findall(r"^\| `([a-z-]+\.service)` \| [0-9.]+ \| ([0-9.]+) \|$", PAGE, re.MULTILINE)
+    assert {unit: float(limit) for unit, limit in rows} == services.EXPOSURE_LIMITS

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from banger.system import kvm
 from lab import (
     accel,
     cache,
@@ -136,13 +137,13 @@ def test_image_key_is_stable_and_follows_the_recipe(monkeypatch: pytest.MonkeyPa
 def test_accelerator_is_hardware_only_when_the_flags_say_so() -> None:
     chosen = accel.choose()
     assert chosen.name in ("kvm", "tcg")
-    if not accel._cpu_flags(Path("/proc/cpuinfo").read_text()) & {"svm", "vmx"}:
+    if not kvm.cpu_flags(Path("/proc/cpuinfo").read_text()) & {"svm", "vmx"}:
         assert chosen.name == "tcg"
 
 
 def test_cpu_flags_are_whole_words() -> None:
-    assert "vmx" not in accel._cpu_flags("flags\t\t: fpu vmx_foo svm_lock\n")
-    assert accel._cpu_flags("model name: x\nflags : fpu svm\n") == {"fpu", "svm"}
+    assert "vmx" not in kvm.cpu_flags("flags\t\t: fpu vmx_foo svm_lock\n")
+    assert kvm.cpu_flags("model name: x\nflags : fpu svm\n") == {"fpu", "svm"}
 
 
 def test_package_list_has_what_the_code_starts() -> None:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, names
-from banger.owner import config
+from banger.owner import config, defaults, main
 
 # Each key with a value that is not its default.
 VALUES: dict[str, object] = {
@@ -170,3 +170,25 @@ def test_a_wrong_installation_is_refused(path: Path, text: str, message: str) ->
         config.load_installation(path)
     assert caught.value.message.startswith(f"{path}: ")
     assert message in caught.value.message
+
+
+def test_check_config_prints_what_a_vm_gets_and_from_where(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('vcpus = 3\nkernel = "own"\n')
+    assert main.main(["--check-config", f"--config={path}"]) == 0
+    values = msgspec.json.decode(capfdbinary.readouterr().out)["values"]
+    assert values["vcpus"] == {"value": 3, "source": "config"}
+    assert values["kernel"] == {"value": "own", "source": "config"}
+    assert values["image"] == {"value": "debian-bookworm", "source": "default"}
+    assert values == msgspec.to_builtins(defaults.effective(config.load(path)))
+
+
+def test_check_config_says_what_is_wrong(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("vcpu = 3\n")
+    assert main.main(["--check-config", f"--config={path}"]) == 3
+    error = msgspec.json.decode(capfdbinary.readouterr().out)["error"]
+    assert "vcpu" in error["message"]
+    assert error["hint"] == "correct the file, then restart bangerd"

@@ -26,6 +26,9 @@ NOUNS: Final = {
         "banger.cli.ssh", "Let ssh, scp, rsync and editors reach every VM as NAME.vm.", "configure"
     ),
     "system": command.Noun("banger.cli.system", "Install banger on this host, look after it, take it off."),
+    "doctor": command.Noun(
+        "banger.cli.doctor", "Look whether this host has all that VMs need, and what to do.", "doctor"
+    ),
     "version": command.Noun("banger.cli.version", "Show the versions of banger and its daemon.", "version"),
     "completion": command.Noun(
         "banger.cli.completion", "Print a script that completes in your shell.", "completion"

@@ -35,12 +35,10 @@ class Defaults:
         return create.Resolved(
             image_id=names.ImageId(image.id),
             kernel_id=names.KernelId(kernel.id),
-            vcpus=_sized(body.vcpus, self._config.vcpus, _host_vcpus(), _VCPUS),
-            memory_mib=_sized(body.memory_mib, self._config.memory_mib, _host_memory_mib(), _MEMORY_MIB),
-            disk_size_mib=_sized(body.disk_size_mib, self._config.disk_size_mib, None, _DISK_SIZE_MIB),
             network=body.network,
             access=create.access(body),
             publish=tuple(map(str, ports.parse_all(body.publish))),
+            **sizes(body, self._config),
         )
 
     async def require_git(self, image_id: names.ImageId) -> None:
@@ -54,6 +52,29 @@ class Defaults:
 
     def kernel_id(self, ref: str) -> names.KernelId:
         return names.KernelId(self._kernels.find(ref).id)
+
+
+def sizes(body: resources.CreateVm, settings: config.Config) -> dict[str, create.Sized]:
+    """The sizes of a VM by the names of its fields; of one for which nothing is asked, the defaults."""
+    return {
+        "vcpus": _sized(body.vcpus, settings.vcpus, _host_vcpus(), _VCPUS),
+        "memory_mib": _sized(body.memory_mib, settings.memory_mib, _host_memory_mib(), _MEMORY_MIB),
+        "disk_size_mib": _sized(body.disk_size_mib, settings.disk_size_mib, None, _DISK_SIZE_MIB),
+    }
+
+
+def effective(settings: config.Config) -> dict[str, dict[str, int | str]]:
+    """What a VM gets for which nothing is asked, and where each value comes from."""
+    source = resources.SizeSource
+    is_set = settings.image != config.Config().image
+    values: dict[str, dict[str, int | str]] = {
+        "image": {"value": settings.image, "source": source.CONFIG if is_set else source.DEFAULT}
+    }
+    if settings.kernel is not None:
+        values["kernel"] = {"value": settings.kernel, "source": source.CONFIG}
+    for name, sized in sizes(resources.CreateVm(), settings).items():
+        values[name] = {"value": sized.value, "source": sized.source}
+    return values
 
 
 def _sized(asked: int | None, configured: int | None, host: int | None, default: int) -> create.Sized:

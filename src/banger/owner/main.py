@@ -20,6 +20,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final, NoReturn
 
+import msgspec
+
 import banger
 from banger import guest_binary
 from banger.contract import errors, names, privileged, resources
@@ -76,6 +78,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.openapi:
         sys.stdout.buffer.write(app.document())
         return 0
+    if options.check_config:
+        return _check_config(options.config)
     installation = config.load_installation(options.install)
     paths = _paths(options, installation)
     if options.check_migrations:
@@ -84,6 +88,17 @@ def _run(options: argparse.Namespace) -> int:
         serve(config.load(options.config), installation, paths, in_process=options.in_process_helper)
     )
     return 0
+
+
+def _check_config(path: Path) -> int:
+    """Prints the defaults, or the error as it crosses any wire: `doctor` reads it."""
+    answer: dict[str, object]
+    try:
+        answer, status = {"values": defaults.effective(config.load(path))}, 0
+    except errors.BangerError as error:
+        answer, status = {"error": errors.to_body(error)}, _CANNOT_START
+    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         "--check-migrations",
         action="store_true",
         help="only look: exit 0 current, 1 will migrate, 2 newer than this program",
+    )
+    parser.add_argument(
+        "--check-config",
+        action="store_true",
+        help="only look: print what a VM gets by default and from where; exit 3 if the file is not valid",
     )
     parser.add_argument("--openapi", action="store_true", help="print the API's OpenAPI document and exit")
     return parser

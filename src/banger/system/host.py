@@ -7,6 +7,7 @@ import os
 import pwd
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,8 @@ CACHE: Final = Path("/var/cache/banger")
 HELPER: Final = Path("/var/lib/banger-root")
 RUNTIME: Final = HELPER / "runtime"
 UNIT_DIR: Final = Path("/etc/systemd/system")
+PREFIX: Final = Path("/usr/local/lib/banger")
+"""Of the virtual environment, unless it was installed from another."""
 BIN: Final = Path("/usr/local/bin")
 MODULES: Final = Path("/etc/modules-load.d/banger.conf")
 API_SOCKET: Final = Path("/run/banger/bangerd.sock")
@@ -36,6 +39,12 @@ def unit_sources() -> Path:
     """In the wheel, or in the tree."""
     packaged = Path(__file__).parents[1] / "_units"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "units"
+
+
+def unit_text(name: str, owner: str, prefix: Path) -> str:
+    """A unit as it is installed for this owner, from a virtual environment at `prefix`."""
+    text = (unit_sources() / name).read_text().replace("@OWNER@", owner)
+    return text.replace(str(PREFIX), str(prefix))
 
 
 def systemctl(*arguments: str) -> None:
@@ -72,28 +81,34 @@ def find_owner(owner: str) -> pwd.struct_passwd:
 
 def check_root_owned(top: Path) -> None:
     """What root executes and imports must be writable by root alone, up to the root directory."""
-    for path in (*reversed(top.resolve().parents), top.resolve()):
-        _check_path(path)
-    for directory, names, files in os.walk(top.resolve()):
-        for name in (*names, *files):
-            _check_path(Path(directory, name))
+    for path, why in unsafe_paths(top):
+        raise errors.BadRequestError(
+            f"{path} {why}, and root would execute what is in it",
+            hint=f"install banger into a root-owned place, such as {PREFIX}",
+        )
 
 
-def _check_path(path: Path) -> None:
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        if found.st_uid != 0:
-            raise _unsafe(path, "does not belong to root")
-        return
-    if found.st_uid != 0:
-        raise _unsafe(path, "does not belong to root")
-    sticky = bool(found.st_mode & stat.S_ISVTX) and stat.S_ISDIR(found.st_mode)
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-        raise _unsafe(path, "can be written by others than root")
+def unsafe_paths(top: Path, *, below: Path = Path("/"), root_uid: int = 0) -> Iterator[tuple[Path, str]]:
+    """What others than root could change, and why: `top`, all that is in it, what is above it up to `below`.
 
-
-def _unsafe(path: Path, why: str) -> errors.BangerError:
-    return errors.BadRequestError(
-        f"{path} {why}, and root would execute what is in it",
-        hint="install banger into a root-owned place, such as /usr/local/lib/banger",
+    Raises FileNotFoundError when there is no `top`.
+    """
+    real = top.resolve(strict=True)
+    above = [path for path in reversed(real.parents) if path.is_relative_to(below)]
+    inside = (
+        Path(directory, name) for directory, names, files in os.walk(real) for name in (*names, *files)
     )
+    for path in (*above, real, *inside):
+        if why := unsafe(path, root_uid):
+            yield path, why
+
+
+def unsafe(path: Path, root_uid: int) -> str:
+    """Why others than root could change this one path, a link itself and not its target; empty if not."""
+    found = path.lstat()
+    if found.st_uid != root_uid:
+        return "does not belong to root"
+    sticky = bool(found.st_mode & stat.S_ISVTX) and stat.S_ISDIR(found.st_mode)
+    if stat.S_ISLNK(found.st_mode) or sticky:
+        return ""
+    return "can be written by others than root" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""

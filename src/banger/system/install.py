@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import ipaddress
 import os
 import pwd
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ import msgspec
 from banger import pinned, run, steps
 from banger.contract import errors, names, resources
 from banger.net import addresses
-from banger.system import host, runtime
+from banger.system import asking, host, runtime
 
 MANIFEST: Final = host.HELPER / "install-manifest.json"
 MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
@@ -146,8 +144,7 @@ class Install:
     async def _write_units(self) -> None:
         owner = self._found_owner()
         for name in host.UNITS:
-            text = (host.unit_sources() / name).read_text().replace("@OWNER@", owner.pw_name)
-            self._write(host.UNIT_DIR / name, text.replace("/usr/local/lib/banger", sys.prefix))
+            self._write(host.UNIT_DIR / name, host.unit_text(name, owner.pw_name, Path(sys.prefix)))
 
     async def _write_manifest(self) -> None:
         files = {*self._before.files, *map(str, self._files)}
@@ -172,8 +169,8 @@ class Install:
         deadline = time.monotonic() + _ANSWER_S
         while True:
             try:
-                info = await asyncio.to_thread(ask_daemon)
-            except (OSError, http.client.HTTPException) as error:
+                info = await asyncio.to_thread(asking.daemon, "/v1/info", resources.DaemonInfo)
+            except OSError as error:
                 if time.monotonic() > deadline:
                     raise errors.DeadlineError(
                         f"the daemon did not answer within {_ANSWER_S:g} s: {error}",
@@ -242,18 +239,3 @@ def read_manifest() -> Manifest:
         return msgspec.json.decode(MANIFEST.read_bytes(), type=Manifest)
     except FileNotFoundError:
         return Manifest()
-
-
-def ask_daemon() -> resources.DaemonInfo:
-    """Who answers at the API socket. Raises OSError while nobody does."""
-    connection = http.client.HTTPConnection("banger", timeout=_ANSWER_S)
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.settimeout(_ANSWER_S)
-    try:
-        connection.sock.connect(str(host.API_SOCKET))
-        connection.request("GET", "/v1/info")
-        return msgspec.json.decode(connection.getresponse().read(), type=resources.DaemonInfo)
-    except msgspec.MsgspecError as error:
-        raise OSError(f"not an answer of bangerd: {error}") from error
-    finally:
-        connection.close()

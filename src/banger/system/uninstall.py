@@ -6,20 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from banger.contract import errors, names, privileged
-from banger.system import host, install
+from banger.system import asking, host, install
 
-_LENGTH: Final = struct.Struct("!I")
-_ANSWER_S: Final = 120.0
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
@@ -59,29 +53,10 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
 
 
 def _take_down_vms() -> None:
-    world = _ask(privileged.ListWorld())
-    if not isinstance(world, privileged.World):
-        raise errors.ProtocolError("the root helper did not list what exists")
-    for vm in world.vms:
-        _ask(privileged.TearDown(vm_id=vm.vm_id))
-    _ask(privileged.DeleteBridge())
-
-
-def _ask(request: privileged.AnyRequest) -> privileged.AnyResult:
-    """One request to the helper, as root; the daemon, whose business it is, has ended."""
-    data = msgspec.json.encode(privileged.Envelope(request=request))
-    with socket.socket(socket.AF_UNIX) as link:
-        link.settimeout(_ANSWER_S)
-        link.connect(str(host.HELPER_SOCKET))
-        link.sendall(_LENGTH.pack(len(data)) + data)
-        with link.makefile("rb") as stream:
-            (size,) = _LENGTH.unpack(stream.read(_LENGTH.size))
-            reply = msgspec.json.decode(stream.read(size), type=privileged.Reply)
-    if reply.error is not None:
-        raise errors.from_body(reply.error)
-    if reply.result is None:
-        raise errors.ProtocolError("the root helper answered nothing")
-    return reply.result
+    """As root; the daemon, whose business it is, has ended."""
+    for vm in asking.helper(privileged.ListWorld()).vms:
+        asking.helper(privileged.TearDown(vm_id=vm.vm_id))
+    asking.helper(privileged.DeleteBridge())
 
 
 def _remove(manifest: install.Manifest, *, purge: bool) -> None:

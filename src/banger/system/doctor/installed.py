@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""Probes of what an installation put in place: settings, runtime files, units, owners and modes."""
+
+from __future__ import annotations
+
+import itertools
+import pwd
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger.system import host, runtime
+from banger.system.doctor import report
+from banger.system.doctor import scene as scenes
+
+_AGAIN: Final = "sudo banger system install"
+_SHOWN: Final = 3
+_MOST: Final = 100
+
+
+def settings(scene: scenes.Scene) -> report.Finding:
+    """install.toml is there, and its owner is a user of this host."""
+    path = scene.at(host.INSTALL_TOML)
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=scenes.Settings)
+    except FileNotFoundError:
+        return report.failed("banger is not installed on this host", _AGAIN)
+    except msgspec.MsgspecError as error:
+        return report.failed(f"{host.INSTALL_TOML} is not valid: {error}", _AGAIN)
+    try:
+        account = pwd.getpwuid(found.owner_uid)
+    except KeyError:
+        return report.failed(
+            f"its owner, uid {found.owner_uid}, is no user of this host", f"{_AGAIN} --owner USER"
+        )
+    if account.pw_name != found.owner_name:
+        return report.failed(
+            f"uid {found.owner_uid} is {account.pw_name} now, and was {found.owner_name} at installation",
+            f"{_AGAIN} --owner USER",
+        )
+    return report.passed(f"for {found.owner_name}, from {scene.prefix()}")
+
+
+def uids(scene: scenes.Scene) -> report.Finding:
+    """The VMs' uids belong to nobody else."""
+    given = scene.settings()
+    first, last = given.uid_base + 1, given.uid_base + given.uid_count
+    taken = [
+        *(f"user {name}" for name, uid in _accounts(scene, "/etc/passwd") if first <= uid <= last),
+        *(f"group {name}" for name, gid in _accounts(scene, "/etc/group") if first <= gid <= last),
+        *(f"{name} in {path}" for path, name in _subordinates(scene, first, last)),
+    ]
+    if taken:
+        return report.failed(
+            f"VMs have the uids {first} to {last}, and so has {_some(taken)}",
+            "give these other ids: usermod, groupmod, /etc/subuid, /etc/subgid",
+        )
+    return report.passed(f"{first} to {last} belong to VMs alone")
+
+
+def _accounts(scene: scenes.Scene, path: str) -> Iterator[tuple[str, int]]:
+    for line in (scene.text_or_none(path) or "").splitlines():
+        fields = line.split(":")
+        if len(fields) > 2 and fields[2].isdecimal():
+            yield fields[0], int(fields[2])
+
+
+def _subordinates(scene: scenes.Scene, first: int, last: int) -> Iterator[tuple[str, str]]:
+    for path in ("/etc/subuid", "/etc/subgid"):
+        for line in (scene.text_or_none(path) or "").splitlines():
+            name, start, count = (*line.split(":"), "", "")[:3]
+            if start.isdecimal() and count.isdecimal():
+                begin, end = int(start), int(start) + int(count) - 1
+                if begin <= last and end >= first:
+                    yield path, name
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeFile:
+    """Firecracker or its jailer: there, root's alone, what was recorded, new enough."""
+
+    name: str
+
+    def __call__(self, scene: scenes.Scene) -> report.Finding:
+        given = scene.settings()
+        directory = scene.at(f"{given.helper_dir}/runtime")
+        path = directory / self.name
+        if not path.exists():
+            return report.failed(f"{scene.shown(path)} is not installed", _AGAIN)
+        # Before it is run: whoever else could write it would run as the user who asks.
+        if unsafe := list(_unsafe(scene, [path])):
+            return report.failed(_some(unsafe), _give_to_root(unsafe[0]))
+        found = next(each for each in runtime.status(directory) if each.name == self.name)
+        recorded = given.firecracker_sha256 if self.name == "firecracker" else given.jailer_sha256
+        if found.sha256 != recorded:
+            return report.failed(
+                f"{scene.shown(path)} is not what the installation recorded: its sha256 is {found.sha256}",
+                _AGAIN,
+            )
+        if found.problem:
+            return report.failed(found.problem, _AGAIN)
+        other = runtime.read_record(directory).get("firecracker")
+        if other is not None and other.version != found.version:
+            return report.warned(f"{found.version}, and Firecracker is {other.version}", _AGAIN)
+        own = "" if found.source == "catalog" else ", a file that was supplied"
+        return report.passed(f"{found.version}{own}")
+
+
+@dataclass(frozen=True, slots=True)
+class RootOwned:
+    """Files that root executes, imports or believes: root's alone, down from the root directory."""
+
+    what: str
+
+    def __call__(self, scene: scenes.Scene) -> report.Finding:
+        scene.settings()
+        tops = [path for path in self._tops(scene) if path.exists() or path.is_symlink()]
+        if not tops:
+            return report.failed(f"none of root's {self.what} is there", _AGAIN)
+        found = list(dict.fromkeys(itertools.islice(_unsafe(scene, tops), _MOST)))
+        if not found:
+            return report.passed(", ".join(sorted({scene.shown(path) for path in tops})[:_SHOWN]))
+        return report.failed(_some(found), _give_to_root(found[0]))
+
+    def _tops(self, scene: scenes.Scene) -> list[Path]:
+        match self.what:
+            case "code":
+                return [scene.at(scene.prefix())]
+            case "settings":
+                return [scene.at(host.ETC), scene.at(host.MODULES)]
+            case "runtime":
+                return [scene.at(host.RUNTIME)]
+            case _:
+                return [scene.at(host.UNIT_DIR / name) for name in host.UNITS]
+
+
+def _unsafe(scene: scenes.Scene, tops: Iterable[Path]) -> Iterator[str]:
+    for top in tops:
+        unsafe = host.unsafe_paths(top, below=scene.root.resolve(), root_uid=scene.viewer.root_uid)
+        for path, why in unsafe:
+            yield f"/{path.relative_to(scene.root.resolve())} {why}"
+
+
+def _give_to_root(complaint: str) -> str:
+    """For the path that the complaint begins with; the next run names the next one."""
+    path = shlex.quote(complaint.split(" ", 1)[0])
+    return f"sudo chown -h root:root {path} && sudo chmod go-w {path}"
+
+
+def commands(scene: scenes.Scene) -> report.Finding:
+    """`banger` and `bangerd` in the search path are those installed, and root alone can change that."""
+    scene.settings()
+    for name in host.COMMANDS:
+        link, target = scene.at(host.BIN / name), scene.prefix() / "bin" / name
+        if not link.is_symlink() or link.readlink() != target:
+            return report.failed(
+                f"{scene.shown(link)} is not a link to {target}", f"move away what is there, then {_AGAIN}"
+            )
+        for path in (*link.parents, link):
+            if path.is_relative_to(scene.root) and (why := host.unsafe(path, scene.viewer.root_uid)):
+                shown = scene.shown(path)
+                return report.failed(
+                    f"{shown} {why}", f"sudo chown -h root:root {shown}; sudo chmod go-w {shown}"
+                )
+    return report.passed(", ".join(str(host.BIN / name) for name in host.COMMANDS))
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """A directory of the owner's (or root's) with the mode that it was made with."""
+
+    path: str
+    mode: int
+    by_owner: bool = True
+
+    def __call__(self, scene: scenes.Scene) -> report.Finding:
+        given = scene.settings()
+        uid = given.owner_uid if self.by_owner else scene.viewer.root_uid
+        name = given.owner_name if self.by_owner else "root"
+        return owned(scene, self.path, uid=uid, name=name, mode=self.mode)
+
+
+def owned(
+    scene: scenes.Scene, path: str, *, uid: int, name: str, mode: int, remedy: str = ""
+) -> report.Finding:
+    """This path belongs to this user, and nobody has more of it than the mode says."""
+    try:
+        found = scene.at(path).stat()
+    except FileNotFoundError:
+        return report.failed(f"{path} does not exist", remedy or _AGAIN)
+    if found.st_uid != uid:
+        return report.failed(
+            f"{path} belongs to uid {found.st_uid}, not to {name}", remedy or f"sudo chown {name} {path}"
+        )
+    if found.st_mode & 0o7777 & ~mode:
+        return report.failed(
+            f"{path} has mode {found.st_mode & 0o7777:04o}, not {mode:04o}",
+            remedy or f"sudo chmod {mode:o} {path}",
+        )
+    return report.passed(f"{path}, {mode:04o}, of {name}")
+
+
+def units(scene: scenes.Scene) -> report.Finding:
+    """The installed units are the shipped ones, and nothing was put beside them."""
+    given = scene.settings()
+    changed: list[str] = []
+    for name in host.UNITS:
+        text = scene.text_or_none(host.UNIT_DIR / name)
+        if text is None:
+            return report.failed(f"{host.UNIT_DIR / name} does not exist", _AGAIN)
+        if text != host.unit_text(name, given.owner_name, scene.prefix()).rstrip("\n"):
+            changed.append(str(host.UNIT_DIR / name))
+    if changed:
+        return report.failed(f"not as this version ships it: {_some(changed)}", _AGAIN)
+    dropped = sorted(
+        scene.shown(path)
+        for directory in ("/etc/systemd/system", "/run/systemd/system")
+        for name in (*host.UNITS, host.SLICE)
+        for path in scene.at(directory).glob(f"{name}.d/*.conf")
+    )
+    if dropped:
+        return report.warned(
+            f"changed by {_some(dropped)}",
+            "if that is not meant: delete the file, sudo systemctl daemon-reload",
+        )
+    return report.passed(f"{len(host.UNITS)} units as shipped")
+
+
+def _some(texts: list[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return f"{', '.join(texts[:_SHOWN])}{more}"

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""What the probes look at: one host, seen by one user. A test gives another root with fake programs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from banger import run
+from banger.contract import errors, names, privileged, resources
+from banger.system import asking, host
+
+T = TypeVar("T")
+
+_ANSWER_S: Final = 20.0
+_PROGRAM_S: Final = 30.0
+_EXEC_START: Final = re.compile(r"^ExecStart=(/\S+)/bin/bangerd$", re.MULTILINE)
+
+
+class UnseenError(Exception):
+    """What a probe needs cannot be looked at; `remedy` is what would let it be."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(why)
+        self.why = why
+        self.remedy = remedy
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of install.toml that the probes need."""
+
+    owner_uid: int
+    owner_gid: int
+    owner_name: str
+    network: str = names.NETWORK
+    uid_base: int = names.UID_BASE
+    uid_count: int = names.MAX_SLOTS
+    state_dir: str = str(host.STATE)
+    helper_dir: str = str(host.HELPER)
+    firecracker_sha256: str
+    jailer_sha256: str
+
+
+class Effective(msgspec.Struct, frozen=True, kw_only=True):
+    """A value that a VM gets when nothing is asked for, and where it comes from."""
+
+    value: int | str
+    source: resources.SizeSource
+
+
+class _Checked(msgspec.Struct, frozen=True):
+    """What `bangerd --check-config` prints."""
+
+    values: dict[str, Effective] = {}
+    error: errors.ErrorBody | None = None
+
+
+class _Once(Generic[T]):
+    """A question that many probes have and that is asked once. An answer or an error, each kept."""
+
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._answers: list[T] = []
+        self._error: Exception | None = None
+
+    def __call__(self) -> T:
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if not self._answers:
+                try:
+                    self._answers.append(self._ask())
+                except Exception as error:
+                    self._error = error
+                    raise
+            return self._answers[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Who looks at what kind of machine; `root_uid` is another's in a test that is not root."""
+
+    uid: int
+    root_uid: int = 0
+    machine: str = platform.machine()
+    kernel: str = os.uname().release
+    python: Path = Path(sys.executable)
+
+
+class Scene:
+    """Paths below a root, programs found there, and the answers of the two services."""
+
+    def __init__(self, root: Path = Path("/"), viewer: Viewer | None = None) -> None:
+        self.root = root
+        self.viewer = viewer or Viewer(os.geteuid())
+        self.settings: Callable[[], Settings] = _Once(self._read_settings)
+        self.info: Callable[[], resources.DaemonInfo] = _Once(self._ask_info)
+        """Raises OSError when the daemon does not answer."""
+        self.helper: Callable[[], privileged.HostInfo] = _Once(self._ask_helper)
+        """Raises OSError when the helper does not answer."""
+        self.defaults: Callable[[], dict[str, Effective]] = _Once(self._ask_defaults)
+        """Raises the daemon's own error about a configuration that is not valid."""
+
+    @property
+    def is_root(self) -> bool:
+        return self.viewer.uid == self.viewer.root_uid
+
+    def at(self, path: Path | str) -> Path:
+        return self.root / str(path).lstrip("/")
+
+    def shown(self, path: Path) -> str:
+        """As the host names it."""
+        return f"/{path.relative_to(self.root)}"
+
+    def text(self, path: Path | str) -> str:
+        """Without the last line end. Raises OSError."""
+        return self.at(path).read_text(errors="replace").rstrip("\n")
+
+    def text_or_none(self, path: Path | str) -> str | None:
+        """None where the kernel, or the installation, has no such file."""
+        try:
+            return self.text(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def program(self, name: str) -> Path | None:
+        for directory in run.SEARCH_PATH.split(":"):
+            path = self.at(directory) / name
+            if os.access(path, os.X_OK) and path.is_file():
+                return path
+        return None
+
+    def run(
+        self, name: str, *arguments: str, ok: Collection[int] = (0,), deadline_s: float = _PROGRAM_S
+    ) -> run.Result:
+        """A program of this host. Raises UnseenError when it is not there."""
+        program = self.program(name)
+        if program is None:
+            raise UnseenError(f"{name} is not installed", f"install the package that has {name}")
+        return run.run([str(program), *arguments], deadline_s=deadline_s, ok=ok)
+
+    def prefix(self) -> Path:
+        """The virtual environment that the installed units run from, or ours."""
+        unit = self.text_or_none(host.UNIT_DIR / "bangerd.service") or ""
+        found = _EXEC_START.search(unit)
+        return Path(found[1] if found else sys.prefix)
+
+    def require_daemon(self) -> resources.DaemonInfo:
+        """Raises UnseenError when the daemon does not answer: a row of its own says so."""
+        try:
+            return self.info()
+        except OSError as error:
+            raise self._silent("bangerd", error) from error
+
+    def require_helper(self) -> privileged.HostInfo:
+        try:
+            return self.helper()
+        except OSError as error:
+            raise self._silent("bangerd-root", error) from error
+
+    def vm_ids(self) -> set[str]:
+        """The VMs of the daemon's rows, asked anew."""
+        self.require_daemon()
+        path = self.at(host.API_SOCKET)
+        return {vm.id for vm in asking.daemon("/v1/vms", list[resources.Vm], at=path, timeout_s=_ANSWER_S)}
+
+    def world(self) -> privileged.World:
+        """What exists on the host under names of banger's, asked anew."""
+        self.require_helper()
+        path = self.at(host.HELPER_SOCKET)
+        return asking.helper(privileged.ListWorld(), at=path, timeout_s=_ANSWER_S)
+
+    def _silent(self, who: str, error: OSError) -> UnseenError:
+        if isinstance(error, PermissionError):
+            return UnseenError(f"this user may not ask {who}", "run it as the owner, or: sudo banger doctor")
+        return UnseenError(f"{who} does not answer", f"see the row {who}")
+
+    def _read_settings(self) -> Settings:
+        try:
+            return msgspec.toml.decode(self.at(host.INSTALL_TOML).read_bytes(), type=Settings)
+        except FileNotFoundError:
+            raise UnseenError("banger is not installed on this host", "sudo banger system install") from None
+        except msgspec.MsgspecError as error:
+            raise UnseenError(
+                f"{host.INSTALL_TOML} is not valid: {error}", "see the row installed"
+            ) from error
+
+    def _ask_info(self) -> resources.DaemonInfo:
+        path = self.at(host.API_SOCKET)
+        return asking.daemon("/v1/info", resources.DaemonInfo, at=path, timeout_s=_ANSWER_S)
+
+    def _ask_helper(self) -> privileged.HostInfo:
+        return asking.helper(privileged.GetHost(), at=self.at(host.HELPER_SOCKET), timeout_s=_ANSWER_S)
+
+    def _ask_defaults(self) -> dict[str, Effective]:
+        """The daemon's own program reads its configuration; it runs as whoever asks, and serves nothing."""
+        program = self.at(self.prefix() / "bin/bangerd")
+        if not program.exists():
+            raise UnseenError(f"{self.shown(program)} is not installed", "sudo banger system install")
+        argv = [str(program), "--check-config", f"--config={self.at(host.CONFIG_TOML)}"]
+        answer = msgspec.json.decode(run.run(argv, deadline_s=_PROGRAM_S, ok=(0, 3)).stdout, type=_Checked)
+        if answer.error is not None:
+            raise errors.from_body(answer.error)
+        return answer.values

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""Probes of the two services: active, answering, confined as promised, in step, and nothing forgotten."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import banger
+from banger.contract import errors, privileged
+from banger.system import host
+from banger.system.doctor import installed, report
+from banger.system.doctor import scene as scenes
+
+EXPOSURE_LIMITS: Final = {"bangerd.service": 1.5, "bangerd-root.service": 4.5}
+"""docs/privileges.md promises them."""
+_RESTART: Final = "sudo banger system restart"
+_EXPOSURE: Final = re.compile(r": ([0-9]+(?:\.[0-9]+)?) ")
+_PROPERTIES: Final = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload"
+_ANALYSE_S: Final = 45.0
+_WANTED: Final = {"bangerd.service": True, "bangerd-root.socket": True, "banger-vms.service": False}
+"""Units that must be active always, and whether they must start with the host by themselves."""
+
+
+def daemon(scene: scenes.Scene) -> report.Finding:
+    """bangerd answers; the unit's state explains why it does not."""
+    scene.settings()
+    try:
+        info = scene.info()
+    except PermissionError:
+        raise
+    except OSError as error:
+        state = _state(scene, "bangerd.service")
+        return report.failed(
+            f"bangerd does not answer at {host.API_SOCKET}: {error.strerror or error}{state}",
+            "sudo systemctl restart bangerd (why it did not run: journalctl -u bangerd)",
+        )
+    return report.passed(
+        f"{info.version} answers, pid {info.pid}, since {info.started_at:%Y-%m-%d %H:%M} UTC"
+    )
+
+
+def helper(scene: scenes.Scene) -> report.Finding:
+    """bangerd-root answers; a request starts it when it does not run."""
+    scene.settings()
+    try:
+        found = scene.helper()
+    except PermissionError:
+        raise
+    except OSError as error:
+        state = _state(scene, "bangerd-root.socket")
+        return report.failed(
+            f"bangerd-root does not answer at {host.HELPER_SOCKET}: {error.strerror or error}{state}",
+            "sudo systemctl restart bangerd-root.socket (why it did not run: journalctl -u bangerd-root)",
+        )
+    except errors.BangerError as error:
+        return report.failed(f"bangerd-root refuses: {error.message}", error.hint or _RESTART)
+    return report.passed(f"{found.version} answers")
+
+
+def _state(scene: scenes.Scene, unit: str) -> str:
+    """For the end of a message; empty when systemd cannot be asked."""
+    try:
+        found = _units(scene).get(unit, {})
+    except (scenes.UnseenError, errors.BangerError):
+        return ""
+    return f"; {unit} is {found.get('ActiveState', 'unknown')} ({found.get('SubState', '')})"
+
+
+def units(scene: scenes.Scene) -> report.Finding:
+    """The units are active, start with the host, and systemd knows their files as they are."""
+    scene.settings()
+    found = _units(scene)
+    for name, at_boot in _WANTED.items():
+        unit = found.get(name, {})
+        if unit.get("ActiveState") != "active":
+            return report.failed(
+                f"{name} is {unit.get('ActiveState', 'unknown')} ({unit.get('SubState', '')})",
+                f"sudo systemctl start {name}",
+            )
+        if at_boot and unit.get("UnitFileState") != "enabled":
+            return report.failed(
+                f"{name} does not start with the host: it is {unit.get('UnitFileState') or 'unknown'}",
+                f"sudo systemctl enable {name}",
+            )
+    stale = [name for name, unit in found.items() if unit.get("NeedDaemonReload") == "yes"]
+    if stale:
+        return report.warned(
+            f"systemd runs older files of {', '.join(stale)}", f"sudo systemctl daemon-reload && {_RESTART}"
+        )
+    return report.passed(f"{', '.join(_WANTED)} active")
+
+
+def _units(scene: scenes.Scene) -> dict[str, dict[str, str]]:
+    said = scene.run("systemctl", "show", "--no-pager", f"--property={_PROPERTIES}", *host.UNITS).text
+    found: dict[str, dict[str, str]] = {}
+    for block in said.split("\n\n"):
+        unit = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        found[unit.get("Id", "")] = unit
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A service's socket: its owner's alone, from the moment it is made."""
+
+    path: str
+    mode: int = 0o600
+
+    def __call__(self, scene: scenes.Scene) -> report.Finding:
+        given = scene.settings()
+        return installed.owned(
+            scene,
+            self.path,
+            uid=given.owner_uid,
+            name=given.owner_name,
+            mode=self.mode,
+            remedy=f"sudo systemctl restart bangerd-root.socket bangerd ({self.path} is made anew)",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """What `systemd-analyze security` says of a service, against what the documentation promises."""
+
+    unit: str
+
+    def __call__(self, scene: scenes.Scene) -> report.Finding:
+        scene.settings()
+        done = scene.run("systemd-analyze", "security", "--no-pager", self.unit, deadline_s=_ANALYSE_S)
+        last = (done.text.strip().splitlines() or [""])[-1]
+        found = _EXPOSURE.search(last)
+        if found is None:
+            return report.warned(
+                f"systemd-analyze says no exposure: {last or 'nothing'}",
+                f"systemd-analyze security {self.unit}",
+            )
+        limit = EXPOSURE_LIMITS[self.unit]
+        if float(found[1]) > limit:
+            return report.failed(
+                f"exposure {found[1]}, and {limit} is promised", f"systemd-analyze security {self.unit}"
+            )
+        return report.passed(f"exposure {found[1]}, at most {limit} is promised")
+
+
+def versions(scene: scenes.Scene) -> report.Finding:
+    """CLI, daemon and helper are of one version."""
+    info, root = scene.require_daemon(), scene.require_helper()
+    found = {"banger": banger.__version__, "bangerd": info.version, "bangerd-root": root.version}
+    said = ", ".join(f"{name} {version}" for name, version in found.items())
+    if root.protocol != privileged.PROTOCOL_VERSION:
+        return report.failed(f"bangerd-root speaks protocol {root.protocol}: {said}", _RESTART)
+    if len(set(found.values())) > 1:
+        return report.failed(f"not in step: {said}", _RESTART)
+    return report.passed(f"all {banger.__version__}")
+
+
+def leftovers(scene: scenes.Scene) -> report.Finding:
+    """Nothing on the host has a VM's name that no row owns."""
+    # Asked before and after: a VM that is made or deleted meanwhile is in one of the answers.
+    known = scene.vm_ids()
+    seen = {vm.vm_id: vm for vm in scene.world().vms}
+    known |= scene.vm_ids()
+    stray = [_described(vm) for vm_id, vm in seen.items() if vm_id not in known]
+    if stray:
+        return report.warned(f"no VM owns {'; '.join(stray)}", f"{_RESTART} (the daemon collects them)")
+    return report.passed(f"{len(known)} VMs, and nothing besides")
+
+
+def _described(vm: privileged.VmWorld) -> str:
+    parts = {
+        "a VMM": vm.vmm_pid,
+        "a tap": vm.tap,
+        "a snapshot": vm.snapshot,
+        f"{vm.loops} loop devices": vm.loops,
+        "a jail": vm.jail,
+        "a cgroup": vm.cgroup,
+        "logs": vm.logs,
+    }
+    return f"{', '.join(name for name, is_there in parts.items() if is_there) or 'nothing'} of {vm.vm_id}"
