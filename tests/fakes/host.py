@@ -58,6 +58,7 @@ _FILES = {
     f"/lib/modules/{RELEASE}/modules.builtin": "kernel/fs/ext4/ext4.ko\n",
     f"/lib/modules/{RELEASE}/modules.dep": (
         "kernel/net/netfilter/nf_tables.ko.xz: kernel/net/netfilter/nfnetlink.ko.xz\n"
+        "kernel/net/netfilter/nft_ct.ko.xz:\nkernel/net/netfilter/nft_masq.ko.xz:\n"
         "kernel/drivers/md/dm-snapshot.ko: kernel/drivers/md/dm-bufio.ko\n"
         "kernel/net/bridge/bridge.ko: kernel/net/802/stp.ko\n"
     ),
@@ -87,6 +88,7 @@ _FILES = {
     "/etc/modules-load.d/banger.conf": "loop\n",
     "/var/lib/banger/images/.keep": "",
     "/dev/kvm": "",
+    "/usr/lib/x86_64-linux-gnu/libnftables.so.1": "",
     f"/var/lib/banger-root/logs/{VM}/console.log": "hello\n",
     f"{PREFIX}/lib/python3/site-packages/banger/helper/policy.py": "",
 }
@@ -175,7 +177,7 @@ class FakeHost:
         self.at("/run/systemd/system").mkdir(parents=True)
         for directory in (host.API_SOCKET.parent, host.HELPER_SOCKET.parent, host.CACHE):
             self.at(directory).mkdir(parents=True)
-        for tool in ("e2fsck", "debugfs", "mkfs.ext4", "nft", "mmdebstrap", "git", "ssh", "ssh-keygen"):
+        for tool in ("e2fsck", "debugfs", "mkfs.ext4", "mmdebstrap", "git", "ssh", "ssh-keygen"):
             self.program(f"/usr/bin/{tool}")
         self.program("/usr/bin/fake-python")
         self.unit_states(self.all_units())

@@ -154,6 +154,7 @@ def status_of(old: str, new: str) -> Break:
 HELPER_MODULE = fakes.PREFIX / "lib/python3/site-packages/banger/helper/policy.py"
 OWN = str(names.UID_BASE + 1)
 EDAC = "/sys/devices/system/edac/mc/mc0"
+LIBRARY = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
 MOUNTS = "/proc/self/mountinfo"
 ROUTES = "/proc/net/route"
 MODULES_DEP = f"/lib/modules/{fakes.RELEASE}/modules.dep"
@@ -180,7 +181,9 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("bridge", writes("/proc/modules", ""), WARN, "not loaded", "sudo modprobe bridge"),
     ("nf_tables", writes(MODULES_DEP, ""), FAIL, "nf_tables", "install a kernel"),
     ("e2fsprogs", loses("/usr/bin/debugfs"), FAIL, "debugfs", "apt install e2fsprogs"),
-    ("nftables", loses("/usr/bin/nft"), WARN, "nft", "apt install nftables"),
+    ("nft_ct", writes(MODULES_DEP, ""), FAIL, "nft_ct", "install a kernel"),
+    ("nft_masq", writes(MODULES_DEP, ""), FAIL, "nft_masq", "install a kernel"),
+    ("libnftables", loses(LIBRARY), FAIL, "no VM with a network", "apt install libnftables1"),
     ("mmdebstrap", loses("/usr/bin/mmdebstrap"), WARN, "no image can be built", "apt install mmdebstrap"),
     ("git", loses("/usr/bin/git"), WARN, "no repository", "apt install git"),
     ("ssh", loses("/usr/bin/ssh-keygen"), WARN, "ssh-keygen", "apt install openssh-client"),

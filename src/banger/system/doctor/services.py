@@ -172,6 +172,7 @@ def _described(vm: privileged.VmWorld) -> str:
     parts = {
         "a VMM": vm.vmm_pid,
         "a tap": vm.tap,
+        "packet rules": vm.rules,
         "a snapshot": vm.snapshot,
         f"{vm.loops} loop devices": vm.loops,
         "a jail": vm.jail,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from banger.system import host
-from banger.system.doctor import installed, kernel, network, production, services, storage, tools
+from banger.system.doctor import installed, kernel, network, production, programs, services, storage
 from banger.system.doctor.report import Check
 
 _VMS: Final = "running VMs"
@@ -23,16 +23,22 @@ ORDINARY: Final = (
     Check("dm_snapshot", "disks", kernel.Feature("dm_snapshot", "DM_SNAPSHOT")),
     Check("tun", "network", kernel.Feature("tun", "TUN", "tun")),
     Check("bridge", "network", kernel.Feature("bridge", "BRIDGE")),
-    Check("nf_tables", "network rules", kernel.Feature("nf_tables", "NF_TABLES", on_demand=True)),
+    Check("nf_tables", "packet rules", kernel.Feature("nf_tables", "NF_TABLES", on_demand=True)),
+    Check("nft_ct", "packet rules", kernel.Feature("nft_ct", "NFT_CT", on_demand=True)),
+    Check("nft_masq", "NAT", kernel.Feature("nft_masq", "NFT_MASQ", on_demand=True)),
     Check(
         "e2fsprogs",
         "disks",
-        tools.Tools("e2fsprogs", ("e2fsck", "debugfs", "mkfs.ext4"), "no VM can start", required=True),
+        programs.Programs("e2fsprogs", ("e2fsck", "debugfs", "mkfs.ext4"), "no VM can start", required=True),
     ),
-    Check("nftables", "network rules", tools.Tools("nftables", ("nft",), "no rules for guests' traffic")),
-    Check("mmdebstrap", "image build", tools.Tools("mmdebstrap", ("mmdebstrap",), "no image can be built")),
-    Check("git", "workspaces", tools.Tools("git", ("git",), "no repository can be taken into a VM")),
-    Check("ssh", "vm ssh", tools.Tools("openssh-client", ("ssh", "ssh-keygen"), "no ssh into VMs")),
+    Check("libnftables", "packet rules", programs.library),
+    Check(
+        "mmdebstrap",
+        "image build",
+        programs.Programs("mmdebstrap", ("mmdebstrap",), "no image can be built"),
+    ),
+    Check("git", "workspaces", programs.Programs("git", ("git",), "no repository can be taken into a VM")),
+    Check("ssh", "vm ssh", programs.Programs("openssh-client", ("ssh", "ssh-keygen"), "no ssh into VMs")),
     Check("installed", "the services", installed.settings),
     Check("uids", _TRUST, installed.uids),
     Check("firecracker", _VMS, installed.RuntimeFile("firecracker")),

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
 
+_LIBRARIES: Final = tuple(
+    f"{top}{between}/libnftables.so.1" for top in ("usr/lib", "lib", "usr/lib64") for between in ("", "/*")
+)
+
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class Programs:
     """Programs of one package. Without them no VM runs (`required`), or one feature is missing."""
 
     package: str
@@ -28,3 +33,14 @@ class Tools:
             f"{', '.join(missing)} {verb} not installed: {self.lacking}",
             f"install the package {self.package}: sudo apt install {self.package}",
         )
+
+
+def library(scene: scenes.Scene) -> report.Finding:
+    """The helper changes packet rules through it."""
+    found = [path for pattern in _LIBRARIES for path in scene.root.glob(pattern)]
+    if found:
+        return report.passed(scene.shown(found[0]))
+    return report.failed(
+        "libnftables.so.1 is not installed: no VM with a network can start",
+        "install the package libnftables1: sudo apt install libnftables1",
+    )
