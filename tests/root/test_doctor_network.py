@@ -26,12 +26,12 @@ print(found.status, found.detail)
         (
             "other",
             "10.213.241.1/24",
-            "fail VMs have 10.213.240.0/20, and the host reaches 10.213.241.0/24 by other",
+            "fail network 10.213.240.0/20 overlaps 10.213.241.0/24, which this host reaches by other",
         ),
         (
             "other",
             "10.213.0.1/16",
-            "fail VMs have 10.213.240.0/20, and the host reaches 10.213.0.0/16 by other",
+            "fail network 10.213.240.0/20 overlaps 10.213.0.0/16, which this host reaches by other",
         ),
         ("other", "10.214.0.1/24", "pass 10.213.240.0/20 is the VMs' alone"),
         ("br-fc", "10.213.240.1/20", "pass 10.213.240.0/20 is the VMs' alone"),

@@ -272,7 +272,7 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
         "network",
         appends(ROUTES, "eth1\t0000D50A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"),
         FAIL,
-        "10.213.0.0/16 by eth1",
+        "10.213.0.0/16, which this host reaches by eth1",
         "--network",
     ),
     (
