@@ -74,6 +74,7 @@ def paths(short_path: Path) -> config.Paths:
         helper_socket=short_path / "h.sock",
         helper_dir=helper,
         install=short_path / "install.toml",
+        image_catalog=short_path / "images.toml",
     )
 
 

@@ -230,6 +230,30 @@ def test_a_recipe_of_ones_own(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp
         assert f"{name}.toml" in failed.err
 
 
+def test_images_of_registries_go_by_their_references(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
+    name = "ghcr.io/team/app:1.0"
+    assert cli.run("image", "pull", name, "--size", "2G").text == f"{name}\n"
+    assert cli.run("image", "list", "-q").text == f"{name}\n"
+    assert name in cli.run("image", "show", name).text
+    assert cli.run("image", "promote", name, "--name", "base").text == "base\n"
+    assert cli.run("image", "delete", name).text == f"{name}\n"
+    assert list(fake.images) == ["base"]
+    gone = cli.run("image", "show", name)
+    assert (gone.status, f"banger image pull {name}" in gone.err) == (1, True)
+
+
+def test_images_are_imported(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_path: Path) -> None:
+    assert cli.run("image", "import", str(tmp_path), "--name", "mine", "--image", "v1").text == "mine\n"
+    assert cli.run("image", "import", str(tmp_path / "absent"), "--name", "mine").status == 2
+    assert cli.run("image", "import", str(tmp_path)).status == 2
+
+
+def test_the_cache_says_what_it_frees(cli: cli_process.Cli) -> None:
+    assert cli.run("image", "cache", "prune", "--dry-run").text == "1 blobs, would free 1 MiB\n"
+    assert cli.run("image", "cache", "prune").text == "1 blobs, freed 1 MiB\n"
+    assert '"size_bytes"' in cli.run("image", "cache", "prune", "--json").text
+
+
 def test_images_and_kernels(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_path: Path) -> None:
     assert cli.run("image", "build", "debian-bookworm").text == "debian-bookworm\n"
     assert cli.run("image", "register", str(tmp_path), "--name", "mine").text == "mine\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.contract import errors
+from banger.contract import errors, resources
 from tests.contract import cli_process
 from tests.fakes import daemon
 
@@ -372,3 +372,24 @@ def test_run_rm_ended_by_a_signal_deletes_the_vm(cli: cli_process.Cli, fake: dae
         process.terminate()
         assert process.wait(cli_process.DEADLINE_S) == 143
     assert fake.vm_named("calm-otter") is None
+
+
+def test_run_without_a_command_is_what_the_image_runs(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
+    fake.behaviour.image_run = resources.ImageRun(entrypoint=("echo", "from"), command=("the image",))
+    done = cli.run("vm", "run", "--rm", "--image", "registry.example:5000/team/app:1")
+    assert (done.status, done.text) == (0, "from the image\n")
+    assert fake.execs[0].argv == ()
+    assert cli.run("vm", "run", "--rm", "--", "echo", "mine").text == "mine\n"
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_run_of_an_image_without_a_shell_says_so(
+    cli: cli_process.Cli, fake: daemon.FakeDaemon, remove: bool
+) -> None:
+    fake.behaviour.image_has_shell = False
+    done = cli.run("vm", "run", *(["--rm"] if remove else []), "--name", "bare")
+    assert done.status == 125
+    assert "has no shell, and does not say what it runs" in done.err
+    assert "-- /the/program" in done.err
+    assert ("bare" in {vm.name for vm in fake.vms.values()}) is not remove
+    assert fake.execs == []

@@ -23,7 +23,7 @@ from urllib import parse
 import msgspec
 import uvicorn
 
-from banger.contract import errors, names, resources
+from banger.contract import errors, names, requests, resources
 from tests.fakes import command
 
 Scope = dict[str, Any]
@@ -66,6 +66,8 @@ class Behaviour:
     """Operations reach this stage and stay there until cancelled."""
     logs: bytes = b""
     detail: str = ""
+    image_run: resources.ImageRun = dataclasses.field(default_factory=resources.ImageRun)
+    image_has_shell: bool = True
 
 
 class FakeDaemon:
@@ -146,6 +148,9 @@ class FakeDaemon:
                 await self._events(parts[1], query, receive, send)
             elif method == "GET" and parts[0] == "vms" and parts[-1] == "logs":
                 await _answer(send, 200, self.behaviour.logs, b"text/plain")
+            elif method == "GET" and parts == ["images"] and query.get("ref"):
+                found = [image for image in self.images.values() if query["ref"] in (image.id, image.name)]
+                await _answer(send, 200, msgspec.json.encode(found))
             else:
                 status, value = await self._route(method, parts, body)
                 await _answer(send, status, msgspec.json.encode(value))
@@ -211,25 +216,65 @@ class FakeDaemon:
                 return 200, list(held.values())
             case "GET", [_, name] if name in held:
                 return 200, held[name]
-            case "DELETE", [_, name] if name in held:
+            case "DELETE", [_, ref] if any(ref in (name, each.id) for name, each in held.items()):
+                name = next(name for name, each in held.items() if ref in (name, each.id))
                 if held[name].used_by:
                     raise errors.ConflictError(f"{name} is used by {held[name].used_by[0]}")
                 del held[name]
                 return 200, None
+            case "GET", ["images", ref]:
+                return 200, self._image(ref)
+            case "POST", ["images", "pull"]:
+                asked = msgspec.json.decode(body, type=requests.PullImage)
+                return 202, self._make(asked.name or asked.reference, "image", "pull_image")
+            case "POST", ["images", "import"]:
+                found = msgspec.json.decode(body, type=requests.ImportImage)
+                return 202, self._make(found.name, "image", "import_image")
+            case "POST", ["images", "cache", "prune"]:
+                pruning = msgspec.json.decode(body, type=requests.PruneCache)
+                blobs = ("sha256:" + "ab" * 32,)
+                return 200, requests.PrunedCache(blobs=blobs, size_bytes=1 << 20, dry_run=pruning.dry_run)
+            case "POST", ["images", ref, "promote"]:
+                self._image(ref)
+                promoted = msgspec.json.decode(body, type=requests.PromoteImage)
+                return 202, self._make(promoted.name, "image", "build_image")
             case "POST", ["images", "build"]:
-                recipe = msgspec.json.decode(body, type=resources.BuildImage)
+                recipe = msgspec.json.decode(body, type=requests.BuildImage)
                 own = tomllib.loads(recipe.definition or "").get("name", "")
                 return 202, self._make(recipe.name or recipe.recipe or own, "image", "build_image")
             case "POST", ["images", "register"]:
-                registered = msgspec.json.decode(body, type=resources.RegisterImage)
+                registered = msgspec.json.decode(body, type=requests.RegisterImage)
                 return 202, self._make(registered.name or "registered", "image", "build_image")
             case "POST", ["kernels", "pull"]:
-                pulled = msgspec.json.decode(body, type=resources.PullKernel)
+                pulled = msgspec.json.decode(body, type=requests.PullKernel)
                 return 202, self._make(pulled.name, "kernel", "pull_kernel")
             case "POST", ["kernels", "import"]:
-                imported = msgspec.json.decode(body, type=resources.ImportKernel)
+                imported = msgspec.json.decode(body, type=requests.ImportKernel)
                 return 202, self._make(imported.name, "kernel", "pull_kernel")
         raise errors.NotFoundError(f"no such thing: {'/'.join(parts)}")
+
+    def _filled_in(self, request: resources.ExecRequest) -> resources.ExecRequest:
+        run = self.behaviour.image_run
+        return msgspec.structs.replace(request, argv=request.argv or run.entrypoint + run.command)
+
+    def _image(self, ref: str) -> resources.Image:
+        """Also by the id that a VM says, as every VM is made of something."""
+        for image in self.images.values():
+            if ref in (image.id, image.name):
+                return image
+        for vm in self.vms.values():
+            if ref == vm.image_id:
+                run = self.behaviour.image_run
+                return resources.Image(
+                    id=ref,
+                    name=vm.image,
+                    arch="x86_64",
+                    size_bytes=0,
+                    source="tests",
+                    run=run,
+                    has_shell=self.behaviour.image_has_shell,
+                )
+        raise errors.NotFoundError(f"there is no image {ref!r}")
 
     # --- what the operations do ---
 
@@ -408,7 +453,7 @@ class FakeDaemon:
                     f"{vm.name} is not running", hint=f"`banger vm start {vm.name}`"
                 )
             try:
-                end = await command.run(request, receive, send)
+                end = await command.run(self._filled_in(request), receive, send)
             finally:
                 if request.remove:
                     self._delete(vm)

@@ -23,9 +23,11 @@ VALUES: dict[str, object] = {
     "power_off_deadline_s": 2.0,
     "dns": ("192.0.2.53", "10.0.0.1"),
     "file_sync": (config.FileSync(source="~/.gitconfig", target=".config/git/config"),),
+    "insecure_registries": ("registry.example:5000", "10.0.0.2"),
 }
 WRONG = [
     ("image = 1", "image: expected `str`, got `int`"),
+    ("insecure_registries = ['a b']", "insecure_registries: 'a b' is not a host with or without a port"),
     ("image = ''", "image: expected `str` of length >= 1"),
     ("kernel = ['a']", "kernel: expected `str | null`, got `array`"),
     ("kernel = ''", "kernel: expected `str` of length >= 1"),

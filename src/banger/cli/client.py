@@ -101,6 +101,10 @@ class Client:
     def post(self, path: str, body: resources.Body | None = None) -> resources.Operation:
         return decode(self._ask("POST", path, body, ANSWER_S), resources.Operation)
 
+    def ask(self, path: str, body: resources.Body, kind: type[T]) -> T:
+        """A POST that answers at once."""
+        return decode(self._ask("POST", path, body, ANSWER_S), kind)
+
     def patch(self, path: str, body: resources.Body, kind: type[T]) -> T:
         return decode(self._ask("PATCH", path, body, ANSWER_S), kind)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from banger.cli import client, command, many, output, params, progress, render, signals
-from banger.contract import resources, sizes
+from banger.contract import requests, resources, sizes
 
 group = command.Group(
     "kernel",
@@ -75,7 +75,7 @@ def _row(kernel: resources.Kernel) -> tuple[str, ...]:
 @click.pass_obj
 def pull(settings: command.Settings, name: str) -> None:
     """Get a kernel of the catalog, verified by its sha256 or the distribution's signature."""
-    _make(settings, "/v1/kernels/pull", resources.PullKernel(name=name))
+    _make(settings, "/v1/kernels/pull", requests.PullKernel(name=name))
 
 
 @command.make(
@@ -95,7 +95,7 @@ def import_kernel(settings: command.Settings, path: str, name: str) -> None:
     Takes a vmlinux, a vmlinuz, a directory of them with an initrd, or a distribution's kernel package. The
     daemon's owner must be able to read it.
     """
-    _make(settings, "/v1/kernels/import", resources.ImportKernel(path=os.path.abspath(path), name=name))
+    _make(settings, "/v1/kernels/import", requests.ImportKernel(path=os.path.abspath(path), name=name))
 
 
 @command.make("show", group=group, examples=[("banger kernel show generic-6.12", "everything about it")])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -45,13 +45,20 @@ def _wait(api: client.Client, operation: resources.Operation) -> None:
     progress.follow_one(api, lambda: operation, progress.Silent(), cancellable=False).require()
 
 
-def delete(settings: command.Settings, collection: str, names: Sequence[str]) -> None:
+def delete(
+    settings: command.Settings,
+    collection: str,
+    names: Sequence[str],
+    *,
+    resolve: Callable[[client.Client, str], str] | None = None,
+) -> None:
     """Deletes members of a collection one after the other: each takes a moment."""
     api = settings.client()
     results = []
     for name in dict.fromkeys(names):
         try:
-            operation = api.delete(f"{collection}/{client.segment(name)}")
+            ref = resolve(api, name) if resolve is not None else name
+            operation = api.delete(f"{collection}/{client.segment(ref)}")
             if operation is not None:
                 _wait(api, operation)
         except errors.UnavailableError:

@@ -31,9 +31,15 @@ class _Name(click.ParamType[str]):
         try:
             if self.name == "vm":
                 return names.parse_vm_name(value)
+            if self._is_reference(value):
+                return value
             return names.parse_artefact_name(value, self.name)
         except errors.BadRequestError as error:
             self.fail(f"{error.message}: {error.hint}", param, ctx)
+
+    def _is_reference(self, value: str) -> bool:
+        """An image may be meant by its reference or digest; the daemon reads those."""
+        return self.name == "image" and bool(self._collection) and any(mark in value for mark in "/:@")
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -149,6 +155,7 @@ IMAGE: Final = _Name("image", "/v1/images")
 NEW_IMAGE: Final = _Name("image", "")
 KERNEL: Final = _Name("kernel", "/v1/kernels")
 NEW_KERNEL: Final = _Name("kernel", "")
+CATALOG_IMAGE: Final = _Name("image", "/v1/images?available=true")
 CATALOG_KERNEL: Final = _Name("kernel", "/v1/kernels?available=true")
 SIZE: Final = _Size()
 SPAN: Final = _Span()

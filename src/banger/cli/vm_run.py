@@ -163,6 +163,7 @@ def execute(
         ("banger vm run --rm . -- make check", "a command in it; the VM is gone afterwards"),
         ("banger vm run . --dry-run", "which files would go in"),
         ("banger vm run --rm -- uname -a", "a command in a VM that is gone afterwards"),
+        ("banger vm run --image nginx:1.27", "what that image runs; pulled when it is not here"),
         ("banger vm run -d --name web --memory 2G", "start it and come back"),
         ("echo hi | banger vm run --rm -- wc -c", "stdin reaches the command"),
     ],
@@ -189,7 +190,10 @@ def run(
     no_bootstrap: bool,
     **chosen: Any,
 ) -> None:
-    """Create and start a VM and run a command, or a shell, in it.
+    """Create and start a VM and run a command in it.
+
+    Without a command it is the image's own, as the image's user, or a shell where the image names none. An
+    image that is not here is pulled when it is a reference, or built when the catalog knows it.
 
     With PATH, the git repository there is at /root/repo, with its history and its files as they are, and the
     command begins there. Tools that it declares for mise are installed first.
@@ -227,10 +231,27 @@ def run(
         if detach:
             _detached(settings, vm, prepare)
             return
-        request = _exec_request(argv or _SHELL, exec_fields, remove=remove, hold=ready is not None)
+        default = _SHELL if argv or ready is not None else _default_command(api, vm, remove=remove)
+        request = _exec_request(argv or default, exec_fields, remove=remove, hold=ready is not None)
         before = prepare if ready is not None else None
         status = _attached(api, vm, request, exec_fields, before=before)
     raise exits.CommandEnd(status)
+
+
+def _default_command(api: client.Client, vm: resources.Vm, *, remove: bool) -> tuple[str, ...]:
+    """What the image runs, which is for the daemon to fill in; a shell where it says nothing."""
+    image = api.get(f"/v1/images/{vm.image_id}", resources.Image)
+    if image.run.entrypoint or image.run.command:
+        return ()
+    if image.has_shell:
+        return _SHELL
+    if remove:
+        _wait_until_gone(api, vm, deletes_itself=False)
+    left = "" if remove else f"; the VM goes on: `banger vm exec {vm.name} -- /the/program`"
+    raise errors.NotFoundError(
+        f"the image {image.name} has no shell, and does not say what it runs",
+        hint=f"name a program of it: `banger vm run --image {image.name} -- /the/program`{left}",
+    )
 
 
 def _refuse_what_cannot_be(

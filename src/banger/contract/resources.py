@@ -26,7 +26,6 @@ ObjectId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")
 BranchRef = Annotated[str, msgspec.Meta(pattern=r"^refs/heads/[^\0\n]+$", max_length=4096)]
 Revision = Annotated[str, msgspec.Meta(pattern=r"^[^\0\-][^\0]*$", max_length=4096)]
 PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
-RECIPE_CHARACTERS: Final = 256 << 10
 VmNameText = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 
 
@@ -63,6 +62,8 @@ class Stage(enum.StrEnum):
     WAIT_GUEST_READY = "wait_guest_ready"
     FINALIZE = "finalize"
     PULL_KERNEL = "pull_kernel"
+    PULL_IMAGE = "pull_image"
+    IMPORT_IMAGE = "import_image"
     BUILD_IMAGE = "build_image"
     PULL_RUNTIME = "pull_runtime"
     STOP = "stop"
@@ -213,10 +214,11 @@ class ExecRequest(Body, frozen=True, kw_only=True):
     """First message on the exec WebSocket, as JSON text."""
 
     argv: tuple[str, ...]
+    """Empty: what the image says it runs, as the user that it says."""
     env: tuple[str, ...] = ()
-    """`NAME=value` each, added to the guest user's environment."""
+    """`NAME=value` each, over the image's own, added to the guest user's environment."""
     cwd: str = ""
-    """Empty: the workspace for root, when there is one, else the user's home."""
+    """Empty: the workspace for root, when there is one, else the image's directory, else the user's home."""
     user: str = ""
     tty: bool = False
     rows: int = 0
@@ -375,33 +377,41 @@ class SshAccess(Resource, frozen=True, kw_only=True):
 # --- images, kernels, runtime ---
 
 
+class ImageRun(Resource, frozen=True, kw_only=True):
+    """How the image's author wants it run."""
+
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    user: str = ""
+    working_dir: str = ""
+    exposed_ports: tuple[str, ...] = ()
+
+
 class Image(Resource, frozen=True, kw_only=True):
     id: str
     name: str
     tags: tuple[str, ...] = ()
     arch: str
     size_bytes: int
+    """Of the root disk; what it takes here is `stored_bytes`."""
     source: str
-    created_at: datetime.datetime
+    created_at: datetime.datetime | None = None
     has_init: bool = True
+    has_shell: bool = True
     default_kernel: str = ""
     used_by: tuple[str, ...] = ()
     """Names of the VMs made from it."""
-
-
-class BuildImage(Body, frozen=True, kw_only=True):
-    """`recipe` names one that comes with banger; or `definition` is a recipe of the user's own, as TOML."""
-
-    recipe: str = ""
-    definition: Annotated[str, msgspec.Meta(max_length=RECIPE_CHARACTERS)] | None = None
-    name: str | None = None
-
-
-class RegisterImage(Body, frozen=True, kw_only=True):
-    """`path`: a directory with `rootfs.ext4` and `image.json`, readable by the owner; it is copied."""
-
-    path: str
-    name: str | None = None
+    stored_bytes: int = 0
+    reference: str = ""
+    """Of an image that was pulled, in full."""
+    digest: str = ""
+    """What `reference` meant then."""
+    layers_bytes: int = 0
+    """As they were transferred."""
+    run: ImageRun = ImageRun()
+    available: bool = False
+    """Only in the catalog, not on this host yet."""
 
 
 class Kernel(Resource, frozen=True, kw_only=True):
@@ -417,15 +427,6 @@ class Kernel(Resource, frozen=True, kw_only=True):
     available: bool = False
     """Only in the catalog, not on this host yet."""
     used_by: tuple[str, ...] = ()
-
-
-class ImportKernel(Body, frozen=True, kw_only=True):
-    path: str
-    name: str
-
-
-class PullKernel(Body, frozen=True, kw_only=True):
-    name: str
 
 
 class RuntimeFile(Resource, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ privileges, and nothing of an image is ever a file of its own on the host. Used 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ _INITS: Final = (
     *(b"sbin/init", b"lib/systemd/systemd", b"usr/lib/systemd/systemd"),
     *(b"etc/init", b"bin/init"),
 )
+_SHELL: Final = b"bin/sh"
 _PIECE: Final = 1 << 20
 _SPACE_HINT: Final = "delete images or VMs that are no longer needed, or give the file system more room"
 
@@ -52,7 +54,7 @@ def assemble(
 
     Raises BadRequestError for layers that are refused, NoSpaceError where the disk cannot hold them.
     """
-    names.parse_artefact_name(name, "an image")
+    records.parse_name(name)
     image_id = names.new_id()
     with images.stage(image_id) as staged:
         room = _room(staged, bundle, size_bytes)
@@ -65,7 +67,8 @@ def assemble(
                 if steps is not None:
                     steps(edits)
                 _inject(edits, guest_binary)
-                found_init = has_init(fs)
+                _make_working_dir(fs, bundle.run.working_dir)
+                found_init, found_shell = has_init(fs), _has_program(fs, _SHELL)
                 _take_home(fs, staged / records.WORK_SEED)
                 if on_line is not None:
                     on_line("making the file system")
@@ -82,6 +85,7 @@ def assemble(
             source=source or bundle.reference,
             guest_sha256=pinned.sha256_of_path(guest_binary),
             has_init=found_init,
+            has_shell=found_shell,
             kernel=kernel,
             created_at=artefacts.now(),
             reference=bundle.reference,
@@ -98,13 +102,13 @@ def assemble(
 
 def has_init(fs: filesystem.Filesystem) -> bool:
     """Whether the guest binary will find an init to hand over to."""
-    looked = paths.Paths(fs)
-    for path in _INITS:
-        found = looked.find(path)
-        mode = fs.attributes(found).mode if found is not None else 0
-        if stat.S_ISREG(mode) and mode & 0o111:
-            return True
-    return False
+    return any(_has_program(fs, path) for path in _INITS)
+
+
+def _has_program(fs: filesystem.Filesystem, path: bytes) -> bool:
+    found = paths.Paths(fs).find(path)
+    mode = fs.attributes(found).mode if found is not None else 0
+    return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
 def _room(staged: Path, bundle: bundle.Bundle, size_bytes: int | None) -> int:
@@ -133,6 +137,14 @@ def _too_small(
 def _inject(edits: edit.Edits, guest_binary: Path) -> None:
     edits.mkdir(names.GUEST_DIR)
     edits.write(names.GUEST_BINARY, _pieces(guest_binary), permissions=0o755)
+
+
+def _make_working_dir(fs: filesystem.Filesystem, path: str) -> None:
+    """What runs an image makes it when it is missing. An image that names nonsense boots all the same."""
+    wanted = path.strip("/").encode(errors="surrogateescape")
+    if path.startswith("/") and wanted:
+        with contextlib.suppress(errors.BadRequestError):
+            paths.Paths(fs).make_directory(wanted)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

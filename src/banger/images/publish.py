@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from banger import run
+from banger import artefacts, run
 from banger.contract import errors, names
 from banger.images import assemble, ext4, records
 from banger.images import bundle as bundles
@@ -66,6 +66,26 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
         _verify(rootfs, record)
         stored = rootfs.stat().st_blocks * 512
         return images.publish(staged, msgspec.structs.replace(record, name=wanted, stored_bytes=stored))
+
+
+def promote(images: records.Images, image: records.Image, *, name: str) -> records.Image:
+    """Publishes a copy of an image under another name."""
+    names.parse_artefact_name(name, "an image")
+    image_id = names.new_id()
+    with images.stage(image_id) as staged:
+        for part in (records.ROOTFS, records.WORK_SEED):
+            copy_sparse(images.path(image.id) / part, staged / part)
+        return images.publish(
+            staged,
+            msgspec.structs.replace(
+                image,
+                id=image_id,
+                name=name,
+                tags=(),
+                source=f"image {image.name}",
+                created_at=artefacts.now(),
+            ),
+        )
 
 
 def copy_sparse(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from banger import debian, run
-from banger.contract import errors, names, resources
+from banger.contract import errors, names, requests
 from banger.images import edit
 from banger.images.mkfs import filesystem
 
@@ -129,8 +129,8 @@ def load(name: str) -> Recipe:
 
 def parse(text: bytes) -> Recipe:
     """A recipe as text. With `extends` it is what it says over what a shipped one says."""
-    if len(text) > resources.RECIPE_CHARACTERS:
-        raise errors.BadRequestError(f"the recipe is larger than {resources.RECIPE_CHARACTERS >> 10} KiB")
+    if len(text) > requests.RECIPE_CHARACTERS:
+        raise errors.BadRequestError(f"the recipe is larger than {requests.RECIPE_CHARACTERS >> 10} KiB")
     try:
         return msgspec.convert(_extended(text), type=Recipe)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, RecursionError) as error:

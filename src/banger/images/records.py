@@ -9,7 +9,8 @@ from typing import Final
 import msgspec
 
 from banger import artefacts
-from banger.images import bundle
+from banger.contract import names
+from banger.images import bundle, reference
 
 ROOTFS: Final = "rootfs.ext4"
 WORK_SEED: Final = "work-seed.tar"
@@ -39,12 +40,20 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     source: str
     guest_sha256: str
     has_init: bool
+    has_shell: bool = True
     kernel: str
     created_at: str
     reference: str = ""
     digest: str = ""
     layers: tuple[Layer, ...] = ()
     run: bundle.RunConfig = bundle.RunConfig()
+
+
+def parse_name(text: str) -> str:
+    """A plain name, or the reference of a pulled image in its familiar form."""
+    if reference.is_explicit(text) and reference.parse(text).familiar == text:
+        return text
+    return names.parse_artefact_name(text, "an image")
 
 
 class Images(artefacts.Artefacts[Image]):

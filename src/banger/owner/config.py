@@ -13,10 +13,13 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 
 from banger.contract import errors, names, resources
+from banger.images import reference
 from banger.vm import host as hosts
 from banger.vm.capabilities import file_sync
 
 CONFIG_PATH: Final = Path("/etc/banger/config.toml")
+CATALOG_NAME: Final = "images.toml"
+"""Beside config.toml: images that this host adds to the catalog."""
 INSTALL_PATH: Final = Path("/etc/banger/install.toml")
 
 T = TypeVar("T")
@@ -71,6 +74,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What guests ask for names; as many as a resolv.conf holds."""
     file_sync: Annotated[tuple[FileSync, ...], msgspec.Meta(max_length=64)] = ()
     """Copied into /root of every VM when it starts."""
+    insecure_registries: Annotated[tuple[str, ...], msgspec.Meta(max_length=100)] = ()
+    """`host[:port]` of registries to speak to without TLS, or with a certificate that nobody vouches for."""
 
     def __post_init__(self) -> None:
         for text in self.dns:
@@ -78,6 +83,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         targets = [each.entry.target for each in self.file_sync]
         if len(set(targets)) < len(targets):
             raise ValueError("file_sync: two entries have one target")
+        for text in self.insecure_registries:
+            _check_registry(text)
 
     @property
     def limits(self) -> hosts.Limits:
@@ -111,6 +118,7 @@ class Paths:
     helper_socket: Path
     helper_dir: Path
     install: Path
+    image_catalog: Path | None = None
 
     @property
     def socket(self) -> Path:
@@ -172,6 +180,13 @@ def _check_resolver(text: str) -> None:
         raise ValueError(f"dns: {text!r} would be the guest itself; name one that guests can reach")
     if address.is_multicast or address.is_unspecified or address.is_reserved:
         raise ValueError(f"dns: {text!r} is not the address of a host")
+
+
+def _check_registry(text: str) -> None:
+    try:
+        reference.parse_host(text)
+    except errors.BadRequestError:
+        raise ValueError(f"insecure_registries: {text!r} is not a host with or without a port") from None
 
 
 def _network(text: str) -> ipaddress.IPv4Network:

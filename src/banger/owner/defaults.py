@@ -8,7 +8,8 @@ import os
 from typing import Final
 
 from banger.contract import errors, names, ports, resources
-from banger.owner import config, images, kernels
+from banger.images import bundle
+from banger.owner import config, images, kernels, pulls
 from banger.vm import create
 
 _MIB: Final = 1024 * 1024
@@ -22,11 +23,31 @@ class Defaults:
     """Meets the VM service's Resolver."""
 
     def __init__(
-        self, config: config.Config, images: images.ImageService, kernels: kernels.KernelService
+        self,
+        config: config.Config,
+        images: images.ImageService,
+        kernels: kernels.KernelService,
+        pulls: pulls.PullService,
     ) -> None:
         self._config = config
+        self._pulls = pulls
         self._images = images
         self._kernels = kernels
+
+    def missing(self, body: resources.CreateVm) -> images.Making | None:
+        """How to get the image, when it is not here and that can be known; its kernel must be here."""
+        ref = body.image or self._config.image
+        making = None if self._images.knows(ref) else self._pulls.how_to_obtain(ref)
+        if making is not None:
+            self._kernels.find(body.kernel or self._config.kernel or making.kernel)
+        return making
+
+    def run_config(self, image_id: names.ImageId) -> bundle.RunConfig:
+        """What the image says of running it; nothing when the image cannot be read any more."""
+        try:
+            return self._images.records.read(image_id).run
+        except errors.BangerError:
+            return bundle.RunConfig()
 
     def resolve(self, body: resources.CreateVm) -> create.Resolved:
         """Raises NotFoundError for an image or kernel that is not here, saying how to get it."""

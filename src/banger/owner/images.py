@@ -6,15 +6,27 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from banger import guest_binary, run
-from banger.contract import errors, names, resources
-from banger.images import ext4, publish, recipe, records
+from banger.contract import errors, names, requests, resources
+from banger.images import ext4, lookup, publish, recipe, records
 from banger.owner import locks, operations, store
 
 _PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
+Make = Callable[[operations.Progress], Awaitable[records.Image]]
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """An image that could be made: as an operation of its own, or as the beginning of another one."""
+
+    kind: str
+    name: str
+    kernel: str
+    work: Callable[[operations.Progress], Awaitable[resources.Image]]
 
 
 class ImageService:
@@ -23,7 +35,7 @@ class ImageService:
     def __init__(
         self, root: Path, cache: Path, store: store.Store, operations: operations.Operations
     ) -> None:
-        self._images = records.Images(root)
+        self.records = records.Images(root)
         self._cache = cache
         self._store = store
         self._operations = operations
@@ -31,32 +43,41 @@ class ImageService:
 
     def sweep(self) -> None:
         """Removes what a crash left half made; only before anything is being made."""
-        self._images.sweep()
+        self.records.sweep()
 
-    def list(self) -> list[resources.Image]:
-        return [self._view(image) for image in self._images.records()]
+    def list(self, ref: str = "") -> list[resources.Image]:
+        """All of them, or the one that `ref` means, if there is one."""
+        found = self.records.records()
+        if ref:
+            meant = lookup.find(found, ref)
+            found = [meant] if meant is not None else []
+        return [self._view(image) for image in found]
 
     def get(self, ref: str) -> resources.Image:
-        return self._view(self._images.find(ref))
+        return self._view(self.find(ref))
+
+    def knows(self, ref: str) -> bool:
+        return lookup.find(self.records.records(), ref) is not None
 
     def find(self, ref: str) -> records.Image:
-        """Raises NotFoundError with how to get the image."""
-        try:
-            return self._images.find(ref)
-        except errors.NotFoundError as error:
-            error.hint = f"build it: `banger image build {ref}`" if ref in recipe.available() else error.hint
-            raise
+        """By id, name, reference or digest. Raises NotFoundError with how to get the image."""
+        found = lookup.find(self.records.records(), ref)
+        if found is None:
+            verb = "build" if ref in recipe.available() else "pull"
+            hint = f"{verb} it: `banger image {verb} {ref}`; what there is: `banger image list`"
+            raise errors.NotFoundError(f"there is no image {ref!r}", hint=hint)
+        return found
 
     def name(self, image_id: str) -> str:
         """For showing; the id itself when the image is gone."""
         try:
-            return self._images.read(image_id).name
+            return self.records.read(image_id).name
         except errors.BangerError:
             return image_id
 
     def may_have(self, image_id: str, program: str) -> bool:
         """False when the image's usual directories certainly lack it; blocking."""
-        rootfs = self._images.rootfs(image_id)
+        rootfs = self.records.rootfs(image_id)
         try:
             if not ext4.exists(rootfs, "/usr/bin"):
                 return True
@@ -64,8 +85,11 @@ class ImageService:
         except errors.BangerError:  # it will be seen in the guest
             return True
 
-    def build(self, body: resources.BuildImage) -> resources.Operation:
+    def build(self, body: requests.BuildImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""
+        return self.begin(self.building(body))
+
+    def building(self, body: requests.BuildImage) -> Making:
         own = body.definition
         if (own is None) == (not body.recipe):
             raise errors.BadRequestError("an image is built from a recipe's name or from a definition")
@@ -73,10 +97,11 @@ class ImageService:
         name = names.parse_artefact_name(body.name or wanted.name, "an image")
 
         async def make(progress: operations.Progress) -> records.Image:
+            progress.stage(resources.Stage.BUILD_IMAGE, f"building {name}")
             arch = platform.machine()
             return await run.in_thread(
                 publish.build,
-                self._images,
+                self.records,
                 wanted,
                 arch=arch,
                 cache_dir=self._cache,
@@ -85,49 +110,56 @@ class ImageService:
                 on_line=progress.line(),
             )
 
-        return self._make("image.build", name, wanted, f"building {name}", make)
+        return self.making("image.build", name, wanted, make, kernel=wanted.kernel)
 
-    def register(self, body: resources.RegisterImage) -> resources.Operation:
+    def register(self, body: requests.RegisterImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""
         if body.name is not None:
             names.parse_artefact_name(body.name, "an image")
 
         async def make(progress: operations.Progress) -> records.Image:
+            progress.stage(resources.Stage.BUILD_IMAGE, f"copying {body.path}")
             path = Path(body.path)
-            return await run.in_thread(publish.register, self._images, path, name=body.name or "")
+            return await run.in_thread(publish.register, self.records, path, name=body.name or "")
 
         # Without a name it is known only to what lies there.
-        name = body.name or body.path
-        return self._make("image.register", name, body.path, f"copying {body.path}", make)
+        return self.begin(self.making("image.register", body.name or body.path, body.path, make))
 
-    def _make(
-        self,
-        kind: str,
-        name: str,
-        what: object,
-        detail: str,
-        make: Callable[[operations.Progress], Awaitable[records.Image]],
-    ) -> resources.Operation:
-        self._making.check(name, what)
+    def promote(self, ref: str, body: requests.PromoteImage) -> resources.Operation:
+        """A copy under a name of its own: the blocks are shared where the file system can do that."""
+        image = self.find(ref)
+        name = names.parse_artefact_name(body.name, "an image")
+
+        async def make(progress: operations.Progress) -> records.Image:
+            progress.stage(resources.Stage.BUILD_IMAGE, f"copying {image.name}")
+            return await run.in_thread(publish.promote, self.records, image, name=name)
+
+        return self.begin(self.making("image.promote", name, image.id, make))
+
+    def making(self, kind: str, name: str, what: object, make: Make, *, kernel: str = "") -> Making:
+        """Done once for all who ask for the same under that name at the same time."""
 
         async def work(progress: operations.Progress) -> resources.Image:
-            progress.stage(resources.Stage.BUILD_IMAGE, detail)
             made = await self._making.make(
                 name, what, lambda: make(progress), operation=progress.op_id, on_wait=progress.note
             )
             return self._view(made)
 
-        return self._operations.start(kind, name, work)
+        self._making.check(name, what)
+        return Making(kind, name, kernel, work)
+
+    def begin(self, making: Making) -> resources.Operation:
+        return self._operations.start(making.kind, making.name, making.work)
 
     def delete(self, ref: str) -> None:
         """Raises ConflictError while VMs are made from it."""
-        image = self._images.find(ref)
+        image = self.find(ref)
         users = self._store.names_using_image(image.id)
         if users:
             raise errors.ConflictError(
                 f"image {image.name} is used by {', '.join(users)}", hint="delete these VMs first"
             )
-        self._images.delete(image.id)
+        self.records.delete(image.id)
 
     def _view(self, image: records.Image) -> resources.Image:
         return resources.Image(
@@ -139,6 +171,19 @@ class ImageService:
             source=image.source,
             created_at=datetime.datetime.fromisoformat(image.created_at),
             has_init=image.has_init,
+            has_shell=image.has_shell,
             default_kernel=image.kernel,
             used_by=self._store.names_using_image(image.id),
+            stored_bytes=image.stored_bytes,
+            reference=image.reference,
+            digest=image.digest,
+            layers_bytes=sum(layer.size_bytes for layer in image.layers),
+            run=resources.ImageRun(
+                entrypoint=image.run.entrypoint,
+                command=image.run.command,
+                env=image.run.env,
+                user=image.run.user,
+                working_dir=image.run.working_dir,
+                exposed_ports=image.run.exposed_ports,
+            ),
         )

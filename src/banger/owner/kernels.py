@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from banger import guest_binary, run
-from banger.contract import errors, names, resources
+from banger.contract import errors, names, requests, resources
 from banger.kernels import catalog, importer, records
 from banger.owner import locks, operations, store
 
@@ -58,7 +58,7 @@ class KernelService:
         except errors.BangerError:
             return kernel_id
 
-    def pull(self, body: resources.PullKernel) -> resources.Operation:
+    def pull(self, body: requests.PullKernel) -> resources.Operation:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
         arch = platform.machine()
         entry = catalog.find(body.name, arch)
@@ -75,7 +75,7 @@ class KernelService:
 
         return self._make("kernel.pull", body.name, entry, f"pulling {body.name}", make)
 
-    def import_path(self, body: resources.ImportKernel) -> resources.Operation:
+    def import_path(self, body: requests.ImportKernel) -> resources.Operation:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
         name = names.parse_artefact_name(body.name, "a kernel")
 

@@ -25,6 +25,7 @@ import msgspec
 import banger
 from banger import guest_binary
 from banger.contract import errors, names, privileged, resources
+from banger.images import catalog, credentials, pull
 from banger.owner import (
     app,
     config,
@@ -38,6 +39,7 @@ from banger.owner import (
     migrations,
     operations,
     publish,
+    pulls,
     reconcile,
     routes,
     runtime,
@@ -141,6 +143,7 @@ def _paths(options: argparse.Namespace, installation: config.Installation) -> co
         helper_socket=options.helper_socket,
         helper_dir=Path(installation.helper_dir),
         install=options.install,
+        image_catalog=options.config.with_name(config.CATALOG_NAME),
     )
 
 
@@ -198,7 +201,14 @@ async def compose(
     running = operations.Operations()
     image_service = images.ImageService(paths.state / "images", paths.cache, rows, running)
     kernel_service = kernels.KernelService(paths.state / "kernels", paths.cache, rows, running)
+    pull_service = pulls.PullService(
+        image_service,
+        paths.cache,
+        pull.Settings(insecure=settings.insecure_registries, login_files=credentials.own_files()),
+        catalog.Catalog(paths.image_catalog),
+    )
     image_service.sweep()
+    pull_service.sweep()
     kernel_service.sweep()
     layout = paths.layout
     keys = ssh.SshKeys(paths.state / "ssh")
@@ -224,7 +234,7 @@ async def compose(
         host=machine,
         store=rows,
         operations=running,
-        resolver=defaults.Defaults(settings, image_service, kernel_service),
+        resolver=defaults.Defaults(settings, image_service, kernel_service, pull_service),
         views=views.Views(layout, network, image_service.name, kernel_service.name),
         connect=connect,
         features=(
@@ -245,6 +255,7 @@ async def compose(
             vms=vm_service,
             workspaces=workspaces.WorkspaceService(rows, connect),
             images=image_service,
+            pulls=pull_service,
             kernels=kernel_service,
             operations=running,
             ops=ops,

@@ -19,11 +19,13 @@ from litestar import handlers, openapi
 from litestar.types import Method
 
 import banger
-from banger.contract import egress, errors, ports, resources
+from banger.contract import egress, errors, ports, requests, resources
 
 Document = dict[str, Any]  # JSON
 Routes = Sequence[handlers.BaseRouteHandler]
 
+_MODULES: Final = (resources, requests, egress, ports, errors)
+"""Where what the API speaks of is defined."""
 _SCHEMA: Final = "#/components/schemas/"
 _FAILURE: Final = "#/components/responses/Failure"
 Exchanges = Mapping[str, Mapping[str, type[msgspec.Struct]]]
@@ -112,16 +114,14 @@ def _failure(statuses: Mapping[str, int]) -> Document:
 
 def _kind(name: str) -> Any:
     """The type of the contract that a schema is named after."""
-    return next(
-        found for module in (resources, errors, egress, ports) if (found := getattr(module, name, None))
-    )
+    return next(getattr(module, name) for module in _MODULES if hasattr(module, name))
 
 
 def _schemas(used: Document, exchanges: Exchanges) -> Document:
     kinds = {_kind(name) for name in used}
     told = {kind for exchange in exchanges.values() for kind in exchange.values()}
     _, components = msgspec.json.schema_components({*kinds, *told}, ref_template=_SCHEMA + "{name}")
-    notes = _field_notes(resources) | _field_notes(errors) | _field_notes(egress) | _field_notes(ports)
+    notes = {key: note for module in _MODULES for key, note in _field_notes(module).items()}
     for name, schema in components.items():
         kind = _kind(name)
         schema["description"] = inspect.cleandoc(kind.__doc__ or "")

@@ -15,8 +15,9 @@ import msgspec
 
 from banger import steps
 from banger.contract import errors, guest, names, ports, privileged, resources
+from banger.images import bundle
 from banger.owner import guest as guests
-from banger.owner import listeners, live, locks, operations, publish, ssh, store, tunnels, views
+from banger.owner import images, listeners, live, locks, operations, publish, ssh, store, tunnels, views
 from banger.vm import capabilities, create, host, record, start, stop, timeline
 from banger.vm.capabilities import packet_rules
 
@@ -31,9 +32,12 @@ class Resolver(Protocol):
 
     def resolve(self, body: resources.CreateVm, /) -> create.Resolved: ...
 
+    def missing(self, body: resources.CreateVm, /) -> images.Making | None: ...
+
     def kernel_id(self, ref: str, /) -> names.KernelId: ...
 
     async def require_git(self, image_id: names.ImageId, /) -> None: ...
+    def run_config(self, image_id: names.ImageId, /) -> bundle.RunConfig: ...
 
 
 class VmService:
@@ -87,27 +91,47 @@ class VmService:
 
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
+        name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
+        making = self._resolver.missing(body)
+        if making is not None:
+            return self._create_with(making, name, body)
+        vm = await self._reserve(name, body)
+        return self._operations.start("vm.create", name, lambda progress: self._created(vm, body, progress))
+
+    def _create_with(
+        self, making: images.Making, name: names.VmName, body: resources.CreateVm
+    ) -> resources.Operation:
+        """Gets the image first. The row is made when the image is there, the name looked at before."""
+        if name in self._store.taken_names():
+            raise errors.AlreadyExistsError(f"there is a VM named {name} already")
+
+        async def work(progress: operations.Progress) -> resources.Vm:
+            await making.work(progress)
+            return await self._created(await self._reserve(name, body), body, progress)
+
+        return self._operations.start("vm.create", name, work)
+
+    async def _reserve(self, name: names.VmName, body: resources.CreateVm) -> record.VmRecord:
         resolved = self._resolver.resolve(body)
         if body.needs_git:
             await self._resolver.require_git(resolved.image_id)
-        name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         for each in resolved.publish:
             publish.bound(ports.parse(each)).close()
-        vm = self._store.reserve(
+        return self._store.reserve(
             lambda slot: create.draft(vm_id, name, slot, resolved, now), throw_away=body.remove_on_failure
         )
 
-        async def work(progress: operations.Progress) -> resources.Vm:
-            async with self._lifecycle.hold(vm.id, progress.op_id):
-                view = self._view(vm)
-                if body.start:
-                    view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
-                if body.remove_on_failure:
-                    self._store.set_throw_away(vm.id, throw_away=False)
-                return view
-
-        return self._operations.start("vm.create", vm.name, work)
+    async def _created(
+        self, vm: record.VmRecord, body: resources.CreateVm, progress: operations.Progress
+    ) -> resources.Vm:
+        async with self._lifecycle.hold(vm.id, progress.op_id):
+            view = self._view(vm)
+            if body.start:
+                view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
+            if body.remove_on_failure:
+                self._store.set_throw_away(vm.id, throw_away=False)
+            return view
 
     async def start(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
@@ -223,15 +247,7 @@ class VmService:
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
         self.exec_announced(ref, request)
         vm = self._running(ref)
-        spec = guest.ExecSpec(
-            argv=request.argv,
-            env=request.env,
-            cwd=request.cwd or _workspace_of(vm, request.user),
-            user=request.user,
-            tty=request.tty,
-            rows=request.rows,
-            cols=request.cols,
-        )
+        spec = exec_spec(request, self._resolver.run_config(vm.image_id), _workspace_of(vm))
         async with self._connect(vm.id).exec(spec) as running:
             yield running
 
@@ -386,9 +402,30 @@ class VmService:
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
 
 
-def _workspace_of(vm: record.VmRecord, user: str) -> str:
-    """Where a command begins that says nothing else; other users cannot look into root's home."""
-    return vm.workspace.path if vm.workspace is not None and user in {"", "root", "0"} else ""
+def _workspace_of(vm: record.VmRecord) -> str:
+    return vm.workspace.path if vm.workspace is not None else ""
+
+
+def exec_spec(request: resources.ExecRequest, image: bundle.RunConfig, workspace: str) -> guest.ExecSpec:
+    """The request over what the image says. Its user is for its own command: others are root's, as in a
+    machine of one's own.
+    """
+    argv = request.argv or image.argv
+    if not argv:
+        raise errors.BadRequestError("the image names nothing to run", hint="give a command")
+    user = request.user or ("" if request.argv else image.user)
+    # Other users cannot look into root's home, where workspaces are.
+    begins = workspace if user in {"", "root", "0"} else ""
+    known = dict(item.partition("=")[::2] for item in image.env + request.env)
+    return guest.ExecSpec(
+        argv=argv,
+        env=tuple(f"{name}={value}" for name, value in known.items()),
+        cwd=request.cwd or begins or image.working_dir,
+        user=user,
+        tty=request.tty,
+        rows=request.rows,
+        cols=request.cols,
+    )
 
 
 def _described(vm: record.VmRecord, error: BaseException) -> BaseException:

@@ -11,7 +11,7 @@ from litestar import di
 from litestar.openapi import datastructures
 
 from banger.contract import privileged
-from banger.owner import images, kernels, operations, runtime, ssh, vms, workspaces
+from banger.owner import images, kernels, operations, pulls, runtime, ssh, vms, workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Services:
     vms: vms.VmService
     workspaces: workspaces.WorkspaceService
     images: images.ImageService
+    pulls: pulls.PullService
     kernels: kernels.KernelService
     operations: operations.Operations
     ops: privileged.PrivilegedOps

@@ -8,14 +8,19 @@ from typing import Final
 import litestar
 from litestar import params
 
-from banger.contract import resources
+from banger.contract import requests, resources
 from banger.owner import routes
 
 
 @litestar.get("/v1/images", sync_to_thread=False)
-def list_images(services: routes.Injected) -> list[resources.Image]:
-    """All images, the oldest first."""
-    return services.images.list()
+def list_images(
+    services: routes.Injected,
+    ref: params.FromQuery[str] = "",
+    available: params.FromQuery[bool] = False,
+) -> list[resources.Image]:
+    """All images, the oldest first; or the one that `ref` means. `available` adds what could be got."""
+    here = services.images.list(ref)
+    return here + services.pulls.available() if available else here
 
 
 @litestar.get("/v1/images/{ref:str}", sync_to_thread=False)
@@ -32,7 +37,7 @@ def delete_image(ref: params.FromPath[str], services: routes.Injected) -> None:
 
 @litestar.post("/v1/images/build", status_code=202)
 async def build_image(
-    data: params.JSONBody[resources.BuildImage], services: routes.Injected
+    data: params.JSONBody[requests.BuildImage], services: routes.Injected
 ) -> resources.Operation:
     """Builds an image from a recipe."""
     return services.images.build(data)
@@ -40,10 +45,42 @@ async def build_image(
 
 @litestar.post("/v1/images/register", status_code=202)
 async def register_image(
-    data: params.JSONBody[resources.RegisterImage], services: routes.Injected
+    data: params.JSONBody[requests.RegisterImage], services: routes.Injected
 ) -> resources.Operation:
     """Copies an image that lies in a directory of this host."""
     return services.images.register(data)
+
+
+@litestar.post("/v1/images/pull", status_code=202)
+async def pull_image(
+    data: params.JSONBody[requests.PullImage], services: routes.Injected
+) -> resources.Operation:
+    """Fetches an image from a registry, or gets what the catalog knows by that name."""
+    return services.pulls.pull(data)
+
+
+@litestar.post("/v1/images/import", status_code=202)
+async def import_image(
+    data: params.JSONBody[requests.ImportImage], services: routes.Injected
+) -> resources.Operation:
+    """Makes an image of a layout, archive or root file system on this host."""
+    return services.pulls.import_path(data)
+
+
+@litestar.post("/v1/images/{ref:str}/promote", status_code=202)
+async def promote_image(
+    ref: params.FromPath[str], data: params.JSONBody[requests.PromoteImage], services: routes.Injected
+) -> resources.Operation:
+    """Gives an image a name of its own."""
+    return services.images.promote(ref, data)
+
+
+@litestar.post("/v1/images/cache/prune", status_code=200)
+async def prune_image_cache(
+    data: params.JSONBody[requests.PruneCache], services: routes.Injected
+) -> requests.PrunedCache:
+    """Removes layers that no pull is using."""
+    return services.pulls.prune(dry_run=data.dry_run)
 
 
 @litestar.get("/v1/kernels", sync_to_thread=False)
@@ -69,7 +106,7 @@ def delete_kernel(ref: params.FromPath[str], services: routes.Injected) -> None:
 
 @litestar.post("/v1/kernels/pull", status_code=202)
 async def pull_kernel(
-    data: params.JSONBody[resources.PullKernel], services: routes.Injected
+    data: params.JSONBody[requests.PullKernel], services: routes.Injected
 ) -> resources.Operation:
     """Fetches and verifies a kernel of the catalog."""
     return services.kernels.pull(data)
@@ -77,7 +114,7 @@ async def pull_kernel(
 
 @litestar.post("/v1/kernels/import", status_code=202)
 async def import_kernel(
-    data: params.JSONBody[resources.ImportKernel], services: routes.Injected
+    data: params.JSONBody[requests.ImportKernel], services: routes.Injected
 ) -> resources.Operation:
     """Imports a kernel from a file or directory of this host."""
     return services.kernels.import_path(data)
@@ -101,6 +138,10 @@ HANDLERS: Final = (
     delete_image,
     build_image,
     register_image,
+    pull_image,
+    import_image,
+    promote_image,
+    prune_image_cache,
     list_kernels,
     get_kernel,
     delete_kernel,

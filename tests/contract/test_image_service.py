@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: MIT
+"""Pulling, importing and keeping images through the API: once for all who ask, nothing said of secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from banger.contract import resources
+from banger.images import credentials
+from tests import oci_make
+from tests.contract import api_served, conftest
+from tests.fakes import registry as registries
+
+Served = api_served.Served
+Status = resources.OperationStatus
+RUN = {"Entrypoint": ["/bin/app"], "Env": ["PATH=/bin", "A=image"], "User": "7:8", "WorkingDir": "/srv/app"}
+BASE = oci_make.tar({"bin/app": b"app" * 1000, "etc/passwd": b"root:x:0:0::/:/bin/sh\n"})
+TOP = oci_make.tar({"srv/data": b"data"})
+PASSWORD = "correct-horse-battery-staple"  # noqa: S105
+
+
+def add(registry: registries.Registry, tag: str, *layers: bytes) -> str:
+    """An image that can really be flattened."""
+    encoded = [oci_make.compressed(layer) for layer in layers]
+    digest = registry.add_image(tag, *encoded, run=RUN)
+    document = json.loads(registry.manifests[tag][1])
+    config = json.loads(registry.blobs[document["config"]["digest"]])
+    config["rootfs"]["diff_ids"] = [oci_make.digest(layer) for layer in layers]
+    data = json.dumps(config).encode()
+    document["config"] |= {"digest": registry.add_blob(data), "size": len(data)}
+    del registry.manifests[digest]
+    return registry.add_manifest(tag, document)
+
+
+@pytest.fixture
+def registry() -> Iterator[registries.Registry]:
+    with registries.serving() as made:
+        add(made, "v1", BASE, TOP)
+        yield made
+
+
+@pytest.fixture
+def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: registries.Registry) -> Path:
+    """The owner's login, as the daemon finds it when it starts."""
+    path = tmp_path / "auth.json"
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(path))
+    assert credentials.own_files()[0] == path
+    auth = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    path.write_text(json.dumps({"auths": {registry.host: {"auth": auth}}}))
+    return path
+
+
+@pytest.fixture
+async def served(login: Path, daemon: conftest.Daemon) -> AsyncIterator[Served]:
+    async with api_served.serving(daemon) as made:
+        yield made
+
+
+async def _pull(served: Served, ref: str, /, **more: Any) -> resources.Operation:
+    return await served.done("POST", "/v1/images/pull", {"reference": ref, **more})
+
+
+def _image(operation: resources.Operation) -> resources.Image:
+    assert operation.error is None, operation.error
+    assert operation.image is not None
+    return operation.image
+
+
+async def test_a_pull_makes_an_image_that_goes_by_all_its_names(
+    served: Served, registry: registries.Registry
+) -> None:
+    name = f"{registry.host}/team/app:v1"
+    made = _image(await _pull(served, name))
+    assert (made.name, made.reference) == (name, name)
+    assert made.digest == oci_make.digest(registry.manifests["v1"][1])
+    assert (made.run.entrypoint, made.run.user, made.run.working_dir) == (("/bin/app",), "7:8", "/srv/app")
+    assert (made.has_init, made.has_shell, made.default_kernel) == (False, False, "generic-6.12")
+    repository = name.removesuffix(":v1")
+    for ref in (made.id, made.id[:6], name, made.digest, made.digest[:20], f"{repository}@{made.digest}"):
+        answer = await served.http.get("/v1/images", params={"ref": ref})
+        assert [each["id"] for each in answer.json()] == [made.id], ref
+    for ref in (f"{repository}:v2", repository, "app", "sha256:" + "0" * 64):
+        answer = await served.http.get("/v1/images", params={"ref": ref})
+        assert answer.json() == [], ref
+
+
+async def test_a_second_pull_asks_for_the_digest_and_nothing_else(
+    served: Served, registry: registries.Registry
+) -> None:
+    name = f"{registry.host}/team/app:v1"
+    first = _image(await _pull(served, name))
+    registry.asked.clear()
+    assert _image(await _pull(served, name)).id == first.id
+    assert [each.method for each in registry.asked if each.path != "/v2/"] == ["HEAD"]
+    add(registry, "v1", BASE)
+    changed = _image(await _pull(served, name))
+    assert changed.id != first.id
+    assert (await served.http.get("/v1/images", params={"ref": name})).json()[0]["id"] == changed.id
+
+
+async def test_two_pulls_at_once_do_the_work_once(served: Served, registry: registries.Registry) -> None:
+    body = {"reference": f"{registry.host}/team/app:v1"}
+    operations = [await served.begin("POST", "/v1/images/pull", body) for _ in range(3)]
+    ends = [(await served.watch(each.id))[-1].result for each in operations]
+    assert len({_image(end).id for end in ends if end}) == 1
+    assert registry.count("HEAD", "/manifests/") == 1
+    assert registry.count("GET", "/blobs/") == 3
+
+
+async def test_a_pull_says_how_far_it_is(served: Served, registry: registries.Registry) -> None:
+    operation = await served.begin("POST", "/v1/images/pull", {"reference": f"{registry.host}/team/app:v1"})
+    events = await served.watch(operation.id)
+    stages = [event.stage for event in events if event.kind == "stage"]
+    assert stages == ["pull_image", "pull_image", "build_image"]
+    last = [event for event in events if event.kind == "progress"][-1]
+    assert last.current == last.total == sum(map(len, map(oci_make.compressed, (BASE, TOP))))
+
+
+async def test_a_name_of_ones_own_and_a_size(served: Served, registry: registries.Registry) -> None:
+    made = _image(await _pull(served, f"{registry.host}/team/app:v1", name="mine", disk_size_mib=64))
+    assert (made.name, made.size_bytes) == ("mine", 64 << 20)
+
+
+@pytest.mark.parametrize("body", [{"reference": "Not/A/Reference"}, {"reference": "a", "name": "../x"}, {}])
+async def test_what_cannot_be_asked_is_refused(served: Served, body: dict[str, str]) -> None:
+    assert (await served.error("POST", "/v1/images/pull", 400, body)).code == "bad_request"
+    assert (await served.http.get("/v1/operations")).json() == []
+
+
+async def test_cancelling_a_pull_leaves_no_image(served: Served, registry: registries.Registry) -> None:
+    stuck, release = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stall(handler: registries._Handler) -> None:
+        loop.call_soon_threadsafe(stuck.set)
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(20)
+        handler.hang_up()
+
+    registry.faults.append(registries.on("/blobs/", then=stall))
+    operation = await served.begin("POST", "/v1/images/pull", {"reference": f"{registry.host}/team/app:v1"})
+    await asyncio.wait_for(stuck.wait(), 10)
+    cancelled = (await served.http.delete(f"/v1/operations/{operation.id}")).json()
+    release.set()
+    assert cancelled["status"] == "cancelled"
+    assert len((await served.http.get("/v1/images")).json()) == 1  # the one of the fixture
+
+
+async def test_a_vm_of_an_image_that_is_not_here_pulls_it(
+    served: Served, registry: registries.Registry
+) -> None:
+    body = {"name": "fresh", "image": f"{registry.host}/team/app:v1", "kernel": "tiny", "start": False}
+    operation = await served.begin("POST", "/v1/vms", body)
+    events = await served.watch(operation.id)
+    made = events[-1].result
+    assert made is not None
+    assert made.vm is not None, made.error
+    assert (made.vm.name, made.vm.image) == ("fresh", body["image"])
+    assert next(event.stage for event in events if event.kind == "stage") == "pull_image"
+    assert (await served.error("POST", "/v1/vms", 409, body)).code == "already_exists"
+    again = await served.done("POST", "/v1/vms", {**body, "name": "second"})
+    assert again.vm is not None
+    assert registry.count("HEAD", "/manifests/") == 1
+
+
+async def test_a_vm_whose_image_cannot_be_pulled_leaves_no_row(
+    served: Served, registry: registries.Registry
+) -> None:
+    body = {"name": "fresh", "image": f"{registry.host}/team/app:v9", "kernel": "tiny"}
+    failed = await served.done("POST", "/v1/vms", body)
+    assert failed.error is not None
+    assert failed.error.code == "not_found"
+    assert (await served.http.get("/v1/vms")).json() == []
+
+
+async def test_a_mistyped_word_asks_no_registry(served: Served) -> None:
+    error = await served.error("POST", "/v1/vms", 404, {"image": "debina", "kernel": "tiny"})
+    assert "banger image pull debina" in error.hint
+
+
+async def test_a_kernel_that_is_missing_is_said_before_the_pull(
+    served: Served, registry: registries.Registry
+) -> None:
+    body = {"image": f"{registry.host}/team/app:v1"}
+    error = await served.error("POST", "/v1/vms", 404, body)
+    assert "kernel" in error.message
+    assert registry.asked == []
+
+
+async def test_deleting_and_promoting(served: Served, registry: registries.Registry) -> None:
+    name = f"{registry.host}/team/app:v1"
+    made = _image(await _pull(served, name))
+    vm = {"name": "web", "image": name, "kernel": "tiny", "start": False}
+    await served.done("POST", "/v1/vms", vm)
+    error = await served.error("DELETE", f"/v1/images/{made.id}", 409)
+    assert "web" in error.message
+    copy = _image(await served.done("POST", f"/v1/images/{made.id}/promote", {"name": "base"}))
+    assert (copy.name, copy.run, copy.size_bytes) == ("base", made.run, made.size_bytes)
+    assert copy.id != made.id
+    assert (await served.http.delete(f"/v1/images/{copy.id}")).status_code in (200, 204)
+
+
+async def test_the_cache_is_pruned(served: Served, registry: registries.Registry) -> None:
+    await _pull(served, f"{registry.host}/team/app:v1")
+    looked = (await served.http.post("/v1/images/cache/prune", json={"dry_run": True})).json()
+    pruned = (await served.http.post("/v1/images/cache/prune", json={})).json()
+    assert (looked["blobs"], len(pruned["blobs"])) == (pruned["blobs"], 2)
+    assert (await served.http.post("/v1/images/cache/prune", json={})).json()["blobs"] == []
+
+
+async def test_importing_a_layout_and_a_root_file_system(served: Served, tmp_path: Path) -> None:
+    oci_make.layout(tmp_path / "layout", "v1", [BASE, TOP], RUN)
+    body = {"path": str(tmp_path / "layout"), "name": "laid"}
+    made = _image(await served.done("POST", "/v1/images/import", body))
+    assert (made.name, made.run.entrypoint) == ("laid", ("/bin/app",))
+    (tmp_path / "root.tar").write_bytes(BASE)
+    body = {"path": str(tmp_path / "root.tar"), "name": "plain"}
+    assert _image(await served.done("POST", "/v1/images/import", body)).run == resources.ImageRun()
+    body["path"] = str(tmp_path / "absent")
+    failed = await served.done("POST", "/v1/images/import", body)
+    assert failed.error is not None
+    assert failed.error.code == "not_found"
+    refused = await served.error("POST", "/v1/images/import", 400, {"path": "relative", "name": "x"})
+    assert "absolute" in refused.message
+
+
+async def test_the_catalog_is_listed_and_extended(served: Served, registry: registries.Registry) -> None:
+    catalog = served.daemon.paths.image_catalog
+    assert catalog is not None
+    good, bad = oci_make.digest(registry.manifests["v1"][1]), "sha256:" + "0" * 64
+    entry = f'[[image]]\nname = "app"\nkind = "oci"\nsource = "{registry.host}/team/app:v1"\ndigest = '
+    catalog.write_text(f'{entry}"{good}"\n{entry.replace("app", "bad", 1)}"{bad}"\n')
+    listed = (await served.http.get("/v1/images", params={"available": "true"})).json()
+    assert {"app", "bad", "debian-bookworm"} <= {each["name"] for each in listed if each["available"]}
+    made = _image(await _pull(served, "app"))
+    assert (made.name, made.digest) == ("app", good)
+    failed = await _pull(served, "bad")
+    assert failed.error is not None
+    catalog.write_text("[[image]]\nname = 1\n")
+    assert str(catalog) in (await served.error("POST", "/v1/images/pull", 400, {"reference": "x"})).message
+
+
+async def test_secrets_are_nowhere(
+    served: Served, registry: registries.Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    logging.getLogger("httpcore").setLevel(logging.WARNING)
+    registry.login, registry.bearer = f"me:{PASSWORD}", True
+    operation = await served.begin("POST", "/v1/images/pull", {"reference": f"{registry.host}/team/app:v1"})
+    events = await served.watch(operation.id)
+    assert events[-1].result is not None
+    assert events[-1].result.error is None
+    registry.login = "me:another"
+    add(registry, "v2", BASE)
+    refused = await _pull(served, f"{registry.host}/team/app:v2")
+    assert refused.error is not None
+    assert refused.error.code == "unauthorized"
+    encoded = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    with sqlite3.connect(served.daemon.paths.database) as database:
+        rows = "\n".join(database.iterdump())
+    operations = (await served.http.get("/v1/operations")).text
+    state = "".join(map(_text, served.daemon.paths.state.rglob("*.json")))
+    seen = caplog.text + repr(events) + repr(refused) + rows + operations + state
+    assert not [secret for secret in (PASSWORD, encoded, "Bearer granted") if secret in seen]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace")

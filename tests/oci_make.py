@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Makes OCI layouts, archives of them and plain root file systems, from a few lines of Python."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import zstandard
+
+MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
+CONFIG: Final = "application/vnd.oci.image.config.v1+json"
+LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
+
+
+def tar(files: Mapping[str, bytes]) -> bytes:
+    """A tar of regular files, in this order and with nothing else of interest."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o755
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def compressed(data: bytes, compression: Literal["gzip", "zstd"] = "gzip") -> bytes:
+    if compression == "zstd":
+        return zstandard.ZstdCompressor(level=1).compress(data)
+    return gzip.compress(data, 1, mtime=0)
+
+
+def layout(
+    root: Path,
+    tag: str,
+    layers: list[bytes],
+    run: dict[str, Any] | None = None,
+    *,
+    compression: Literal["gzip", "zstd"] = "gzip",
+    arch: str = "amd64",
+) -> str:
+    """Adds an image of these tars to a layout; the digest of its manifest."""
+    blobs = root / "blobs" / "sha256"
+    blobs.mkdir(parents=True, exist_ok=True)
+    (root / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+
+    def add(data: bytes, media_type: str) -> dict[str, Any]:
+        (blobs / digest(data).removeprefix("sha256:")).write_bytes(data)
+        return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
+
+    config = {
+        "architecture": arch,
+        "os": "linux",
+        "config": run or {},
+        "rootfs": {"type": "layers", "diff_ids": [digest(layer) for layer in layers]},
+        "history": [{"created_by": "tests"} for _ in layers],
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": add(json.dumps(config).encode(), CONFIG),
+        "layers": [add(compressed(layer, compression), f"{LAYER}+{compression}") for layer in layers],
+    }
+    entry = add(json.dumps(manifest).encode(), MANIFEST)
+    entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
+    index = root / "index.json"
+    known = json.loads(index.read_text())["manifests"] if index.exists() else []
+    kept = [each for each in known if each["annotations"] != entry["annotations"]]
+    index.write_text(json.dumps({"schemaVersion": 2, "manifests": [*kept, entry]}))
+    return str(entry["digest"])

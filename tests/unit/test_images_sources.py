@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""Layouts, saved archives and root file systems from disk; the hostile ones are refused within bounds."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import resource
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from banger.contract import errors
+from banger.images import bundle, decompress, sources
+from tests import oci_make
+
+BASE = oci_make.tar({"bin/sh": b"shell", "etc/a": b"a"})
+TOP = oci_make.tar({"b": b"b"})
+
+
+def _opened(path: Path, scratch: Path, wanted: str = "") -> tuple[bundle.Bundle, list[bytes]]:
+    with sources.opened(path, arch="x86_64", scratch=scratch, wanted=wanted) as made:
+        tars = []
+        for layer in made.layers:
+            with decompress.opened(layer, max_bytes=1 << 30) as pieces:
+                tars.append(b"".join(pieces))
+        return made, tars
+
+
+def _refused(path: Path, scratch: Path, why: str) -> errors.BangerError:
+    with pytest.raises(errors.BangerError, match=why) as caught:
+        _opened(path, scratch)
+    assert not scratch.exists() or list(scratch.iterdir()) == []
+    return caught.value
+
+
+def _archive(path: Path, members: list[tuple[tarfile.TarInfo, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for member, data in members:
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def _file(name: str, data: bytes = b"") -> tuple[tarfile.TarInfo, bytes]:
+    return tarfile.TarInfo(name), data
+
+
+def _link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tuple[tarfile.TarInfo, bytes]:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member, b""
+
+
+def _config(*layers: bytes) -> bytes:
+    diff_ids = [oci_make.digest(layer) for layer in layers]
+    return json.dumps({"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": diff_ids}}).encode()
+
+
+def _saved(path: Path, *extra: tuple[tarfile.TarInfo, bytes], layers: list[str] | None = None) -> Path:
+    """As `docker save` of old wrote it, one layer twice by way of a link."""
+    name = "ab" * 32
+    entry = {"Config": f"{name}.json", "RepoTags": ["app:v1"], "Layers": layers or [f"{name}/layer.tar"]}
+    config = _config(*[BASE] * len(entry["Layers"]))
+    return _archive(
+        path,
+        [
+            _file(f"{name}/layer.tar", BASE),
+            _link(f"{'cd' * 32}/layer.tar", f"../{name}/layer.tar"),
+            _file(f"{name}.json", config),
+            *extra,
+            _file("manifest.json", json.dumps([entry]).encode()),
+        ],
+    )
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    return tmp_path / "scratch"
+
+
+def test_a_layout_of_several_wants_to_know_which(tmp_path: Path, scratch: Path) -> None:
+    oci_make.layout(tmp_path / "layout", "v1", [BASE])
+    second = oci_make.layout(tmp_path / "layout", "v2", [BASE, TOP])
+    assert "v1, v2" in _refused(tmp_path / "layout", scratch, "holds 2 images").hint
+    for wanted in ("v2", second):
+        made, tars = _opened(tmp_path / "layout", scratch, wanted)
+        assert (made.digest, tars) == (second, [BASE, TOP])
+    with pytest.raises(errors.BadRequestError, match="no image 'v3'"):
+        _opened(tmp_path / "layout", scratch, "v3")
+
+
+def test_an_archive_of_old_with_linked_layers(tmp_path: Path, scratch: Path) -> None:
+    names = [f"{'ab' * 32}/layer.tar", f"{'cd' * 32}/layer.tar"]
+    made, tars = _opened(_saved(tmp_path / "saved.tar", layers=names), scratch)
+    assert tars == [BASE, BASE]
+    assert made.reference == "docker.io/library/app:v1"
+    assert len({layer.path for layer in made.layers}) == 1
+
+
+@pytest.mark.parametrize("suffix", ["", "gzip", "zstd"])
+def test_a_root_file_system(tmp_path: Path, scratch: Path, suffix: str) -> None:
+    path = tmp_path / "root.tar"
+    path.write_bytes(oci_make.compressed(BASE, suffix) if suffix else BASE)  # type: ignore[arg-type]
+    made, tars = _opened(path, scratch)
+    assert (tars, made.run.argv, made.layers[0].diff_id) == ([BASE], (), "")
+
+
+def test_a_layer_that_is_not_what_it_should_be(tmp_path: Path, scratch: Path) -> None:
+    oci_make.layout(tmp_path / "layout", "v1", [BASE])
+    blob = tmp_path / "layout" / "blobs/sha256" / oci_make.digest(oci_make.compressed(BASE))[7:]
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    _refused(tmp_path / "layout", scratch, "not what its digest")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a device": (lambda path: _saved(path, _link("dev", "", tarfile.CHRTYPE)), "which no image archive has"),
+    "a fifo": (lambda path: _saved(path, _link("fifo", "", tarfile.FIFOTYPE)), "which no image archive has"),
+    "a layer that climbs out": (
+        lambda path: _saved(path, layers=["../../../../etc/passwd"]),
+        "has no ../../../../etc/passwd",
+    ),
+    "an absolute layer": (lambda path: _saved(path, layers=["/etc/passwd"]), "has no /etc/passwd"),
+    "a layer by a link out": (
+        lambda path: _saved(path, _link("out", "../../../etc/passwd"), layers=["out"]),
+        "has no out",
+    ),
+    "a layer by links in a circle": (
+        lambda path: _saved(path, _link("a", "b"), _link("b", "a"), layers=["a"]),
+        "has no a",
+    ),
+    "a layer that is not there": (lambda path: _saved(path, layers=["absent"]), "has no absent"),
+    "a huge manifest": (
+        lambda path: _archive(path, [_file("manifest.json", b" " * (5 << 20))]),
+        "larger than",
+    ),
+    "a manifest that is none": (lambda path: _archive(path, [_file("manifest.json", b"[")]), "cannot be"),
+    "no manifest": (lambda path: _archive(path, [_file("repositories", b"{}")]), "neither"),
+    "too many members": (
+        lambda path: _archive(path, [_file("blobs/x")] + [_file(f"{number:x}") for number in range(50_001)]),
+        "more than 50000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE))
+def test_hostile_archives_are_refused(tmp_path: Path, scratch: Path, name: str) -> None:
+    make, why = HOSTILE[name]
+    _refused(make(tmp_path / "archive.tar"), scratch, why)
+
+
+def test_a_cut_archive_is_refused(tmp_path: Path, scratch: Path) -> None:
+    path = _saved(tmp_path / "archive.tar")
+    path.write_bytes(path.read_bytes()[:3000])
+    _refused(path, scratch, "not a whole tar|cut short|neither")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_header_that_claims_gigabytes_takes_no_memory(
+    tmp_path: Path, scratch: Path, compressed: bool
+) -> None:
+    head = tarfile.TarInfo("././@PaxHeader")
+    head.type, head.size = tarfile.XHDTYPE, 6 << 30
+    path = tmp_path / "bomb.tar"
+    if compressed:
+        with gzip.open(path, "wb", compresslevel=1) as out:
+            out.write(head.tobuf(tarfile.GNU_FORMAT))
+            for _ in range(300):
+                out.write(bytes(1 << 20))
+    else:
+        path.write_bytes(head.tobuf(tarfile.GNU_FORMAT))
+        os.truncate(path, 6 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _refused(path, scratch, "not a whole tar")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_what_is_neither_file_nor_directory(tmp_path: Path, scratch: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    _refused(tmp_path / "fifo", scratch, "neither a directory nor a file")
+    (tmp_path / "empty").mkdir()
+    _refused(tmp_path / "empty", scratch, "is no image")
+    assert _refused(tmp_path / "absent", scratch, "there is no").code == "not_found"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(st.integers(0, 4000), st.binary(min_size=1, max_size=40))
+def test_a_damaged_archive_is_read_or_refused(tmp_path: Path, position: int, noise: bytes) -> None:
+    data = bytearray(_saved(tmp_path / "archive.tar").read_bytes())
+    data[position : position + len(noise)] = noise
+    (tmp_path / "archive.tar").write_bytes(data)
+    try:
+        _opened(tmp_path / "archive.tar", tmp_path / "scratch")
+    except errors.BangerError:
+        return
