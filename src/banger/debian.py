@@ -23,7 +23,7 @@ _TARGETS_FORMAT: Final = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
 _UPDATE_DEADLINE_S: Final = 300.0
 _DOWNLOAD_DEADLINE_S: Final = 600.0
 _QUERY_DEADLINE_S: Final = 60.0
-_VERSION = re.compile(r"^(Version|Depends): (.*)$", re.MULTILINE)
+_FIELD = re.compile(r"^(Version|Depends|Size): (.*)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +33,15 @@ class Package:
     name: str
     version: str
     path: Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Listed:
+    """A package as the signed index lists it."""
+
+    name: str
+    version: str
+    size_bytes: int
 
 
 def sources(suite: str, *, mirror: str = "") -> list[str]:
@@ -112,19 +121,27 @@ class Apt:
 
     def depends(self, package: str) -> list[str]:
         """The names that the newest version of a package depends on, first alternatives only."""
-        shown = dict(_VERSION.findall(self._show(package)))
+        shown = dict(_FIELD.findall(self._show(package)))
         parts = shown.get("Depends", "").split(",")
         return [re.split(r"[ |(:]", part.strip())[0] for part in parts if part.strip()]
 
+    def listed(self, package: str) -> Listed:
+        """What the signed index says of the newest version of a package."""
+        shown = dict(_FIELD.findall(self._show(package)))
+        try:
+            return Listed(package, shown["Version"], int(shown["Size"]))
+        except (KeyError, ValueError):
+            raise errors.NotFoundError(f"the archive's index has no whole entry for {package!r}") from None
+
     def download(self, package: str) -> Package:
         """Fetches a package file; apt refuses it unless the signed index names its hash."""
-        shown = dict(_VERSION.findall(self._show(package)))
+        listed = self.listed(package)
         downloads = self._directory / "downloads"
         self._apt("apt-get", "download", "-qq", package, deadline_s=_DOWNLOAD_DEADLINE_S, cwd=downloads)
         found = sorted(downloads.glob(f"{package}_*.deb"))
-        if not found or "Version" not in shown:
+        if not found:
             raise errors.OperationFailedError(f"apt left no file of package {package!r}")
-        return Package(package, shown["Version"], found[-1])
+        return Package(package, listed.version, found[-1])
 
     def _show(self, package: str) -> str:
         result = self._apt("apt-cache", "show", "--no-all-versions", package, deadline_s=_QUERY_DEADLINE_S)

@@ -75,6 +75,7 @@ def paths(short_path: Path) -> config.Paths:
         helper_dir=helper,
         install=short_path / "install.toml",
         image_catalog=short_path / "images.toml",
+        kernel_catalogs=short_path / "kernels.d",
     )
 
 

@@ -12,7 +12,17 @@ import pytest
 
 from tests.style import tree
 
-_SHARED = {"archive", "artefacts", "contract", "debian", "guest_binary", "pinned", "run", "steps"}
+_SHARED = {
+    "archive",
+    "artefacts",
+    "contract",
+    "debian",
+    "guest_binary",
+    "pinned",
+    "run",
+    "steps",
+    "toml_file",
+}
 _PLANNING = _SHARED | {"images", "kernels", "net", "storage"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -26,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "debian": {"contract", "run"},
     "pinned": {"contract", "run"},
     "guest_binary": {"contract"},
+    "toml_file": {"contract"},
     "images": _SHARED,
     "kernels": _SHARED,
     "net": _SHARED,

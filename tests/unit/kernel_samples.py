@@ -7,7 +7,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from banger.kernels import elf, lz4
+import lz4.block
+
+from banger.kernels import elf, payload
 
 VERSION = "6.1.0-9-test"
 BANNER = f"Linux version {VERSION} (nobody@nowhere) #1 SMP".encode()
@@ -23,69 +25,67 @@ MODULES: Mapping[str, Sequence[str]] = {
     "net/vmw_vsock/vmw_vsock_virtio_transport.ko": ("virtio", "vsock"),
 }
 BUILTIN = "kernel/fs/ext4/ext4.ko\n"
+WITHOUT_DRIVERS = b"\0devtmpfs\0 6ACPI: Interpreter enabled\0 serial8250\0"
+NAMES = WITHOUT_DRIVERS + (
+    b"\0virtio-mmio\0\0virtio_blk\0\0ext4\0\0vmw_vsock_virtio_transport\0\0virtio_net\0\0overlay\0virtio,mmio\0"
+)
+CONFIG = (
+    "64BIT=y ACPI=y OF=y VIRTIO_MMIO=m VIRTIO_BLK=m EXT4_FS=y VIRTIO_VSOCKETS=m DEVTMPFS=y PROC_FS=y SYSFS=y"
+    " TMPFS=y UNIX=y BINFMT_ELF=y BLK_DEV_INITRD=y RD_GZIP=y VIRTIO_NET=m SERIAL_8250_CONSOLE=y"
+)
 
 
-def vmlinux(padding: int = 5000) -> bytes:
-    """An ELF that passes for a kernel."""
-    return elf.wrap(BANNER + bytes(padding), load_address=0x1000000, entry_address=0x1000010)
+def vmlinux(padding: int = 5000, names: bytes = NAMES) -> bytes:
+    """An ELF that passes for a kernel; `names` are those that its built-in drivers leave in it."""
+    image = BANNER + b"\0" + names + bytes(padding)
+    return elf.wrap(image, load_address=0x1000000, entry_address=0x1000010)
 
 
-def bzimage(payload: bytes) -> bytes:
+def bzimage(packed: bytes, unpacked_bytes: int) -> bytes:
     """A boot sector, one setup sector, and the payload at offset 0x100 of the protected-mode part."""
+    payload = packed + struct.pack("<I", unpacked_bytes)
     setup = bytearray(2 * 512)
     setup[0x1F1] = 1
     setup[510:512] = b"\x55\xaa"
     setup[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", setup, 0x206, 0x020F)
+    struct.pack_into("<H", setup, 0x236, 1)
     struct.pack_into("<II", setup, 0x248, 0x100, len(payload))
     return bytes(setup) + bytes(0x100) + payload
 
 
-def lz4_frame(data: bytes, block_bytes: int = 1 << 16) -> bytes:
-    """A legacy frame made by a simple greedy compressor."""
-    out = bytearray(lz4.MAGIC)
+def lz4_frame(data: bytes, block_bytes: int = 8 << 20) -> bytes:
+    """A legacy frame, as kernels are packed: blocks of 8 MiB behind their lengths."""
+    out = bytearray(payload.LZ4_MAGIC)
     for start in range(0, len(data), block_bytes):
-        block = lz4_block(data[start : start + block_bytes])
+        block = lz4.block.compress(data[start : start + block_bytes], store_size=False)
         out += struct.pack("<I", len(block)) + block
     return bytes(out)
 
 
-def lz4_block(data: bytes) -> bytes:
-    out, anchor, position = bytearray(), 0, 0
-    seen: dict[bytes, int] = {}
-    while position + 12 < len(data):
-        key = data[position : position + 4]
-        match = seen.get(key, -1)
-        seen[key] = position
-        if match < 0 or position - match > 0xFFFF:
-            position += 1
-            continue
-        length = 4
-        while position + length < len(data) - 5 and data[match + length] == data[position + length]:
-            length += 1
-        out += _sequence(data[anchor:position], position - match, length)
-        position += length
-        anchor = position
-    return bytes(out + _sequence(data[anchor:], 0, 0))
+def arm64_image(padding: int = 5000) -> bytes:
+    """A flat image behind arm64's header."""
+    body = BANNER + b"\0" + NAMES + bytes(padding)
+    header = struct.pack("<IIQQQQQQ4sI", 0, 0, 0, 64 + len(body) + 4096, 0, 0, 0, 0, b"ARM\x64", 0)
+    return header + body
 
 
-def _sequence(literals: bytes, distance: int, match: int) -> bytes:
-    """A match of length 0 ends the block."""
-    extra = max(0, match - 4)
-    token = min(15, len(literals)) << 4 | min(15, extra)
-    out = bytes([token]) + _length(len(literals)) + literals
-    return out + (struct.pack("<H", distance) + _length(extra) if match else b"")
+def zboot(packed: bytes) -> bytes:
+    """An arm64 image that unpacks itself under EFI."""
+    head = struct.pack("<4s4sII8x32s", b"MZ\0\0", b"zimg", 64, len(packed), b"gzip")
+    return head.ljust(64, b"\0") + packed
 
 
-def _length(value: int) -> bytes:
-    if value < 15:
-        return b""
-    full, rest = divmod(value - 15, 255)
-    return b"\xff" * full + bytes([rest])
+def config(changes: str = "") -> bytes:
+    """A kernel configuration; `changes` such as `EXT4_FS=n ACPI=m`."""
+    words = dict(word.split("=") for word in f"{CONFIG} {changes}".split())
+    set_ = "".join(f"CONFIG_{name}={value}\n" for name, value in words.items() if value != "n")
+    return f"# Linux configuration\n{set_}# CONFIG_LZ4 is not set\n".encode()
 
 
-def module(name: str, depends: Sequence[str]) -> bytes:
-    return b"\x7fELF module \0name=%b\0depends=%b\0" % (name.encode(), ",".join(depends).encode())
+def module(name: str, depends: Sequence[str], more: Sequence[str] = (), version: str = VERSION) -> bytes:
+    said = [f"name={name}", f"depends={','.join(depends)}", *more, f"vermagic={version} SMP mod_unload"]
+    return b"\x7fELF module \0" + b"".join(line.encode() + b"\0" for line in said)
 
 
 def module_tree(root: Path, *, with_dep_file: bool = False) -> Path:

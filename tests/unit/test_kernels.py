@@ -1,35 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Kernels: read as data, unpacked, given an initrd, published whole."""
+"""Kernels imported: from wherever they are, checked whether they can boot, published whole or not at all."""
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import hashlib
-import lzma
+import json
 import os
-import struct
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import hypothesis
 import pytest
-import zstandard
-from hypothesis import strategies
 
 from banger import run
 from banger.contract import errors
-from banger.kernels import catalog, cpio, elf, importer, initrd, inspect, lz4, modules, payload, records
+from banger.kernels import importer, records
 from tests.unit import kernel_samples as samples
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": gzip.compress,
-    "xz": lzma.compress,
-    "lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
-    "bzip2": bz2.compress,
-    "zstd": lambda data: zstandard.ZstdCompressor(write_content_size=False).compress(data),
-    "lz4": samples.lz4_frame,
-}
+PACKED = samples.bzimage(gzip.compress(samples.vmlinux()), len(samples.vmlinux()))
+Import = Callable[..., records.Kernel]
 
 
 @pytest.fixture
@@ -44,269 +35,255 @@ def guest(tmp_path: Path) -> Path:
     return path
 
 
-def unpack_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
-    """Reads a newc archive by the kernel's own description of it."""
-    found: dict[str, tuple[int, bytes]] = {}
-    position = 0
-    while True:
-        assert data[position : position + 6] == b"070701"
-        numbers = [int(data[position + 6 + 8 * i : position + 14 + 8 * i], 16) for i in range(13)]
-        mode, size, name_size = numbers[1], numbers[6], numbers[11]
-        start = position + 110
-        name = data[start : start + name_size - 1].decode()
-        assert data[start + name_size - 1] == 0
-        content = -(-(start + name_size) // 4) * 4
-        if name == "TRAILER!!!":
-            return found
-        found[name] = (mode, data[content : content + size])
-        position = -(-(content + size) // 4) * 4
+@pytest.fixture
+def import_(kernels: records.Kernels, guest: Path) -> Import:
+    """Imports under the name `mine` for an x86_64 host."""
+
+    def work(path: Path, arch: str = "x86_64") -> records.Kernel:
+        return importer.import_path(kernels, path, name="mine", guest_binary=guest, arch=arch)
+
+    return work
 
 
-# --- ELF ---
+@pytest.fixture
+def refused(import_: Import, tmp_path: Path) -> Callable[..., str]:
+    """Imports what must be refused, and leaves nothing; what was said, with the hint."""
+
+    def work(path: Path, arch: str = "x86_64") -> str:
+        with pytest.raises(errors.BadRequestError) as caught:
+            import_(path, arch)
+        assert list((tmp_path / "kernels").iterdir()) == []
+        return f"{caught.value.message} | {caught.value.hint}"
+
+    return work
 
 
-def test_wrapped_image_reads_back() -> None:
-    parsed = elf.parse(elf.wrap(b"x" * 100, load_address=0x1000000, entry_address=0x1000010))
-    (segment,) = parsed.segments
-    assert (parsed.machine, parsed.entry) == ("x86_64", 0x1000010)
-    assert (segment.physical, segment.size, segment.offset) == (0x1000000, 100, 0x1000)
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A directory as a distribution's package unpacks: drivers are modules, a configuration says so."""
+    top = tmp_path / "tree"
+    samples.module_tree(top)
+    (top / "boot").mkdir()
+    (top / f"boot/vmlinuz-{samples.VERSION}").write_bytes(bare())
+    (top / f"boot/config-{samples.VERSION}").write_bytes(samples.config())
+    return top
 
 
-def test_entry_outside_the_image_is_refused() -> None:
-    with pytest.raises(errors.BadRequestError):
-        elf.wrap(b"x" * 16, load_address=0x1000000, entry_address=0x1000010)
+def bare() -> bytes:
+    """A vmlinuz whose drivers are not built in."""
+    image = samples.vmlinux(names=samples.WITHOUT_DRIVERS + b"\0ext4\0")
+    return samples.bzimage(gzip.compress(image), len(image))
 
 
-def test_symbol_of_a_real_library(tmp_path: Path) -> None:
-    source = tmp_path / "lib.c"
-    source.write_text('const char KERNEL[] __attribute__((aligned(4096))) = "the kernel";\n')
-    run.run(["gcc", "-shared", "-o", str(tmp_path / "lib.so"), str(source)], deadline_s=30)
-    parsed = elf.parse((tmp_path / "lib.so").read_bytes())
-    assert parsed.symbol("KERNEL") == b"the kernel\0"
-    with pytest.raises(errors.BadRequestError, match="no symbol"):
-        parsed.symbol("MISSING")
-
-
-@hypothesis.given(
-    strategies.binary(max_size=200), strategies.integers(0, 200), strategies.binary(max_size=80)
-)
-def test_hostile_elf_is_refused_cleanly(head: bytes, position: int, patch: bytes) -> None:
-    sample = bytearray(samples.vmlinux(100))
-    sample[position : position + len(patch)] = patch
-    for data in (head, b"\x7fELF\x02\x01" + head, bytes(sample)):
-        try:
-            elf.parse(data).symbol("KERNEL")
-        except errors.BadRequestError:
-            continue
-
-
-# --- compression ---
-
-
-@pytest.mark.parametrize("name", PACKERS)
-def test_every_compression(name: str) -> None:
-    data = os.urandom(3000) + bytes(100_000) + b"abcdefgh" * 5000
-    assert payload.decompress(PACKERS[name](data)) == data
-
-
-@pytest.mark.parametrize("name", PACKERS)
-def test_bombs_and_stumps_are_refused(name: str) -> None:
-    packed = PACKERS[name](bytes(1 << 20) + os.urandom(4000))
-    with pytest.raises(errors.BadRequestError):
-        payload.decompress(packed, limit_bytes=1 << 18)
-    if name != "lz4":  # its legacy frame has no end mark
-        with pytest.raises(errors.BadRequestError):
-            payload.decompress(packed[: len(packed) // 2])
-
-
-def test_unknown_compression_is_named() -> None:
-    with pytest.raises(errors.BadRequestError, match="894c5a4f"):
-        payload.decompress(b"\x89LZO....")
-
-
-@hypothesis.given(
-    strategies.lists(strategies.binary(max_size=40) | strategies.sampled_from([b"a" * 300, b"ab" * 200])),
-    strategies.integers(16, 500),
-)
-def test_lz4_round_trip(pieces: list[bytes], block_bytes: int) -> None:
-    data = b"".join(pieces)
-    assert lz4.decompress(samples.lz4_frame(data, block_bytes), limit_bytes=1 << 20) == data
-
-
-@hypothesis.given(strategies.binary(max_size=100))
-def test_hostile_lz4_is_refused_cleanly(data: bytes) -> None:
-    try:
-        unpacked = lz4.decompress(lz4.MAGIC + struct.pack("<I", len(data)) + data, limit_bytes=10_000)
-    except errors.BadRequestError:
-        return
-    assert len(unpacked) <= 10_000 + len(data)
-
-
-# --- inspection ---
-
-
-@pytest.mark.parametrize("name", PACKERS)
-def test_vmlinuz_gives_the_elf_inside(name: str) -> None:
-    found = inspect.inspect(samples.bzimage(PACKERS[name](samples.vmlinux())))
-    assert found.vmlinux == samples.vmlinux()
-    assert (found.version, found.machine) == (samples.VERSION, "x86_64")
-
-
-def test_vmlinux_is_taken_as_it_is() -> None:
-    assert inspect.inspect(samples.vmlinux()).vmlinux == samples.vmlinux()
-
-
-@pytest.mark.parametrize("data", [b"", b"hello", b"\x7fELF", samples.bzimage(b"")[:-10]])
-def test_what_is_no_kernel_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.BadRequestError):
-        inspect.inspect(data)
-
-
-def test_a_program_is_no_kernel() -> None:
-    with pytest.raises(errors.BadRequestError, match="not a kernel"):
-        inspect.inspect(Path("/bin/true").resolve().read_bytes())
-
-
-def test_a_cut_vmlinuz_is_refused() -> None:
-    whole = samples.bzimage(gzip.compress(samples.vmlinux()))
-    with pytest.raises(errors.BadRequestError, match="cut short"):
-        inspect.inspect(whole[:-20])
-
-
-def test_build_configuration_is_read() -> None:
-    config = gzip.compress(b"CONFIG_EXT4_FS=y\nCONFIG_VIRTIO_BLK=m\n# CONFIG_LZ4 is not set\n")
-    data = samples.vmlinux() + b"IKCFG_ST" + config + b"IKCFG_ED"
-    found = inspect.inspect(data)
-    assert (found.builds_in("CONFIG_EXT4_FS"), found.builds_in("CONFIG_VIRTIO_BLK")) == (True, False)
-    assert inspect.inspect(samples.vmlinux()).builds_in("CONFIG_EXT4_FS") is None
-
-
-# --- modules and initrd ---
-
-
-@pytest.mark.parametrize("with_dep_file", [True, False])
-def test_modules_come_after_what_they_need(tmp_path: Path, *, with_dep_file: bool) -> None:
-    found = modules.closure(samples.module_tree(tmp_path, with_dep_file=with_dep_file))
-    names = [module.name for module in found]
-    for path, below in samples.MODULES.items():
-        name = Path(path).stem
-        assert all(names.index(each) < names.index(name) for each in below)
-    assert names.index("virtio_mmio") < names.index("virtio_blk")
-    assert "ext4" not in names
-
-
-def test_a_missing_module_is_named(tmp_path: Path) -> None:
-    directory = samples.module_tree(tmp_path)
-    (directory / "kernel/drivers/block/virtio_blk.ko").unlink()
-    with pytest.raises(errors.BadRequestError, match="virtio_blk"):
-        modules.closure(directory)
-
-
-def test_a_dependency_cycle_is_refused(tmp_path: Path) -> None:
-    directory = samples.module_tree(tmp_path)
-    (directory / "kernel/drivers/virtio/virtio_ring.ko").write_bytes(
-        samples.module("virtio_ring", ["virtio"])
-    )
-    with pytest.raises(errors.BadRequestError, match="depends on itself"):
-        modules.closure(directory)
-
-
-def test_modules_dep_cannot_point_outside(tmp_path: Path) -> None:
-    directory = samples.module_tree(tmp_path)
-    (tmp_path / "virtio_ring.ko").write_bytes(b"\x7fELF")
-    (directory / "modules.dep").write_text("../../../virtio_ring.ko:\n")
-    with pytest.raises(errors.BadRequestError, match="outside"):
-        modules.closure(directory)
-
-
-def test_initrd_holds_modules_in_order_and_the_guest_as_init(tmp_path: Path, guest: Path) -> None:
-    directory = samples.module_tree(tmp_path)
-    packed = directory / "kernel/drivers/virtio/virtio.ko"
-    packed.with_name("virtio.ko.xz").write_bytes(lzma.compress(packed.read_bytes()))
-    packed.unlink()
-    load = modules.closure(directory)
-    data = initrd.build(guest, load)
-    files = unpack_cpio(gzip.decompress(data))
-    listed = files["banger-modules"][1].decode().splitlines()
-    assert listed == [f"/modules/{module.name}.ko" for module in load]
-    assert all(files[path.lstrip("/")][1].startswith(b"\x7fELF") for path in listed)
-    assert files["init"] == (0o100755, guest.read_bytes())
-    assert files["dev/console"][0] == 0o020600
-    assert data == initrd.build(guest, load)
-
-
-@hypothesis.given(
-    strategies.dictionaries(
-        strategies.text(strategies.characters(min_codepoint=48, max_codepoint=122), min_size=1, max_size=30),
-        strategies.binary(max_size=50),
-        max_size=8,
-    )
-)
-def test_cpio_reads_back(files: dict[str, bytes]) -> None:
-    entries = [cpio.Entry.file(name, data) for name, data in files.items()]
-    archive = cpio.pack(entries)
-    assert len(archive) % 512 == 0
-    assert unpack_cpio(archive) == {name: (0o100644, data) for name, data in files.items()}
-
-
-@pytest.mark.parametrize("path", ["", "/etc", "a\0b"])
-def test_cpio_refuses_bad_paths(path: str) -> None:
-    with pytest.raises(ValueError, match="not a path"):
-        cpio.pack([cpio.Entry.file(path, b"")])
-
-
-# --- import ---
-
-
-def make_package(root: Path) -> Path:
+def make_package(top: Path, target: Path, compression: str = "xz") -> Path:
     """A real .deb, as a distribution's kernel comes."""
-    samples.module_tree(root / "pkg")
-    (root / "pkg/boot").mkdir()
-    (root / f"pkg/boot/vmlinuz-{samples.VERSION}").write_bytes(
-        samples.bzimage(gzip.compress(samples.vmlinux()))
-    )
-    (root / "pkg/boot/System.map").write_text("ignored")
-    (root / "pkg/DEBIAN").mkdir()
-    (root / "pkg/DEBIAN/control").write_text(
+    shutil.copytree(top, target / "pkg")
+    (target / "pkg/boot/System.map").write_text("ignored")
+    (target / "pkg/DEBIAN").mkdir()
+    (target / "pkg/DEBIAN/control").write_text(
         "Package: linux-image-test\nVersion: 1\nArchitecture: amd64\n"
         "Maintainer: n <n@example.org>\nDescription: x\n"
     )
-    run.run(["dpkg-deb", "--build", "-Zxz", str(root / "pkg"), str(root / "k.deb")], deadline_s=30)
-    return root / "k.deb"
+    run.run(
+        ["dpkg-deb", "--build", f"-Z{compression}", str(target / "pkg"), str(target / "k.deb")],
+        deadline_s=30,
+    )
+    return target / "k.deb"
 
 
+# --- from wherever it is ---
+
+
+def test_a_vmlinux_boots_directly(tmp_path: Path, kernels: records.Kernels, import_: Import) -> None:
+    (tmp_path / "vmlinux").write_bytes(samples.vmlinux())
+    made = import_(tmp_path / "vmlinux")
+    assert (made.kind, made.modules, kernels.initrd(made.id)) == ("direct", (), None)
+    assert (made.checked_by, made.lacks, made.loaded_end > 0x1000000) == ("names in the image", (), True)
+    assert "proc" in made.unknown
+    assert {path.name for path in kernels.path(made.id).iterdir()} == {"vmlinux", "kernel.json"}
+
+
+@pytest.mark.parametrize("compression", ["xz", "zstd", "gzip", "none"])
 def test_a_package_becomes_a_kernel_with_initrd(
-    tmp_path: Path, kernels: records.Kernels, guest: Path
+    tmp_path: Path, tree: Path, kernels: records.Kernels, import_: Import, guest: Path, compression: str
 ) -> None:
-    made = importer.import_path(kernels, make_package(tmp_path), name="debian-test", guest_binary=guest)
+    made = import_(make_package(tree, tmp_path, compression))
     assert (made.kind, made.version, made.arch) == ("initrd", samples.VERSION, "x86_64")
-    assert kernels.vmlinux(made.id).read_bytes() == samples.vmlinux()
+    assert (made.checked_by, made.lacks, made.unknown) == ("config file", ("overlay",), ())
     ready = kernels.initrd(made.id)
     assert ready is not None
     assert hashlib.sha256(ready.read_bytes()).hexdigest() == made.initrd_sha256
     assert made.guest_sha256 == hashlib.sha256(guest.read_bytes()).hexdigest()
-    assert kernels.find("debian-test") == kernels.find(made.id) == made
+    assert kernels.find("mine") == kernels.find(made.id) == made
 
 
-def test_a_vmlinux_boots_directly(tmp_path: Path, kernels: records.Kernels, guest: Path) -> None:
-    (tmp_path / "vmlinux").write_bytes(samples.vmlinux())
-    made = importer.import_path(kernels, tmp_path / "vmlinux", name="mine", guest_binary=guest)
-    assert (made.kind, made.modules, kernels.initrd(made.id)) == ("direct", (), None)
+def test_image_and_modules_may_be_in_two_packages_and_below_usr(
+    tmp_path: Path, tree: Path, import_: Import
+) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    (tree / "usr").mkdir()
+    (tree / "lib").rename(tree / "usr/lib")
+    for name, other in (("boot", "usr"), ("usr", "boot")):
+        part = tmp_path / name
+        shutil.copytree(tree, part / "tree")
+        shutil.rmtree(part / "tree" / other)
+        (part / "tree/boot").mkdir(exist_ok=True)
+        shutil.move(make_package(part / "tree", part), both / f"{name}.deb")
+    assert import_(both).kind == "initrd"
+
+
+def test_a_host_s_own_kernel_is_imported_with_what_lies_beside_it(tree: Path, import_: Import) -> None:
+    made = import_(tree / f"boot/vmlinuz-{samples.VERSION}")
+    assert (made.kind, made.checked_by) == ("initrd", "config file")
+
+
+def test_a_directory_with_usual_links_is_one_kernel(tree: Path, import_: Import) -> None:
+    (tree / "vmlinuz").symlink_to(f"boot/vmlinuz-{samples.VERSION}")
+    (tree / "usr").mkdir()
+    (tree / "lib").rename(tree / "usr/lib")
+    (tree / "lib").symlink_to("usr/lib")
+    (tree / f"lib/modules/{samples.VERSION}/build").symlink_to("/usr/src/none")
+    assert import_(tree).kind == "initrd"
+
+
+def test_an_initrd_that_came_with_the_kernel_is_taken_and_its_content_unknown(
+    tmp_path: Path, kernels: records.Kernels, import_: Import
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/vmlinuz").write_bytes(bare())
+    (tmp_path / "own/initrd").write_bytes(b"an initrd")
+    made = import_(tmp_path / "own")
+    ready = kernels.initrd(made.id)
+    assert ready is not None
+    assert ready.read_bytes() == b"an initrd"
+    assert {"virtio_mmio", "virtio_blk", "network"} <= set(made.unknown)
+
+
+def test_an_arm64_image_is_for_arm64_hosts(tmp_path: Path, import_: Import) -> None:
+    (tmp_path / "Image.gz").write_bytes(gzip.compress(samples.arm64_image()))
+    made = import_(tmp_path / "Image.gz", "aarch64")
+    assert (made.arch, made.kind, made.vmlinux_bytes) == ("aarch64", "direct", len(samples.arm64_image()))
 
 
 def test_a_published_kernel_can_be_imported_elsewhere(
-    tmp_path: Path, kernels: records.Kernels, guest: Path
+    tmp_path: Path, tree: Path, kernels: records.Kernels, import_: Import, guest: Path
 ) -> None:
-    first = importer.import_path(kernels, make_package(tmp_path), name="debian-test", guest_binary=guest)
+    first = import_(tree)
     elsewhere = records.Kernels(tmp_path / "elsewhere")
-    moved = importer.import_path(elsewhere, kernels.path(first.id), name="moved", guest_binary=guest)
-    assert (moved.kind, moved.initrd_sha256) == ("initrd", first.initrd_sha256)
-    assert (moved.guest_sha256, moved.modules, moved.source) == (
-        first.guest_sha256,
-        first.modules,
-        first.source,
+    moved = importer.import_path(
+        elsewhere, kernels.path(first.id), name="moved", guest_binary=guest, arch="x86_64"
     )
-    assert moved.id != first.id
+    changed = {name for name in first.__struct_fields__ if getattr(first, name) != getattr(moved, name)}
+    assert changed == {"id", "name", "created_at"}
+    ready = elsewhere.initrd(moved.id)
+    assert ready is not None
+    assert hashlib.sha256(ready.read_bytes()).hexdigest() == first.initrd_sha256
+
+
+def test_a_record_that_is_of_other_files_is_not_believed(
+    tmp_path: Path, tree: Path, kernels: records.Kernels, import_: Import, guest: Path
+) -> None:
+    first = kernels.path(import_(tree).id)
+    said = json.loads((first / records.RECORD).read_bytes())
+    (first / records.RECORD).write_text(
+        json.dumps({**said, "initrd_sha256": "0" * 64, "lacks": ["everything"]})
+    )
+    elsewhere = records.Kernels(tmp_path / "elsewhere")
+    moved = importer.import_path(elsewhere, first, name="moved", guest_binary=guest, arch="x86_64")
+    assert (moved.checked_by, moved.modules) == ("names in the image", ())
+    assert "everything" not in moved.lacks
+
+
+# --- what cannot boot ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("EXT4_FS=n", "without ext4 (CONFIG_EXT4_FS)"),
+        ("VIRTIO_MMIO=n", "without virtio_mmio (CONFIG_VIRTIO_MMIO)"),
+        ("VIRTIO_BLK=n", "without virtio_blk"),
+        ("VIRTIO_VSOCKETS=n", "without vmw_vsock_virtio_transport (CONFIG_VIRTIO_VSOCKETS)"),
+        (
+            "ACPI=n",
+            "without ACPI or virtio_mmio.device= (CONFIG_ACPI or CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)",
+        ),
+        ("DEVTMPFS=n", "without devtmpfs"),
+        ("64BIT=n", "without 64-bit"),
+        ("BLK_DEV_INITRD=n", "without initrd (CONFIG_BLK_DEV_INITRD)"),
+        ("RD_GZIP=n", "without gzip initrd"),
+        ("EXT4_FS=n UNIX=n PROC_FS=n", "without ext4 (CONFIG_EXT4_FS), proc (CONFIG_PROC_FS), unix sockets"),
+        ("EXT4_FS=m", "ext4: built as modules, which did not come with it"),
+    ],
+)
+def test_a_kernel_that_cannot_boot_is_refused_with_every_reason(
+    tree: Path, refused: Callable[..., str], changes: str, said: str
+) -> None:
+    (tree / f"boot/config-{samples.VERSION}").write_bytes(samples.config(changes))
+    assert said in refused(tree)
+
+
+def test_devices_on_the_command_line_do_instead_of_acpi(tree: Path, import_: Import) -> None:
+    config = tree / f"boot/config-{samples.VERSION}"
+    config.write_bytes(samples.config("ACPI=n VIRTIO_MMIO_CMDLINE_DEVICES=y"))
+    assert import_(tree).kind == "initrd"
+
+
+def test_what_a_guest_will_not_have_is_told(tree: Path, import_: Import) -> None:
+    config = tree / f"boot/config-{samples.VERSION}"
+    config.write_bytes(samples.config("VIRTIO_NET=n SERIAL_8250_CONSOLE=n"))
+    assert import_(tree).lacks == ("network", "overlay", "serial console")
+
+
+def test_the_configuration_in_the_image_is_believed_before_the_one_beside_it(
+    tree: Path, refused: Callable[..., str]
+) -> None:
+    carried = b"IKCFG_ST" + gzip.compress(samples.config("EXT4_FS=n"))
+    image = samples.vmlinux(names=samples.NAMES + carried)
+    (tree / f"boot/vmlinuz-{samples.VERSION}").write_bytes(samples.bzimage(gzip.compress(image), len(image)))
+    assert "without ext4" in refused(tree)
+
+
+def test_without_a_configuration_the_lists_of_modules_tell(
+    tree: Path, import_: Import, refused: Callable[..., str]
+) -> None:
+    (tree / f"boot/config-{samples.VERSION}").unlink()
+    (tree / f"lib/modules/{samples.VERSION}/kernel/drivers/block/virtio_blk.ko").unlink()
+    assert "it is built without virtio_blk |" in refused(tree)
+    samples.module_tree(tree)
+    made = import_(tree)
+    assert (made.kind, made.checked_by, "network" in made.lacks) == ("initrd", "module lists", False)
+
+
+def test_drivers_that_did_not_come_with_the_kernel_are_named(
+    tree: Path, refused: Callable[..., str]
+) -> None:
+    shutil.rmtree(tree / "lib")
+    said = refused(tree)
+    assert "virtio_mmio, virtio_blk, vmw_vsock_virtio_transport: built as modules" in said
+    assert "lib/modules/VERSION" in said
+    (tree / f"boot/config-{samples.VERSION}").unlink()
+    assert "without virtio_mmio, virtio_blk, vmw_vsock_virtio_transport |" in refused(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "arch", "said"),
+    [
+        ("Image", samples.arm64_image(), "x86_64", "it is for aarch64, and this host is x86_64"),
+        ("vmlinux", samples.vmlinux(), "aarch64", "it is for x86_64, and this host is aarch64"),
+        ("vmlinuz", PACKED[:-100], "x86_64", "cut short"),
+        ("vmlinux", b"", "x86_64", "neither"),
+    ],
+)
+def test_what_this_host_cannot_boot_is_refused(
+    tmp_path: Path, refused: Callable[..., str], name: str, data: bytes, arch: str, said: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert said in refused(tmp_path / name, arch)
+
+
+# --- bad input ---
 
 
 @pytest.mark.parametrize("name", ["Has-Upper", "", "-x", "a/b", "x" * 64])
@@ -317,44 +294,66 @@ def test_bad_names_are_refused(tmp_path: Path, kernels: records.Kernels, guest: 
     assert kernels.records() == []
 
 
-def test_a_failed_import_leaves_nothing(tmp_path: Path, kernels: records.Kernels, guest: Path) -> None:
-    package = make_package(tmp_path)
+def test_a_failed_import_leaves_nothing(tmp_path: Path, tree: Path, import_: Import, guest: Path) -> None:
     guest.unlink()
     with pytest.raises(FileNotFoundError):
-        importer.import_path(kernels, package, name="debian-test", guest_binary=guest)
+        import_(make_package(tree, tmp_path))
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
-@pytest.mark.parametrize("files", [[], ["vmlinux", "vmlinuz"]])
-def test_a_directory_must_hold_one_kernel(tmp_path: Path, files: list[str]) -> None:
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, import_: Import) -> None:
+    (tmp_path / "vmlinux").write_bytes(samples.vmlinux(4 << 20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(errors.NoSpaceError, match="no space left to import"):
+            import_(tmp_path / "vmlinux")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.mark.parametrize("files", [[], ["vmlinux", "vmlinuz"], ["boot/vmlinuz-1", "boot/vmlinuz-2"]])
+def test_a_directory_must_hold_one_kernel(
+    tmp_path: Path, refused: Callable[..., str], files: list[str]
+) -> None:
+    (tmp_path / "own/boot").mkdir(parents=True)
     for name in files:
-        (tmp_path / name).write_bytes(samples.vmlinux())
-    with pytest.raises(errors.BadRequestError):
-        importer.find_parts(tmp_path)
+        (tmp_path / "own" / name).write_bytes(samples.vmlinux())
+    assert ("more than one kernel" if files else "holds no kernel") in refused(tmp_path / "own")
 
 
-# --- catalog ---
+@pytest.mark.parametrize("name", ["vmlinux", "initrd", "config", "modules", "kernel.json"])
+def test_no_link_of_a_directory_leads_to_a_file_of_ours(
+    tmp_path: Path, refused: Callable[..., str], name: str
+) -> None:
+    """A directory from elsewhere would carry the owner's files into the guest that it boots."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "own").mkdir()
+    if name != "vmlinux":
+        (tmp_path / "own/vmlinux").write_bytes(samples.vmlinux())
+    (tmp_path / "own" / name).symlink_to(tmp_path / "secret")
+    assert "leads out of" in refused(tmp_path / "own")
 
 
-def test_the_catalog_offers_both_kinds() -> None:
-    entries = {entry.name: entry for entry in catalog.entries("x86_64")}
-    assert set(entries) == {"generic-6.12", "debian-6.1"}
-    for entry in entries.values():
-        assert (entry.embedded is None) != (entry.package is None)
-    assert catalog.entries("riscv64") == ()
+def test_links_in_a_circle_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/vmlinux").symlink_to("vmlinuz")
+    (tmp_path / "own/vmlinuz").symlink_to("vmlinux")
+    assert "own" in refused(tmp_path / "own")
 
 
-def test_an_unknown_kernel_names_the_known() -> None:
-    with pytest.raises(errors.NotFoundError) as caught:
-        catalog.find("nope", "x86_64")
-    assert "generic-6.12" in caught.value.hint
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, refused: Callable[..., str]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "is not a file" in refused(tmp_path / "fifo")
+    assert "is not a file" in refused(Path("/dev/zero"))
 
 
-def test_a_library_with_another_kernel_is_refused(tmp_path: Path) -> None:
-    embedded = catalog.find("generic-6.12", "x86_64").embedded
-    assert embedded is not None
-    source = tmp_path / "lib.c"
-    source.write_text("char KERNEL_BUNDLE[0x2000] = {1};\n")
-    run.run(["gcc", "-shared", "-o", str(tmp_path / "lib.so"), str(source)], deadline_s=30)
-    with pytest.raises(errors.OperationFailedError, match="not the pinned"):
-        catalog.extract(embedded, (tmp_path / "lib.so").read_bytes())
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [("/var/tmp/no-kernel", "does not see"), ("/tmp/no/kernel", "does not see"), ("/no", "daemon")],
+)
+def test_what_is_not_there_is_not_found(import_: Import, path: str, hint: str) -> None:
+    with pytest.raises(errors.NotFoundError, match="there is no file") as caught:
+        import_(Path(path))
+    assert hint in caught.value.hint

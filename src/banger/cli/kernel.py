@@ -84,6 +84,7 @@ def pull(settings: command.Settings, name: str) -> None:
     examples=[
         ("banger kernel import ./vmlinux --name mine", "a kernel file, compressed or not"),
         ("banger kernel import linux-image.deb --name deb", "a distribution's package"),
+        ("banger kernel import /boot/vmlinuz-6.1.0-42-amd64 --name host", "the host's, with its modules"),
     ],
 )
 @click.argument("path", type=click.Path(exists=True))
@@ -92,8 +93,9 @@ def pull(settings: command.Settings, name: str) -> None:
 def import_kernel(settings: command.Settings, path: str, name: str) -> None:
     """Copy a kernel of yours in.
 
-    Takes a vmlinux, a vmlinuz, a directory of them with an initrd, or a distribution's kernel package. The
-    daemon's owner must be able to read it.
+    Takes a vmlinux, a vmlinuz, an arm64 Image, a distribution's kernel package, or a directory: of a kernel
+    with its modules, configuration or initrd, or of packages. A kernel that cannot boot is refused with the
+    reason. The daemon's owner must be able to read it.
     """
     _make(settings, "/v1/kernels/import", requests.ImportKernel(path=os.path.abspath(path), name=name))
 
@@ -117,6 +119,13 @@ def _facts(kernel: resources.Kernel) -> Iterator[tuple[str, str]]:
     yield "kind", "boots directly" if kernel.kind == "direct" else "boots through an initrd"
     yield "architecture", kernel.arch
     yield "size", sizes.text_of_bytes(kernel.size_bytes)
+    if kernel.modules:
+        yield "modules", ", ".join(kernel.modules)
+    yield "checked by", kernel.checked_by or "nothing: import it again to have it checked"
+    if kernel.lacks:
+        yield "lacks", ", ".join(kernel.lacks)
+    if kernel.unknown:
+        yield "unknown", ", ".join(kernel.unknown)
     yield "source", kernel.source
     if kernel.created_at is not None:
         yield "created", f"{kernel.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(kernel.created_at)} ago"

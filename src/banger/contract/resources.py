@@ -427,6 +427,14 @@ class Kernel(Resource, frozen=True, kw_only=True):
     available: bool = False
     """Only in the catalog, not on this host yet."""
     used_by: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    """What the initrd loads, in this order."""
+    checked_by: str = ""
+    """What was asked whether it can boot: its configuration, lists of its modules, or names in the image."""
+    lacks: tuple[str, ...] = ()
+    """What a guest will not have, such as a network."""
+    unknown: tuple[str, ...] = ()
+    """What it needs or may have, and nothing tells."""
 
 
 class RuntimeFile(Resource, frozen=True, kw_only=True):

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from pathlib import Path
 from typing import Final
 
 from banger.contract import errors
+from banger.kernels import files
 
 MACHINES: Final = {62: "x86_64", 183: "aarch64"}
+MAGIC: Final = b"\x7fELF"
 PT_LOAD: Final = 1
+_32_BIT: Final = 1
+_BIG_ENDIAN: Final = 2
+_MAX_SEGMENTS: Final = 64
+_MAX_SECTIONS: Final = 100_000
+# Firecracker keeps what is below 1 MiB for itself, and its devices are above 3 GiB.
+_LOWEST: Final = 1 << 20
+_HIGHEST: Final = 3 << 30
 _SHT_NOBITS: Final = 8
 _SHT_DYNSYM: Final = 11
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -21,7 +31,9 @@ _PHDR = struct.Struct("<IIQQQQQQ")
 _SHDR = struct.Struct("<IIQQQQIIQQ")
 _SYM = struct.Struct("<IBBHQQ")
 _IDENT: Final = b"\x7fELF\x02\x01\x01" + bytes(9)
+_ET_REL: Final = 1
 _ET_EXEC: Final = 2
+_ET_DYN: Final = 3
 _EM_X86_64: Final = 62
 _PAGE: Final = 0x1000
 
@@ -33,6 +45,8 @@ class Segment:
     virtual: int
     physical: int
     size: int
+    """In the file; the rest of `memory` is zeros."""
+    memory: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +62,8 @@ class Section:
 class Elf:
     """A parsed 64-bit little-endian ELF file."""
 
-    data: bytes
+    data: files.Data
+    kind: int
     machine: str
     entry: int
     segments: tuple[Segment, ...]
@@ -77,8 +92,12 @@ class Elf:
         return self.data[section.offset : section.offset + section.size]
 
 
-def parse(data: bytes) -> Elf:
+def parse(data: files.Data) -> Elf:
     """Raises BadRequestError for anything but a whole 64-bit little-endian ELF file of a known machine."""
+    if len(data) >= _EHDR.size and data[:4] == MAGIC and data[4] == _32_BIT:
+        raise errors.BadRequestError("a 32-bit ELF file; Firecracker boots 64-bit kernels only")
+    if len(data) >= _EHDR.size and data[:4] == MAGIC and data[5] == _BIG_ENDIAN:
+        raise errors.BadRequestError("a big-endian ELF file; Firecracker boots little-endian kernels only")
     if len(data) < _EHDR.size or data[:6] != _IDENT[:6]:
         raise errors.BadRequestError("not a 64-bit little-endian ELF file")
     header = _EHDR.unpack_from(data)
@@ -89,7 +108,48 @@ def parse(data: bytes) -> Elf:
     ph_size, ph_count, sh_size, sh_count = header[9:13]
     segments = [_segment(fields) for fields in _table(data, _PHDR, ph_offset, ph_size, ph_count)]
     sections = [_section(fields) for fields in _table(data, _SHDR, sh_offset, sh_size, sh_count)]
-    return Elf(data, machine, entry, tuple(segments), tuple(sections))
+    return Elf(data, header[1], machine, entry, tuple(segments), tuple(sections))
+
+
+def loaded_end(parsed: Elf) -> int:
+    """The address after all that Firecracker loads; raises BadRequestError when it would refuse to."""
+    if parsed.kind == _ET_REL:
+        raise errors.BadRequestError("an object file, such as a kernel module: it is not a kernel")
+    loads = [segment for segment in parsed.segments if segment.kind == PT_LOAD and segment.memory]
+    if parsed.kind not in (_ET_EXEC, _ET_DYN) or not any(segment.size for segment in loads):
+        raise errors.BadRequestError("the ELF file has nothing to load: it is not a kernel")
+    if len(parsed.segments) > _MAX_SEGMENTS:
+        raise errors.BadRequestError(f"the ELF file has {len(parsed.segments)} segments: it is not a kernel")
+    for segment in loads:
+        _check_segment(segment, len(parsed.data))
+    if not any(each.physical <= parsed.entry < each.physical + each.memory for each in loads):
+        raise errors.BadRequestError(
+            f"the entry point {parsed.entry:#x} is at no physical address that is loaded: it is not a kernel"
+        )
+    return max(segment.physical + segment.memory for segment in loads)
+
+
+def _check_segment(segment: Segment, file_bytes: int) -> None:
+    if segment.offset + segment.size > file_bytes:
+        raise errors.BadRequestError("a segment ends after the file: the kernel is cut short")
+    if segment.memory < segment.size:
+        raise errors.BadRequestError("a segment has more bytes in the file than in memory")
+    if segment.physical < _LOWEST or segment.physical + segment.memory > _HIGHEST:
+        raise errors.BadRequestError(
+            f"a segment belongs at physical address {segment.physical:#x}, where Firecracker loads nothing"
+        )
+
+
+def strip(path: Path) -> None:
+    """Drops symbols and debugging information from a kernel of ours, of which nothing is loaded."""
+    with files.mapped(path) as data:
+        parsed = parse(data)
+        fields = list(_EHDR.unpack_from(data))
+    fields[6], fields[12], fields[13] = 0, 0, 0
+    ends = [each.offset + each.size for each in parsed.segments] + [fields[5] + fields[9] * fields[10]]
+    with path.open("r+b") as file:
+        file.write(_EHDR.pack(*fields))
+        file.truncate(min(max(ends), path.stat().st_size))
 
 
 def wrap(image: bytes, *, load_address: int, entry_address: int) -> bytes:
@@ -106,17 +166,19 @@ def wrap(image: bytes, *, load_address: int, entry_address: int) -> bytes:
     return (header + segment).ljust(_PAGE, b"\0") + image
 
 
-def _table(data: bytes, layout: struct.Struct, offset: int, size: int, count: int) -> list[tuple[int, ...]]:
+def _table(
+    data: files.Data, layout: struct.Struct, offset: int, size: int, count: int
+) -> list[tuple[int, ...]]:
     if count == 0:
         return []
-    if size != layout.size or offset + size * count > len(data):
+    if count > _MAX_SECTIONS or size != layout.size or offset + size * count > len(data):
         raise errors.BadRequestError("an ELF header table lies outside the file")
     return [layout.unpack_from(data, offset + size * number) for number in range(count)]
 
 
 def _segment(fields: tuple[int, ...]) -> Segment:
-    kind, _, offset, virtual, physical, size, _, _ = fields
-    return Segment(kind, offset, virtual, physical, size)
+    kind, _, offset, virtual, physical, size, memory, _ = fields
+    return Segment(kind, offset, virtual, physical, size, memory)
 
 
 def _section(fields: tuple[int, ...]) -> Section:

@@ -1,115 +1,166 @@
 # SPDX-License-Identifier: MIT
-"""Turns a directory, a package, a vmlinux or a vmlinuz into a kernel that boots.
+"""Turns a directory, a package, a vmlinux, a vmlinuz or an arm64 Image into a kernel that boots.
 
-The file is inspected first; if its drivers are modules, an initrd is built around the guest binary. The
-result is published whole. Used by the daemon and by the lab; unprivileged.
+The kernel is inspected first and refused, with every reason, when it cannot boot; if its drivers are
+modules, an initrd is built around the guest binary. The result is published whole. Used by the daemon and
+the lab.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import tempfile
+import contextlib
+import errno
+import platform
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from banger import artefacts, pinned
 from banger.contract import errors, names
-from banger.kernels import deb, initrd, inspect, modules, records
+from banger.kernels import build_config, elf, files, initrd, inspect, modules, needs, parts, records
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Parts:
-    """What was found: a kernel image, its modules if it came with any, or a ready-made initrd."""
-
-    image: Path
-    module_dir: Path | None = None
-    initrd: Path | None = None
+Say = Callable[[str], None]
 
 
 def import_path(
-    kernels: records.Kernels, path: Path, *, name: str, guest_binary: Path, source: str = ""
+    kernels: records.Kernels,
+    path: Path,
+    *,
+    name: str,
+    guest_binary: Path,
+    source: str = "",
+    arch: str = "",
+    on_line: Say | None = None,
 ) -> records.Kernel:
-    """Imports a directory, a .deb, a vmlinux or a vmlinuz under a name."""
+    """Imports under a name. `arch` is that of the machine that will boot it, this one if it is absent."""
     names.parse_artefact_name(name, "a kernel")
-    if not path.exists():
-        raise errors.NotFoundError(f"there is no file {path}")
-    said = source or f"imported from {path}"
-    if path.suffix == ".deb":
-        with tempfile.TemporaryDirectory(prefix="banger-kernel-") as scratch:
-            deb.extract_kernel(path, Path(scratch))
-            return publish(
-                kernels, find_parts(Path(scratch)), name=name, guest_binary=guest_binary, source=said
-            )
-    parts = find_parts(path) if path.is_dir() else Parts(path)
-    return publish(kernels, parts, name=name, guest_binary=guest_binary, source=said)
-
-
-def find_parts(directory: Path) -> Parts:
-    """Looks where distributions and banger itself put things."""
-    images = [
-        found
-        for pattern in ("vmlinux", "boot/vmlinux-*", "vmlinuz", "bzImage", "boot/vmlinuz-*")
-        for found in sorted(directory.glob(pattern))
-        if found.is_file()
-    ]
-    if not images:
-        raise errors.BadRequestError(
-            f"{directory} holds no kernel", hint="it should have vmlinux, vmlinuz or boot/vmlinuz-VERSION"
-        )
-    trees = [tree for pattern in ("lib/modules/*", "modules") for tree in sorted(directory.glob(pattern))]
-    module_dirs = [tree for tree in trees if (tree / "kernel").is_dir() or (tree / "modules.dep").exists()]
-    if len(images) > 1 or len(module_dirs) > 1:
-        raise errors.BadRequestError(f"{directory} holds more than one kernel", hint="name one of them")
-    ready = directory / "initrd"
-    return Parts(images[0], module_dirs[0] if module_dirs else None, ready if ready.is_file() else None)
-
-
-def publish(
-    kernels: records.Kernels, parts: Parts, *, name: str, guest_binary: Path, source: str
-) -> records.Kernel:
-    """Inspects, builds the initrd if one is needed, and publishes."""
-    kernel = inspect.inspect(parts.image.read_bytes())
-    before = _earlier_record(parts, kernel)
     kernel_id = names.new_id()
-    load = modules.closure(parts.module_dir) if parts.module_dir is not None else []
-    with kernels.stage(kernel_id) as staged:
-        (staged / records.VMLINUX).write_bytes(kernel.vmlinux)
-        guest_sha256 = before.guest_sha256 if before else ""
-        if load:
-            (staged / records.INITRD).write_bytes(initrd.build(guest_binary, load))
-            guest_sha256 = pinned.sha256_of_path(guest_binary)
-        elif parts.initrd is not None:
-            (staged / records.INITRD).write_bytes(parts.initrd.read_bytes())
-        ready = staged / records.INITRD
-        return kernels.publish(
-            staged,
-            records.Kernel(
-                id=kernel_id,
-                name=name,
-                version=kernel.version,
-                arch=kernel.machine,
-                kind="initrd" if ready.exists() else "direct",
-                vmlinux_sha256=hashlib.sha256(kernel.vmlinux).hexdigest(),
-                vmlinux_bytes=len(kernel.vmlinux),
-                initrd_sha256=pinned.sha256_of_path(ready) if ready.exists() else "",
-                initrd_bytes=ready.stat().st_size if ready.exists() else 0,
-                guest_sha256=guest_sha256,
-                modules=before.modules if before else tuple(module.name for module in load),
-                source=before.source if before else source,
-                created_at=artefacts.now(),
-            ),
+    with _space_told(path), kernels.stage(kernel_id) as staged:
+        work = staged / "work"
+        work.mkdir()
+        found = parts.find(path, work / "unpacked")
+        made = _Import(staged, found, guest_binary, arch or platform.machine(), on_line or _silent)
+        try:
+            record = made.make(kernel_id, name, source or f"imported from {path}")
+        except errors.BadRequestError as error:
+            error.message = f"{path} was not imported: {error.message}"
+            error.args = (error.message,)
+            raise
+        shutil.rmtree(work)
+        return kernels.publish(staged, record)
+
+
+@contextlib.contextmanager
+def _space_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise errors.NoSpaceError(
+            f"no space left to import {path}: {error.strerror}",
+            hint="delete kernels, VMs or images no longer needed, or give the file system more room",
+        ) from error
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+class _Import:
+    """One import: fills a staged directory and says what is in it."""
+
+    def __init__(self, staged: Path, found: parts.Parts, guest_binary: Path, arch: str, say: Say) -> None:
+        self._staged = staged
+        self._parts = found
+        self._guest = guest_binary
+        self._arch = arch
+        self._say = say
+
+    def make(self, kernel_id: str, name: str, source: str) -> records.Kernel:
+        vmlinux = self._staged / records.VMLINUX
+        self._unpack(vmlinux)
+        with files.mapped(vmlinux) as image:
+            kernel = inspect.look(image)
+            if kernel.machine != self._arch:
+                raise errors.BadRequestError(f"it is for {kernel.machine}, and this host is {self._arch}")
+            sha256 = pinned.sha256_of_path(vmlinux)
+            before = self._earlier_record(sha256)
+            if before is not None:
+                self._copy_initrd()
+                return msgspec.structs.replace(before, id=kernel_id, name=name, created_at=artefacts.now())
+            verdict, load = self._judge(image, kernel)
+        guest_sha256 = self._make_initrd(load)
+        ready = self._staged / records.INITRD
+        return records.Kernel(
+            id=kernel_id,
+            name=name,
+            version=kernel.version,
+            arch=kernel.machine,
+            kind="initrd" if ready.exists() else "direct",
+            vmlinux_sha256=sha256,
+            vmlinux_bytes=vmlinux.stat().st_size,
+            initrd_sha256=pinned.sha256_of_path(ready) if ready.exists() else "",
+            initrd_bytes=ready.stat().st_size if ready.exists() else 0,
+            guest_sha256=guest_sha256,
+            modules=tuple(module.name for module in load),
+            loaded_end=kernel.end,
+            checked_by=verdict.basis,
+            lacks=verdict.lacks,
+            unknown=verdict.unknown,
+            source=source,
+            created_at=artefacts.now(),
         )
 
+    def _unpack(self, target: Path) -> None:
+        self._say("unpacking the kernel")
+        packed = self._staged / "work" / "image"
+        files.copy(self._parts.image, packed)
+        with files.mapped(packed) as data:
+            files.write(inspect.boot_image(data, files.MAX_IMAGE_BYTES), target)
+        packed.unlink()
+        if files.head(target, len(elf.MAGIC)) == elf.MAGIC:
+            elf.strip(target)
 
-def _earlier_record(parts: Parts, kernel: inspect.Kernel) -> records.Kernel | None:
-    """What banger said of a directory it published elsewhere, as long as the files are still those."""
-    try:
-        said = (parts.image.parent / records.RECORD).read_bytes()
-        record = msgspec.json.decode(said, type=records.Kernel)
-    except (OSError, msgspec.DecodeError):
-        return None
-    found = pinned.sha256_of_path(parts.initrd) if parts.initrd is not None else ""
-    same = hashlib.sha256(kernel.vmlinux).hexdigest() == record.vmlinux_sha256
-    return record if same and found == record.initrd_sha256 else None
+    def _judge(
+        self, image: files.Data, kernel: inspect.Kernel
+    ) -> tuple[needs.Verdict, list[modules.Module]]:
+        self._say(f"checking Linux {kernel.version}")
+        found = self._parts
+        tree = modules.Tree(found.modules) if found.modules is not None else None
+        config = embedded = build_config.embedded(image)
+        if config is None and found.config is not None:
+            config = build_config.read(found.config)
+        evidence = needs.Evidence(image, kernel.machine, config, embedded is not None, tree)
+        ready = found.initrd is not None and tree is None
+        verdict = needs.judge(evidence, ready_initrd=ready)
+        return verdict, tree.closure(verdict.load, kernel.version) if tree is not None else []
+
+    def _make_initrd(self, load: list[modules.Module]) -> str:
+        """With modules, ours, whatever initrd came beside them. Returns the sha256 of the guest in it."""
+        if not load:
+            if self._parts.modules is None:
+                self._copy_initrd()
+            return ""
+        self._say(f"making the initrd with {len(load)} modules")
+        (self._staged / records.INITRD).write_bytes(initrd.build(self._guest, load))
+        return pinned.sha256_of_path(self._guest)
+
+    def _copy_initrd(self) -> None:
+        if self._parts.initrd is not None:
+            files.copy(self._parts.initrd, self._staged / records.INITRD)
+
+    def _earlier_record(self, sha256: str) -> records.Kernel | None:
+        """What banger said of a directory it published elsewhere, as long as the files are still those."""
+        found = self._parts
+        if found.record is None:
+            return None
+        try:
+            record = msgspec.json.decode(files.read(found.record, 1 << 20), type=records.Kernel)
+        except (errors.BangerError, msgspec.DecodeError):
+            return None
+        initrd_sha256 = pinned.sha256_of_path(found.initrd) if found.initrd is not None else ""
+        same = (sha256, initrd_sha256) == (record.vmlinux_sha256, record.initrd_sha256)
+        return record if same and record.checked_by and record.arch == self._arch else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from banger import run
+from banger.contract import errors
 from banger.kernels import cpio, modules
 
 MODULE_LIST: Final = "banger-modules"
@@ -26,9 +27,15 @@ def build(guest_binary: Path, load: Sequence[modules.Module]) -> bytes:
     entries.append(cpio.Entry.character_device("dev/console", 5, 1))
     entries.append(cpio.Entry.character_device("dev/null", 1, 3, 0o666))
     paths = [f"{_MODULE_DIR}/{module.name}.ko" for module in load]
+    left = modules.MAX_LOADED_BYTES
     for path, module in zip(paths, load, strict=True):
         run.check_cancelled()
         entries.append(cpio.Entry.file(path, module.read()))
+        left -= len(entries[-1].data)
+        if left < 0:
+            raise errors.BadRequestError(
+                f"the modules that are needed take more than {modules.MAX_LOADED_BYTES >> 20} MiB"
+            )
     listing = "".join(f"/{path}\n" for path in paths)
     entries.append(cpio.Entry.file(MODULE_LIST, listing.encode()))
     entries.append(cpio.Entry.file("init", guest_binary.read_bytes(), 0o755))

@@ -1,131 +1,191 @@
 # SPDX-License-Identifier: MIT
 """Which module files a guest kernel needs to reach its root disk, in the order they must be loaded.
 
-Reads a `lib/modules/<version>` directory: as depmod left it, or straight out of a package, when the modules'
-own words about what they depend on are read instead. Used by the initrd builder.
+Reads a `lib/modules/<version>` directory, which may be hostile: as depmod left it, or straight out of a
+package, when the modules' own words about what they depend on are read instead. Used by the importer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from banger import run
 from banger.contract import errors
-from banger.kernels import payload
+from banger.kernels import files, payload
 
-# The order matters where modules.dep knows no dependency: the bus before the drivers on it.
-NEEDED: Final[tuple[str, ...]] = (
-    "virtio_ring",
-    "virtio",
-    "virtio_mmio",
-    "virtio_blk",
-    "virtio_net",
-    "ext4",
-    "vmw_vsock_virtio_transport",
-)
-OPTIONAL: Final[tuple[str, ...]] = ("overlay",)
-_DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
+MAX_LIST_BYTES: Final = 8 << 20
+MAX_MODULE_BYTES: Final = 64 << 20
+MAX_FILES: Final = 50_000
+MAX_LOADED: Final = 256
+MAX_LOADED_BYTES: Final = 256 << 20
+_MAX_DEPTH: Final = 64
 _SUFFIX = re.compile(r"\.ko(\.(xz|zst|gz))?$")
+_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+_INFO = re.compile(rb"(?<![ -~])(depends|softdep|alias|vermagic)=([ -~]*)\0")
+_PRE = re.compile(r"pre:(.*?)(?:post:|$)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Module:
+    """`path` is what a list says, and is followed only to where it stays in the directory."""
+
     name: str
-    path: Path
+    directory: Path
+    path: str
 
     def read(self) -> bytes:
         """The module itself, unpacked: the guest's loader takes plain ELF."""
-        data = self.path.read_bytes()
-        return data if data.startswith(b"\x7fELF") else payload.decompress(data)
+        data = files.read(files.inside(self.directory, self.path), MAX_MODULE_BYTES)
+        if data.startswith(b"\x7fELF"):
+            return data
+        try:
+            data = payload.decompress(data, limit_bytes=MAX_MODULE_BYTES)
+        except errors.BadRequestError as error:
+            raise errors.BadRequestError(f"module {self.name}: {error.message}") from error
+        if not data.startswith(b"\x7fELF"):
+            raise errors.BadRequestError(f"module {self.name} is not an ELF file")
+        return data
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Info:
+    """What a module says of itself."""
+
+    depends: tuple[str, ...]
+    before: tuple[str, ...]
+    """Soft dependencies: names or aliases of what should be loaded first, if there is such a thing."""
+    aliases: tuple[str, ...]
+    version: str
+    """The kernel's that it was built for; empty when it does not say."""
+
+    @classmethod
+    def of(cls, data: bytes) -> Info:
+        said: dict[bytes, list[str]] = {}
+        for match in _INFO.finditer(data):
+            said.setdefault(match[1], []).append(match[2].decode())
+        depends = ",".join(said.get(b"depends", ())).split(",")
+        before = [
+            name for line in said.get(b"softdep", ()) for part in _PRE.findall(line) for name in part.split()
+        ]
+        version = " ".join(said.get(b"vermagic", ())).split()
+        return cls(
+            tuple(module_name(each) for each in depends if each),
+            tuple(module_name(each) for each in before),
+            tuple(said.get(b"alias", ())),
+            version[0] if version else "",
+        )
 
 
 def module_name(path: str) -> str:
     return _SUFFIX.sub("", path.rsplit("/", 1)[-1]).replace("-", "_")
 
 
-def closure(
-    directory: Path, needed: Sequence[str] = NEEDED, optional: Sequence[str] = OPTIONAL
-) -> list[Module]:
-    """The modules and all they depend on, each after its dependencies. Built-in ones need no file."""
-    index = _read_dep_file(directory) or _index_files(directory)
-    builtin = {module_name(line) for line in _lines(directory / "modules.builtin")}
-    ordered: dict[str, Module] = {}
-    for name in needed:
-        if name in index:
-            _visit(name, index, builtin, ordered, ())
-        elif name not in builtin:
+class Tree:
+    """The modules of one kernel."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._infos: dict[str, Info] = {}
+
+    def has_file(self, name: str) -> bool:
+        return name in self._index
+
+    @functools.cached_property
+    def builtin(self) -> frozenset[str]:
+        return frozenset(module_name(line) for line in self._lines("modules.builtin"))
+
+    def closure(self, wanted: Sequence[str], version: str) -> list[Module]:
+        """The modules and all they depend on, each after its dependencies. Built-in ones need no file."""
+        ordered: dict[str, Module] = {}
+        for name in wanted:
+            self._visit(name, version, ordered, ())
+        return list(ordered.values())
+
+    def _visit(self, name: str, version: str, ordered: dict[str, Module], above: tuple[str, ...]) -> None:
+        if name in ordered or (name in self.builtin and name not in self._index):
+            return
+        if name in above or len(above) > _MAX_DEPTH:
+            raise errors.BadRequestError(f"module {name!r} depends on itself")
+        if name not in self._index:
+            needed_by = f", which {above[-1]!r} depends on" if above else ""
             raise errors.BadRequestError(
-                f"the kernel has no module {name!r}, neither built in nor as a file in {directory.name}",
+                f"there is no module {name!r}{needed_by}: it is neither built in nor a file of this kernel",
                 hint="import a kernel that is built for virtual machines",
             )
-    for name in optional:
-        if name in index:
-            _visit(name, index, builtin, ordered, ())
-    return list(ordered.values())
+        info = self._info(name)
+        if info.version not in ("", version):
+            raise errors.BadRequestError(
+                f"module {name!r} is for kernel {info.version}, not {version}",
+                hint="import the modules that were built with the kernel",
+            )
+        for soft in self._soft(info, (*above, name)):
+            self._visit(soft, version, ordered, (*above, name))
+        for each in self._listed_below.get(name, info.depends):
+            self._visit(each, version, ordered, (*above, name))
+        if len(ordered) >= MAX_LOADED:
+            raise errors.BadRequestError(
+                f"the kernel needs more than {MAX_LOADED} modules to reach its disk"
+            )
+        ordered[name] = self._index[name]
 
+    def _soft(self, info: Info, above: tuple[str, ...]) -> Iterator[str]:
+        """They may go round in a circle or name what does not exist."""
+        for name in info.before:
+            found = [name] if name in self._index else self._by_alias(name)
+            yield from (each for each in found if each not in above)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
-    """A module file; `below` is None when only the module itself can tell what it depends on."""
+    def _by_alias(self, alias: str) -> list[str]:
+        """Aliases that soft dependencies use are those of algorithms, such as ext4's `crc32c`."""
+        if alias in self.builtin:
+            return []
+        return [name for name in self._algorithms if self._has_alias(name, alias)]
 
-    module: Module
-    below: tuple[str, ...] | None
+    def _has_alias(self, name: str, alias: str) -> bool:
+        return any(module_name(each) == alias for each in self._info(name).aliases)
 
-    def dependencies(self) -> tuple[str, ...]:
-        return self.below if self.below is not None else _own_word(self.module.read())
+    @functools.cached_property
+    def _algorithms(self) -> list[str]:
+        return [name for name, module in self._index.items() if "crypto" in module.path.split("/")[:-1]]
 
+    def _info(self, name: str) -> Info:
+        if name not in self._infos:
+            self._infos[name] = Info.of(self._index[name].read())
+        return self._infos[name]
 
-def _visit(
-    name: str,
-    index: Mapping[str, _Entry],
-    builtin: Set[str],
-    ordered: dict[str, Module],
-    above: tuple[str, ...],
-) -> None:
-    if name in ordered or (name in builtin and name not in index):
-        return
-    if name in above or name not in index:
-        raise errors.BadRequestError(f"module {name!r} is missing or depends on itself")
-    for each in index[name].dependencies():
-        _visit(each, index, builtin, ordered, (*above, name))
-    ordered[name] = index[name].module
+    @functools.cached_property
+    def _index(self) -> dict[str, Module]:
+        listed = [line.partition(":")[0] for line in self._lines("modules.dep")]
+        modules = (self._module(path) for path in listed or self._found())
+        return {module.name: module for module in modules if _NAME.fullmatch(module.name)}
 
+    @functools.cached_property
+    def _listed_below(self) -> dict[str, tuple[str, ...]]:
+        """From modules.dep, which names for each file those it needs, the deepest last."""
+        rows = (line.partition(":") for line in self._lines("modules.dep"))
+        return {
+            module_name(path): tuple(module_name(each) for each in reversed(below.split()))
+            for path, _, below in rows
+        }
 
-def _read_dep_file(directory: Path) -> dict[str, _Entry]:
-    """From modules.dep, which names for each file those it needs, the deepest last."""
-    index: dict[str, _Entry] = {}
-    for line in _lines(directory / "modules.dep"):
-        path, _, below = line.partition(":")
-        name = module_name(path)
-        names = tuple(module_name(each) for each in reversed(below.split()))
-        index[name] = _Entry(Module(name, _inside(directory, path)), names)
-    return index
+    def _module(self, relative: str) -> Module:
+        return Module(module_name(relative), self._directory, relative)
 
+    def _found(self) -> Iterator[str]:
+        top = files.inside(self._directory, "kernel")
+        for count, path in enumerate(top.rglob("*.ko*")):
+            run.check_cancelled()
+            if count > MAX_FILES:
+                raise errors.BadRequestError(f"{self._directory} holds more than {MAX_FILES} modules")
+            if _SUFFIX.search(path.name) and not path.is_symlink():
+                yield f"kernel/{path.relative_to(top)}"
 
-def _index_files(directory: Path) -> dict[str, _Entry]:
-    index: dict[str, _Entry] = {}
-    for path in sorted((directory / "kernel").rglob("*.ko*")):
-        if _SUFFIX.search(path.name) and not path.is_symlink():
-            index[module_name(path.name)] = _Entry(Module(module_name(path.name), path), None)
-    return index
-
-
-def _own_word(module: bytes) -> tuple[str, ...]:
-    """The `depends=` line of a module's .modinfo section."""
-    match = _DEPENDS.search(module)
-    listed = match[1].decode(errors="replace") if match else ""
-    return tuple(module_name(each) for each in listed.split(",") if each)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    return iter(path.read_text().splitlines()) if path.exists() else iter(())
-
-
-def _inside(directory: Path, relative: str) -> Path:
-    path = (directory / relative).resolve()
-    if not path.is_relative_to(directory.resolve()):
-        raise errors.BadRequestError(f"modules.dep names a file outside its directory: {relative}")
-    return path
+    def _lines(self, name: str) -> Iterator[str]:
+        path = files.inside(self._directory, name)
+        if not path.exists():
+            return iter(())
+        return iter(files.read(path, MAX_LIST_BYTES).decode(errors="replace").splitlines())

@@ -31,6 +31,12 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     initrd_bytes: int = 0
     guest_sha256: str = ""
     modules: tuple[str, ...] = ()
+    loaded_end: int = 0
+    """The guest address after what is loaded: a VM needs more memory than that."""
+    checked_by: str = ""
+    """What was asked whether the kernel can boot; empty for one that was never checked."""
+    lacks: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
     source: str
     created_at: str
 

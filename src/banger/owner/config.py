@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import ipaddress
-import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from banger import toml_file
 from banger.contract import errors, names, resources
 from banger.images import reference
 from banger.vm import host as hosts
@@ -26,8 +25,6 @@ T = TypeVar("T")
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 Reference = Annotated[str, msgspec.Meta(min_length=1)]
 AbsolutePath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$(?!\n)")]
-
-_WHERE: Final = re.compile(r"(.*) - at `\$\.(.+)`", re.DOTALL)
 
 
 class FileSync(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -119,6 +116,8 @@ class Paths:
     helper_dir: Path
     install: Path
     image_catalog: Path | None = None
+    kernel_catalogs: Path = CONFIG_PATH.parent / "kernels.d"
+    """The host's own kernels that can be pulled, as TOML files beside the configuration."""
 
     @property
     def socket(self) -> Path:
@@ -152,23 +151,9 @@ def prefix(installation: Installation) -> ipaddress.IPv4Network:
 
 def _decode(path: Path, kind: type[T]) -> T | None:
     try:
-        return msgspec.convert(tomllib.loads(path.read_text()), type=kind)
+        return toml_file.read(path, kind, hint="correct the file, then restart bangerd")
     except FileNotFoundError:
         return None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _refused(path, f"it is not TOML: {error}") from error
-    except msgspec.ValidationError as error:
-        raise _refused(path, _by_key(str(error))) from error
-
-
-def _refused(path: Path, why: str) -> errors.BadRequestError:
-    return errors.BadRequestError(f"{path}: {why}", hint="correct the file, then restart bangerd")
-
-
-def _by_key(text: str) -> str:
-    """The key first, as our own checks have it; msgspec puts it last."""
-    found = _WHERE.fullmatch(text)
-    return f"{found[2]}: {found[1][0].lower()}{found[1][1:]}" if found else text[0].lower() + text[1:]
 
 
 def _check_resolver(text: str) -> None:

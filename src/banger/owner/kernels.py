@@ -3,25 +3,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Final
 
 from banger import guest_binary, run
 from banger.contract import errors, names, requests, resources
 from banger.kernels import catalog, importer, records
 from banger.owner import locks, operations, store
 
+# What an entry's file turns out to be is known when it is here.
+_KINDS: Final = {catalog.Library: "direct", catalog.Package: "initrd"}
+
 
 class KernelService:
     """Publication is one rename; deleting refuses while a VM boots with the kernel."""
 
     def __init__(
-        self, root: Path, cache: Path, store: store.Store, operations: operations.Operations
+        self,
+        root: Path,
+        cache: Path,
+        catalogs: Path,
+        store: store.Store,
+        operations: operations.Operations,
     ) -> None:
         self._kernels = records.Kernels(root)
         self._cache = cache
+        self._catalogs = catalogs
         self._store = store
         self._operations = operations
         self._making: locks.Shared[records.Kernel] = locks.Shared()
@@ -36,8 +47,7 @@ class KernelService:
         if not available:
             return here
         known = {kernel.name for kernel in here}
-        arch = platform.machine()
-        return here + [_offered(entry) for entry in catalog.entries(arch) if entry.name not in known]
+        return here + [_offered(entry) for entry in self._offers() if entry.name not in known]
 
     def get(self, ref: str) -> resources.Kernel:
         return self._view(self._kernels.find(ref))
@@ -47,9 +57,14 @@ class KernelService:
         try:
             return self._kernels.find(ref)
         except errors.NotFoundError as error:
-            if ref in {entry.name for entry in catalog.entries(platform.machine())}:
-                error.hint = f"pull it: `banger kernel pull {ref}`"
+            with contextlib.suppress(errors.BangerError):
+                if ref in {entry.name for entry in self._offers()}:
+                    error.hint = f"pull it: `banger kernel pull {ref}`"
             raise
+
+    def _offers(self) -> tuple[catalog.Entry, ...]:
+        """Read each time: a host's own file is there as soon as it is written."""
+        return catalog.entries(platform.machine(), self._catalogs)
 
     def name(self, kernel_id: str) -> str:
         """For showing; the id itself when the kernel is gone."""
@@ -61,7 +76,7 @@ class KernelService:
     def pull(self, body: requests.PullKernel) -> resources.Operation:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
         arch = platform.machine()
-        entry = catalog.find(body.name, arch)
+        entry = catalog.find(body.name, arch, self._catalogs)
 
         async def make(progress: operations.Progress) -> records.Kernel:
             return await run.in_thread(
@@ -79,13 +94,17 @@ class KernelService:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
         name = names.parse_artefact_name(body.name, "a kernel")
 
-        async def make(_: operations.Progress) -> records.Kernel:
+        if not body.path.startswith("/") or "\0" in body.path:
+            raise errors.BadRequestError(f"{body.path!r} is not an absolute path")
+
+        async def make(progress: operations.Progress) -> records.Kernel:
             return await run.in_thread(
                 importer.import_path,
                 self._kernels,
                 Path(body.path),
                 name=name,
                 guest_binary=guest_binary.path(platform.machine()),
+                on_line=progress.line(),
             )
 
         return self._make("kernel.import", name, body.path, f"importing {body.path}", make)
@@ -130,6 +149,10 @@ class KernelService:
             source=kernel.source,
             created_at=datetime.datetime.fromisoformat(kernel.created_at),
             used_by=self._store.names_using_kernel(kernel.id),
+            modules=kernel.modules,
+            checked_by=kernel.checked_by,
+            lacks=kernel.lacks,
+            unknown=kernel.unknown,
         )
 
 
@@ -137,7 +160,7 @@ def _offered(entry: catalog.Entry) -> resources.Kernel:
     return resources.Kernel(
         id="",
         name=entry.name,
-        kind="direct" if entry.embedded else "initrd",
+        kind=_KINDS.get(type(entry.source), ""),
         version="",
         arch=entry.arch,
         size_bytes=0,

@@ -144,6 +144,7 @@ def _paths(options: argparse.Namespace, installation: config.Installation) -> co
         helper_dir=Path(installation.helper_dir),
         install=options.install,
         image_catalog=options.config.with_name(config.CATALOG_NAME),
+        kernel_catalogs=options.config.parent / "kernels.d",
     )
 
 
@@ -200,7 +201,9 @@ async def compose(
     rows = store.Store(paths.database)
     running = operations.Operations()
     image_service = images.ImageService(paths.state / "images", paths.cache, rows, running)
-    kernel_service = kernels.KernelService(paths.state / "kernels", paths.cache, rows, running)
+    kernel_service = kernels.KernelService(
+        paths.state / "kernels", paths.cache, paths.kernel_catalogs, rows, running
+    )
     pull_service = pulls.PullService(
         image_service,
         paths.cache,
