@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from websockets.asyncio import client as websockets
 
-from banger.contract import errors, resources
+from banger.contract import errors, reach
 from tests.contract import api_served, conftest
 
 Served = api_served.Served
@@ -32,10 +32,10 @@ def _request(port: int = 22, **fields: object) -> str:
     return msgspec.json.encode({"port": port, **fields}).decode()
 
 
-async def _end(link: websockets.ClientConnection) -> resources.ConnectEnd:
+async def _end(link: websockets.ClientConnection) -> reach.ConnectEnd:
     async for message in link:
         if isinstance(message, str):
-            return msgspec.json.decode(message, type=resources.ConnectEnd)
+            return msgspec.json.decode(message, type=reach.ConnectEnd)
     raise AssertionError("the daemon said no last word")
 
 
@@ -54,7 +54,7 @@ async def test_32_mib_travel_each_way_intact(served: Served) -> None:
         sending = asyncio.create_task(send())
         async for message in link:
             if isinstance(message, str):
-                assert msgspec.json.decode(message, type=resources.ConnectEnd).error is None
+                assert msgspec.json.decode(message, type=reach.ConnectEnd).error is None
                 break
             received.update(message)
         await sending
@@ -127,17 +127,17 @@ async def test_a_client_that_leaves_ends_the_wait(served: Served) -> None:
 
 
 async def test_the_key_pair_is_the_owners_alone_and_stays(served: Served) -> None:
-    access = await served.get("/v1/ssh", resources.SshAccess)
+    access = await served.get("/v1/ssh", reach.SshAccess)
     identity = Path(access.identity_file)
     assert identity.parent == served.daemon.paths.state / "ssh"
     modes = [os.stat(path).st_mode & 0o777 for path in (identity, identity.parent)]
     assert modes == [0o600, 0o700]
     assert access.public_key.startswith("ssh-ed25519 ")
-    assert await served.get("/v1/ssh", resources.SshAccess) == access
+    assert await served.get("/v1/ssh", reach.SshAccess) == access
 
 
 async def test_a_host_key_is_forgotten_with_its_vm_and_with_its_name(served: Served) -> None:
-    access = await served.get("/v1/ssh", resources.SshAccess)
+    access = await served.get("/v1/ssh", reach.SshAccess)
     pinned = Path(access.host_keys_dir) / "web.vm"
     other = Path(access.host_keys_dir) / "webb.vm"
     for path in (pinned, other):

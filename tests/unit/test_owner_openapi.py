@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from litestar import handlers
 
-from banger.contract import errors, ports, resources
-from banger.owner import app
+from banger.contract import errors, reach, requests, resources
+from banger.owner import app, openapi
 
 DOCUMENT: dict[str, Any] = json.loads(app.document())
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
@@ -76,7 +76,8 @@ def test_every_route_is_in_it() -> None:
 def test_every_type_of_the_api_is_in_it() -> None:
     kinds = {
         name
-        for name, kind in vars(resources).items()
+        for module in (resources, requests, reach)
+        for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
     }
     assert kinds - {"Resource", "Body"} <= set(SCHEMAS)
@@ -135,6 +136,5 @@ def test_the_schema_is_one(name: str) -> None:
     assert set(types) <= _TYPES
     if "enum" not in schema:
         closed = schema.get("additionalProperties", True) is False
-        assert closed == issubclass(
-            getattr(ports, name, getattr(resources, name, errors.ErrorBody)), resources.Body
-        )
+        kind = next(getattr(module, name) for module in openapi.MODULES if hasattr(module, name))
+        assert closed == issubclass(kind, resources.Body)

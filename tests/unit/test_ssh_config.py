@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.cli import ssh_config
-from banger.contract import errors, resources
+from banger.contract import errors, reach
 
-ACCESS = resources.SshAccess(
+ACCESS = reach.SshAccess(
     identity_file="/var/lib/banger/ssh/id_ed25519",
     host_keys_dir="/var/lib/banger/ssh/hosts",
     public_key="ssh-ed25519 AAAA banger",

@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from banger.cli import client, command, exits, output, params, ssh_config, tunnel
-from banger.contract import errors, resources
+from banger.contract import errors, reach, resources
 
 
 def _program() -> tuple[str, ...]:
@@ -26,8 +26,8 @@ def _proxy(settings: command.Settings) -> str:
     return ssh_config.proxy_command(_program(), settings.socket or os.environ.get("BANGER_SOCKET", ""))
 
 
-def _access(settings: command.Settings) -> resources.SshAccess:
-    return settings.client().get("/v1/ssh", resources.SshAccess)
+def _access(settings: command.Settings) -> reach.SshAccess:
+    return settings.client().get("/v1/ssh", reach.SshAccess)
 
 
 def _require_running(settings: command.Settings, name: str) -> None:
@@ -90,7 +90,7 @@ def proxy(settings: command.Settings, name: str, port: int, wait: float) -> None
     NAME may be `NAME.vm` too, as ssh has it. Made for ssh's ProxyCommand.
     """
     vm = params.VM.convert(name.removesuffix(".vm"), None, None)
-    tunnel.run(settings.client(), vm, resources.ConnectRequest(port=port, wait_s=wait))
+    tunnel.run(settings.client(), vm, reach.ConnectRequest(port=port, wait_s=wait))
 
 
 @command.make(

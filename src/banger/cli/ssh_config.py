@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from banger.contract import errors, resources
+from banger.contract import errors, reach
 
 FILE: Final = "banger.conf"
 _MODE: Final = 0o600
@@ -30,7 +30,7 @@ _BLOCK: Final = re.compile(
 )
 
 
-def options(access: resources.SshAccess, proxy: str) -> tuple[tuple[str, str], ...]:
+def options(access: reach.SshAccess, proxy: str) -> tuple[tuple[str, str], ...]:
     """For every guest. A guest without network is reached too: the connection goes through the daemon."""
     return (
         ("User", "root"),
@@ -56,7 +56,7 @@ def proxy_command(program: Sequence[str], socket: str) -> str:
     return f"exec {' '.join(map(_shell, program))}{chosen} vm proxy --wait 30 -- %n"
 
 
-def text(access: resources.SshAccess, proxy: str) -> str:
+def text(access: reach.SshAccess, proxy: str) -> str:
     """A configuration file for all guests: `NAME.vm`. Names below one are the guest's own business."""
     lines = ["# Made by `banger ssh-config`, and made anew by it.", "Host *.vm !*.*.vm"]
     lines += [f"    {key} {value}" for key, value in options(access, proxy)]

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from banger.cli import client, websocket
-from banger.contract import errors, resources
+from banger.contract import errors, reach
 
 _HELD_BYTES: Final = 256 * 1024
 _READ_BYTES: Final = 64 * 1024
@@ -24,7 +24,7 @@ _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 _WRITABLE: Final = select.POLLOUT | select.POLLHUP | select.POLLERR
 
 
-def run(api: client.Client, ref: str, request: resources.ConnectRequest) -> None:
+def run(api: client.Client, ref: str, request: reach.ConnectRequest) -> None:
     """Until the guest has ended its side and all of it is written. Raises the daemon's error."""
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/connect")
     with contextlib.closing(channel):
@@ -89,7 +89,7 @@ class _Passage:
 
     def _end(self, data: bytes) -> None:
         try:
-            end = msgspec.json.decode(data, type=resources.ConnectEnd)
+            end = msgspec.json.decode(data, type=reach.ConnectEnd)
         except msgspec.DecodeError as error:
             raise errors.ProtocolError(f"bangerd's last word makes no sense: {error}") from error
         if end.error is not None:

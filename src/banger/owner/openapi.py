@@ -19,12 +19,12 @@ from litestar import handlers, openapi
 from litestar.types import Method
 
 import banger
-from banger.contract import egress, errors, ports, requests, resources
+from banger.contract import egress, errors, ports, reach, requests, resources
 
 Document = dict[str, Any]  # JSON
 Routes = Sequence[handlers.BaseRouteHandler]
 
-_MODULES: Final = (resources, requests, egress, ports, errors)
+MODULES: Final = (resources, requests, reach, egress, ports, errors)
 """Where what the API speaks of is defined."""
 _SCHEMA: Final = "#/components/schemas/"
 _FAILURE: Final = "#/components/responses/Failure"
@@ -114,14 +114,14 @@ def _failure(statuses: Mapping[str, int]) -> Document:
 
 def _kind(name: str) -> Any:
     """The type of the contract that a schema is named after."""
-    return next(getattr(module, name) for module in _MODULES if hasattr(module, name))
+    return next(getattr(module, name) for module in MODULES if hasattr(module, name))
 
 
 def _schemas(used: Document, exchanges: Exchanges) -> Document:
     kinds = {_kind(name) for name in used}
     told = {kind for exchange in exchanges.values() for kind in exchange.values()}
     _, components = msgspec.json.schema_components({*kinds, *told}, ref_template=_SCHEMA + "{name}")
-    notes = {key: note for module in _MODULES for key, note in _field_notes(module).items()}
+    notes = {key: note for module in MODULES for key, note in _field_notes(module).items()}
     for name, schema in components.items():
         kind = _kind(name)
         schema["description"] = inspect.cleandoc(kind.__doc__ or "")

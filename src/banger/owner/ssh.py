@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from banger import run
-from banger.contract import errors, names, resources
+from banger.contract import errors, names, reach
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ class SshKeys:
             _log.warning("the new guest will accept no ssh key", extra={"error": error.message})
             return ""
 
-    def access(self) -> resources.SshAccess:
+    def access(self) -> reach.SshAccess:
         """Makes the key pair when there is none. Raises MissingToolError without ssh-keygen."""
         for directory in (self._directory, self._host_keys):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._making:
             if not self._identity.exists() or not self._public.exists():
                 self._make_pair()
-        return resources.SshAccess(
+        return reach.SshAccess(
             identity_file=str(self._identity),
             host_keys_dir=str(self._host_keys),
             public_key=self._public.read_text().strip(),

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Final
 
-from banger.contract import errors, guest, resources
+from banger.contract import errors, guest, reach
 from banger.owner import guest as guests
 
 _PAUSE_S: Final = 0.1
@@ -19,7 +19,7 @@ _SSH: Final = 22
 
 @contextlib.asynccontextmanager
 async def opened(
-    client: guests.GuestClient, name: str, request: resources.ConnectRequest
+    client: guests.GuestClient, name: str, request: reach.ConnectRequest
 ) -> AsyncIterator[guests.Tunnel]:
     """Raises RefusedError, which says where to look, when nobody listens in time."""
     spec = guest.ConnectSpec(port=request.port, address=request.address, protocol=request.protocol)

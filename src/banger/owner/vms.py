@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import msgspec
 
 from banger import steps
-from banger.contract import errors, guest, names, ports, privileged, resources
+from banger.contract import errors, guest, names, ports, privileged, reach, resources
 from banger.images import bundle
 from banger.owner import guest as guests
 from banger.owner import images, listeners, live, locks, operations, publish, ssh, store, tunnels, views
@@ -252,7 +252,7 @@ class VmService:
             yield running
 
     def connect(
-        self, ref: str, request: resources.ConnectRequest
+        self, ref: str, request: reach.ConnectRequest
     ) -> contextlib.AbstractAsyncContextManager[guests.Tunnel]:
         """A port of a running VM. Raises RefusedError when nobody listens there in time."""
         vm = self._running(ref)

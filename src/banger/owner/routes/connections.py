@@ -11,7 +11,7 @@ import litestar
 import msgspec
 from litestar import exceptions, params
 
-from banger.contract import errors, resources
+from banger.contract import errors, reach
 from banger.owner import guest as guests
 from banger.owner import operations, routes
 from banger.owner.routes import sockets
@@ -25,11 +25,11 @@ async def connect_to_vm(
 ) -> None:
     """Connects to a port of a running VM, whether or not it has a network."""
     await socket.accept()
-    end: resources.ConnectEnd | None = None
+    end: reach.ConnectEnd | None = None
     try:
-        request = msgspec.json.decode(await socket.receive_text(), type=resources.ConnectRequest)
+        request = msgspec.json.decode(await socket.receive_text(), type=reach.ConnectRequest)
         await _run(socket, ref, request, services)
-        end = resources.ConnectEnd()
+        end = reach.ConnectEnd()
     except exceptions.WebSocketException:
         _log.debug("client left", extra={"ref": ref})
     except msgspec.DecodeError as error:
@@ -41,12 +41,12 @@ async def connect_to_vm(
         await sockets.say_goodbye(socket, end)
 
 
-def _error(error: errors.BangerError) -> resources.ConnectEnd:
-    return resources.ConnectEnd(error=errors.to_body(error, op_id=operations.current_op_id.get()))
+def _error(error: errors.BangerError) -> reach.ConnectEnd:
+    return reach.ConnectEnd(error=errors.to_body(error, op_id=operations.current_op_id.get()))
 
 
 async def _run(
-    socket: sockets.Socket, ref: str, request: resources.ConnectRequest, services: routes.Services
+    socket: sockets.Socket, ref: str, request: reach.ConnectRequest, services: routes.Services
 ) -> None:
     """Until both directions have ended; raises when the client leaves before."""
     leaving = sockets.leaving(socket)
@@ -61,7 +61,7 @@ async def _run(
 
 
 async def _connect(
-    socket: sockets.Socket, ref: str, request: resources.ConnectRequest, services: routes.Services
+    socket: sockets.Socket, ref: str, request: reach.ConnectRequest, services: routes.Services
 ) -> None:
     async with services.vms.connect(ref, request) as tunnel:
         sending = asyncio.create_task(_to_client(socket, tunnel))
@@ -95,13 +95,13 @@ async def _to_guest(socket: sockets.Socket, tunnel: guests.Tunnel) -> None:
 
 
 @litestar.get("/v1/ssh")
-async def get_ssh(services: routes.Injected) -> resources.SshAccess:
+async def get_ssh(services: routes.Injected) -> reach.SshAccess:
     """The key that guests accept, and where their host keys are pinned."""
     return await asyncio.to_thread(services.ssh.access)
 
 
 HANDLERS: Final = (connect_to_vm, get_ssh)
 EXCHANGES: Final[dict[str, dict[str, type[msgspec.Struct]]]] = {
-    "connect_to_vm": {"first": resources.ConnectRequest, "last": resources.ConnectEnd}
+    "connect_to_vm": {"first": reach.ConnectRequest, "last": reach.ConnectEnd}
 }
 """As in `commands`."""
