@@ -36,6 +36,10 @@ UID_BASE: Final = 2_100_000_000
 NETWORK: Final = "10.213.240.0/20"
 """Outside the default ranges of Docker, libvirt, Kubernetes and AWS; holds MAX_SLOTS guests."""
 AGENT_PORT: Final = 1023
+DNS_ADDRESS: Final = "127.0.0.1"
+DNS_PORT: Final = 42069
+"""Where the daemon answers DNS: for the host at DNS_ADDRESS, for guests at the bridge's address."""
+DNS_TOP: Final = "vm"
 GUEST_DIR: Final = "/.banger"
 GUEST_BINARY: Final = "/.banger/guest"
 
@@ -110,6 +114,17 @@ def guest_address(network: ipaddress.IPv4Network, slot: int) -> ipaddress.IPv4Ad
     if not 1 <= slot <= MAX_SLOTS or address not in network or address == network.broadcast_address:
         raise errors.BadRequestError(f"slot {slot} has no address in {network}")
     return address
+
+
+def reverse_zones(network: ipaddress.IPv4Network) -> tuple[str, ...]:
+    """`in-addr.arpa` names that hold the network's addresses; a zone ends at an octet."""
+    parts = network.subnets(new_prefix=24) if network.prefixlen < 24 else [network.supernet(new_prefix=24)]
+    return tuple(part.network_address.reverse_pointer.partition(".")[2] for part in parts)
+
+
+def dns_domains(network: ipaddress.IPv4Network) -> tuple[str, ...]:
+    """The domains for which a resolver should ask the daemon."""
+    return (DNS_TOP, *reverse_zones(network))
 
 
 def bridge_address(network: ipaddress.IPv4Network) -> ipaddress.IPv4Address:

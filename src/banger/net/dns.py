@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""A DNS server on one address, UDP and TCP, in the daemon's event loop. What it answers is a handler's.
+
+UDP sockets are read by hand, many packets at a wake-up: twice as quick as asyncio's transports. TCP
+connections are few, short, and as slow as the client only for a bounded time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import ipaddress
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from banger.contract import errors
+from banger.net import wire
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[bytes, str, bool], bytes | Awaitable[bytes | None] | None]
+"""From a packet, its sender's address, and whether it came by TCP, to the reply.
+
+None says nothing. It never raises, and cuts what goes by UDP to what the asker takes.
+"""
+
+_BATCH: Final = 64
+_BUFFER_BYTES: Final = 1 << 20
+_MAX_TCP: Final = 64
+_IDLE_S: Final = 10.0
+_MAX_PENDING: Final = 512
+_IP_FREEBIND: Final = 15
+
+
+class Server:
+    """Listens from `start` to `close`."""
+
+    def __init__(self, address: ipaddress.IPv4Address, port: int, handler: Handler) -> None:
+        self._address = address
+        self._port = port
+        self._handler = handler
+        self._udp: socket.socket | None = None
+        self._tcp: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self._pending: set[asyncio.Task[None]] = set()
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self._address}:{self._port}"
+
+    async def start(self, *, not_there_yet: bool = False, device: str = "") -> None:
+        """Both sockets or none. Raises ConflictError when the port is taken.
+
+        `not_there_yet`: the address may be added later. `device`: packets from there only.
+        """
+        tcp = _bound(socket.SOCK_STREAM, self._address, self._port, not_there_yet, device)
+        try:
+            self._port = tcp.getsockname()[1]  # a test's 0 becomes the same for both
+            udp = _bound(socket.SOCK_DGRAM, self._address, self._port, not_there_yet, device)
+        except BaseException:
+            tcp.close()
+            raise
+        self._tcp = await asyncio.start_server(self._accept, sock=tcp, backlog=_MAX_TCP)
+        self._udp = udp
+        asyncio.get_running_loop().add_reader(udp, self._read, udp)
+
+    async def close(self) -> None:
+        if self._udp is not None:
+            asyncio.get_running_loop().remove_reader(self._udp)
+            self._udp.close()
+            self._udp = None
+        if self._tcp is not None:
+            self._tcp.close()
+        tasks = [*self._connections, *self._pending]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- UDP ---
+
+    def _read(self, udp: socket.socket) -> None:
+        """A batch, then others have their turn."""
+        for _ in range(_BATCH):
+            try:
+                data, peer = udp.recvfrom(wire.MAX_QUERY_BYTES + 1)
+            except BlockingIOError:
+                return
+            except OSError:  # what ICMP says of an earlier reply
+                continue
+            reply = self._handler(data, peer[0], False)
+            if inspect.isawaitable(reply):
+                self._later(udp, reply, peer)
+            elif reply is not None:
+                _send(udp, reply, peer)
+
+    def _later(self, udp: socket.socket, reply: Awaitable[bytes | None], peer: tuple[str, int]) -> None:
+        if len(self._pending) >= _MAX_PENDING and inspect.iscoroutine(reply):
+            reply.close()
+            return
+        task = asyncio.ensure_future(_answer_later(udp, reply, peer))
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+
+    # --- TCP ---
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= _MAX_TCP:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(_IDLE_S):
+                    if not await self._exchange(reader, writer):
+                        return
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            return
+        finally:
+            writer.transport.abort()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One message; false for what is none, which ends the connection."""
+        size = int.from_bytes(await reader.readexactly(2), "big")
+        if not wire.HEADER_BYTES <= size <= wire.MAX_QUERY_BYTES:
+            return False
+        reply = self._handler(await reader.readexactly(size), writer.get_extra_info("peername")[0], True)
+        if inspect.isawaitable(reply):
+            reply = await reply
+        if reply is None:
+            return False
+        writer.write(len(reply).to_bytes(2, "big") + reply)
+        await writer.drain()
+        return True
+
+
+def _send(udp: socket.socket, reply: bytes, peer: tuple[str, int]) -> None:
+    """What does not fit into the socket is lost, as on any network."""
+    with contextlib.suppress(OSError):
+        udp.sendto(reply, peer)
+
+
+async def _answer_later(udp: socket.socket, reply: Awaitable[bytes | None], peer: tuple[str, int]) -> None:
+    found = await reply
+    if found is not None:
+        _send(udp, found, peer)
+
+
+def _bound(
+    kind: socket.SocketKind, address: ipaddress.IPv4Address, port: int, not_there_yet: bool, device: str
+) -> socket.socket:
+    made = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if kind is socket.SOCK_STREAM:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        if not_there_yet:
+            made.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        if device:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+        made.bind((str(address), port))
+    except OSError as error:
+        made.close()
+        raise errors.ConflictError(
+            f"cannot answer DNS at {address}:{port}: {error.strerror}",
+            hint=f"`ss -lnptu sport = :{port}` shows who listens there; `dns_listen` in "
+            "/etc/banger/config.toml chooses another port, or none",
+        ) from error
+    return made

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""DNS for guests, at the bridge's address: their own names from us, other names from the host's resolvers.
+
+Only guests that run are answered, each within its own rate. A guest hears of itself and of those it shares a
+network with; names beyond go out only for guests with NAT, and as far as their egress policy says. The
+addresses of a name that the policy allows are opened before the guest learns them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from banger.contract import errors
+from banger.net import wire
+from banger.net import zone as zones
+
+_log = logging.getLogger(__name__)
+
+_RATE: Final = 200.0
+"""Questions a second for each guest; twice as many at once."""
+_PENDING: Final = 64
+"""Questions of one guest that wait for an answer from outside."""
+_MAX_ADDRESSES: Final = 64
+_MIN_OPEN_S: Final = 60
+_MAX_OPEN_S: Final = 86400
+
+Ask = Callable[..., Awaitable[tuple[bytes, wire.Reply]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """A name that the policy allows; `*.` in front means every name below it too."""
+
+    name: str
+    port: int = 0
+
+    def covers(self, labels: zones.Labels) -> bool:
+        wanted = tuple(part.encode() for part in self.name.removeprefix("*.").split("."))
+        if labels == wanted:
+            return True
+        return self.name.startswith("*.") and labels[-len(wanted) :] == wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A running guest, as its row says: `forward` is NAT, `everything` a policy that asks for no names."""
+
+    id: str
+    name: str
+    slot: int
+    address: ipaddress.IPv4Address
+    network: str = ""
+    """Guests of one network reach each other; empty: it has none."""
+    forward: bool = False
+    everything: bool = True
+    allowed: tuple[Allowed, ...] = ()
+
+
+Open = Callable[[Guest, Sequence[str], int, int], Awaitable[None]]
+"""Opens addresses for a guest, for seconds, at a port (0: any)."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One guest's share."""
+
+    respond: Callable[[bytes], bytes | None]
+    tokens: float = 2 * _RATE
+    at: float = field(default_factory=time.monotonic)
+    pending: int = 0
+
+    def take(self) -> bool:
+        now = time.monotonic()
+        self.tokens = min(2 * _RATE, self.tokens + (now - self.at) * _RATE)
+        self.at = now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+
+class Forwarder:
+    """`handle` is the handler of a `dns.Server`. `update` says who runs now."""
+
+    def __init__(self, network: ipaddress.IPv4Network, ask: Ask, opened: Open) -> None:
+        self._network = network
+        self._ask = ask
+        self._open = opened
+        self._guests: dict[str, Guest] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._serial = 0
+
+    def update(self, guests: Sequence[Guest], *, serial: int) -> None:
+        self._serial = serial
+        self._guests = {str(guest.address): guest for guest in guests}
+        before, self._seen = self._seen, {}
+        for address, guest in self._guests.items():
+            seen = before.get(address)
+            respond = wire.responder(self._zone_of(guest))
+            self._seen[address] = seen if seen is not None else _Seen(respond)
+            self._seen[address].respond = respond
+
+    def _zone_of(self, guest: Guest) -> zones.Zone:
+        told = [
+            (other.name, other.address)
+            for other in self._guests.values()
+            if other is guest or (guest.network and other.network == guest.network)
+        ]
+        return zones.of(told, self._network, serial=self._serial)
+
+    def handle(
+        self, data: bytes, peer: str, tcp: bool
+    ) -> bytes | Coroutine[None, None, bytes | None] | None:
+        guest, seen = self._guests.get(peer), self._seen.get(peer)
+        if guest is None or seen is None or not seen.take():
+            return None  # silence: who is no guest learns not even that we are here
+        try:
+            question = wire.parse(data)
+        except wire.RefusedError as refused:
+            return refused.reply
+        if zones.is_local(question.name, self._network):
+            return seen.respond(data)
+        if not self._may_ask(guest, question) or seen.pending >= _PENDING:
+            return wire.refuse(data)
+        return self._forward(guest, seen, data, question, tcp)
+
+    def _may_ask(self, guest: Guest, question: wire.Question) -> bool:
+        return guest.forward and (
+            guest.everything or any(each.covers(question.name) for each in guest.allowed)
+        )
+
+    async def _forward(
+        self, guest: Guest, seen: _Seen, data: bytes, question: wire.Question, tcp: bool
+    ) -> bytes | None:
+        seen.pending += 1
+        try:
+            reply, said = await self._ask(data, question, tcp=tcp)
+            await self._open_addresses(guest, question, said)
+        except errors.BangerError as error:
+            _log.debug("could not answer a guest", extra={"vm": guest.id, "error": error.message})
+            return wire.fail(data)
+        finally:
+            seen.pending -= 1
+        return reply if tcp else wire.fit(reply, question)
+
+    async def _open_addresses(self, guest: Guest, question: wire.Question, said: wire.Reply) -> None:
+        """A guest that connects at once must find the way open."""
+        addresses = [each for each in said.addresses if self._is_outside(each)][:_MAX_ADDRESSES]
+        ports = {each.port for each in guest.allowed if each.covers(question.name)}
+        if not addresses:
+            return
+        life = max(_MIN_OPEN_S, min(said.ttl_s, _MAX_OPEN_S))
+        await asyncio.gather(*(self._open(guest, addresses, life, port) for port in sorted(ports)))
+
+    def _is_outside(self, text: str) -> bool:
+        """Whoever answers for an allowed name could name the host, other guests or the cloud's metadata."""
+        address = ipaddress.IPv4Address(text)
+        return not (
+            address.is_loopback
+            or address.is_link_local
+            or address.is_multicast
+            or address.is_unspecified
+            or address.is_reserved
+            or address in self._network
+        )

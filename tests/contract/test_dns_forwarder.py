@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""DNS for guests: what each may learn, whom it may ask, what is opened for it, and how much of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import dnslib
+import pytest
+
+from banger.net import dns, forwarder, upstream
+from tests.contract import dns_served
+
+NETWORK = ipaddress.IPv4Network("10.213.240.0/20")
+NEVER_OPENED = ("169.254.169.254", "127.0.0.1", "10.213.240.1", "0.0.0.0", "224.0.0.1")  # noqa: S104
+RECORDS = {
+    "example.org.": "example.org. 300 A 192.0.2.7",
+    "api.example.org.": "api.example.org. 10 CNAME cdn.net.\ncdn.net. 5 A 192.0.2.8\ncdn.net. 5 A 192.0.2.9",
+    "big.example.org.": "\n".join(f"big.example.org. 60 A 192.0.2.{n}" for n in range(1, 60)),
+    "evil.org.": "\n".join(f"evil.org. 60 A {each}" for each in NEVER_OPENED),
+}
+
+
+def guest(slot: int, name: str = "web", **fields: object) -> forwarder.Guest:
+    address = NETWORK.network_address + 1 + slot
+    return forwarder.Guest(f"{slot:012x}", name, slot, address, **fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class Desk:
+    """A forwarder, the resolver it asks, and what it had opened."""
+
+    forwarding: forwarder.Forwarder
+    opened: list[tuple[str, tuple[str, ...], int, int]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    async def ask(
+        self, who: forwarder.Guest | str, name: str, kind: str = "A", *, tcp: bool = False
+    ) -> dnslib.DNSRecord | None:
+        peer = who if isinstance(who, str) else str(who.address)
+        query = bytes(dnslib.DNSRecord.question(name, kind).pack())
+        reply = self.forwarding.handle(query, peer, tcp)
+        if reply is not None and not isinstance(reply, bytes):
+            reply = await reply
+        if reply is None:
+            return None
+        assert reply[:2] == query[:2]
+        return dnslib.DNSRecord.parse(reply)
+
+    async def rcode(self, who: forwarder.Guest | str, name: str) -> str:
+        reply = await self.ask(who, name)
+        return "silence" if reply is None else str(dnslib.RCODE[reply.header.rcode])
+
+
+@contextlib.asynccontextmanager
+async def desk_with(
+    *guests: forwarder.Guest, spoil: Callable[[bytes], bytes] = bytes
+) -> AsyncIterator[Desk]:
+    asked: list[str] = []
+    async with dns_served.serving(dns_served.upstream(RECORDS, asked, spoil)) as server:
+        endpoint = ("127.0.0.1", dns_served.port_of(server))
+        asking = upstream.Upstream(lambda: [endpoint])
+        opened: list[tuple[str, tuple[str, ...], int, int]] = []
+
+        async def open_addresses(
+            who: forwarder.Guest, addresses: Sequence[str], ttl_s: int, port: int
+        ) -> None:
+            opened.append((who.name, tuple(addresses), ttl_s, port))
+
+        made = forwarder.Forwarder(NETWORK, asking.ask, open_addresses)
+        made.update(guests, serial=1)
+        yield Desk(made, opened, asked)
+
+
+WEB = guest(1, forward=True)
+
+
+async def test_a_guest_learns_of_itself_and_of_its_network_alone() -> None:
+    blue, other = guest(2, "blue", network="lab"), guest(3, "other", network="lab")
+    async with desk_with(WEB, blue, other) as desk:
+        assert await desk.rcode(WEB, "web.vm") == "NOERROR"
+        assert await desk.rcode(WEB, "blue.vm") == "NXDOMAIN"
+        assert await desk.rcode(blue, "other.vm") == "NOERROR"
+        assert await desk.rcode(blue, "web.vm") == "NXDOMAIN"
+        assert await desk.rcode(WEB, "3.240.213.10.in-addr.arpa") == "NXDOMAIN"
+        assert desk.asked == []
+
+
+async def test_names_beyond_are_asked_for_with_nat_only() -> None:
+    alone = guest(2, "alone")
+    async with desk_with(WEB, alone) as desk:
+        reply = await desk.ask(WEB, "example.org")
+        assert reply is not None
+        assert [str(each.rdata) for each in reply.rr] == ["192.0.2.7"]
+        assert await desk.rcode(WEB, "nothing.example") == "NXDOMAIN"
+        assert await desk.rcode(alone, "example.org") == "REFUSED"
+        assert desk.opened == []
+
+
+@pytest.mark.parametrize("peer", ["192.0.2.1", "10.213.240.1", "10.213.240.9", "127.0.0.1"])
+async def test_who_is_no_running_guest_hears_nothing(peer: str) -> None:
+    async with desk_with(WEB) as desk:
+        assert await desk.rcode(peer, "example.org") == "silence"
+        assert await desk.rcode(peer, "web.vm") == "silence"
+        desk.forwarding.update([], serial=2)
+        assert await desk.rcode(WEB, "web.vm") == "silence"
+
+
+async def test_allowed_names_are_opened_before_the_guest_learns_them() -> None:
+    names = (forwarder.Allowed("*.example.org", 443), forwarder.Allowed("example.org"))
+    shut = guest(2, "shut", forward=True, everything=False, allowed=names)
+    async with desk_with(shut) as desk:
+        assert await desk.rcode(shut, "api.EXAMPLE.org") == "NOERROR"
+        assert desk.opened == [("shut", ("192.0.2.8", "192.0.2.9"), 60, 443)]
+        assert await desk.rcode(shut, "example.org") == "NOERROR"
+        assert desk.opened[1:] == [("shut", ("192.0.2.7",), 300, 0), ("shut", ("192.0.2.7",), 300, 443)]
+        assert await desk.rcode(shut, "xexample.org") == "REFUSED"
+        assert await desk.rcode(shut, "evil.org") == "REFUSED"
+
+
+async def test_an_allowed_name_opens_no_way_to_host_guests_or_metadata() -> None:
+    shut = guest(2, "shut", forward=True, everything=False, allowed=(forwarder.Allowed("evil.org"),))
+    async with desk_with(shut) as desk:
+        assert await desk.rcode(shut, "evil.org") == "NOERROR"
+        assert desk.opened == []
+
+
+async def test_when_opening_fails_the_guest_learns_nothing() -> None:
+    from banger.contract import errors
+
+    shut = guest(2, "shut", forward=True, everything=False, allowed=(forwarder.Allowed("example.org"),))
+    async with desk_with(shut) as desk:
+
+        async def refuse(*_: object) -> None:
+            raise errors.ConflictError("no")
+
+        desk.forwarding._open = refuse
+        assert await desk.rcode(shut, "example.org") == "SERVFAIL"
+
+
+async def test_a_long_answer_comes_by_tcp() -> None:
+    async with desk_with(WEB) as desk:
+        by_udp = await desk.ask(WEB, "big.example.org")
+        by_tcp = await desk.ask(WEB, "big.example.org", tcp=True)
+        assert by_udp is not None
+        assert by_tcp is not None
+        assert (by_udp.header.tc, by_udp.rr, len(by_tcp.rr)) == (1, [], 59)
+        assert desk.asked == ["big.example.org. udp", "big.example.org. tcp", "big.example.org. tcp"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: bytes([data[0] ^ 1]) + data[1:],
+        lambda data: data.replace(b"\7example", b"\7exbmple"),
+        lambda data: data[:2] + bytes([data[2] & 0x7F]) + data[3:],
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+    ],
+    ids=["other id", "other question", "no reply", "cut", "empty"],
+)
+async def test_what_is_not_the_answer_is_not_believed(
+    spoil: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "_TRY_S", 0.3)
+    async with desk_with(WEB, spoil=spoil) as desk:
+        assert await desk.rcode(WEB, "example.org") == "SERVFAIL"
+
+
+async def test_each_guest_has_its_rate_and_its_share_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = guest(2, "other", forward=True)
+    async with desk_with(WEB, other) as desk:
+        said = [await desk.rcode(WEB, "web.vm") for _ in range(2000)]
+        assert said.count("silence") > 1000
+        assert await desk.rcode(other, "other.vm") == "NOERROR"
+    monkeypatch.setattr(upstream, "_TRY_S", 0.5)
+    async with desk_with(WEB, spoil=lambda _: b"") as desk:
+        said = await asyncio.gather(*(desk.rcode(WEB, "example.org") for _ in range(100)))
+        assert (said.count("REFUSED"), said.count("SERVFAIL")) == (36, 64)
+
+
+async def test_a_resolver_that_is_not_there_is_passed_over() -> None:
+    asked: list[str] = []
+    async with dns_served.serving(dns_served.upstream(RECORDS, asked)) as server:
+        working = ("127.0.0.1", dns_served.port_of(server))
+        nobody = dns.Server(dns_served.LOOPBACK, 0, lambda *_: None)
+        await nobody.start()
+        dead = ("127.0.0.1", dns_served.port_of(nobody))
+        await nobody.close()
+        made = forwarder.Forwarder(NETWORK, upstream.Upstream(lambda: [dead, working]).ask, _nothing)
+        made.update([WEB], serial=1)
+        assert await Desk(made).rcode(WEB, "example.org") == "NOERROR"
+
+
+async def _nothing(*_: object) -> None:
+    return None
+
+
+def test_the_hosts_resolvers_are_its_resolv_conf_without_ourselves(tmp_path: Path) -> None:
+    conf = tmp_path / "resolv.conf"
+    servers = ("10.213.240.1", "192.0.2.1", "::1", "", "192.0.2.2 ")
+    assert upstream.of_host(conf) == ()
+    conf.write_text("# x\nsearch lan\n" + "".join(f"nameserver {each}\n" for each in servers))
+    assert upstream.of_host(conf, never=["10.213.240.1"]) == (("192.0.2.1", 53), ("192.0.2.2", 53))
+
+
+@pytest.mark.parametrize("text", ["1.1.1.1:0", "1.1.1.1:", "1.1.1.1:x", "x", "::1", "1.1.1.1:70000"])
+def test_no_endpoint(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        upstream.parse_endpoint(text)
