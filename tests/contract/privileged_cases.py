@@ -37,8 +37,10 @@ from banger.contract.privileged import (
     PatchRoot,
     PrepareJail,
     PurgeLogs,
+    RouteResolver,
     SetGuestRules,
     TearDown,
+    UnrouteResolver,
 )
 
 VM, OTHER = "c0ffee000001", "c0ffee000002"
@@ -372,8 +374,24 @@ def _hosts(sources: Sources) -> Iterator[Case]:
     yield Case("what is already gone is deleted", (*map(done, deletes), sees(**_NOTHING, logs=False)))
 
 
+def _resolvers(_: Sources) -> Iterator[Case]:
+    """In the lab alone: from a namespace of its own the real one would reach this machine's resolver."""
+    route, unroute = RouteResolver(), UnrouteResolver()
+    yield Case(
+        "names are routed on the bridge, again, and taken back",
+        (
+            done(EnsureBridge()),
+            *[done(route, problem="")] * 2,
+            *map(done, (unroute, unroute, DeleteBridge(), unroute)),
+            refused("not_found", route),
+            done(EnsureBridge()),
+        ),
+        needs_machine=True,
+    )
+
+
 def cases(sources: Sources) -> list[Case]:
-    parts = (_hosts, _links, _rules, _disks, _jails, _machines)
+    parts = (_hosts, _resolvers, _links, _rules, _disks, _jails, _machines)
     return list(itertools.chain.from_iterable(part(sources) for part in parts))
 
 
@@ -442,6 +460,9 @@ MALFORMED: dict[str, bytes] = {
     "an egress that is none of the three": _RULES % b'"egress":"most"',
     "an address for ever": b'{"request":{"op":"allow_addresses","vm_id":"c0ffee000001","slot":1,'
     b'"addresses":["1.2.3.4"],"ttl_s":0}}',
+    "a resolver of one's own": b'{"request":{"op":"route_resolver","server":"192.0.2.1"}}',
+    "a link of one's own": b'{"request":{"op":"route_resolver","link":"eth0"}}',
+    "a link of one's own to be reverted": b'{"request":{"op":"unroute_resolver","link":"eth0"}}',
     "nesting without end": b"[" * 60000,
 }
 """Payloads that must be refused as `bad_request` before anything is done."""

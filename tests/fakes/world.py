@@ -65,6 +65,9 @@ class World:
     bridge: bool = False
     tables: bool = False
     """Packet rules are loaded; a test may flush them."""
+    resolver: str = ""
+    """Why this host cannot be told where names are."""
+    routed: bool = False
     vms: dict[str, VmState] = field(default_factory=dict)
     requests: list[privileged.Request[Any]] = field(default_factory=list)
 
@@ -146,7 +149,18 @@ async def _ensure_bridge(world: World, request: Any) -> privileged.Result:
 
 async def _delete_bridge(world: World, request: Any) -> privileged.Result:
     _need(not any(vm.tap for vm in world.vms.values()), "a tap is attached to the bridge")
-    world.bridge = world.tables = False
+    world.bridge = world.tables = world.routed = False
+    return privileged.Done()
+
+
+async def _route_resolver(world: World, request: Any) -> privileged.Result:
+    _need(world.bridge, "the bridge does not exist", errors.NotFoundError)
+    world.routed = not world.resolver
+    return privileged.Routed(problem=world.resolver)
+
+
+async def _unroute_resolver(world: World, request: Any) -> privileged.Result:
+    world.routed = False
     return privileged.Done()
 
 
@@ -322,6 +336,8 @@ _HANDLERS: dict[type[privileged.Request[Any]], Callable[[World, Any], Awaitable[
     privileged.ListWorld: _list_world,
     privileged.EnsureBridge: _ensure_bridge,
     privileged.DeleteBridge: _delete_bridge,
+    privileged.RouteResolver: _route_resolver,
+    privileged.UnrouteResolver: _unroute_resolver,
     privileged.CheckRuntime: _check_runtime,
     privileged.CreateSnapshot: _create_snapshot,
     privileged.CheckSnapshot: _check_snapshot,

@@ -115,6 +115,11 @@ class Ensured(Result, tag="ensured", frozen=True):
     """The packet rules were missing or another version's: those of running guests must be set again."""
 
 
+class Routed(Result, tag="routed", frozen=True):
+    problem: str = ""
+    """Why this host's resolver cannot be told where VMs' names are; empty when it was."""
+
+
 class World(Result, tag="world", frozen=True):
     vms: tuple[VmWorld, ...]
     bridge: bool
@@ -140,6 +145,14 @@ class EnsureBridge(Request[Ensured], tag="ensure_bridge", frozen=True):
 
 class DeleteBridge(Request[Done], tag="delete_bridge", frozen=True):
     """And the packet rules. Refused with `conflict` while a tap is attached."""
+
+
+class RouteResolver(Request[Routed], tag="route_resolver", frozen=True):
+    """systemd-resolved asks the daemon, on the bridge's link, for names of VMs and for nothing else."""
+
+
+class UnrouteResolver(Request[Done], tag="unroute_resolver", frozen=True):
+    """What it was told about the bridge's link is taken back."""
 
 
 class CheckRuntime(Request[HostInfo], tag="check_runtime", frozen=True):
@@ -311,6 +324,8 @@ AnyRequest = (
     | ListWorld
     | EnsureBridge
     | DeleteBridge
+    | RouteResolver
+    | UnrouteResolver
     | CheckRuntime
     | CreateSnapshot
     | CheckSnapshot
@@ -334,7 +349,7 @@ AnyRequest = (
     | TearDown
     | PurgeLogs
 )
-AnyResult = Done | Ensured | HostInfo | Snapshot | Check | Vmm | Usage | World
+AnyResult = Done | Ensured | Routed | HostInfo | Snapshot | Check | Vmm | Usage | World
 REQUEST_TYPES: Final[tuple[type[Request[Result]], ...]] = typing.get_args(AnyRequest)
 
 

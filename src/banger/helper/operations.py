@@ -18,7 +18,7 @@ import msgspec
 
 import banger
 from banger.contract import errors, names, privileged
-from banger.helper import cgroup, guest_rules, network, process, storage
+from banger.helper import cgroup, guest_rules, network, process, resolver, storage
 from banger.helper import policy as policies
 from banger.helper.linux import devmapper, loop, netlink
 
@@ -103,6 +103,8 @@ OPERATIONS: Final[
     privileged.ListWorld: list_world,
     privileged.EnsureBridge: network.ensure_bridge,
     privileged.DeleteBridge: network.delete_bridge,
+    privileged.RouteResolver: resolver.route_resolver,
+    privileged.UnrouteResolver: resolver.unroute_resolver,
     privileged.CheckRuntime: check_runtime,
     privileged.CreateSnapshot: storage.create_snapshot,
     privileged.CheckSnapshot: storage.check_snapshot,

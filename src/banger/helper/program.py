@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The one door to programs of the host, each with a deadline.
 
-What parses files of others runs as a VM's uid without privileges; iptables-legacy, which speaks with the
-kernel on arguments composed here, as root.
+What parses files of others runs as a VM's uid without privileges; what speaks with the kernel or with a
+service, on arguments composed here, as root.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from banger.helper.linux import pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 MAX_OUTPUT_BYTES: Final = 1 << 20
-_PACKAGES: Final = {"iptables-legacy": "iptables"}
+_PACKAGES: Final = {"iptables-legacy": "iptables", "resolvectl": "systemd-resolved"}
 
 
 class Ended(NamedTuple):
