@@ -22,7 +22,12 @@ IMAGE_ID = "0123456789ab"
 KERNEL_ID = "ba9876543210"
 NETWORK = ipaddress.IPv4Network(names.NETWORK)
 SETTINGS = config.Config(
-    image="tiny", agent_deadline_s=1.0, power_off_deadline_s=0.2, disk_size_mib=16, memory_mib=128
+    image="tiny",
+    agent_deadline_s=1.0,
+    power_off_deadline_s=0.2,
+    disk_size_mib=16,
+    memory_mib=128,
+    dns_listen="",
 )
 
 

@@ -24,7 +24,7 @@ from banger.contract import resources
 from banger.owner import config
 
 _TREE = Path(__file__).parents[2]
-_CONFIG = 'image = "tiny"\nmemory_mib = 128\ndisk_size_mib = 16\npower_off_deadline_s = 1\n'
+_CONFIG = 'image = "tiny"\ndns_listen = ""\nmemory_mib = 128\ndisk_size_mib = 16\npower_off_deadline_s = 1\n'
 _KILLS = 6
 
 

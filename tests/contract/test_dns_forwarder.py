@@ -13,6 +13,7 @@ from pathlib import Path
 import dnslib
 import pytest
 
+from banger.contract import egress
 from banger.net import dns, forwarder, upstream
 from tests.contract import dns_served
 
@@ -81,7 +82,7 @@ WEB = guest(1, forward=True)
 
 
 async def test_a_guest_learns_of_itself_and_of_its_network_alone() -> None:
-    blue, other = guest(2, "blue", network="lab"), guest(3, "other", network="lab")
+    blue, other = guest(2, "blue", peers="lab"), guest(3, "other", peers="lab")
     async with desk_with(WEB, blue, other) as desk:
         assert await desk.rcode(WEB, "web.vm") == "NOERROR"
         assert await desk.rcode(WEB, "blue.vm") == "NXDOMAIN"
@@ -112,19 +113,21 @@ async def test_who_is_no_running_guest_hears_nothing(peer: str) -> None:
 
 
 async def test_allowed_names_are_opened_before_the_guest_learns_them() -> None:
-    names = (forwarder.Allowed("*.example.org", 443), forwarder.Allowed("example.org"))
+    names = (egress.NamedDestination("*.example.org", 443), egress.NamedDestination("example.org"))
     shut = guest(2, "shut", forward=True, everything=False, allowed=names)
     async with desk_with(shut) as desk:
         assert await desk.rcode(shut, "api.EXAMPLE.org") == "NOERROR"
         assert desk.opened == [("shut", ("192.0.2.8", "192.0.2.9"), 60, 443)]
         assert await desk.rcode(shut, "example.org") == "NOERROR"
         assert desk.opened[1:] == [("shut", ("192.0.2.7",), 300, 0), ("shut", ("192.0.2.7",), 300, 443)]
+        assert await desk.rcode(shut, "example.org") == "NOERROR"
+        assert len(desk.opened) == 3, "what was opened just now was opened again"
         assert await desk.rcode(shut, "xexample.org") == "REFUSED"
         assert await desk.rcode(shut, "evil.org") == "REFUSED"
 
 
 async def test_an_allowed_name_opens_no_way_to_host_guests_or_metadata() -> None:
-    shut = guest(2, "shut", forward=True, everything=False, allowed=(forwarder.Allowed("evil.org"),))
+    shut = guest(2, "shut", forward=True, everything=False, allowed=(egress.NamedDestination("evil.org"),))
     async with desk_with(shut) as desk:
         assert await desk.rcode(shut, "evil.org") == "NOERROR"
         assert desk.opened == []
@@ -133,7 +136,9 @@ async def test_an_allowed_name_opens_no_way_to_host_guests_or_metadata() -> None
 async def test_when_opening_fails_the_guest_learns_nothing() -> None:
     from banger.contract import errors
 
-    shut = guest(2, "shut", forward=True, everything=False, allowed=(forwarder.Allowed("example.org"),))
+    shut = guest(
+        2, "shut", forward=True, everything=False, allowed=(egress.NamedDestination("example.org"),)
+    )
     async with desk_with(shut) as desk:
 
         async def refuse(*_: object) -> None:

@@ -52,7 +52,7 @@ def _composed(
     return main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
 
 
-CAPABILITIES = {"prepare_work_disk", "prepare_packet_rules", "prepare_publish"}
+CAPABILITIES = {"prepare_work_disk", "prepare_packet_rules", "prepare_publish", "prepare_dns"}
 
 
 async def test_a_start_runs_the_nineteen_steps_in_their_order(daemon: conftest.Daemon) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.contract import errors, privileged
+from banger.contract import errors, names, privileged
 from banger.helper import forwarding, ruleset
 from banger.helper.linux import netlink
 from tests.root import firewalls, helper_world, network_world
@@ -65,7 +65,7 @@ def test_without_our_rule_it_would_not_pass(
 def test_guests_reach_the_name_service_past_it(net: Net, firewall: firewalls.Firewall) -> None:
     firewall.start()
     guest = net.guest(1)
-    server = net.tcp_server(BRIDGE, 53)
+    server = net.tcp_server(BRIDGE, names.DNS_PORT)
     assert network_world.connects(guest.space, BRIDGE, 53)
     server.close()
     net.tcp_server(BRIDGE, 22)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from banger.contract import privileged
+from banger.contract import names, privileged
 from tests.root import helper_world, network_world
 from tests.root.network_world import BRIDGE, GATEWAY, INTERNET, METADATA, PRIVATE, UPLINK, Guest, Net
 
@@ -34,7 +34,8 @@ def packed(mac: str) -> bytes:
 
 def udp(net: Net, guest: Guest, to: str, port: int = 7000, *, at: network_world.Namespace | None) -> Try:
     """A datagram of the guest's to a server at `at`, the host by default."""
-    server = net.udp_server("0.0.0.0", port, at)  # noqa: S104 - in a namespace of the test's own
+    served = names.DNS_PORT if (to, port) == (BRIDGE, 53) else port
+    server = net.udp_server("0.0.0.0", served, at)  # noqa: S104 - in a namespace of the test's own
     client = net.wire(socket.AF_INET, socket.SOCK_DGRAM, space=guest.space)
     return lambda: client.sendto(b"x", (to, port)), lambda: network_world.received(server) == b"x"
 

@@ -22,6 +22,10 @@ VALUES: dict[str, object] = {
     "flush_deadline_s": 3.0,
     "power_off_deadline_s": 2.0,
     "dns": ("192.0.2.53", "10.0.0.1"),
+    "dns_listen": "127.0.0.2:5353",
+    "dns_route": False,
+    "dns_guests": False,
+    "dns_upstream": ("192.0.2.53", "127.0.0.1:5353"),
     "file_sync": (config.FileSync(source="~/.gitconfig", target=".config/git/config"),),
     "insecure_registries": ("registry.example:5000", "10.0.0.2"),
 }
@@ -62,6 +66,14 @@ WRONG = [
     ("dns = ['127.0.0.53']", "dns: '127.0.0.53' would be the guest itself"),
     ("dns = ['0.0.0.0']", "dns: '0.0.0.0' is not the address of a host"),
     ("dns = ['224.0.0.1']", "dns: '224.0.0.1' is not the address of a host"),
+    ("dns_listen = '127.0.0.1:0'", "dns_listen: '127.0.0.1:0' is not ADDRESS:PORT"),
+    ("dns_listen = 'localhost:53'", "dns_listen: 'localhost:53' is not ADDRESS:PORT"),
+    ("dns_listen = '0.0.0.0:53'", "dns_listen: '0.0.0.0:53' is not on the loopback"),
+    ("dns_listen = false", "dns_listen: expected `str`, got `bool`"),
+    ("dns_route = 1", "dns_route: expected `bool`, got `int`"),
+    ("dns_guests = 'yes'", "dns_guests: expected `bool`, got `str`"),
+    ("dns_upstream = ['dns.example']", "dns_upstream: 'dns.example' is not ADDRESS[:PORT]"),
+    ("dns_upstream = ['1.1.1.1:x']", "dns_upstream: '1.1.1.1:x' is not ADDRESS[:PORT]"),
     ("dns = ['255.255.255.255']", "dns: '255.255.255.255' is not the address of a host"),
     ("vcpu = 1", "object contains unknown field `vcpu`"),
     ("[dns]\nserver = 'x'", "dns: expected `array`, got `object`"),
@@ -93,6 +105,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def _written(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_written, value))}]"
     if isinstance(value, config.FileSync):

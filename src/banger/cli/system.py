@@ -62,6 +62,22 @@ def status(settings: command.Settings) -> None:
     )
     output.text(f"bangerd-root: {info.helper_version or 'does not answer'}")
     output.text(f"firecracker:  {info.firecracker_version or 'not installed'}")
+    if info.dns is not None:
+        for line in _dns_lines(info.dns):
+            output.text(line)
+
+
+def _dns_lines(dns: resources.DnsStatus) -> list[str]:
+    routed = (
+        "asked by this host for .vm"
+        if dns.routed
+        else f"not asked by this host: {dns.problem or 'no VM yet'}"
+    )
+    lines = [f"dns:          {dns.listen or 'off'} ({dns.listen_source}), {routed}"]
+    if dns.guests:
+        asked = ", ".join(dns.upstream) or "nobody"
+        lines.append(f"guests' dns:  {dns.guests}, asks {asked} ({dns.upstream_source})")
+    return lines
 
 
 @command.make("restart", group=group, examples=[("sudo banger system restart", "VMs go on running")])

@@ -466,6 +466,23 @@ class Event(Resource, frozen=True, kw_only=True):
     result: Operation | None = None
 
 
+class DnsStatus(Resource, frozen=True, kw_only=True):
+    """How names of VMs are answered."""
+
+    listen: str
+    """For this host; empty: not at all."""
+    listen_source: SizeSource
+    guests: str = ""
+    """For guests, who ask at port 53 of the same address; empty: not at all."""
+    upstream: tuple[str, ...] = ()
+    """Whom we ask for guests with NAT."""
+    upstream_source: SizeSource
+    routed: bool = False
+    """This host's resolver asks us for `.vm` by itself."""
+    problem: str = ""
+    """Why it does not."""
+
+
 class DaemonInfo(Resource, frozen=True, kw_only=True):
     version: str
     api_version: int
@@ -474,3 +491,4 @@ class DaemonInfo(Resource, frozen=True, kw_only=True):
     helper_version: str = ""
     """Empty when the helper does not answer."""
     firecracker_version: str = ""
+    dns: DnsStatus | None = None

@@ -96,12 +96,18 @@ table inet banger {
 
     chain $version { }
 
+    chain name_service {
+        type nat hook prerouting priority dstnat; policy accept;
+        iifname "$bridge" ip daddr $address udp dport 53 redirect to :$dns_port
+        iifname "$bridge" ip daddr $address tcp dport 53 redirect to :$dns_port
+    }
+
     chain input {
         type filter hook input priority filter - 10; policy accept;
         iifname != "$bridge" return
         ct state established,related accept
-        ip daddr $address udp dport 53 accept
-        ip daddr $address tcp dport 53 accept
+        ip daddr $address udp dport $dns_port accept
+        ip daddr $address tcp dport $dns_port accept
         ip daddr $address icmp type echo-request accept
         counter name host_service drop
     }
@@ -209,6 +215,7 @@ def _filled(policy: policies.Policy, name: str) -> str:
         bridge=policy.bridge,
         bridge_mac=BRIDGE_MAC,
         address=names.bridge_address(policy.prefix),
+        dns_port=names.DNS_PORT,
         private=", ".join(PRIVATE),
         link_local=LINK_LOCAL,
     )

@@ -8,7 +8,6 @@ addresses of a name that the policy allows are opened before the guest learns th
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
 import time
@@ -16,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from banger.contract import errors
+from banger.contract import egress, errors
 from banger.net import wire
 from banger.net import zone as zones
 
@@ -28,23 +27,11 @@ _PENDING: Final = 64
 """Questions of one guest that wait for an answer from outside."""
 _MAX_ADDRESSES: Final = 64
 _MIN_OPEN_S: Final = 60
+_OPENED_S: Final = 10.0
+"""How long what was opened is not opened again: far less than it lasts."""
 _MAX_OPEN_S: Final = 86400
 
 Ask = Callable[..., Awaitable[tuple[bytes, wire.Reply]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """A name that the policy allows; `*.` in front means every name below it too."""
-
-    name: str
-    port: int = 0
-
-    def covers(self, labels: zones.Labels) -> bool:
-        wanted = tuple(part.encode() for part in self.name.removeprefix("*.").split("."))
-        if labels == wanted:
-            return True
-        return self.name.startswith("*.") and labels[-len(wanted) :] == wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +42,11 @@ class Guest:
     name: str
     slot: int
     address: ipaddress.IPv4Address
-    network: str = ""
+    peers: str = ""
     """Guests of one network reach each other; empty: it has none."""
     forward: bool = False
     everything: bool = True
-    allowed: tuple[Allowed, ...] = ()
+    allowed: Sequence[egress.NamedDestination] = ()
 
 
 Open = Callable[[Guest, Sequence[str], int, int], Awaitable[None]]
@@ -74,6 +61,7 @@ class _Seen:
     tokens: float = 2 * _RATE
     at: float = field(default_factory=time.monotonic)
     pending: int = 0
+    opened: dict[tuple[tuple[str, ...], int], float] = field(default_factory=dict)
 
     def take(self) -> bool:
         now = time.monotonic()
@@ -105,12 +93,13 @@ class Forwarder:
             respond = wire.responder(self._zone_of(guest))
             self._seen[address] = seen if seen is not None else _Seen(respond)
             self._seen[address].respond = respond
+            self._seen[address].opened.clear()  # rules that were set anew have forgotten it
 
     def _zone_of(self, guest: Guest) -> zones.Zone:
         told = [
             (other.name, other.address)
             for other in self._guests.values()
-            if other is guest or (guest.network and other.network == guest.network)
+            if other is guest or (guest.peers and other.peers == guest.peers)
         ]
         return zones.of(told, self._network, serial=self._serial)
 
@@ -132,7 +121,7 @@ class Forwarder:
 
     def _may_ask(self, guest: Guest, question: wire.Question) -> bool:
         return guest.forward and (
-            guest.everything or any(each.covers(question.name) for each in guest.allowed)
+            guest.everything or any(_covers(each.name, question.name) for each in guest.allowed)
         )
 
     async def _forward(
@@ -141,7 +130,7 @@ class Forwarder:
         seen.pending += 1
         try:
             reply, said = await self._ask(data, question, tcp=tcp)
-            await self._open_addresses(guest, question, said)
+            await self._open_addresses(guest, seen, question, said)
         except errors.BangerError as error:
             _log.debug("could not answer a guest", extra={"vm": guest.id, "error": error.message})
             return wire.fail(data)
@@ -149,14 +138,19 @@ class Forwarder:
             seen.pending -= 1
         return reply if tcp else wire.fit(reply, question)
 
-    async def _open_addresses(self, guest: Guest, question: wire.Question, said: wire.Reply) -> None:
-        """A guest that connects at once must find the way open."""
-        addresses = [each for each in said.addresses if self._is_outside(each)][:_MAX_ADDRESSES]
-        ports = {each.port for each in guest.allowed if each.covers(question.name)}
-        if not addresses:
-            return
+    async def _open_addresses(
+        self, guest: Guest, seen: _Seen, question: wire.Question, said: wire.Reply
+    ) -> None:
+        """A guest that connects at once finds the way open. One that asks again and again costs little."""
+        addresses = tuple(sorted(filter(self._is_outside, said.addresses)))[:_MAX_ADDRESSES]
+        ports = {each.port for each in guest.allowed if _covers(each.name, question.name)}
         life = max(_MIN_OPEN_S, min(said.ttl_s, _MAX_OPEN_S))
-        await asyncio.gather(*(self._open(guest, addresses, life, port) for port in sorted(ports)))
+        now = time.monotonic()
+        seen.opened = {key: at for key, at in seen.opened.items() if at > now - _OPENED_S}
+        for port in sorted(ports) if addresses else ():
+            if (addresses, port) not in seen.opened:
+                await self._open(guest, addresses, life, port)
+                seen.opened[addresses, port] = now
 
     def _is_outside(self, text: str) -> bool:
         """Whoever answers for an allowed name could name the host, other guests or the cloud's metadata."""
@@ -169,3 +163,10 @@ class Forwarder:
             or address.is_reserved
             or address in self._network
         )
+
+
+def _covers(name: str, labels: zones.Labels) -> bool:
+    """`*.` in front means every name below too."""
+    wanted = tuple(part.encode() for part in name.removeprefix("*.").split("."))
+    below = name.startswith("*.") and labels[-len(wanted) :] == wanted
+    return labels == wanted or below

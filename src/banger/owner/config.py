@@ -13,6 +13,7 @@ import msgspec
 from banger import toml_file
 from banger.contract import errors, names, resources
 from banger.images import reference
+from banger.net import upstream
 from banger.vm import host as hosts
 from banger.vm.capabilities import file_sync
 
@@ -68,7 +69,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     flush_deadline_s: Seconds = 10.0
     power_off_deadline_s: Seconds = 4.0
     dns: Annotated[tuple[str, ...], msgspec.Meta(max_length=3)] = ()
-    """What guests ask for names; as many as a resolv.conf holds."""
+    """What guests ask for names instead of us; as many as a resolv.conf holds."""
+    dns_listen: str = f"{names.DNS_ADDRESS}:{names.DNS_PORT}"
+    """Where this host asks for names of VMs; empty: nowhere, and guests are not answered either."""
+    dns_route: bool = True
+    """systemd-resolved is told, where it runs."""
+    dns_guests: bool = True
+    """Guests are answered at the bridge's address."""
+    dns_upstream: Annotated[tuple[str, ...], msgspec.Meta(max_length=3)] = ()
+    """Whom we ask for guests with NAT, `ADDRESS[:PORT]`; absent: whom the host asks."""
     file_sync: Annotated[tuple[FileSync, ...], msgspec.Meta(max_length=64)] = ()
     """Copied into /root of every VM when it starts."""
     insecure_registries: Annotated[tuple[str, ...], msgspec.Meta(max_length=100)] = ()
@@ -82,6 +91,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError("file_sync: two entries have one target")
         for text in self.insecure_registries:
             _check_registry(text)
+        _check_endpoints(self)
+
+    @property
+    def dns_endpoint(self) -> upstream.Endpoint | None:
+        """`dns_listen`, parsed; None when it is off."""
+        return upstream.parse_endpoint(self.dns_listen) if self.dns_listen else None
+
+    def source_of(self, key: str) -> resources.SizeSource:
+        """Whether a key has another value than its default."""
+        changed = getattr(self, key) != getattr(Config(), key)
+        return resources.SizeSource.CONFIG if changed else resources.SizeSource.DEFAULT
 
     @property
     def limits(self) -> hosts.Limits:
@@ -94,6 +114,7 @@ class Installation(msgspec.Struct, frozen=True, kw_only=True):
     owner_uid: Annotated[int, msgspec.Meta(ge=0)]
     uid_count: Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)] = names.MAX_SLOTS
     network: str = names.NETWORK
+    bridge: str = names.BRIDGE
     state_dir: AbsolutePath = "/var/lib/banger"
     helper_dir: AbsolutePath = "/var/lib/banger-root"
 
@@ -172,6 +193,20 @@ def _check_registry(text: str) -> None:
         reference.parse_host(text)
     except errors.BadRequestError:
         raise ValueError(f"insecure_registries: {text!r} is not a host with or without a port") from None
+
+
+def _check_endpoints(settings: Config) -> None:
+    try:
+        found = settings.dns_endpoint
+    except ValueError as error:
+        raise ValueError(f"dns_listen: {settings.dns_listen!r} is not ADDRESS:PORT: {error}") from None
+    if found is not None and not ipaddress.IPv4Address(found[0]).is_loopback:
+        raise ValueError(f"dns_listen: {settings.dns_listen!r} is not on the loopback: others would ask too")
+    for text in settings.dns_upstream:
+        try:
+            upstream.parse_endpoint(text)
+        except ValueError as error:
+            raise ValueError(f"dns_upstream: {text!r} is not ADDRESS[:PORT]: {error}") from None
 
 
 def _network(text: str) -> ipaddress.IPv4Network:

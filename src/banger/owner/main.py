@@ -37,6 +37,7 @@ from banger.owner import (
     kernels,
     logs,
     migrations,
+    naming,
     operations,
     publish,
     pulls,
@@ -52,7 +53,7 @@ from banger.owner import (
 )
 from banger.owner import network as network_keeper
 from banger.vm import host, record
-from banger.vm.capabilities import file_sync, packet_rules, work_disk
+from banger.vm.capabilities import dns, file_sync, packet_rules, work_disk
 from banger.vm.capabilities import publish as publishing
 
 _log = logging.getLogger(__name__)
@@ -156,7 +157,14 @@ async def serve(
         stack.enter_context(_only_daemon(paths.state))
         ops = _ops(paths, in_process=in_process)
         services = await stack.enter_async_context(
-            compose(settings, config.prefix(installation), paths, ops, _guest_sha256())
+            compose(
+                settings,
+                config.prefix(installation),
+                paths,
+                ops,
+                _guest_sha256(),
+                bridge=installation.bridge,
+            )
         )
         listener = stack.enter_context(server.listening(paths.socket))
         await server.serve(
@@ -196,6 +204,8 @@ async def compose(
     paths: config.Paths,
     ops: privileged.PrivilegedOps,
     guest_sha256: str,
+    *,
+    bridge: str = names.BRIDGE,
 ) -> AsyncIterator[routes.Services]:
     """Everything behind the routes, reconciled with the world; ended in reverse order."""
     rows = store.Store(paths.database)
@@ -215,6 +225,7 @@ async def compose(
     kernel_service.sweep()
     layout = paths.layout
     keys = ssh.SshKeys(paths.state / "ssh")
+    zone = naming.Naming(settings, network, bridge, ops)
 
     def connect(vm_id: names.VmId) -> guest.GuestClient:
         return guest.GuestClient(guest.vsock_connector(layout.vsock_socket(vm_id)))
@@ -228,7 +239,7 @@ async def compose(
         agent=connect,
         vmm_gone=lambda vm_id: firecracker.wait_gone(layout.api_socket(vm_id)),
         on_rules_lost=keeper.restore,
-        dns=settings.dns,
+        dns=_guests_dns(settings, network),
         guest_sha256=guest_sha256,
         limits=settings.limits,
     )
@@ -243,17 +254,23 @@ async def compose(
         features=(
             work_disk.WorkDisk(keys.public_key),
             packet_rules.PacketRules(),
+            dns.Dns(zone),
             *_file_sync(settings),
             publishing.Publish(publisher),
         ),
         publisher=publisher,
         keys=keys,
+        zone=zone,
     )
     try:
+        await zone.start()
         await reconcile.reconcile(rows, machine, vm_service)
         await _restore_network(keeper, rows)
         await vm_service.republish()
         keeper.start()
+        for vm in _networked(rows):
+            zone.add(vm)
+        await zone.ensure_routed()
         yield routes.Services(
             vms=vm_service,
             workspaces=workspaces.WorkspaceService(rows, connect),
@@ -263,6 +280,7 @@ async def compose(
             operations=running,
             ops=ops,
             ssh=keys,
+            naming=zone,
             runtime=runtime.RuntimeService(paths.helper_dir / "runtime", paths.cache, running),
             started_at=datetime.datetime.now(datetime.UTC),
         )
@@ -271,6 +289,7 @@ async def compose(
         await running.close()
         await publisher.close()
         await vm_service.close()
+        await zone.close()
         rows.close()
 
 
@@ -286,6 +305,12 @@ async def _restore_network(keeper: network_keeper.NetworkKeeper, rows: store.Sto
         except errors.BangerError as error:
             _log.error("the network of running VMs is not as it should be", extra={"error": error.message})
         await keeper.restore()
+
+
+def _guests_dns(settings: config.Config, network: ipaddress.IPv4Network) -> tuple[str, ...]:
+    """What the configuration says, else us."""
+    ours = settings.dns_guests and settings.dns_endpoint is not None
+    return settings.dns or ((str(names.bridge_address(network)),) if ours else ())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from banger.images import bundle
 from banger.owner import guest as guests
 from banger.owner import images, listeners, live, locks, operations, publish, ssh, store, tunnels, views
 from banger.vm import capabilities, create, host, record, start, stop, timeline
-from banger.vm.capabilities import packet_rules
+from banger.vm.capabilities import dns, packet_rules
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class VmService:
         features: Sequence[capabilities.Capability],
         publisher: publish.Publisher,
         keys: ssh.SshKeys,
+        zone: dns.Zone,
     ) -> None:
         self._host = host
         self._store = store
@@ -65,6 +66,7 @@ class VmService:
         self._features = features
         self._publisher = publisher
         self._keys = keys
+        self._zone = zone
         self._lifecycle = locks.Lifecycle()
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone)
 
@@ -206,6 +208,7 @@ class VmService:
                 except errors.BangerError:
                     self._store.save(vm)
                     raise
+                self._zone.add(changed)
             return self._view(changed)
 
     async def listening(self, ref: str) -> Sequence[ports.GuestPort]:

@@ -11,7 +11,7 @@ from litestar import di
 from litestar.openapi import datastructures
 
 from banger.contract import privileged
-from banger.owner import images, kernels, operations, pulls, runtime, ssh, vms, workspaces
+from banger.owner import images, kernels, naming, operations, pulls, runtime, ssh, vms, workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Services:
     operations: operations.Operations
     ops: privileged.PrivilegedOps
     ssh: ssh.SshKeys
+    naming: naming.Naming
     runtime: runtime.RuntimeService
     started_at: datetime
 

@@ -31,6 +31,7 @@ async def get_info(services: routes.Injected) -> resources.DaemonInfo:
         started_at=services.started_at,
         helper_version=host.version,
         firecracker_version=host.firecracker_version,
+        dns=services.naming.status(),
     )
 
 
