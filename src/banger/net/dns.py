@@ -13,6 +13,7 @@ import inspect
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -33,6 +34,8 @@ _MAX_TCP: Final = 64
 _IDLE_S: Final = 10.0
 _MAX_PENDING: Final = 512
 _IP_FREEBIND: Final = 15
+_IP_PKTINFO: Final = 8
+_TOLD_BYTES: Final = socket.CMSG_SPACE(12)
 
 
 class Server:
@@ -42,6 +45,7 @@ class Server:
         self._address = address
         self._port = port
         self._handler = handler
+        self._device = ""
         self._udp: socket.socket | None = None
         self._tcp: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -54,12 +58,14 @@ class Server:
     async def start(self, *, not_there_yet: bool = False, device: str = "") -> None:
         """Both sockets or none. Raises ConflictError when the port is taken.
 
-        `not_there_yet`: the address may be added later. `device`: packets from there only.
+        `not_there_yet`: the address may be added later. `device`: packets that came in elsewhere are
+        dropped; it may be made later too, and made anew.
         """
-        tcp = _bound(socket.SOCK_STREAM, self._address, self._port, not_there_yet, device)
+        self._device = device
+        tcp = _bound(socket.SOCK_STREAM, self._address, self._port, not_there_yet)
         try:
             self._port = tcp.getsockname()[1]  # a test's 0 becomes the same for both
-            udp = _bound(socket.SOCK_DGRAM, self._address, self._port, not_there_yet, device)
+            udp = _bound(socket.SOCK_DGRAM, self._address, self._port, not_there_yet)
         except BaseException:
             tcp.close()
             raise
@@ -83,12 +89,15 @@ class Server:
 
     def _read(self, udp: socket.socket) -> None:
         """A batch, then others have their turn."""
+        wanted = _link_number(self._device)
         for _ in range(_BATCH):
             try:
-                data, peer = udp.recvfrom(wire.MAX_QUERY_BYTES + 1)
+                data, told, _flags, peer = udp.recvmsg(wire.MAX_QUERY_BYTES + 1, _TOLD_BYTES)
             except BlockingIOError:
                 return
             except OSError:  # what ICMP says of an earlier reply
+                continue
+            if self._device and _came_in_by(told) != wanted:
                 continue
             reply = self._handler(data, peer[0], False)
             if inspect.isawaitable(reply):
@@ -140,6 +149,22 @@ class Server:
         return True
 
 
+def _link_number(name: str) -> int:
+    """0, as which nothing comes in, when there is no such link."""
+    try:
+        return socket.if_nametoindex(name) if name else 0
+    except OSError:
+        return 0
+
+
+def _came_in_by(told: list[tuple[int, int, bytes]]) -> int:
+    """The number of the link, from the kernel's `struct in_pktinfo`."""
+    for level, kind, data in told:
+        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            return int.from_bytes(data[:4], sys.byteorder)
+    return -1
+
+
 def _send(udp: socket.socket, reply: bytes, peer: tuple[str, int]) -> None:
     """What does not fit into the socket is lost, as on any network."""
     with contextlib.suppress(OSError):
@@ -153,7 +178,7 @@ async def _answer_later(udp: socket.socket, reply: Awaitable[bytes | None], peer
 
 
 def _bound(
-    kind: socket.SocketKind, address: ipaddress.IPv4Address, port: int, not_there_yet: bool, device: str
+    kind: socket.SocketKind, address: ipaddress.IPv4Address, port: int, not_there_yet: bool
 ) -> socket.socket:
     made = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -161,10 +186,9 @@ def _bound(
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         else:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+            made.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         if not_there_yet:
             made.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-        if device:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         made.bind((str(address), port))
     except OSError as error:
         made.close()
