@@ -146,8 +146,8 @@ def configuration(scene: scenes.Scene) -> report.Finding:
     said = [
         f"{values['vcpus'].value} vCPUs ({values['vcpus'].source})",
         *(
-            f"{sizes.text_of_mib(int(values[f'{what}_mib'].value))} {what} ({values[f'{what}_mib'].source})"
-            for what in ("memory", "disk_size")
+            f"{sizes.text_of_mib(int(values[key].value))} {what} ({values[key].source})"
+            for key, what in (("memory_mib", "memory"), ("disk_size_mib", "disk"))
         ),
     ]
     too_much = _too_much(scene, values)
