@@ -30,7 +30,7 @@ _COLOURS: Final = {"pass": "32", "warn": "33", "fail": "1;31", "skip": "2"}
 @click.option("--quiet", "-q", is_flag=True, help="Show only the rows that do not pass.")
 @click.pass_obj
 def doctor(settings: command.Settings, strict: bool, production: bool, quiet: bool) -> None:
-    """Look whether this host has all that VMs need, is safe, and what to do where not.
+    """Look whether this host has all that VMs need, and what to do.
 
     Works without the daemon, and changes nothing. Rows marked SKIP could not be looked at: some need root.
     Exits 0 when no row fails, 1 when one does.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NOUNS: Final = {
     "vm": command.Noun("banger.cli.vm", "Create, run and look after VMs."),
     "ps": command.Noun("banger.cli.vm_look", "List the VMs that are running.", "ps"),
-    "image": command.Noun("banger.cli.image", "Build and keep the images that VMs are made from."),
+    "image": command.Noun("banger.cli.image", "Get, build and keep the images that VMs are made from."),
     "kernel": command.Noun("banger.cli.kernel", "Get and keep the kernels that VMs boot."),
     "runtime": command.Noun("banger.cli.runtime", "See to Firecracker and its jailer."),
     "ssh-config": command.Noun(

@@ -14,7 +14,7 @@ _RUN: Final = "banger.cli.vm_run"
 _SSH: Final = "banger.cli.ssh"
 
 NOUNS: Final = {
-    "run": command.Noun(_RUN, "Create and start a VM and run a command, or a shell, in it.", "run"),
+    "run": command.Noun(_RUN, "Create and start a VM and run a command in it.", "run"),
     "create": command.Noun(_LIFE, "Create a VM and start it.", "create"),
     "start": command.Noun(_LIFE, "Start VMs.", "start"),
     "stop": command.Noun(_LIFE, "Stop VMs, losing nothing that they wrote.", "stop"),
