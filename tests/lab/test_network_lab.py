@@ -30,20 +30,18 @@ cd /run && ip netns exec internet setsid python3 -m http.server 80 >/dev/null 2>
 """
 _NO_INTERNET = "ip netns pids internet | xargs -r kill; ip link del uplink9; ip netns del internet"
 _GET = "exec 3<>/dev/tcp/{address}/{port} && printf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3"
-_SERVE = (
-    "printf 'served' > /srv/index.html; cd /srv; setsid perl -MIO::Socket::INET -e "
-    "'$s=IO::Socket::INET->new(Listen=>9,LocalPort=>8000,ReuseAddr=>1);"
-    'while($c=$s->accept){<$c>;print $c "HTTP/1.0 200 OK\\r\\n\\r\\nserved";close $c}\' >/dev/null 2>&1 &'
-)
+# The agent answers before the image's init can be spoken to.
+_UNTIL_SSH = "until systemctl start ssh; do sleep 0.5; done"
+_BANNER = "import socket; print(socket.create_connection(({address!r}, {port}), timeout=20).recv(99))"
 
 
 @pytest.fixture(scope="module")
 def two(installed_host: Lab) -> Iterator[Lab]:
-    """Two guests, each a stranger to the other; one serves port 8000."""
+    """Two guests, each a stranger to the other, with an ssh server each."""
     installed_host.run(["sh", "-c", _INTERNET])
     for name in ("one", "two"):
         user.banger(installed_host, "vm", "create", name, *user.SMALL)
-    user.banger(installed_host, "vm", "exec", "two", "--", "bash", "-c", _SERVE)
+        user.banger(installed_host, "vm", "exec", name, "--", "timeout", "120", "bash", "-c", _UNTIL_SSH)
     yield installed_host
     user.banger(installed_host, "vm", "delete", "one", "two", check=False)
     installed_host.run(["sh", "-c", _NO_INTERNET], check=False)
@@ -56,16 +54,15 @@ def get(host: Lab, name: str, address: str, port: int = 80) -> str:
     return user.banger(host, *words, check=False).text
 
 
-def drops(host: Lab, family: str) -> int:
-    found = json.loads(host.run(["nft", "-j", "list", "counters", "table", family, "banger"]).text)
-    return sum(each["counter"]["packets"] for each in found["nftables"] if "counter" in each)
+def banner(host: Lab, address: str, port: int, *, check: bool = True) -> str:
+    """What a server says first to the host."""
+    return host.run(["python3", "-c", _BANNER.format(address=address, port=port)], check=check).text
 
 
 def test_the_host_reaches_guests_and_guests_not_each_other(two: Lab) -> None:
     address = user.shown(two, "two")["address"]
-    fetch = f"import urllib.request as u; print(u.urlopen('http://{address}:8000/', timeout=20).read())"
-    assert "served" in two.run(["python3", "-c", fetch]).text
-    assert get(two, "one", address, 8000) == ""
+    assert "SSH-2.0" in banner(two, address, 22)
+    assert get(two, "one", address, 22) == ""
 
 
 def test_nat_on_off_and_on_with_both_services_killed_in_between(two: Lab) -> None:
@@ -84,11 +81,14 @@ def test_nat_on_off_and_on_with_both_services_killed_in_between(two: Lab) -> Non
 
 
 def test_a_published_port_is_served_on_loopback(two: Lab) -> None:
-    user.banger(two, "vm", "publish", "two", "18000:8000")
-    fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:18000/', timeout=20).read())"
-    assert "served" in two.run(["python3", "-c", fetch]).text
+    user.banger(two, "vm", "publish", "two", "18022:22")
+    assert "SSH-2.0" in banner(two, "127.0.0.1", 18022)
     listed = json.loads(user.banger(two, "vm", "ports", "two", "--json").text)
-    found = next(each for each in listed if each["port"] == 8000)
-    assert (found["published"], found["target"]) == (["127.0.0.1:18000"], "two.vm:8000")
-    user.banger(two, "vm", "unpublish", "two", "18000:8000")
-    assert two.run(["python3", "-c", fetch], check=False).status != 0
+    found = next(each for each in listed if each["port"] == 22)
+    assert (found["published"], found["target"], found["process"]) == (
+        ["127.0.0.1:18022"],
+        "two.vm:22",
+        "sshd",
+    )
+    user.banger(two, "vm", "unpublish", "two", "18022:22")
+    assert banner(two, "127.0.0.1", 18022, check=False) == ""
