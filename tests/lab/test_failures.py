@@ -65,9 +65,7 @@ def test_deleting_a_vm_helps_when_the_host_has_no_space_at_all(idle_host: Lab) -
 
 
 def test_missing_kernel_file(idle_host: Lab) -> None:
-    kernels = json.loads(user.banger(idle_host, "kernel", "list", "--json").text)
-    kernel = next(each["id"] for each in kernels if each["name"] == GOOD_KERNEL)
-    path = f"{STATE}/kernels/{kernel}/vmlinux"
+    path = f"{STATE}/kernels/{_kernel_id(idle_host, GOOD_KERNEL)}/vmlinux"
     with _aside(idle_host, path):
         said = _fails(idle_host, "vm", "create", "web", *user.SMALL, step="preflight")
         assert path in said
@@ -113,9 +111,18 @@ def test_foreign_link_with_the_tap_s_name_is_left_alone(idle_host: Lab) -> None:
     assert kept == "mine\nmine\n"
 
 
-def test_kernel_that_panics(idle_host: Lab) -> None:
+def test_kernel_that_cannot_boot_is_refused_at_import(idle_host: Lab) -> None:
     """A distribution's kernel without its initrd has no driver for the root disk."""
-    with _imported(idle_host, BARE_KERNEL, "bare"):
+    said = user.banger(idle_host, "kernel", "import", BARE_KERNEL, "--name", "bare", check=False)
+    assert said.status != 0
+    assert "it cannot boot under Firecracker" in " ".join(said.error_text.split())
+    listed = json.loads(user.banger(idle_host, "kernel", "list", "--json").text)
+    assert "bare" not in {each["name"] for each in listed}
+
+
+def test_kernel_that_panics(idle_host: Lab) -> None:
+    """What cannot boot is refused at import, so it takes the place of one that can."""
+    with _in_place(idle_host, BARE_KERNEL, "bare"):
         words = ("vm", "create", "web", "--kernel", "bare", *user.SMALL)
         said = _fails(idle_host, *words, step="wait_vsock_agent")
         assert "the guest kernel of web panicked: VFS: Unable to mount root fs" in said
@@ -145,7 +152,7 @@ def test_agent_that_never_answers(idle_host: Lab) -> None:
     halt = b"\xfa\xf4\xeb\xfd Linux version 6.12.0-hung "  # cli; hlt; and again
     image = elf.wrap(halt.ljust(4096, b"\0"), load_address=0x1000000, entry_address=0x1000000)
     idle_host.write(HUNG_KERNEL, image)
-    with _imported(idle_host, HUNG_KERNEL, "hung"):
+    with _in_place(idle_host, HUNG_KERNEL, "hung"):
         with user.configured(idle_host, "agent_deadline_s = 5"):
             words = ("vm", "create", "web", "--kernel", "hung", *user.SMALL)
             said = _fails(idle_host, *words, step="wait_vsock_agent")
@@ -204,16 +211,23 @@ def _aside(host: Lab, path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _imported(host: Lab, path: str, name: str) -> Iterator[None]:
-    """A kernel is there inside the block; at the end no VM may boot with it any more."""
-    user.banger(host, "kernel", "import", path, "--name", name)
+def _in_place(host: Lab, path: str, name: str) -> Iterator[None]:
+    """A kernel is there inside the block, unchecked; at the end no VM may boot with it any more."""
+    user.banger(host, "kernel", "import", f"/artefacts/kernels/{GOOD_KERNEL}", "--name", name)
     try:
+        kept = f"{STATE}/kernels/{_kernel_id(host, name)}/vmlinux"
+        _as_owner(host, f"chmod u+w {kept} && cat {path} > {kept}")
         yield
     except BaseException:
         user.banger(host, "vm", "delete", "web", check=False)
         raise
     finally:
         user.banger(host, "kernel", "rm", name)
+
+
+def _kernel_id(host: Lab, name: str) -> str:
+    kernels = json.loads(user.banger(host, "kernel", "list", "--json").text)
+    return str(next(each["id"] for each in kernels if each["name"] == name))
 
 
 def _move_in_image(host: Lab, path: str, source: str, target: str) -> None:
