@@ -16,6 +16,8 @@ from banger.contract import guest
 _pids = itertools.count(1_000_000)
 F = guest.FrameType
 T = guest.Tag
+# asyncio takes a few turns of its loop from accepting a connection to serving it.
+_TURNS = 10
 
 
 @dataclass(slots=True)
@@ -66,10 +68,16 @@ class FakeVmm:
             asyncio.get_running_loop().call_later(0.01, self._die)
 
     async def kill(self) -> None:
+        """Returns when every connection is closed, also one that was accepted just before."""
         self._die()
         for server in self._servers:
             await server.wait_closed()
         self._servers = []
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        for writer in list(self._writers):
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     def _die(self) -> None:
         self.is_running = False
