@@ -138,7 +138,7 @@ def test_openssh_reads_it_as_meant(tmp_path: Path) -> None:
     assert asked["identityfile"] == ACCESS.identity_file
     assert asked["userknownhostsfile"].startswith(ACCESS.host_keys_dir)
     assert asked["stricthostkeychecking"] == "accept-new"
-    assert asked["proxycommand"].startswith("exec /usr/local/bin/banger vm proxy")
+    assert asked["proxycommand"].startswith("/usr/local/bin/banger vm proxy")
     assert asked["identitiesonly"] == "yes"
     for other in ("example.org", "sub.web.vm", "vm"):
         assert "proxycommand" not in _asked(config, other)
@@ -146,5 +146,5 @@ def test_openssh_reads_it_as_meant(tmp_path: Path) -> None:
 
 def test_a_program_in_a_strange_place_is_quoted() -> None:
     assert ssh_config.proxy_command(["/a b/100%/banger"], "/x y") == (
-        "exec '/a b/100%%/banger' --socket '/x y' vm proxy --wait 30 -- %n"
+        "'/a b/100%%/banger' --socket '/x y' vm proxy --wait 30 -- %n"
     )
