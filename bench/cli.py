@@ -15,7 +15,7 @@ from bench import host, report
 from lab import errors
 
 # Each module has `run(Host) -> Report`; imported when asked for, as those of the lab need its packages.
-BENCHMARKS: Final = ("pipeline", "dns", "network", "start", "memory", "exec", "workspace")
+BENCHMARKS: Final = ("pipeline", "dns", "network", "start", "memory", "exec", "workspace", "pull")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

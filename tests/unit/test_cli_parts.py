@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import click
 import hypothesis
@@ -16,8 +18,8 @@ import pytest
 from hypothesis import strategies
 from websockets import frames, streams
 
-from banger.cli import command, exits, main, render, websocket
-from banger.contract import errors, sizes
+from banger.cli import command, exits, live, main, render, websocket
+from banger.contract import errors, resources, sizes
 
 # --- sizes ---
 
@@ -262,3 +264,26 @@ def test_list_and_exec_load_no_slow_library() -> None:
         loaded = imported(*arguments)
         assert "msgspec" in loaded
         assert not loaded & (SLOW - {"ssl"})  # http.client loads ssl by itself
+
+
+def test_layers_are_shown_beside_their_sum() -> None:
+    track = live._Track("pull")
+    track.hear(_event("stage", stage="pull_image"))
+    for name, current, total in (
+        ("layer 1 of 2", 3, 10),
+        ("layer 2 of 2", 9, 10),
+        ("layers", 12, 20),
+        ("layer 1 of 2", 10, 10),
+        ("layers", 19, 20),
+    ):
+        track.hear(_event("progress", stage="pull_image", detail=name, current=current, total=total))
+    (stage,) = track.stages
+    assert (stage.detail, stage.share) == ("layers", "95%")
+    assert [row[1].plain for row in stage.part_rows()] == ["  layer 2 of 2 90%"]
+    track.hear(_event("stage", stage="build_image"))
+    assert list(stage.part_rows()) == []
+
+
+def _event(kind: str, **fields: Any) -> resources.Event:
+    now = datetime.datetime.now(datetime.UTC)
+    return resources.Event(operation="0123456789ab", seq=0, time=now, kind=kind, **fields)

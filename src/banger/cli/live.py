@@ -25,6 +25,22 @@ class _Stage:
     began: float
     ended: float | None = None
     share: str = ""
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of what is counted in several parts, such as layers: those that go on beside the one in `detail`."""
+
+    def count(self, event: resources.Event) -> None:
+        whole = event.total > 0 and event.current >= event.total
+        self.share = f"{100 * event.current // event.total}%" if event.total else ""
+        self.detail = event.detail or self.detail
+        self.parts.pop(self.detail, None)
+        if event.total and not whole:
+            self.parts[self.detail] = self.share
+
+    def part_rows(self) -> Iterator[tuple[rich.text.Text, ...]]:
+        for name, share in self.parts.items():
+            if name != self.detail and self.ended is None:
+                text = f"  {render.safe(name)} {share}"
+                yield rich.text.Text(), rich.text.Text(text, style="dim", no_wrap=True), rich.text.Text()
 
     def row(self, now: float) -> tuple[rich.text.Text, rich.text.Text, rich.text.Text]:
         took = (self.ended if self.ended is not None else now) - self.began
@@ -54,8 +70,7 @@ class _Track:
         elif event.kind == "end":
             self.is_done = True
         elif self.stages:
-            self.stages[-1].detail = event.detail or self.stages[-1].detail
-            self.stages[-1].share = f"{100 * event.current // event.total}%" if event.total else ""
+            self.stages[-1].count(event)
 
 
 class Live:
@@ -99,3 +114,5 @@ class Live:
                 mark = self._spinner if running else rich.text.Text("✓", style="green")
                 title = (rich.text.Text(render.safe(track.title)),) if many else ()
                 yield (mark, *title, *stage.row(now))
+                if not many:
+                    yield from ((rich.text.Text(), *row) for row in stage.part_rows())
