@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""`banger doctor` on an installed host: all is well; what is broken is named, with what mends it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from lab import provision
+from lab.session import Lab
+from tests.lab import user
+
+pytestmark = pytest.mark.timeout(600)
+MODULE = "banger/helper/policy.py"
+JAILER = "/var/lib/banger-root/runtime/jailer"
+LACKING = {"mmdebstrap"}
+"""What the lab's host does without: its image comes ready made."""
+UNSEEN = {"versions", "leftovers", "dns"}
+"""What only the daemon can tell."""
+
+
+def test_doctor_sees_what_is_wrong_and_says_what_mends_it(installed_host: Lab) -> None:
+    host = installed_host
+    well = _rows(host, "root")
+    assert {name for name, row in well.items() if row["status"] != "pass"} == LACKING, well
+    mine = _rows(host, user.NAME)
+    assert {name for name, row in mine.items() if row["status"] not in ("pass", "skip")} == LACKING, mine
+    assert mine["bangerd"]["status"] == mine["image"]["status"] == mine["leftovers"]["status"] == "pass"
+
+    module = host.run(
+        ["sh", "-c", f"echo {provision.VENV}/lib/python3*/site-packages/{MODULE}"]
+    ).text.strip()
+    kernel = host.run(["sh", "-c", "ls -d /var/lib/banger/kernels/*/vmlinux"]).text.split()
+    host.run(["chmod", "g+w", module])
+    host.run(["chown", user.NAME, JAILER])
+    for path in kernel:
+        host.run(["mv", path, f"{path}.aside"])
+    host.run(["systemctl", "stop", "bangerd.service"])
+    try:
+        broken = _rows(host, "root", status=1)
+    finally:
+        host.run(["systemctl", "start", "bangerd.service"])
+        for path in kernel:
+            host.run(["mv", f"{path}.aside", path])
+    found = {name for name, row in broken.items() if row["status"] == "fail"}
+    assert found == {"root's code", "root's runtime", "jailer", "kernel", "bangerd", "units"}
+    assert {name for name, row in broken.items() if row["status"] == "skip"} == UNSEEN
+    assert module in broken["root's code"]["detail"]
+    assert "inactive" in broken["bangerd"]["detail"]
+    assert broken["units"]["remedy"] == "sudo systemctl start bangerd.service"
+    assert re.search(r"lost \S+/vmlinux", broken["kernel"]["detail"])
+
+    # What the report says to do is done, word for word.
+    for name in ("root's code", "jailer"):
+        host.run(["sh", "-c", broken[name]["remedy"]])
+    again = _rows(host, "root")
+    assert {name: row["status"] for name, row in again.items()} == {
+        name: row["status"] for name, row in well.items()
+    }
+
+
+def _rows(host: Lab, name: str, *, status: int = 0) -> dict[str, dict[str, Any]]:
+    """Row by check, as root or the owner sees it; the exit status must be this one."""
+    done = host.run(["banger", "doctor", "--json"], user=name, check=False, timeout_s=180)
+    assert done.status == status, done.text
+    return {row["check"]: row for row in json.loads(done.text)["rows"]}
