@@ -50,6 +50,7 @@ SEEN = {
 STAYS = {
     "modules": {
         r"(loop|dm_mod|dm_bufio|dm_snapshot|tun|bridge|stp|llc|kvm\w*)": "others may use them by now",
+        r"(nf\w*|xt_\w+|x_tables|ip6?_?tables?\w*|libcrc32c|crc32c\w*)": "the kernel's, for packet rules",
     },
 }
 """What is different afterwards, and why."""
