@@ -14,7 +14,15 @@ from banger.cli import reference
 from banger.owner import reference as api
 from tests.style import tree
 
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "SPECIFICATION.md",
+    "CHANGELOG.md",
+    "LICENSE",
+)
 _LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 _CODE = re.compile(r"`[^`\n]*`")
 _TARGET = re.compile(r"\bmake ([a-z-]+)")
