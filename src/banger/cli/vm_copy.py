@@ -19,7 +19,7 @@ from typing import Final
 import click
 
 from banger.cli import client, command, exchange, output, progress, render, signals, workspaces
-from banger.contract import errors, names, resources, sizes
+from banger.contract import errors, names, sizes, transfers
 
 _PIPE: Final = "-"
 
@@ -89,7 +89,7 @@ def copy(settings: command.Settings, source: str, target: str, archive: bool, fo
 
 def _into(
     settings: command.Settings, here: Place, there: Place, *, archive: bool, follow_link: bool
-) -> resources.Transferred:
+) -> transfers.Transferred:
     from banger import archive as archives
 
     api = settings.client()
@@ -107,9 +107,9 @@ def _into(
     owner = None if archive or here.is_pipe else 0
     try:
         with exchange.opened(api, f"/v1/vms/{client.segment(there.vm)}/put") as talk:
-            talk.tell(resources.PutRequest(path=directory, uid=owner, gid=owner))
+            talk.tell(transfers.PutRequest(path=directory, uid=owner, gid=owner))
             talk.send(pieces)
-            done = talk.hear(resources.Transferred)
+            done = talk.hear(transfers.Transferred)
     finally:
         report.close()
     _say(settings, f"{done.entries} files, {sizes.text_of_bytes(done.content_bytes)}, are in {there.vm}")
@@ -154,7 +154,7 @@ class _Reader:
 
 def _out_of(
     settings: command.Settings, here: Place, there: Place, *, follow_link: bool
-) -> resources.Transferred:
+) -> transfers.Transferred:
     api = settings.client()
     if there.is_pipe:
         if sys.stdout.isatty():
@@ -163,13 +163,13 @@ def _out_of(
             for piece in pieces:
                 sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
-        return resources.Transferred()
+        return transfers.Transferred()
     return _unpack(settings, api, here, there, follow_link=follow_link)
 
 
 def _unpack(
     settings: command.Settings, api: client.Client, here: Place, there: Place, *, follow_link: bool
-) -> resources.Transferred:
+) -> transfers.Transferred:
     from banger import archive as archives
 
     target = Path(there.path)
@@ -189,18 +189,18 @@ def _unpack(
     for skipped in done.skipped:
         render.note(f"left out: {skipped}")
     _say(settings, f"{done.entries} files are in {directory / name}")
-    return resources.Transferred(entries=done.entries)
+    return transfers.Transferred(entries=done.entries)
 
 
 def _fetched(
     api: client.Client, vm: str, path: str, *, follow_link: bool
 ) -> contextlib.AbstractContextManager[Iterator[bytes]]:
-    request = resources.GetRequest(path=posixpath.normpath(path), follow_link=follow_link)
+    request = transfers.GetRequest(path=posixpath.normpath(path), follow_link=follow_link)
     return _stream(api, vm, request)
 
 
 @contextlib.contextmanager
-def _stream(api: client.Client, vm: str, request: resources.GetRequest) -> Iterator[Iterator[bytes]]:
+def _stream(api: client.Client, vm: str, request: transfers.GetRequest) -> Iterator[Iterator[bytes]]:
     with exchange.opened(api, f"/v1/vms/{client.segment(vm)}/get") as talk:
         talk.tell(request)
         yield _whole(talk)
@@ -209,7 +209,7 @@ def _stream(api: client.Client, vm: str, request: resources.GetRequest) -> Itera
 def _whole(talk: exchange.Exchange) -> Iterator[bytes]:
     """To the daemon's word that the archive is complete."""
     yield from talk.pieces()
-    talk.hear(resources.Transferred)
+    talk.hear(transfers.Transferred)
 
 
 def _piped() -> Iterable[bytes]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 
 from banger.cli import client, command, output, params, progress, render, workspaces
-from banger.contract import errors, resources
+from banger.contract import errors, resources, transfers
 
 _COLOURS: Final = ((b"+", b"32"), (b"-", b"31"), (b"@@", b"36"), (b"diff ", b"1"))
 
@@ -114,7 +114,7 @@ def export(
     """
     from banger.workspace import receiving
 
-    request = resources.ExportRequest(path=guest_path, base=base_commit)
+    request = transfers.ExportRequest(path=guest_path, base=base_commit)
     with workspaces.exported(settings.client(), name, request) as (_, pieces):
         if target is not None:
             receiving.write_file(target, pieces)
@@ -138,7 +138,7 @@ def export(
 @click.pass_obj
 def diff(settings: command.Settings, name: str, base_commit: str | None, guest_path: str | None) -> None:
     """Show what changed in the guest, for reading."""
-    request = resources.ExportRequest(path=guest_path, base=base_commit)
+    request = transfers.ExportRequest(path=guest_path, base=base_commit)
     has_colour = render.has_colour(sys.stdout)
     with workspaces.exported(settings.client(), name, request) as (_, pieces):
         rest = b""
@@ -196,7 +196,7 @@ def pull(
     vm = _vm(settings, name)
     found = repository.find(workspaces.source_of(vm, path))
     target = receiving.branch_name(found, branch or f"banger/{vm.name}")
-    request = resources.ExportRequest(form=resources.ExportForm.PACK, path=guest_path, base=base_commit)
+    request = transfers.ExportRequest(form=transfers.ExportForm.PACK, path=guest_path, base=base_commit)
     with (
         snapshot.scratch(found) as scratch,
         workspaces.exported(settings.client(), vm.id, request) as (exported, pieces),

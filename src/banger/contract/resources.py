@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import enum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 
@@ -21,16 +21,12 @@ API_VERSION: Final = 1
 Vcpus = Annotated[int, msgspec.Meta(ge=1, le=32)]
 MemoryMib = Annotated[int, msgspec.Meta(ge=64, le=1024 * 1024)]
 DiskMib = Annotated[int, msgspec.Meta(ge=16, le=16 * 1024 * 1024)]
-GuestPath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=4096)]
-ObjectId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
-BranchRef = Annotated[str, msgspec.Meta(pattern=r"^refs/heads/[^\0\n]+$", max_length=4096)]
-Revision = Annotated[str, msgspec.Meta(pattern=r"^[^\0\-][^\0]*$", max_length=4096)]
 PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
 VmNameText = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 
 
 class VmState(enum.StrEnum):
-    """`running` is entered only after the agent answered."""
+    """`running`: the agent answered within the last seconds. One whose agent is silent shows `error`."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -183,11 +179,18 @@ class Vm(Resource, frozen=True, kw_only=True):
     """The guest kernel's, while running."""
     pid: int = 0
     """Of the VMM, as seen now; 0 when none runs."""
+    silent_since: datetime.datetime | None = None
+    """When the agent last answered, if that is too long ago. The VM can be stopped like one that runs."""
     last_error: errors.ErrorBody | None = None
     sources: dict[str, SizeSource] = {}
     last_start: tuple[StepTiming, ...] = ()
     """Only in the answer for one VM, not in lists."""
     workspace: Workspace | None = None
+
+    @property
+    def has_vmm(self) -> bool:
+        """It runs as a process, whether or not its agent answers."""
+        return self.state is VmState.RUNNING or self.silent_since is not None
 
 
 class VmStats(Resource, frozen=True, kw_only=True):
@@ -243,103 +246,6 @@ class ExecEnd(Resource, frozen=True, kw_only=True):
     exit_status: int | None = None
     """0–255 as a shell would report it: 128 + n for signal n."""
     signal: int = 0
-    error: errors.ErrorBody | None = None
-
-
-# --- workspaces and files ---
-
-
-class PrepareRequest(Body, frozen=True, kw_only=True):
-    """First message on the prepare WebSocket."""
-
-    path: GuestPath = "/root/repo"
-    discard: bool = False
-    """Replace what was changed in the guest since the last time."""
-    full_copy: bool = False
-    """A tree as it is, for guests without git and repositories with submodules."""
-
-
-class WorkspaceState(Resource, frozen=True, kw_only=True):
-    """The daemon's answer: what the guest has already. The VM's workspace is held from then on."""
-
-    exists: bool
-    """There is a workspace of ours; what it has is only added to."""
-    tips: tuple[str, ...] = ()
-    """Commits that the guest was sent before."""
-
-
-class PreparePlan(Body, frozen=True, kw_only=True):
-    """The client's second message; binary streams follow, each ended by an empty message.
-
-    A full copy is one tar. Otherwise, when the workspace exists: ids of objects, one a line, answered by a
-    line for each, `<id> missing` for those to send. Then a pack, and a tar of small files: `refs`, `sent`,
-    `config` and what the index needs besides.
-    """
-
-    source: str
-    object_format: Literal["sha1", "sha256"] = "sha1"
-    head: ObjectId | None = None
-    branch: BranchRef | None = None
-    worktree: ObjectId | None = None
-    index: ObjectId | None = None
-    read_only: bool = False
-    options: tuple[str, ...] = ()
-
-
-class Prepared(Resource, frozen=True, kw_only=True):
-    """The daemon's last message on the prepare WebSocket."""
-
-    workspace: Workspace | None = None
-    error: errors.ErrorBody | None = None
-
-
-class ExportForm(enum.StrEnum):
-    """`patch`: as `git diff --binary`; `pack`: commits and their objects."""
-
-    PATCH = "patch"
-    PACK = "pack"
-
-
-class ExportRequest(Body, frozen=True, kw_only=True):
-    """The only message of the client on the export WebSocket."""
-
-    form: ExportForm = ExportForm.PATCH
-    path: GuestPath | None = None
-    """Absent: the workspace."""
-    base: Revision | None = None
-    """Absent: the commit that the workspace was made from."""
-
-
-class Exported(Resource, frozen=True, kw_only=True):
-    """What the binary stream that follows holds: everything from `base` to `head`."""
-
-    base: str
-    head: str
-    """A commit of everything, also of what the guest has not committed. Equal to `base`: nothing changed."""
-
-
-class PutRequest(Body, frozen=True, kw_only=True):
-    """First message on the put WebSocket; a tar follows, in binary messages up to an empty one."""
-
-    path: GuestPath
-    """A directory, made when it is missing."""
-    uid: int | None = None
-    gid: int | None = None
-    """Absent: the archive's own."""
-
-
-class GetRequest(Body, frozen=True, kw_only=True):
-    """The only message of the client on the get WebSocket; a tar comes back."""
-
-    path: GuestPath
-    follow_link: bool = False
-
-
-class Transferred(Resource, frozen=True, kw_only=True):
-    """The daemon's last message on the put, get and export WebSockets."""
-
-    entries: int = 0
-    content_bytes: int = 0
     error: errors.ErrorBody | None = None
 
 

@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeVar
 
 import msgspec
 
-from banger.contract import errors, guest, names, resources
+from banger.contract import errors, guest, names, resources, transfers
 from banger.owner import guest as guests
 from banger.owner import locks, operations
 from banger.vm import record, workspace
@@ -67,7 +67,7 @@ class WorkspaceService:
 
     async def prepare(self, ref: str, peer: Peer) -> resources.Resource:
         """Takes a repository in. One at a time for each VM; the others wait."""
-        request = await peer.hear(resources.PrepareRequest)
+        request = await peer.hear(transfers.PrepareRequest)
         path = workspace.clean_path(request.path)
         found = self._running(ref)
         async with self._locks.hold(found.id, operations.current_op_id.get()):
@@ -75,19 +75,19 @@ class WorkspaceService:
             inside = _Guest(vm.name, self._connect(vm.id))
             await self._make_writable(inside, vm, path)
             state = await self._inspect(inside, vm, path, request)
-            await peer.tell(resources.WorkspaceState(exists=state.exists, tips=state.tips))
-            plan = await peer.hear(resources.PreparePlan)
+            await peer.tell(transfers.WorkspaceState(exists=state.exists, tips=state.tips))
+            plan = await peer.hear(transfers.PreparePlan)
             taking = _Taking(inside, peer, path, plan, state, discard=request.discard)
             await (taking.copy() if request.full_copy else taking.repository())
             if plan.read_only:
                 await inside.run(workspace.LOCK, path, "1")
             made = self._remember(vm, path, plan)
         _log.info("workspace prepared", extra={"vm": vm.id, "path": path})
-        return resources.Prepared(workspace=made)
+        return transfers.Prepared(workspace=made)
 
     async def export(self, ref: str, peer: Peer) -> resources.Resource:
         """Gives out what changed since `base`; the guest's repository and index stay as they are."""
-        request = await peer.hear(resources.ExportRequest)
+        request = await peer.hear(transfers.ExportRequest)
         vm = self._running(ref)
         path = workspace.clean_path(request.path) if request.path else _path_of(vm)
         output = _Headed(peer)
@@ -100,16 +100,16 @@ class WorkspaceService:
             output=output.take,
         )
         await output.finish()
-        return resources.Transferred(content_bytes=output.sent_bytes)
+        return transfers.Transferred(content_bytes=output.sent_bytes)
 
     async def put(self, ref: str, peer: Peer) -> resources.Resource:
-        request = await peer.hear(resources.PutRequest)
+        request = await peer.hear(transfers.PutRequest)
         spec = guest.PutSpec(request.path, uid=request.uid, gid=request.gid, make_directory=True)
         done = await self._connect(self._running(ref).id).put(spec, peer.pieces())
-        return resources.Transferred(entries=done.entries, content_bytes=done.content_bytes)
+        return transfers.Transferred(entries=done.entries, content_bytes=done.content_bytes)
 
     async def get(self, ref: str, peer: Peer) -> resources.Resource:
-        request = await peer.hear(resources.GetRequest)
+        request = await peer.hear(transfers.GetRequest)
         spec = guest.GetSpec(request.path, follow_link=request.follow_link)
         count = 0
         async with self._connect(self._running(ref).id).get(spec) as archive:
@@ -117,7 +117,7 @@ class WorkspaceService:
                 count += len(piece)
                 await peer.send(piece)
         await peer.end()
-        return resources.Transferred(content_bytes=count)
+        return transfers.Transferred(content_bytes=count)
 
     def _running(self, ref: str) -> record.VmRecord:
         vm = self._store.find(ref)
@@ -132,7 +132,7 @@ class WorkspaceService:
             await inside.run(workspace.LOCK, path, "0")
 
     async def _inspect(
-        self, inside: _Guest, vm: record.VmRecord, path: str, request: resources.PrepareRequest
+        self, inside: _Guest, vm: record.VmRecord, path: str, request: transfers.PrepareRequest
     ) -> workspace.Found:
         kind = "copy" if request.full_copy else "git"
         found = workspace.parse_found(await inside.said(workspace.INSPECT, path, kind))
@@ -144,7 +144,7 @@ class WorkspaceService:
         workspace.refuse_to_lose(vm.name, path, found, discard=request.discard)
         return found
 
-    def _remember(self, vm: record.VmRecord, path: str, plan: resources.PreparePlan) -> resources.Workspace:
+    def _remember(self, vm: record.VmRecord, path: str, plan: transfers.PreparePlan) -> resources.Workspace:
         made = resources.Workspace(
             path=path,
             source=plan.source,
@@ -175,7 +175,7 @@ class _Taking:
     inside: _Guest
     peer: Peer
     path: str
-    plan: resources.PreparePlan
+    plan: transfers.PreparePlan
     found: workspace.Found
     discard: bool
 
@@ -233,7 +233,7 @@ class _Headed:
             raise errors.ProtocolError("the guest did not say what its export holds")
         self._held = None
         base, head = ("" if word == _NOTHING else word for word in words)
-        await self._peer.tell(resources.Exported(base=base, head=head))
+        await self._peer.tell(transfers.Exported(base=base, head=head))
         await self._pass_on(rest)
 
     async def finish(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from banger import archive
-from banger.contract import errors, resources
+from banger.contract import errors, transfers
 from banger.workspace import repository as repositories
 from banger.workspace import sending
 from banger.workspace import snapshot as snapshots
@@ -57,10 +57,10 @@ def take(repository: repositories.Repository, *, include_untracked: bool) -> Cop
 def send(
     exchange: sending.Exchange, copy: Copy, choice: sending.Choice, report: sending.Report
 ) -> sending.Sent:
-    exchange.tell(resources.PrepareRequest(path=choice.path, discard=choice.discard, full_copy=True))
-    exchange.hear(resources.WorkspaceState)
+    exchange.tell(transfers.PrepareRequest(path=choice.path, discard=choice.discard, full_copy=True))
+    exchange.hear(transfers.WorkspaceState)
     exchange.tell(
-        resources.PreparePlan(
+        transfers.PreparePlan(
             source=os.fsencode(copy.repository.top).decode(errors="replace"),
             head=copy.head or None,
             branch=copy.branch or None,
@@ -69,7 +69,7 @@ def send(
         )
     )
     count = exchange.send(archive.packed(copy.members(), lambda count: report("sending files", count)))
-    made = exchange.hear(resources.Prepared).workspace
+    made = exchange.hear(transfers.Prepared).workspace
     if made is None:
         raise errors.ProtocolError("bangerd did not say what it prepared")
     return sending.Sent(made, count, is_update=False)

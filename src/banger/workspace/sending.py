@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final, Protocol, TypeVar
 
-from banger.contract import errors, resources
+from banger.contract import errors, resources, transfers
 from banger.workspace import snapshot as snapshots
 
 T = TypeVar("T")
@@ -71,8 +71,8 @@ def send(
     report: Report,
 ) -> Sent:
     """The whole conversation. The guest has either all of it afterwards or, as far as it is new, nothing."""
-    exchange.tell(resources.PrepareRequest(path=choice.path, discard=choice.discard))
-    state = exchange.hear(resources.WorkspaceState)
+    exchange.tell(transfers.PrepareRequest(path=choice.path, discard=choice.discard))
+    state = exchange.hear(transfers.WorkspaceState)
     exchange.tell(_plan(snapshot, choice))
     if state.exists:
         missing = _missing(exchange, scratch.objects_since(snapshot, state.tips))
@@ -83,15 +83,15 @@ def send(
             count = exchange.send(_pieces(pack, report))
     count += exchange.send([_side_files(snapshot)])
     report("checking it out", count)
-    made = exchange.hear(resources.Prepared).workspace
+    made = exchange.hear(transfers.Prepared).workspace
     if made is None:
         raise errors.ProtocolError("bangerd did not say what it prepared")
     return Sent(made, count, is_update=state.exists)
 
 
-def _plan(snapshot: snapshots.Snapshot, choice: Choice) -> resources.PreparePlan:
+def _plan(snapshot: snapshots.Snapshot, choice: Choice) -> transfers.PreparePlan:
     sha256 = snapshot.repository.object_format == "sha256"
-    return resources.PreparePlan(
+    return transfers.PreparePlan(
         source=os.fsencode(snapshot.repository.top).decode(errors="replace"),
         object_format="sha256" if sha256 else "sha1",
         head=snapshot.head or None,

@@ -12,7 +12,7 @@ import litestar
 import msgspec
 from litestar import exceptions, params
 
-from banger.contract import errors, resources
+from banger.contract import errors, resources, transfers
 from banger.owner import operations, routes
 from banger.owner.routes import sockets
 
@@ -87,11 +87,11 @@ async def _serve(
 
 
 def _prepared(error: errors.ErrorBody) -> resources.Resource:
-    return resources.Prepared(error=error)
+    return transfers.Prepared(error=error)
 
 
 def _transferred(error: errors.ErrorBody) -> resources.Resource:
-    return resources.Transferred(error=error)
+    return transfers.Transferred(error=error)
 
 
 @litestar.websocket("/v1/vms/{ref:str}/workspace/prepare")
@@ -125,17 +125,17 @@ async def get_files(socket: sockets.Socket, ref: params.FromPath[str], services:
 HANDLERS: Final = (prepare_workspace, export_workspace, put_files, get_files)
 EXCHANGES: Final[dict[str, dict[str, type[msgspec.Struct]]]] = {
     "prepare_workspace": {
-        "first": resources.PrepareRequest,
-        "later": resources.PreparePlan,
-        "answers": resources.WorkspaceState,
-        "last": resources.Prepared,
+        "first": transfers.PrepareRequest,
+        "later": transfers.PreparePlan,
+        "answers": transfers.WorkspaceState,
+        "last": transfers.Prepared,
     },
     "export_workspace": {
-        "first": resources.ExportRequest,
-        "answers": resources.Exported,
-        "last": resources.Transferred,
+        "first": transfers.ExportRequest,
+        "answers": transfers.Exported,
+        "last": transfers.Transferred,
     },
-    "put_files": {"first": resources.PutRequest, "last": resources.Transferred},
-    "get_files": {"first": resources.GetRequest, "last": resources.Transferred},
+    "put_files": {"first": transfers.PutRequest, "last": transfers.Transferred},
+    "get_files": {"first": transfers.GetRequest, "last": transfers.Transferred},
 }
 """For the API's documentation: what travels as JSON in each."""

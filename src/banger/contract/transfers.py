@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""What travels as JSON in the WebSockets of workspaces and files, shared by daemon and CLI."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+import msgspec
+
+from banger.contract import errors, resources
+
+GuestPath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=4096)]
+ObjectId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
+BranchRef = Annotated[str, msgspec.Meta(pattern=r"^refs/heads/[^\0\n]+$", max_length=4096)]
+Revision = Annotated[str, msgspec.Meta(pattern=r"^[^\0\-][^\0]*$", max_length=4096)]
+
+
+class PrepareRequest(resources.Body, frozen=True, kw_only=True):
+    """First message on the prepare WebSocket."""
+
+    path: GuestPath = "/root/repo"
+    discard: bool = False
+    """Replace what was changed in the guest since the last time."""
+    full_copy: bool = False
+    """A tree as it is, for guests without git and repositories with submodules."""
+
+
+class WorkspaceState(resources.Resource, frozen=True, kw_only=True):
+    """The daemon's answer: what the guest has already. The VM's workspace is held from then on."""
+
+    exists: bool
+    """There is a workspace of ours; what it has is only added to."""
+    tips: tuple[str, ...] = ()
+    """Commits that the guest was sent before."""
+
+
+class PreparePlan(resources.Body, frozen=True, kw_only=True):
+    """The client's second message; binary streams follow, each ended by an empty message.
+
+    A full copy is one tar. Otherwise, when the workspace exists: ids of objects, one a line, answered by a
+    line for each, `<id> missing` for those to send. Then a pack, and a tar of small files: `refs`, `sent`,
+    `config` and what the index needs besides.
+    """
+
+    source: str
+    object_format: Literal["sha1", "sha256"] = "sha1"
+    head: ObjectId | None = None
+    branch: BranchRef | None = None
+    worktree: ObjectId | None = None
+    index: ObjectId | None = None
+    read_only: bool = False
+    options: tuple[str, ...] = ()
+
+
+class Prepared(resources.Resource, frozen=True, kw_only=True):
+    """The daemon's last message on the prepare WebSocket."""
+
+    workspace: resources.Workspace | None = None
+    error: errors.ErrorBody | None = None
+
+
+class ExportForm(enum.StrEnum):
+    """`patch`: as `git diff --binary`; `pack`: commits and their objects."""
+
+    PATCH = "patch"
+    PACK = "pack"
+
+
+class ExportRequest(resources.Body, frozen=True, kw_only=True):
+    """The only message of the client on the export WebSocket."""
+
+    form: ExportForm = ExportForm.PATCH
+    path: GuestPath | None = None
+    """Absent: the workspace."""
+    base: Revision | None = None
+    """Absent: the commit that the workspace was made from."""
+
+
+class Exported(resources.Resource, frozen=True, kw_only=True):
+    """What the binary stream that follows holds: everything from `base` to `head`."""
+
+    base: str
+    head: str
+    """A commit of everything, also of what the guest has not committed. Equal to `base`: nothing changed."""
+
+
+class PutRequest(resources.Body, frozen=True, kw_only=True):
+    """First message on the put WebSocket; a tar follows, in binary messages up to an empty one."""
+
+    path: GuestPath
+    """A directory, made when it is missing."""
+    uid: int | None = None
+    gid: int | None = None
+    """Absent: the archive's own."""
+
+
+class GetRequest(resources.Body, frozen=True, kw_only=True):
+    """The only message of the client on the get WebSocket; a tar comes back."""
+
+    path: GuestPath
+    follow_link: bool = False
+
+
+class Transferred(resources.Resource, frozen=True, kw_only=True):
+    """The daemon's last message on the put, get and export WebSockets."""
+
+    entries: int = 0
+    content_bytes: int = 0
+    error: errors.ErrorBody | None = None
