@@ -10,7 +10,7 @@ import pytest
 
 from banger.contract import errors, resources
 from banger.images import bundle, catalog, lookup, recipe, records
-from banger.owner import vms
+from banger.vm import command
 
 SHA = "sha256:" + "ab" * 32
 
@@ -132,14 +132,14 @@ def test_a_command_goes_over_what_the_image_says() -> None:
     image = bundle.RunConfig(
         entrypoint=("/e",), command=("c",), env=("A=1", "B=2"), user="7", working_dir="/srv"
     )
-    own = vms.exec_spec(resources.ExecRequest(argv=()), image, "")
+    own = command.exec_spec(resources.ExecRequest(argv=()), image, "")
     assert (own.argv, own.env, own.cwd, own.user) == (("/e", "c"), ("A=1", "B=2"), "/srv", "7")
-    other = vms.exec_spec(resources.ExecRequest(argv=("id",), env=("B=3",), cwd="/"), image, "")
+    other = command.exec_spec(resources.ExecRequest(argv=("id",), env=("B=3",), cwd="/"), image, "")
     assert (other.argv, other.env, other.cwd, other.user) == (("id",), ("A=1", "B=3"), "/", "")
-    named = vms.exec_spec(resources.ExecRequest(argv=(), user="root"), image, "")
+    named = command.exec_spec(resources.ExecRequest(argv=(), user="root"), image, "")
     assert named.user == "root"
-    shell = vms.exec_spec(resources.ExecRequest(argv=("sh",)), image, "/root/repo")
+    shell = command.exec_spec(resources.ExecRequest(argv=("sh",)), image, "/root/repo")
     assert shell.cwd == "/root/repo"
-    assert vms.exec_spec(resources.ExecRequest(argv=()), image, "/root/repo").cwd == "/srv"
+    assert command.exec_spec(resources.ExecRequest(argv=()), image, "/root/repo").cwd == "/srv"
     with pytest.raises(errors.BadRequestError, match="names nothing to run"):
-        vms.exec_spec(resources.ExecRequest(argv=()), bundle.RunConfig(), "")
+        command.exec_spec(resources.ExecRequest(argv=()), bundle.RunConfig(), "")

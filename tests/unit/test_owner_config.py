@@ -19,6 +19,7 @@ VALUES: dict[str, object] = {
     "memory_mib": 640,
     "disk_size_mib": 4096,
     "agent_deadline_s": 12.5,
+    "agent_silence_s": 9.0,
     "flush_deadline_s": 3.0,
     "power_off_deadline_s": 2.0,
     "dns": ("192.0.2.53", "10.0.0.1"),

@@ -32,7 +32,7 @@ def _access(settings: command.Settings) -> reach.SshAccess:
 
 def _require_running(settings: command.Settings, name: str) -> None:
     vm = settings.client().get(f"/v1/vms/{client.segment(name)}", resources.Vm)
-    if vm.state is not resources.VmState.RUNNING:
+    if not vm.has_vmm:
         hint = f"start it: `banger vm start {name}`"
         raise errors.NotRunningError(f"{name} is not running", hint=hint)
 

@@ -54,8 +54,8 @@ def explain(settings: command.Settings, name: str) -> None:
 
 
 def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
-    summary, remedy = _running(api, vm) if vm.state is resources.VmState.RUNNING else _not_running(vm)
-    runs = vm.state is resources.VmState.RUNNING
+    summary, remedy = _running(api, vm) if vm.has_vmm else _not_running(vm)
+    runs = vm.has_vmm and vm.silent_since is None
     return Explanation(
         name=vm.name,
         state=vm.state,
@@ -69,7 +69,13 @@ def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
 
 
 def _running(api: client.Client, vm: resources.Vm) -> tuple[str, str]:
-    """By asking its agent now."""
+    """By asking its agent now, unless it is known not to answer."""
+    if vm.silent_since is not None and vm.last_error is not None:
+        return (
+            f"{vm.name} runs, but its agent does not answer: silent for {render.age(vm.silent_since)}, "
+            f"since {vm.silent_since:%Y-%m-%d %H:%M:%S} UTC",
+            vm.last_error.hint,
+        )
     try:
         stats = api.get(f"/v1/vms/{client.segment(vm.id)}/stats", resources.VmStats)
     except (errors.UnavailableError, errors.DeadlineError) as error:

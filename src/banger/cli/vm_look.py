@@ -76,7 +76,7 @@ def ps(settings: command.Settings, everything: bool, quiet: bool, form: str) -> 
     """List the VMs that are running."""
 
     def is_meant(vm: resources.Vm) -> bool:
-        return everything or vm.state is resources.VmState.RUNNING
+        return everything or vm.has_vmm
 
     _list(settings, is_meant, quiet=quiet, form=form)
 
@@ -101,17 +101,20 @@ def _wide_row(vm: resources.Vm) -> Sequence[str]:
 
 
 def _row(vm: resources.Vm) -> Sequence[str]:
-    running = vm.state is resources.VmState.RUNNING
     return (
         vm.name,
-        vm.state,
+        _state(vm),
         vm.image,
         str(vm.vcpus),
         sizes.text_of_mib(vm.memory_mib),
         vm.address or "-",
         f"{render.age(vm.created_at)} ago",
-        render.age(vm.started_at) if running else "-",
+        render.age(vm.started_at) if vm.has_vmm else "-",
     )
+
+
+def _state(vm: resources.Vm) -> str:
+    return vm.state if vm.silent_since is None else f"{vm.state}: silent for {render.age(vm.silent_since)}"
 
 
 @command.make("show", examples=[("banger vm show web", "sizes, where they come from, the last error")])
@@ -130,7 +133,7 @@ def show(settings: command.Settings, names: tuple[str, ...]) -> None:
 def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     yield "name", vm.name
     yield "id", vm.id
-    yield "state", vm.state
+    yield "state", _state(vm)
     yield "image", f"{vm.image} ({vm.image_id})"
     yield "kernel", f"{vm.kernel} ({vm.kernel_id})"
     yield "cpus", _sourced(vm, str(vm.vcpus), "vcpus")

@@ -45,7 +45,7 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
 
 
 def _is_idle(vm: resources.Vm, older_than_s: float | None) -> bool:
-    if vm.state is resources.VmState.RUNNING:
+    if vm.has_vmm:
         return False
     since = vm.started_at or vm.created_at
     age_s = (datetime.datetime.now(datetime.UTC) - since).total_seconds()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from banger.cli import client, command, exchange, output, progress, render, signals
-from banger.contract import errors, resources, sizes
+from banger.contract import errors, resources, sizes, transfers
 
 if TYPE_CHECKING:
     from banger.workspace import sending
@@ -174,8 +174,8 @@ def keep_up(
     """Says that the repository here has changed since it was sent, or sends what did."""
     vm = api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
     known = vm.workspace
-    if known is None or vm.state is not resources.VmState.RUNNING or path not in {None, known.path}:
-        if send_changes and vm.state is resources.VmState.RUNNING:
+    if known is None or not vm.has_vmm or path not in {None, known.path}:
+        if send_changes and vm.has_vmm:
             hint = f"`banger vm workspace prepare {name}` sends it the first time"
             raise errors.NotFoundError(f"{name} has no workspace to send changes to", hint=hint)
         return
@@ -254,21 +254,21 @@ class Report:
 
 @contextlib.contextmanager
 def exported(
-    api: client.Client, ref: str, request: resources.ExportRequest
-) -> Iterator[tuple[resources.Exported, Iterator[bytes]]]:
+    api: client.Client, ref: str, request: transfers.ExportRequest
+) -> Iterator[tuple[transfers.Exported, Iterator[bytes]]]:
     """What changed in the guest; the stream is whole when it has been read to its end."""
     with (
         signals.raised(),
         exchange.opened(api, f"/v1/vms/{client.segment(ref)}/workspace/export") as talk,
     ):
         talk.tell(request)
-        head = talk.hear(resources.Exported)
+        head = talk.hear(transfers.Exported)
         yield head, _whole(talk)
 
 
 def _whole(talk: exchange.Exchange) -> Iterator[bytes]:
     yield from talk.pieces()
-    talk.hear(resources.Transferred)
+    talk.hear(transfers.Transferred)
 
 
 def wanted_again(workspace: resources.Workspace) -> Wanted:

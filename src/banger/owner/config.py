@@ -66,6 +66,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     memory_mib: resources.MemoryMib | None = None
     disk_size_mib: resources.DiskMib | None = None
     agent_deadline_s: Seconds = 60.0
+    agent_silence_s: Seconds = 15.0
+    """An agent that has not answered for so long is silent, and its VM no longer shown as running."""
     flush_deadline_s: Seconds = 10.0
     power_off_deadline_s: Seconds = 4.0
     dns: Annotated[tuple[str, ...], msgspec.Meta(max_length=3)] = ()
@@ -105,7 +107,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def limits(self) -> hosts.Limits:
-        return hosts.Limits(self.agent_deadline_s, self.flush_deadline_s, self.power_off_deadline_s)
+        return hosts.Limits(
+            self.agent_deadline_s,
+            self.flush_deadline_s,
+            self.power_off_deadline_s,
+            self.agent_silence_s,
+        )
 
 
 class Installation(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from banger.contract import names
+from banger.owner import silence
 
 _log = logging.getLogger(__name__)
 
@@ -18,9 +19,15 @@ OnGone = Callable[[names.VmId], Awaitable[None]]
 class LiveVmms:
     """Pids for showing only; every act on a VMM goes through the helper, which verifies it again."""
 
-    def __init__(self, gone: Callable[[names.VmId], Awaitable[None]], on_gone: OnGone) -> None:
+    def __init__(
+        self,
+        gone: Callable[[names.VmId], Awaitable[None]],
+        on_gone: OnGone,
+        agents: silence.SilenceWatch,
+    ) -> None:
         self._gone = gone
         self._on_gone = on_gone
+        self.agents = agents
         self._pids: dict[names.VmId, int] = {}
         self._watchers: dict[names.VmId, asyncio.Task[None]] = {}
 
@@ -30,11 +37,13 @@ class LiveVmms:
 
     def add(self, vm_id: names.VmId, pid: int) -> None:
         self._pids[vm_id] = pid
+        self.agents.add(vm_id)
         self._watchers[vm_id] = asyncio.create_task(self._watch(vm_id), name=f"watch-{vm_id}")
 
     async def forget(self, vm_id: names.VmId) -> None:
         """Its end is about to be our own doing."""
         self._pids.pop(vm_id, None)
+        await self.agents.forget(vm_id)
         watcher = self._watchers.pop(vm_id, None)
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
@@ -49,6 +58,7 @@ class LiveVmms:
         await self._gone(vm_id)
         self._pids.pop(vm_id, None)
         self._watchers.pop(vm_id, None)
+        await self.agents.forget(vm_id)
         try:
             await self._on_gone(vm_id)
         except Exception:

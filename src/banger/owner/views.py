@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import ipaddress
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,14 @@ from banger.vm import host, readiness, record
 
 # What Firecracker 1.12 logs when the guest reset or powered off by itself.
 _ORDERLY_END: Final = "exit_code=0"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is true of a VM at this moment, and no row says."""
+
+    pid: int = 0
+    silent_since: datetime.datetime | None = None
 
 
 class Views:
@@ -38,11 +48,12 @@ class Views:
         image_name, kernel_name = functools.cache(self._image_name), functools.cache(self._kernel_name)
         return Views(self._layout, self._network, image_name, kernel_name)
 
-    def vm(self, vm: record.VmRecord, pid: int, *, with_timings: bool = False) -> resources.Vm:
+    def vm(self, vm: record.VmRecord, seen: Seen, *, with_timings: bool = False) -> resources.Vm:
+        silent_since = seen.silent_since if vm.state is resources.VmState.RUNNING else None
         return resources.Vm(
             id=vm.id,
             name=vm.name,
-            state=vm.state,
+            state=resources.VmState.ERROR if silent_since else vm.state,
             image=self._image_name(vm.image_id),
             image_id=vm.image_id,
             kernel=self._kernel_name(vm.kernel_id),
@@ -60,8 +71,9 @@ class Views:
             created_at=vm.created_at,
             started_at=vm.started_at,
             boot_id=vm.boot_id,
-            pid=pid,
-            last_error=vm.last_error,
+            pid=seen.pid,
+            silent_since=silent_since,
+            last_error=_silent(vm, silent_since) if silent_since else vm.last_error,
             sources=vm.sources,
             last_start=vm.last_start if with_timings else (),
             workspace=vm.workspace,
@@ -101,6 +113,15 @@ class Views:
             hint=f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again",
         )
         return _ended(vm, resources.VmState.ERROR, body)
+
+
+def _silent(vm: record.VmRecord, since: datetime.datetime) -> errors.ErrorBody:
+    """Its VMM runs, and nobody in it answers."""
+    return errors.ErrorBody(
+        code=errors.UnavailableError.code,
+        message=f"the agent of {vm.name} has been silent since {since:%Y-%m-%d %H:%M:%S} UTC",
+        hint=f"see `banger vm logs {vm.name}`; `banger vm restart {vm.name}` begins anew",
+    )
 
 
 def _ended(vm: record.VmRecord, state: resources.VmState, error: errors.ErrorBody | None) -> record.VmRecord:

@@ -14,11 +14,24 @@ from typing import Final, Protocol
 import msgspec
 
 from banger import steps
-from banger.contract import errors, guest, names, ports, privileged, reach, resources
+from banger.contract import errors, names, ports, privileged, reach, resources
 from banger.images import bundle
+from banger.owner import (
+    changes,
+    images,
+    listeners,
+    live,
+    locks,
+    operations,
+    publish,
+    silence,
+    ssh,
+    store,
+    tunnels,
+    views,
+)
 from banger.owner import guest as guests
-from banger.owner import images, listeners, live, locks, operations, publish, ssh, store, tunnels, views
-from banger.vm import capabilities, create, host, record, start, stop, timeline
+from banger.vm import capabilities, command, create, host, record, start, stop, timeline
 from banger.vm.capabilities import dns, packet_rules
 
 _log = logging.getLogger(__name__)
@@ -68,13 +81,16 @@ class VmService:
         self._keys = keys
         self._zone = zone
         self._lifecycle = locks.Lifecycle()
-        self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone)
+        agents = silence.SilenceWatch(
+            lambda vm_id: host.agent(vm_id).health(), silent_after_s=host.limits.agent_silence_s
+        )
+        self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone, agents)
 
     # --- reading ---
 
     async def list(self) -> list[resources.Vm]:
         views = self._views.remembering()
-        return [views.vm(vm, self.live.pid(vm.id)) for vm in self._store.list()]
+        return [views.vm(vm, self._seen(vm)) for vm in self._store.list()]
 
     async def get(self, ref: str) -> resources.Vm:
         return self._view(self._store.find(ref), with_timings=True)
@@ -190,7 +206,7 @@ class VmService:
                 f"{vm.name} cannot be changed while it runs",
                 hint=f"stop it first: `banger vm stop {vm.name}`",
             )
-        changed = _apply(vm, body, self._resolver)
+        changed = changes.applied(vm, body, self._resolver.kernel_id)
         self._store.save(changed)
         if changed.name != vm.name:
             self._keys.forget(vm.name)
@@ -200,7 +216,7 @@ class VmService:
         """The row first: if we die in between, the next daemon does what it says."""
         async with self._lifecycle.hold(vm_id, ""):
             vm = self._store.get(vm_id)
-            changed = _with_access(vm, body)
+            changed = changes.with_access(vm, body)
             self._store.save(changed)
             if changed.state is resources.VmState.RUNNING:
                 try:
@@ -250,7 +266,7 @@ class VmService:
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
         self.exec_announced(ref, request)
         vm = self._running(ref)
-        spec = exec_spec(request, self._resolver.run_config(vm.image_id), _workspace_of(vm))
+        spec = command.exec_spec(request, self._resolver.run_config(vm.image_id), _workspace_of(vm))
         async with self._connect(vm.id).exec(spec) as running:
             yield running
 
@@ -292,7 +308,10 @@ class VmService:
     # --- inside ---
 
     def _view(self, vm: record.VmRecord, *, with_timings: bool = False) -> resources.Vm:
-        return self._views.vm(vm, self.live.pid(vm.id), with_timings=with_timings)
+        return self._views.vm(vm, self._seen(vm), with_timings=with_timings)
+
+    def _seen(self, vm: record.VmRecord) -> views.Seen:
+        return views.Seen(self.live.pid(vm.id), self.live.agents.silent_since(vm.id))
 
     def _running(self, ref: str) -> record.VmRecord:
         vm = self._store.find(ref)
@@ -409,28 +428,6 @@ def _workspace_of(vm: record.VmRecord) -> str:
     return vm.workspace.path if vm.workspace is not None else ""
 
 
-def exec_spec(request: resources.ExecRequest, image: bundle.RunConfig, workspace: str) -> guest.ExecSpec:
-    """The request over what the image says. Its user is for its own command: others are root's, as in a
-    machine of one's own.
-    """
-    argv = request.argv or image.argv
-    if not argv:
-        raise errors.BadRequestError("the image names nothing to run", hint="give a command")
-    user = request.user or ("" if request.argv else image.user)
-    # Other users cannot look into root's home, where workspaces are.
-    begins = workspace if user in {"", "root", "0"} else ""
-    known = dict(item.partition("=")[::2] for item in image.env + request.env)
-    return guest.ExecSpec(
-        argv=argv,
-        env=tuple(f"{name}={value}" for name, value in known.items()),
-        cwd=request.cwd or begins or image.working_dir,
-        user=user,
-        tty=request.tty,
-        rows=request.rows,
-        cols=request.cols,
-    )
-
-
 def _described(vm: record.VmRecord, error: BaseException) -> BaseException:
     """Cancellation has no message of its own; notes of failed undos go along."""
     if not isinstance(error, asyncio.CancelledError):
@@ -439,26 +436,3 @@ def _described(vm: record.VmRecord, error: BaseException) -> BaseException:
     for note in getattr(error, "__notes__", ()):
         known.add_note(note)
     return known
-
-
-def _apply(vm: record.VmRecord, body: resources.SetVm, resolver: Resolver) -> record.VmRecord:
-    asked = resources.SizeSource.REQUEST
-    sources = dict(vm.sources)
-    if body.vcpus is not None:
-        vm, sources["vcpus"] = msgspec.structs.replace(vm, vcpus=body.vcpus), asked
-    if body.memory_mib is not None:
-        vm, sources["memory_mib"] = msgspec.structs.replace(vm, memory_mib=body.memory_mib), asked
-    if body.name is not None:
-        vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
-    if body.kernel is not None:
-        vm = msgspec.structs.replace(vm, kernel_id=resolver.kernel_id(body.kernel))
-    return _with_access(msgspec.structs.replace(vm, sources=sources), body)
-
-
-def _with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
-    """Raises BadRequestError."""
-    allow = vm.allow if body.allow is None else create.allowed(body.allow)
-    nat = vm.nat if body.nat is None else body.nat
-    if nat and not vm.network:
-        raise errors.BadRequestError(f"{vm.name} has no network", hint="NAT needs a VM with one")
-    return msgspec.structs.replace(vm, nat=nat, egress=body.egress or vm.egress, allow=allow)

@@ -78,6 +78,8 @@ class Limits:
     agent_s: float = 60.0
     flush_s: float = 10.0
     power_off_s: float = 4.0
+    agent_silence_s: float = 15.0
+    """An agent that has not answered for so long is shown as silent."""
 
 
 async def _nothing() -> None:

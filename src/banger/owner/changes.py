@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""What `vm set` makes of a row. Pure; the caller saves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from banger.contract import errors, names, resources
+from banger.vm import create, record
+
+
+def applied(
+    vm: record.VmRecord, body: resources.SetVm, kernel_id: Callable[[str], names.KernelId]
+) -> record.VmRecord:
+    asked = resources.SizeSource.REQUEST
+    sources = dict(vm.sources)
+    if body.vcpus is not None:
+        vm, sources["vcpus"] = msgspec.structs.replace(vm, vcpus=body.vcpus), asked
+    if body.memory_mib is not None:
+        vm, sources["memory_mib"] = msgspec.structs.replace(vm, memory_mib=body.memory_mib), asked
+    if body.name is not None:
+        vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
+    if body.kernel is not None:
+        vm = msgspec.structs.replace(vm, kernel_id=kernel_id(body.kernel))
+    return with_access(msgspec.structs.replace(vm, sources=sources), body)
+
+
+def with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
+    """Raises BadRequestError."""
+    allow = vm.allow if body.allow is None else create.allowed(body.allow)
+    nat = vm.nat if body.nat is None else body.nat
+    if nat and not vm.network:
+        raise errors.BadRequestError(f"{vm.name} has no network", hint="NAT needs a VM with one")
+    return msgspec.structs.replace(vm, nat=nat, egress=body.egress or vm.egress, allow=allow)
