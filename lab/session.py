@@ -112,6 +112,10 @@ class Lab:
         return self._place.path
 
     @property
+    def is_on(self) -> bool:
+        return self._machine is not None
+
+    @property
     def machine(self) -> qemu.Machine:
         if self._machine is None:
             raise errors.NotRunningError(f"the lab named {self.name} is switched off")

@@ -2,7 +2,7 @@
 """Directories that are published whole: `<root>/<id>/` with files and one JSON record. Images and kernels.
 
 A new one is staged beside its place and appears by rename; a deleted one disappears by rename first. So a
-reader sees all of it or nothing, and a crash leaves only names with a dot in front, which `sweep` removes.
+reader sees all of it or nothing, and a crash leaves only what `half_made` finds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from banger.contract import errors, names
 
 _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
+SCRATCH: Final = (".work-", ".fetch-", ".build-", ".new-")
+"""How names of temporary directories begin, whoever makes them."""
 
 
 class Record(Protocol):
@@ -36,6 +38,26 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+
+
+def half_made(root: Path) -> list[Path]:
+    """What a crash left half made or half deleted below a root, or what is being made right now."""
+    return [
+        path
+        for path in _directories(root)
+        if path.name.startswith(".") and path.suffix in (_STAGED, _DELETED)
+    ]
+
+
+def scratch_left(parent: Path) -> list[Path]:
+    """Directories of work that is going on, or that a crash ended."""
+    return [path for path in _directories(parent) if path.name.startswith(SCRATCH)]
+
+
+def _directories(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
 
 
 @contextlib.contextmanager
@@ -137,16 +159,9 @@ class Artefacts(Generic[R]):
             self.path(artefact_id).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def sweep(self) -> list[str]:
-        """Removes what a crash left half made or half deleted; only while nothing is being staged."""
-        swept = [
-            path
-            for path in self._entries()
-            if path.name.startswith(".") and path.suffix in (_STAGED, _DELETED)
-        ]
-        for path in swept:
-            shutil.rmtree(path, ignore_errors=True)
-        return [path.name for path in swept]
+    def names(self) -> dict[str, str]:
+        """By id."""
+        return {record.id: record.name for record in self.records()}
 
     def _ids(self) -> list[str]:
         return [path.name for path in self._entries() if not path.name.startswith(".") and _is_id(path.name)]

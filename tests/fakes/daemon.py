@@ -23,7 +23,7 @@ from urllib import parse
 import msgspec
 import uvicorn
 
-from banger.contract import errors, names, requests, resources
+from banger.contract import errors, inventory, names, requests, resources
 from tests.fakes import command
 
 Scope = dict[str, Any]
@@ -79,6 +79,7 @@ class FakeDaemon:
         self.vms: dict[str, resources.Vm] = {}
         self.images: dict[str, resources.Image] = {}
         self.kernels: dict[str, resources.Kernel] = {}
+        self.inventory = inventory.Inventory(())
         self.operations: dict[str, Running] = {}
         self.asked: list[tuple[str, str, Any]] = []
         self.execs: list[resources.ExecRequest] = []
@@ -171,6 +172,10 @@ class FakeDaemon:
                     started_at=_now(),
                     helper_version="0.1.0",
                 )
+            case "GET", ["inventory"]:
+                return 200, self.inventory
+            case "POST", ["inventory", "collect"]:
+                return 202, self._begin("host.collect", "this host", ("delete",), self._collect)
             case "GET", ["operations"]:
                 return 200, [running.operation for running in self.operations.values()]
             case "GET", ["operations", ref]:
@@ -298,6 +303,11 @@ class FakeDaemon:
 
         finish = (lambda: self._turn(vm.id, "running")) if asked.start else (lambda: {"vm": vm})
         return self._begin("vm.create", name, STAGES, finish, ended)
+
+    def _collect(self) -> dict[str, Any]:
+        kept = (each for each in self.inventory.things if each.owner or each.foreign)
+        self.inventory = inventory.Inventory(tuple(kept))
+        return {}
 
     def _set(self, ref: str, asked: resources.SetVm) -> resources.Vm:
         vm = self._find(ref)

@@ -256,12 +256,11 @@ class FakeHost:
 
 
 class FakeHelper:
-    """Says who it is and what exists; every other request closes the connection."""
+    """Says who it is; every other request closes the connection."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.info = privileged.HostInfo(version=banger.__version__, protocol=privileged.PROTOCOL_VERSION)
-        self.world = privileged.World(vms=(), bridge=True)
         outer = self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -271,8 +270,6 @@ class FakeHelper:
                 match request:
                     case privileged.GetHost():
                         reply = privileged.Reply(result=outer.info)
-                    case privileged.ListWorld():
-                        reply = privileged.Reply(result=outer.world)
                     case _:
                         return
                 data = msgspec.json.encode(reply)

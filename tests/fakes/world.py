@@ -74,7 +74,7 @@ class World:
     async def call(self, request: privileged.Request[privileged.ResultT], /) -> privileged.ResultT:
         self.requests.append(request)
         await self.before(request)
-        result = await _HANDLERS[type(request)](self, request)
+        result = await HANDLERS[type(request)](self, request)
         await self.after(request)
         return cast("privileged.ResultT", result)
 
@@ -331,7 +331,7 @@ async def _purge_logs(world: World, request: privileged.PurgeLogs) -> privileged
     return privileged.Done()
 
 
-_HANDLERS: dict[type[privileged.Request[Any]], Callable[[World, Any], Awaitable[privileged.Result]]] = {
+HANDLERS: dict[type[privileged.Request[Any]], Callable[[World, Any], Awaitable[privileged.Result]]] = {
     privileged.GetHost: _get_host,
     privileged.ListWorld: _list_world,
     privileged.EnsureBridge: _ensure_bridge,

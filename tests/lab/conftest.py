@@ -77,6 +77,19 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fail the test after which an installed host has something of banger's that nobody owns."""
+    from tests.lab import user
+
+    yield
+    labs = {value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Lab)}
+    for lab in labs:
+        if lab.is_on:
+            left = user.unowned(lab)
+            assert left == "", f"nobody owns:\n{left}"
+
+
 @pytest.fixture(scope="session")
 def new_name() -> Callable[[str], str]:
     """A function that names labs of this test session."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from banger.contract import names, privileged
+from banger.contract import inventory, names
 from banger.system import host as hosts
 from banger.system.doctor import report, scene, storage, table
 from tests.fakes import host as fakes
@@ -38,9 +38,6 @@ def host(request: pytest.FixtureRequest) -> Iterator[fakes.FakeHost]:
         if check in SERVED:
             stack.enter_context(made.serving())
             made.api.add_vm("web", id=fakes.VM)
-            made.helper.world = privileged.World(
-                vms=(privileged.VmWorld(vm_id=fakes.VM, jail=True),), bridge=True
-            )
         yield made
 
 
@@ -91,9 +88,8 @@ def hello(**values: str | int) -> Break:
 
 
 def stray(host: fakes.FakeHost) -> None:
-    host.helper.world = privileged.World(
-        vms=(privileged.VmWorld(vm_id="ffffffffffff", tap=True, loops=2),), bridge=True
-    )
+    tap = inventory.Thing(inventory.Kind.TAP, "tap-ffffffff", "no VM has such an id", vm_id="ffffffffffff")
+    host.api.inventory = inventory.Inventory((tap,))
 
 
 def foreign_command(host: fakes.FakeHost) -> None:
@@ -293,7 +289,7 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("kernel", loses(fakes.FakeHost.kernel_file("vmlinux")), FAIL, "lost", "kernel pull"),
     ("kernel", writes(fakes.FakeHost.kernel_file("vmlinux"), "b kernel"), FAIL, "sha256", "kernel pull"),
     ("records", writes(fakes.FakeHost.image_file("image.json"), "{"), WARN, "aaaaaaaaaaaa", "delete"),
-    ("leftovers", stray, WARN, "a tap, 2 loop devices of ffffffffffff", "system restart"),
+    ("leftovers", stray, WARN, "tap tap-ffffffff (no VM has such an id)", "gc --apply"),
     ("smt", writes("/sys/devices/system/cpu/smt/active", "1"), WARN, "share a core", "nosmt"),
     ("ksm", writes("/sys/kernel/mm/ksm/run", "1"), WARN, "merged", "ksm/run"),
     ("swap", writes("/proc/swaps", "Filename\n/dev/vda2 partition 1 0 -2\n"), WARN, "/dev/vda2", "swapoff"),

@@ -21,6 +21,7 @@ from banger.contract import errors, names
 
 MAX_REQUEST_BYTES: Final = 64 * 1024
 MAX_REPLY_BYTES: Final = 4 * 1024 * 1024
+MAX_OTHERS: Final = 10_000
 PROTOCOL_VERSION: Final = 1
 
 Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
@@ -120,9 +121,22 @@ class Routed(Result, tag="routed", frozen=True):
     """Why this host's resolver cannot be told where VMs' names are; empty when it was."""
 
 
+class Other(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What has a name or a uid of banger's and is not named after one VM."""
+
+    kind: str
+    """As in `inventory.Kind`."""
+    name: str
+    slot: int = 0
+    """Of the VM whose uid it has."""
+    vm_id: str = ""
+
+
 class World(Result, tag="world", frozen=True):
     vms: tuple[VmWorld, ...]
     bridge: bool
+    others: tuple[Other, ...] = ()
+    """At most MAX_OTHERS of them."""
 
 
 # --- operations on the host ---

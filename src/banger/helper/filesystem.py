@@ -23,6 +23,7 @@ MAX_DISK_BYTES: Final = 16 << 40
 MAX_KERNEL_BYTES: Final = 1 << 30
 KEPT_KERNELS: Final = 8
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NODE: Final = "node-"
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _claims = threading.Lock()
 _kernels = threading.Lock()
@@ -177,7 +178,7 @@ def make_node(root: int, name: str, device: int, uid: int) -> None:
 
 def open_node(policy: policies.Policy, device: int, uid: int) -> int:
     """A descriptor through which a program of that uid may open the block device; it has no name."""
-    name = f"node-{secrets.token_hex(8)}"
+    name = f"{_NODE}{secrets.token_hex(8)}"
     top = os.open(policy.helper_dir, _DIRECTORY)
     try:
         make_node(top, name, device, uid)
@@ -187,6 +188,26 @@ def open_node(policy: policies.Policy, device: int, uid: int) -> int:
             os.unlink(name, dir_fd=top)
     finally:
         os.close(top)
+
+
+def half_made(policy: policies.Policy) -> list[str]:
+    """What a helper that was killed left: nodes on their way to having no name, and unfinished copies."""
+    found = [f"{policy.helper_dir}/{name}" for name in _listed(policy.helper_dir) if name.startswith(_NODE)]
+    cache = f"{policy.helper_dir}/kernels"
+    return found + [f"{cache}/{name}" for name in _listed(cache) if "." in name]
+
+
+def sweep(policy: policies.Policy) -> None:
+    """Only before the first request: what is half made now nobody goes on making."""
+    for path in half_made(policy):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _listed(directory: str) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(os.listdir(directory))
+    return []
 
 
 def write_file(directory: int, name: str, data: bytes) -> None:

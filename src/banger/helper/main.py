@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import errors
-from banger.helper import cgroup, server
+from banger.helper import cgroup, filesystem, server
 from banger.helper import policy as policies
 from banger.helper.linux import caps
 
@@ -54,6 +54,7 @@ def _serve(config: Path) -> None:
     caps.no_new_privileges()
     caps.keep_only(frozenset(caps.CAPABILITIES))
     cgroup.ensure_parent(policy)
+    filesystem.sweep(policy)
     serving = server.Server(policy, listener)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: serving.stop())

@@ -17,10 +17,9 @@ from typing import Any, Final
 import msgspec
 
 import banger
-from banger.contract import errors, names, privileged
-from banger.helper import cgroup, guest_rules, network, process, resolver, storage
+from banger.contract import errors, privileged
+from banger.helper import guest_rules, inventory, network, process, resolver, storage
 from banger.helper import policy as policies
-from banger.helper.linux import devmapper, loop, netlink
 
 LOCK_DEADLINE_S: Final = 60.0
 _RUNTIME_RECORD: Final = "runtime.json"
@@ -39,36 +38,6 @@ def get_host(policy: policies.Policy, _request: privileged.GetHost) -> privilege
 def check_runtime(policy: policies.Policy, _request: privileged.CheckRuntime) -> privileged.HostInfo:
     process.check_runtime(policy)
     return get_host(policy, privileged.GetHost())
-
-
-def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privileged.World:
-    snapshots = {name.removeprefix(names.DM_PREFIX) for name in devmapper.names(names.DM_PREFIX)}
-    loops = [found.label.split("/")[1] for found in loop.scan("banger/")]
-    links = netlink.links()
-    taps = set(network.tap_owners(policy, links))
-    rules = guest_rules.owners()
-    jails = _entries(f"{policy.jails}/firecracker")
-    cgroups = set(cgroup.vm_ids(policy))
-    logs = _entries(f"{policy.helper_dir}/logs")
-    vms = []
-    for vm_id in sorted(filter(names.is_id, snapshots | set(loops) | taps | rules | jails | cgroups | logs)):
-        vmm = process.find(policy, vm_id)
-        vms.append(
-            privileged.VmWorld(
-                vm_id=vm_id,
-                snapshot=vm_id in snapshots,
-                loops=loops.count(vm_id),
-                tap=vm_id in taps,
-                rules=vm_id in rules,
-                jail=vm_id in jails,
-                cgroup=vm_id in cgroups,
-                logs=vm_id in logs,
-                vmm_pid=vmm.pid,
-                vmm_start_ticks=vmm.start_ticks,
-            )
-        )
-    bridge = any(link.name == policy.bridge and link.alias == network.BRIDGE_ALIAS for link in links)
-    return privileged.World(vms=tuple(vms), bridge=bridge)
 
 
 def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileged.Done:
@@ -100,7 +69,7 @@ OPERATIONS: Final[
     dict[type[privileged.Request[Any]], Callable[[policies.Policy, Any], privileged.Result]]
 ] = {
     privileged.GetHost: get_host,
-    privileged.ListWorld: list_world,
+    privileged.ListWorld: inventory.list_world,
     privileged.EnsureBridge: network.ensure_bridge,
     privileged.DeleteBridge: network.delete_bridge,
     privileged.RouteResolver: resolver.route_resolver,
@@ -189,12 +158,6 @@ def _explained(request: privileged.Request[Any], error: Exception) -> errors.Ban
 
 def operation_name(request: privileged.Request[Any]) -> str:
     return str(request.__struct_config__.tag)
-
-
-def _entries(directory: str) -> set[str]:
-    with contextlib.suppress(FileNotFoundError):
-        return set(os.listdir(directory))
-    return set()
 
 
 def _firecracker_version(policy: policies.Policy) -> str:

@@ -14,7 +14,7 @@ from litestar import di, exceptions, response
 
 from banger.contract import errors
 from banger.owner import openapi, operations, routes
-from banger.owner.routes import commands, connections, machines, sources, streams, work
+from banger.owner.routes import commands, connections, host, machines, sources, streams, work
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ ROUTES: Final = (
     *connections.HANDLERS,
     *streams.HANDLERS,
     *sources.HANDLERS,
+    *host.HANDLERS,
     get_document,
 )
 EXCHANGES: Final = {**commands.EXCHANGES, **connections.EXCHANGES, **streams.EXCHANGES}

@@ -41,10 +41,6 @@ class ImageService:
         self._operations = operations
         self._making: locks.Shared[records.Image] = locks.Shared()
 
-    def sweep(self) -> None:
-        """Removes what a crash left half made; only before anything is being made."""
-        self.records.sweep()
-
     def list(self, ref: str = "") -> list[resources.Image]:
         """All of them, or the one that `ref` means, if there is one."""
         found = self.records.records()

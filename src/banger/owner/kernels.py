@@ -37,9 +37,9 @@ class KernelService:
         self._operations = operations
         self._making: locks.Shared[records.Kernel] = locks.Shared()
 
-    def sweep(self) -> None:
-        """Removes what a crash left half made; only before anything is being made."""
-        self._kernels.sweep()
+    def names(self) -> dict[str, str]:
+        """By id."""
+        return self._kernels.names()
 
     def list(self, *, available: bool = False) -> list[resources.Kernel]:
         """With `available`, also what the catalog could pull."""

@@ -34,6 +34,7 @@ from banger.owner import (
     guest,
     helper,
     images,
+    inventory,
     kernels,
     logs,
     migrations,
@@ -220,9 +221,7 @@ async def compose(
         pull.Settings(insecure=settings.insecure_registries, login_files=credentials.own_files()),
         catalog.Catalog(paths.image_catalog),
     )
-    image_service.sweep()
     pull_service.sweep()
-    kernel_service.sweep()
     layout = paths.layout
     keys = ssh.SshKeys(paths.state / "ssh")
     zone = naming.Naming(settings, network, bridge, ops)
@@ -262,7 +261,16 @@ async def compose(
         keys=keys,
         zone=zone,
     )
+    holdings = inventory.Inventory(
+        machine,
+        rows,
+        vm_service,
+        running,
+        inventory.Places(paths.state, paths.cache, bridge),
+        lambda: image_service.records.names() | kernel_service.names(),
+    )
     try:
+        await asyncio.to_thread(holdings.sweep)
         await zone.start()
         await reconcile.reconcile(rows, machine, vm_service)
         await _restore_network(keeper, rows)
@@ -281,6 +289,7 @@ async def compose(
             ops=ops,
             ssh=keys,
             naming=zone,
+            inventory=holdings,
             runtime=runtime.RuntimeService(paths.helper_dir / "runtime", paths.cache, running),
             started_at=datetime.datetime.now(datetime.UTC),
         )

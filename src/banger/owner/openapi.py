@@ -19,12 +19,12 @@ from litestar import handlers, openapi
 from litestar.types import Method
 
 import banger
-from banger.contract import egress, errors, ports, reach, requests, resources, transfers
+from banger.contract import egress, errors, inventory, ports, reach, requests, resources, transfers
 
 Document = dict[str, Any]  # JSON
 Routes = Sequence[handlers.BaseRouteHandler]
 
-MODULES: Final = (resources, transfers, requests, reach, egress, ports, errors)
+MODULES: Final = (resources, transfers, requests, reach, egress, ports, errors, inventory)
 """Where what the API speaks of is defined."""
 _SCHEMA: Final = "#/components/schemas/"
 _FAILURE: Final = "#/components/responses/Failure"

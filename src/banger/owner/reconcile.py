@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import Protocol
 
 from banger.contract import names, privileged, resources
+from banger.owner import inventory
 from banger.owner import store as stores
 from banger.vm import host as hosts
 from banger.vm import record
@@ -45,7 +46,9 @@ async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
         await _guarded(vm.id, _reconcile_row(vm, found.get(vm.id), host, vms))
     for vm_id in found.keys() - rows.keys():
         await _guarded(vm_id, _collect_orphan(names.VmId(vm_id), host))
-    await asyncio.to_thread(_collect_files, host.layout, set(rows))
+    left = await asyncio.to_thread(inventory.disks_of_nobody, host.layout, set(rows))
+    for path in left:
+        await asyncio.to_thread(shutil.rmtree, path)
 
 
 async def _reconcile_row(
@@ -67,8 +70,7 @@ async def _reconcile_row(
 
 async def _collect_orphan(vm_id: names.VmId, host: hosts.Host) -> None:
     _log.warning("collecting what no row owns", extra={"vm": vm_id})
-    await host.privileged(privileged.TearDown(vm_id=vm_id))
-    await host.privileged(privileged.PurgeLogs(vm_id=vm_id))
+    await inventory.collect_vm(host, vm_id)
 
 
 async def _guarded(vm_id: str, work: Coroutine[None, None, None]) -> None:

@@ -301,6 +301,22 @@ class VmService:
         """The client whose command it ran for left with the last daemon."""
         await self._delete(vm)
 
+    # --- what is left over ---
+
+    def holder(self, vm_id: names.VmId) -> str | None:
+        """The operation that works on it now; None when none does."""
+        return self._lifecycle.holder(vm_id)
+
+    async def take_down(self, vm_id: names.VmId) -> None:
+        """Nothing of a VM that does not run stays on the host but its disks and logs."""
+        async with self._lifecycle.hold(vm_id, ""):
+            vm = self._store.get(vm_id)
+            if vm.state is not resources.VmState.RUNNING:
+                await self._host.privileged(privileged.TearDown(vm_id=vm_id))
+            elif (await self._host.privileged(privileged.FindVmm(vm_id=vm_id))).pid == 0:
+                await self.live.forget(vm_id)
+                await self.collect(vm)
+
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
         await self.live.close()

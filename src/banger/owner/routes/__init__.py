@@ -11,7 +11,7 @@ from litestar import di
 from litestar.openapi import datastructures
 
 from banger.contract import privileged
-from banger.owner import images, kernels, naming, operations, pulls, runtime, ssh, vms, workspaces
+from banger.owner import images, inventory, kernels, naming, operations, pulls, runtime, ssh, vms, workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Services:
     ssh: ssh.SshKeys
     naming: naming.Naming
     runtime: runtime.RuntimeService
+    inventory: inventory.Inventory
     started_at: datetime
 
 

@@ -16,7 +16,7 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from banger import run
-from banger.contract import errors, names, privileged, resources
+from banger.contract import errors, inventory, names, privileged, resources
 from banger.system import asking, host
 
 T = TypeVar("T")
@@ -168,17 +168,11 @@ class Scene:
         except OSError as error:
             raise self._silent("bangerd-root", error) from error
 
-    def vm_ids(self) -> set[str]:
-        """The VMs of the daemon's rows, asked anew."""
+    def inventory(self) -> inventory.Inventory:
+        """What of banger's is on the host and whose it is, looked for anew."""
         self.require_daemon()
         path = self.at(host.API_SOCKET)
-        return {vm.id for vm in asking.daemon("/v1/vms", list[resources.Vm], at=path, timeout_s=_ANSWER_S)}
-
-    def world(self) -> privileged.World:
-        """What exists on the host under names of banger's, asked anew."""
-        self.require_helper()
-        path = self.at(host.HELPER_SOCKET)
-        return asking.helper(privileged.ListWorld(), at=path, timeout_s=_ANSWER_S)
+        return asking.daemon("/v1/inventory", inventory.Inventory, at=path, timeout_s=_ANSWER_S)
 
     def _silent(self, who: str, error: OSError) -> UnseenError:
         if isinstance(error, PermissionError):

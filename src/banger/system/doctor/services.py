@@ -13,6 +13,7 @@ from banger.system import host
 from banger.system.doctor import installed, report
 from banger.system.doctor import scene as scenes
 
+_SHOWN: Final = 5
 EXPOSURE_LIMITS: Final = {"bangerd.service": 1.5, "bangerd-root.service": 4.5}
 """docs/privileges.md promises them."""
 _RESTART: Final = "sudo banger system restart"
@@ -157,26 +158,11 @@ def versions(scene: scenes.Scene) -> report.Finding:
 
 
 def leftovers(scene: scenes.Scene) -> report.Finding:
-    """Nothing on the host has a VM's name that no row owns."""
-    # Asked before and after: a VM that is made or deleted meanwhile is in one of the answers.
-    known = scene.vm_ids()
-    seen = {vm.vm_id: vm for vm in scene.world().vms}
-    known |= scene.vm_ids()
-    stray = [_described(vm) for vm_id, vm in seen.items() if vm_id not in known]
-    if stray:
-        return report.warned(f"no VM owns {'; '.join(stray)}", f"{_RESTART} (the daemon collects them)")
-    return report.passed(f"{len(known)} VMs, and nothing besides")
-
-
-def _described(vm: privileged.VmWorld) -> str:
-    parts = {
-        "a VMM": vm.vmm_pid,
-        "a tap": vm.tap,
-        "packet rules": vm.rules,
-        "a snapshot": vm.snapshot,
-        f"{vm.loops} loop devices": vm.loops,
-        "a jail": vm.jail,
-        "a cgroup": vm.cgroup,
-        "logs": vm.logs,
-    }
-    return f"{', '.join(name for name, is_there in parts.items() if is_there) or 'nothing'} of {vm.vm_id}"
+    """Everything of banger's on the host has an owner."""
+    found = scene.inventory()
+    left = found.leftovers
+    if left:
+        shown = "; ".join(f"{thing.kind} {thing.name} ({thing.why})" for thing in left[:_SHOWN])
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        return report.warned(f"nobody owns {shown}{more}", "banger gc --apply")
+    return report.passed(f"{len(found.things)} things, and each has its owner")
