@@ -117,9 +117,9 @@ async def test_pulling_into_another_repository_is_refused(guest: Guest, tmp_path
     repositories.plain(guest.source)
     await guest.prepare()
     (guest.repo / "one").write_text("1")
-    repositories.plain(tmp_path / "stranger")
-    (tmp_path / "stranger" / "x").write_text("x")
-    git(tmp_path / "stranger", "commit", "-q", "--amend", "-m", "not the same")
+    # One that is made alike in the same second would have the same commits.
+    repositories.unborn(tmp_path / "stranger")
+    repositories.commit(tmp_path / "stranger", "not the same")
     words = ("vm", "workspace", "pull", "web", str(tmp_path / "stranger"))
     assert "does not have commit" in (await guest.banger(*words, status=1)).err
 

@@ -29,8 +29,8 @@ true
 """
 
 
-# Over the socket: starting `banger` takes a second in the lab, and this is asked after every test. A log writer
-# ends a moment after its VMM, so what is left over has a moment to go.
+# Over the socket: starting `banger` takes a second in the lab, and this is asked after every test. A log
+# writer ends a moment after its VMM, so what is left over has a moment to go.
 _UNOWNED = """
 import http.client, json, os, socket, time
 PATH = "/run/banger/bangerd.sock"
