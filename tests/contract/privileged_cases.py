@@ -200,7 +200,20 @@ def _rules(sources: Sources) -> Iterator[Case]:
             done(named),
         ),
     )
-    for address in ("127.0.0.1", "169.254.169.254"):
+    six = SetGuestRules(vm_id=VM, slot=SLOT, nat=True, ipv6=True)
+    named6 = AllowAddresses(vm_id=VM, slot=SLOT, addresses=("2001:db8::7", "192.0.2.7"), ttl_s=60)
+    yield Case(
+        "a name's IPv6 address needs a guest with IPv6",
+        (
+            done(EnsureBridge()),
+            done(natted),
+            refused("conflict", named6),
+            done(six),
+            done(named6),
+            done(DeleteGuestRules(vm_id=VM)),
+        ),
+    )
+    for address in ("127.0.0.1", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254"):
         inside = AllowAddresses(vm_id=VM, slot=SLOT, addresses=(address,), ttl_s=60)
         yield Case(
             f"a name that stands for {address}",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from banger.contract import errors, privileged
+from banger.contract import egress, errors, privileged
 from tests.fakes import vmm
 
 Hook = Callable[[privileged.Request[Any]], Awaitable[None]]
@@ -224,7 +224,7 @@ async def _set_guest_rules(world: World, request: privileged.SetGuestRules) -> p
     _need(world.tables, "the packet rules are not loaded", errors.NotFoundError)
     for rule in request.allow:
         try:
-            ipaddress.IPv4Network(rule.cidr)
+            ipaddress.ip_network(rule.cidr)
         except ValueError as error:
             raise errors.BadRequestError(str(error)) from None
     vm.rules = request
@@ -240,11 +240,15 @@ async def _delete_guest_rules(world: World, request: privileged.DeleteGuestRules
 
 async def _allow_addresses(world: World, request: privileged.AllowAddresses) -> privileged.Result:
     vm = world.claim(request.vm_id, request.slot)
-    _need(vm.rules is not None and vm.rules.nat, "the VM has no NAT")
+    if vm.rules is None or not vm.rules.nat:
+        raise errors.ConflictError("the VM has no NAT")
     for text in request.addresses:
-        address = ipaddress.IPv4Address(text)
+        address = ipaddress.ip_address(text)
         special = address.is_loopback or address.is_link_local or address.is_multicast
+        if isinstance(address, ipaddress.IPv6Address):
+            special = special or not egress.is_nameable6(address)
         _need(not special, f"a name may not stand for {text}", errors.BadRequestError)
+        _need(address.version == 4 or vm.rules.ipv6, "the VM has no IPv6")
     vm.names |= dict.fromkeys(request.addresses, request.ttl_s)
     return privileged.Done()
 

@@ -32,6 +32,12 @@ METADATA: Final = "169.254.169.254"
 UPLINK: Final = "198.51.100.2"
 GATEWAY: Final = "198.51.100.1"
 BRIDGE: Final = "10.213.240.1"
+INTERNET6: Final = "2001:db8:77::10"
+PRIVATE6: Final = "fd77::10"
+METADATA6: Final = "fd00:ec2::254"
+UPLINK6: Final = "2001:db8:1::2"
+GATEWAY6: Final = "2001:db8:1::1"
+BRIDGE6: Final = "fd62:616e:6765:7200::1"
 _CLONE_NEWNET: Final = 0x40000000
 _TUNSETIFF: Final = 0x400454CA
 _TAP_FLAGS: Final = 0x0002 | 0x1000 | 0x4000  # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
@@ -98,6 +104,7 @@ class Guest:
     slot: int
     space: Namespace
     address: str
+    address6: str = ""
 
     @property
     def tap(self) -> str:
@@ -130,21 +137,25 @@ class Net:
             more["egress"] = egress.Egress(more["egress"])
         self.ask(privileged.SetGuestRules(vm_id=guest.vm_id, slot=guest.slot, allow=found, **more))
 
-    def guest(self, slot: int, *, peers: str = "", **more: Any) -> Guest:
+    def guest(self, slot: int, *, peers: str = "", ipv6: bool = False, **more: Any) -> Guest:
         """Makes its tap and its rules, and plugs it in."""
         vm_id = f"{slot:04x}" * 3
         address = str(names.guest_address(self.world.policy.prefix, slot))
-        made = Guest(vm_id, slot, Namespace(), address)
+        address6 = str(names.guest_address6(self.world.policy.prefix6, slot)) if ipv6 else ""
+        made = Guest(vm_id, slot, Namespace(), address, address6)
         self.ask(privileged.CreateTap(vm_id=vm_id, slot=slot, peers=bool(peers)))
-        self.rules(made, peers=peers, **more)
+        self.rules(made, peers=peers, ipv6=ipv6, **more)
         outside = open_tap(made.tap)
         with made.space.entered():
             inside = open_tap("eth0")
         made.space.ip("link", "set", "eth0", "address", made.mac)
-        made.space.run("sysctl", "-qw", "net.ipv6.conf.eth0.disable_ipv6=1")
+        made.space.run("sysctl", "-qw", f"net.ipv6.conf.eth0.disable_ipv6={int(not ipv6)}")
         made.space.ip("addr", "add", f"{address}/20", "dev", "eth0")
         made.space.ip("link", "set", "eth0", "up")
         made.space.ip("route", "add", "default", "via", BRIDGE)
+        if ipv6:
+            made.space.ip("addr", "add", f"{address6}/64", "dev", "eth0", "nodad")
+            made.space.ip("route", "add", "default", "via", BRIDGE6)
         self._pairs |= {outside: inside, inside: outside}
         self.guests.append(made)
         return made
@@ -171,18 +182,30 @@ class Net:
         return made
 
     def udp_server(self, address: str, port: int, space: Namespace | None = None) -> socket.socket:
-        server = self.wire(socket.AF_INET, socket.SOCK_DGRAM, space=space)
+        server = self.wire(family_of(address), socket.SOCK_DGRAM, space=space)
         server.bind((address, port))
         server.setblocking(False)
         return server
 
     def tcp_server(self, address: str, port: int, space: Namespace | None = None) -> socket.socket:
-        server = self.wire(socket.AF_INET, socket.SOCK_STREAM, space=space)
+        server = self.wire(family_of(address), socket.SOCK_STREAM, space=space)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind((address, port))
         server.listen(16)
         server.settimeout(DEADLINE_S)
         return server
+
+    def plug_lan(self, space: Namespace, ours: str, theirs: str) -> None:
+        """Another network of the host's, on `lan0`, where someone else is."""
+        length = 64 if ":" in ours else 24
+        more = ("nodad",) if ":" in ours else ()
+        run("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "eth0")
+        run("ip", "link", "set", "eth0", "netns", f"/proc/{os.getpid()}/fd/{space.fd}")
+        run("ip", "addr", "add", f"{ours}/{length}", "dev", "lan0", *more)
+        run("ip", "link", "set", "lan0", "up")
+        space.ip("addr", "add", f"{theirs}/{length}", "dev", "eth0", *more)
+        space.ip("link", "set", "eth0", "up")
+        space.ip("route", "add", "default", "via", ours)
 
     def start(self) -> None:
         self._pump = threading.Thread(target=self._carry)
@@ -223,12 +246,28 @@ def networks(world: helper_world.HelperWorld) -> Iterator[Net]:
         net.internet.ip("addr", "add", f"{address}/32", "dev", "lo")
     net.internet.ip("link", "set", "inet0", "up")
     net.internet.ip("route", "add", "10.213.240.0/20", "via", UPLINK)
+    _add_ipv6(net.internet)
     net.start()
     try:
         net.ask(privileged.EnsureBridge())
         yield net
     finally:
         net.stop()
+
+
+def _add_ipv6(internet: Namespace) -> None:
+    """The host forwards IPv6: that is a switch of its own, which we never touch."""
+    run("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+    run("ip", "addr", "add", f"{UPLINK6}/64", "dev", "uplink0", "nodad")
+    internet.ip("addr", "add", f"{GATEWAY6}/64", "dev", "inet0", "nodad")
+    for address in (INTERNET6, PRIVATE6, METADATA6):
+        internet.ip("addr", "add", f"{address}/128", "dev", "lo", "nodad")
+    run("ip", "route", "add", "default", "via", GATEWAY6)
+    internet.ip("route", "add", "fd62:616e:6765:7200::/64", "via", UPLINK6)
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def received(server: socket.socket) -> bytes:
@@ -265,7 +304,7 @@ def fate(net: Net, send: Callable[[], object], arrived: Callable[[], bool]) -> s
 def connects(space: Namespace, address: str, port: int, timeout_s: float = DEADLINE_S) -> bool:
     """Makes a TCP connection."""
     with space.entered():
-        wire = socket.socket()
+        wire = socket.socket(family_of(address))
     with wire:
         wire.settimeout(timeout_s)
         try:

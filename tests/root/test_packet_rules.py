@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -12,14 +11,11 @@ from typing import Any
 
 import pytest
 
-from banger.contract import names, privileged
-from tests.root import helper_world, network_world
-from tests.root.network_world import BRIDGE, GATEWAY, INTERNET, METADATA, PRIVATE, UPLINK, Guest, Net
+from banger.contract import privileged
+from tests.root import helper_world, network_world, packets
+from tests.root.network_world import BRIDGE, GATEWAY, INTERNET, METADATA, PRIVATE, UPLINK, Net
 
 pytestmark = pytest.mark.usefixtures("own_network")
-Try = tuple[Callable[[], object], Callable[[], bool]]
-"""Sends one packet; says whether it arrived."""
-BRIDGE_MAC = bytes.fromhex("02fc00000001")
 
 
 @pytest.fixture
@@ -28,221 +24,141 @@ def net(helper_world_here: helper_world.HelperWorld, own_network: None) -> Itera
         yield made
 
 
-def packed(mac: str) -> bytes:
-    return bytes.fromhex(mac.replace(":", ""))
-
-
-def udp(net: Net, guest: Guest, to: str, port: int = 7000, *, at: network_world.Namespace | None) -> Try:
-    """A datagram of the guest's to a server at `at`, the host by default."""
-    served = names.DNS_PORT if (to, port) == (BRIDGE, 53) else port
-    server = net.udp_server("0.0.0.0", served, at)  # noqa: S104 - in a namespace of the test's own
-    client = net.wire(socket.AF_INET, socket.SOCK_DGRAM, space=guest.space)
-    return lambda: client.sendto(b"x", (to, port)), lambda: network_world.received(server) == b"x"
-
-
-def frame(net: Net, guest: Guest, data: bytes) -> Callable[[], object]:
-    wire = net.wire(socket.AF_PACKET, socket.SOCK_RAW, space=guest.space)
-    wire.bind(("eth0", 0))
-    return lambda: wire.send(data)
-
-
-def sniffed(
-    net: Net, link: str, data: bytes, space: network_world.Namespace | None = None
-) -> Callable[[], bool]:
-    """Whether a frame came in by this link."""
-    wire = net.wire(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3), space=space)
-    wire.bind((link, 0))
-    wire.setblocking(False)
-
-    def seen() -> bool:
-        while got := network_world.received(wire):
-            if data in got:
-                return True
-        return False
-
-    return seen
-
-
-def datagram(source: str, target: str, data: bytes) -> bytes:
-    """An IPv4 packet with a UDP datagram, both checksums right."""
-    body = struct.pack("!HHHH", 7001, 7000, 8 + len(data), 0) + data
-    head = struct.pack(
-        "!BBHHHBBH4s4s",
-        0x45,
-        0,
-        20 + len(body),
-        1,
-        0,
-        64,
-        17,
-        0,
-        socket.inet_aton(source),
-        socket.inet_aton(target),
-    )
-    words = struct.unpack("!10H", head)
-    total = sum(words)
-    total = (total & 0xFFFF) + (total >> 16)
-    return head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:] + body
-
-
-def arp(sender_mac: bytes, sender: str, target: str, *, operation: int = 2) -> bytes:
-    return struct.pack(
-        "!HHBBH6s4s6s4s",
-        1,
-        0x0800,
-        6,
-        4,
-        operation,
-        sender_mac,
-        socket.inet_aton(sender),
-        bytes(6),
-        socket.inet_aton(target),
-    )
-
-
 # --- one packet for each reason to drop ---
 
 
-def a_service_of_the_host(net: Net) -> Try:
-    return udp(net, net.guest(1), BRIDGE, at=None)
+def a_service_of_the_host(net: Net) -> packets.Try:
+    return packets.udp(net, net.guest(1), BRIDGE, at=None)
 
 
-def a_service_at_the_hosts_other_address(net: Net) -> Try:
-    return udp(net, net.guest(1), UPLINK, at=None)
+def a_service_at_the_hosts_other_address(net: Net) -> packets.Try:
+    return packets.udp(net, net.guest(1), UPLINK, at=None)
 
 
-def the_internet_without_nat(net: Net) -> Try:
+def the_internet_without_nat(net: Net) -> packets.Try:
     net.guest(2, nat=True)  # so that the host forwards at all
-    return udp(net, net.guest(1), INTERNET, at=net.internet)
+    return packets.udp(net, net.guest(1), INTERNET, at=net.internet)
 
 
-def the_metadata_service(net: Net) -> Try:
-    return udp(net, net.guest(1, nat=True), METADATA, at=net.internet)
+def the_metadata_service(net: Net) -> packets.Try:
+    return packets.udp(net, net.guest(1, nat=True), METADATA, at=net.internet)
 
 
-def the_metadata_service_from_everywhere(net: Net) -> Try:
-    return udp(net, net.guest(1, nat=True, egress="all"), METADATA, at=net.internet)
+def the_metadata_service_from_everywhere(net: Net) -> packets.Try:
+    return packets.udp(net, net.guest(1, nat=True, egress="all"), METADATA, at=net.internet)
 
 
-def a_private_network(net: Net) -> Try:
-    return udp(net, net.guest(1, nat=True), PRIVATE, at=net.internet)
+def a_private_network(net: Net) -> packets.Try:
+    return packets.udp(net, net.guest(1, nat=True), PRIVATE, at=net.internet)
 
 
-def what_is_not_allowed(net: Net) -> Try:
-    return udp(net, net.guest(1, nat=True, egress="none", allow=(f"{GATEWAY}",)), INTERNET, at=net.internet)
+def what_is_not_allowed(net: Net) -> packets.Try:
+    return packets.udp(
+        net, net.guest(1, nat=True, egress="none", allow=(f"{GATEWAY}",)), INTERNET, at=net.internet
+    )
 
 
-def another_port_than_allowed(net: Net) -> Try:
+def another_port_than_allowed(net: Net) -> packets.Try:
     allow = (f"{INTERNET}:7001",)
-    return udp(net, net.guest(1, nat=True, egress="none", allow=allow), INTERNET, at=net.internet)
+    return packets.udp(net, net.guest(1, nat=True, egress="none", allow=allow), INTERNET, at=net.internet)
 
 
-def a_guest_from_outside(net: Net) -> Try:
+def a_guest_from_outside(net: Net) -> packets.Try:
     guest = net.guest(1, nat=True)
     server = net.udp_server(guest.address, 7000, guest.space)
     client = net.wire(socket.AF_INET, socket.SOCK_DGRAM, space=net.internet)
     return lambda: client.sendto(b"x", (guest.address, 7000)), lambda: bool(network_world.received(server))
 
 
-def another_hosts_packet(net: Net) -> Try:
+def another_hosts_packet(net: Net) -> packets.Try:
     """The host forwards for guests now, and not for others."""
     net.guest(1, nat=True)
     other = network_world.Namespace()
-    network_world.run("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "eth0")
-    network_world.run("ip", "link", "set", "eth0", "netns", f"/proc/{os.getpid()}/fd/{other.fd}")
-    network_world.run("ip", "addr", "add", "192.0.2.1/24", "dev", "lan0")
-    network_world.run("ip", "link", "set", "lan0", "up")
-    other.ip("addr", "add", "192.0.2.9/24", "dev", "eth0")
-    other.ip("link", "set", "eth0", "up")
+    net.plug_lan(other, "192.0.2.1", "192.0.2.9")
     net.internet.ip("route", "add", "192.0.2.0/24", "via", UPLINK)
     server = net.udp_server("192.0.2.9", 7000, other)
     client = net.wire(socket.AF_INET, socket.SOCK_DGRAM, space=net.internet)
     return lambda: client.sendto(b"x", ("192.0.2.9", 7000)), lambda: bool(network_world.received(server))
 
 
-def a_spoofed_ip_source(net: Net) -> Try:
+def a_spoofed_ip_source(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = datagram("10.213.240.99", BRIDGE, b"spoofed-ip")
-    head = BRIDGE_MAC + packed(guest.mac) + b"\x08\x00"
-    return frame(net, guest, head + data), sniffed(net, "br-fc", b"spoofed-ip")
+    data = packets.datagram("10.213.240.99", BRIDGE, b"spoofed-ip")
+    head = packets.BRIDGE_MAC + packets.packed(guest.mac) + b"\x08\x00"
+    return packets.frame(net, guest, head + data), packets.sniffed(net, "br-fc", b"spoofed-ip")
 
 
-def a_spoofed_hardware_source(net: Net) -> Try:
+def a_spoofed_hardware_source(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = datagram(guest.address, BRIDGE, b"spoofed-mac")
-    head = BRIDGE_MAC + bytes.fromhex("060000000099") + b"\x08\x00"
-    return frame(net, guest, head + data), sniffed(net, "br-fc", b"spoofed-mac")
+    data = packets.datagram(guest.address, BRIDGE, b"spoofed-mac")
+    head = packets.BRIDGE_MAC + bytes.fromhex("060000000099") + b"\x08\x00"
+    return packets.frame(net, guest, head + data), packets.sniffed(net, "br-fc", b"spoofed-mac")
 
 
-def a_tagged_frame(net: Net) -> Try:
+def a_tagged_frame(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = datagram("10.213.240.99", BRIDGE, b"in-a-vlan")
-    head = BRIDGE_MAC + packed(guest.mac) + b"\x81\x00\x00\x01\x08\x00"
-    return frame(net, guest, head + data), sniffed(net, "br-fc", b"in-a-vlan")
+    data = packets.datagram("10.213.240.99", BRIDGE, b"in-a-vlan")
+    head = packets.BRIDGE_MAC + packets.packed(guest.mac) + b"\x81\x00\x00\x01\x08\x00"
+    return packets.frame(net, guest, head + data), packets.sniffed(net, "br-fc", b"in-a-vlan")
 
 
-def arp_for_another_guest(net: Net) -> Try:
+def arp_for_another_guest(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = arp(packed(guest.mac), "10.213.240.99", BRIDGE)
-    return frame(net, guest, BRIDGE_MAC + packed(guest.mac) + b"\x08\x06" + data), sniffed(
-        net, "br-fc", data
-    )
+    data = packets.arp(packets.packed(guest.mac), "10.213.240.99", BRIDGE)
+    return packets.frame(
+        net, guest, packets.BRIDGE_MAC + packets.packed(guest.mac) + b"\x08\x06" + data
+    ), packets.sniffed(net, "br-fc", data)
 
 
-def arp_for_the_gateway(net: Net) -> Try:
+def arp_for_the_gateway(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = arp(packed(guest.mac), BRIDGE, BRIDGE)
-    return frame(net, guest, b"\xff" * 6 + packed(guest.mac) + b"\x08\x06" + data), sniffed(
-        net, "br-fc", data
-    )
+    data = packets.arp(packets.packed(guest.mac), BRIDGE, BRIDGE)
+    return packets.frame(
+        net, guest, b"\xff" * 6 + packets.packed(guest.mac) + b"\x08\x06" + data
+    ), packets.sniffed(net, "br-fc", data)
 
 
-def arp_with_another_hardware_address_inside(net: Net) -> Try:
+def arp_with_another_hardware_address_inside(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = arp(bytes.fromhex("060000000099"), guest.address, BRIDGE)
-    return frame(net, guest, BRIDGE_MAC + packed(guest.mac) + b"\x08\x06" + data), sniffed(
-        net, "br-fc", data
-    )
+    data = packets.arp(bytes.fromhex("060000000099"), guest.address, BRIDGE)
+    return packets.frame(
+        net, guest, packets.BRIDGE_MAC + packets.packed(guest.mac) + b"\x08\x06" + data
+    ), packets.sniffed(net, "br-fc", data)
 
 
-def ipv6(next_header: int, body: bytes) -> bytes:
-    source, target = (socket.inet_pton(socket.AF_INET6, text) for text in ("fe80::99", "ff02::1"))
-    return struct.pack("!IHBB16s16s", 6 << 28, len(body), next_header, 255, source, target) + body
-
-
-def a_router_advertisement(net: Net) -> Try:
+def a_router_advertisement(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = ipv6(58, struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0))
-    return frame(
-        net, guest, bytes.fromhex("333300000001") + packed(guest.mac) + b"\x86\xdd" + data
-    ), sniffed(net, "br-fc", data)
+    data = packets.ipv6(58, struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0))
+    return packets.frame(
+        net, guest, bytes.fromhex("333300000001") + packets.packed(guest.mac) + b"\x86\xdd" + data
+    ), packets.sniffed(net, "br-fc", data)
 
 
-def other_ipv6(net: Net) -> Try:
+def other_ipv6(net: Net) -> packets.Try:
     guest = net.guest(1)
-    data = ipv6(17, struct.pack("!HHHH", 1, 2, 12, 0) + b"six!")
-    return frame(
-        net, guest, bytes.fromhex("333300000001") + packed(guest.mac) + b"\x86\xdd" + data
-    ), sniffed(net, "br-fc", data)
+    data = packets.ipv6(17, struct.pack("!HHHH", 1, 2, 12, 0) + b"six!")
+    return packets.frame(
+        net, guest, bytes.fromhex("333300000001") + packets.packed(guest.mac) + b"\x86\xdd" + data
+    ), packets.sniffed(net, "br-fc", data)
 
 
-def another_guest_through_the_bridge(net: Net) -> Try:
+def another_guest_through_the_bridge(net: Net) -> packets.Try:
     """Both have peers, so that their ports are not isolated; but not the same peers."""
     one, other = net.guest(1, peers="one"), net.guest(2, peers="other")
-    data = datagram(one.address, other.address, b"neighbour")
-    head = packed(other.mac) + packed(one.mac) + b"\x08\x00"
-    return frame(net, one, head + data), sniffed(net, "eth0", b"neighbour", other.space)
+    data = packets.datagram(one.address, other.address, b"neighbour")
+    head = packets.packed(other.mac) + packets.packed(one.mac) + b"\x08\x00"
+    return packets.frame(net, one, head + data), packets.sniffed(net, "eth0", b"neighbour", other.space)
 
 
-def another_guest_through_the_host(net: Net) -> Try:
+def another_guest_through_the_host(net: Net) -> packets.Try:
     one, other = net.guest(1, nat=True, egress="all"), net.guest(2, nat=True)
-    data = datagram(one.address, other.address, b"neighbour")
-    return frame(net, one, BRIDGE_MAC + packed(one.mac) + b"\x08\x00" + data), sniffed(
-        net, "eth0", b"neighbour", other.space
-    )
+    data = packets.datagram(one.address, other.address, b"neighbour")
+    return packets.frame(
+        net, one, packets.BRIDGE_MAC + packets.packed(one.mac) + b"\x08\x00" + data
+    ), packets.sniffed(net, "eth0", b"neighbour", other.space)
 
 
-CASES: list[tuple[Callable[[Net], Try], str, tuple[str, ...]]] = [
+CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (a_service_of_the_host, "host_service", ()),
     (a_service_at_the_hosts_other_address, "host_service", ()),
     (the_internet_without_nat, "no_nat", ("egress_policy",)),
@@ -269,7 +185,7 @@ CASES: list[tuple[Callable[[Net], Try], str, tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("packet", "reason", "also"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_it_is_dropped_and_counted_and_passes_without_the_rule(
-    net: Net, packet: Callable[[Net], Try], reason: str, also: tuple[str, ...]
+    net: Net, packet: Callable[[Net], packets.Try], reason: str, also: tuple[str, ...]
 ) -> None:
     send, arrived = packet(net)
     assert network_world.fate(net, send, arrived) == reason
@@ -306,7 +222,7 @@ def test_the_host_reaches_guests_and_guests_the_bridges_name_service(net: Net) -
     guest = net.guest(1)
     net.tcp_server(guest.address, 22, guest.space)
     socket.create_connection((guest.address, 22), timeout=network_world.DEADLINE_S).close()
-    send, arrived = udp(net, guest, BRIDGE, 53, at=None)
+    send, arrived = packets.udp(net, guest, BRIDGE, 53, at=None)
     assert network_world.fate(net, send, arrived) == "arrived"
 
 
@@ -327,13 +243,15 @@ def test_isolated_ports_keep_guests_apart_even_without_rules(net: Net) -> None:
     one, two = net.guest(1), net.guest(2)
     for family in ("bridge", "inet"):
         network_world.run("nft", "delete", "table", family, "banger")
-    data = datagram(one.address, two.address, b"neighbour")
-    head = packed(two.mac) + packed(one.mac) + b"\x08\x00"
-    seen = sniffed(net, "eth0", b"neighbour", two.space)
-    host = sniffed(net, "br-fc", b"marker")
+    data = packets.datagram(one.address, two.address, b"neighbour")
+    head = packets.packed(two.mac) + packets.packed(one.mac) + b"\x08\x00"
+    seen = packets.sniffed(net, "eth0", b"neighbour", two.space)
+    host = packets.sniffed(net, "br-fc", b"marker")
     send, marker = (
-        frame(net, one, head + data),
-        frame(net, one, BRIDGE_MAC + head[6:] + datagram(one.address, BRIDGE, b"marker")),
+        packets.frame(net, one, head + data),
+        packets.frame(
+            net, one, packets.BRIDGE_MAC + head[6:] + packets.datagram(one.address, BRIDGE, b"marker")
+        ),
     )
     send()
     marker()  # frames stay in order: when this one has passed, so would have the first
@@ -346,7 +264,7 @@ def test_isolated_ports_keep_guests_apart_even_without_rules(net: Net) -> None:
 
 def test_a_tap_without_rules_passes_nothing(net: Net) -> None:
     guest = net.guest(1)
-    send, arrived = udp(net, guest, BRIDGE, 53, at=None)
+    send, arrived = packets.udp(net, guest, BRIDGE, 53, at=None)
     assert network_world.fate(net, send, arrived) == "arrived"
     net.ask(privileged.DeleteGuestRules(vm_id=guest.vm_id))
     assert network_world.fate(net, send, arrived) == "spoofed"
@@ -354,7 +272,7 @@ def test_a_tap_without_rules_passes_nothing(net: Net) -> None:
 
 def test_switching_nat_off_cuts_connections_that_stand(net: Net) -> None:
     guest = net.guest(1, nat=True)
-    send, arrived = udp(net, guest, INTERNET, at=net.internet)
+    send, arrived = packets.udp(net, guest, INTERNET, at=net.internet)
     assert network_world.fate(net, send, arrived) == "arrived"
     other = net.guest(2, nat=True)
     net.rules(guest, nat=False)
@@ -366,7 +284,7 @@ def test_switching_nat_off_cuts_connections_that_stand(net: Net) -> None:
 
 def test_a_resolved_name_is_reached_for_its_time(net: Net) -> None:
     guest = net.guest(1, nat=True, egress="none")
-    send, arrived = udp(net, guest, INTERNET, at=net.internet)
+    send, arrived = packets.udp(net, guest, INTERNET, at=net.internet)
     assert network_world.fate(net, send, arrived) == "egress_policy"
     net.ask(privileged.AllowAddresses(vm_id=guest.vm_id, slot=1, addresses=(INTERNET,), ttl_s=3600))
     assert network_world.fate(net, send, arrived) == "arrived"

@@ -52,3 +52,15 @@ def test_our_own_bridge_is_no_collision() -> None:
 def test_a_host_that_routes_everything_is_told_so() -> None:
     with pytest.raises(errors.ConflictError, match="every private network"):
         addresses.free([route("tun0", each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")])
+
+
+def test_the_ipv6_prefix_of_a_host_is_local_and_always_the_same() -> None:
+    one, other = names.derived_network6("one"), names.derived_network6("other")
+    assert one == names.derived_network6("one") != other
+    assert names.parse_network6(str(one)) == one
+    assert one.network_address.packed[0] == 0xFD
+    assert names.parse_network6(names.NETWORK6) == names.DEFAULT_NETWORK6
+
+
+def test_a_guests_own_address_on_the_link_is_what_its_kernel_makes() -> None:
+    assert str(names.link_local(names.VmId("0123456789ab"))) == "fe80::401:23ff:fe45:6789"

@@ -6,6 +6,7 @@ Each process uses this; the helper validates again whatever the daemon sends.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 import re
@@ -35,6 +36,8 @@ UID_BASE: Final = 2_100_000_000
 """Above what systemd, containers, subuids (to 600,100,000) and sssd (to 2,000,200,000) take; below 2**31."""
 NETWORK: Final = "10.213.240.0/20"
 """Outside the default ranges of Docker, libvirt, Kubernetes and AWS; holds MAX_SLOTS guests."""
+NETWORK6: Final = "fd62:616e:6765:7200::/64"
+"""Where an installation names none; `banger system install` names one of the host's own."""
 AGENT_PORT: Final = 1023
 DNS_ADDRESS: Final = "127.0.0.1"
 DNS_PORT: Final = 42069
@@ -43,6 +46,8 @@ DNS_TOP: Final = "vm"
 GUEST_DIR: Final = "/.banger"
 GUEST_BINARY: Final = "/.banger/guest"
 
+DEFAULT_NETWORK6: Final = ipaddress.IPv6Network(NETWORK6)
+_UNIQUE_LOCAL: Final = ipaddress.IPv6Network("fc00::/7")
 _ID = re.compile(ID_PATTERN)
 _VM_NAME = re.compile(VM_NAME_PATTERN)
 _ARTEFACT_NAME = re.compile(ARTEFACT_NAME_PATTERN)
@@ -122,10 +127,54 @@ def reverse_zones(network: ipaddress.IPv4Network) -> tuple[str, ...]:
     return tuple(part.network_address.reverse_pointer.partition(".")[2] for part in parts)
 
 
-def dns_domains(network: ipaddress.IPv4Network) -> tuple[str, ...]:
+def dns_domains(network: ipaddress.IPv4Network, network6: ipaddress.IPv6Network) -> tuple[str, ...]:
     """The domains for which a resolver should ask the daemon."""
-    return (DNS_TOP, *reverse_zones(network))
+    return (DNS_TOP, *reverse_zones(network), reverse_zone6(network6))
 
 
 def bridge_address(network: ipaddress.IPv4Network) -> ipaddress.IPv4Address:
     return network.network_address + 1
+
+
+# --- IPv6 ---
+
+
+def derived_network6(seed: str) -> ipaddress.IPv6Network:
+    """A unique local prefix (RFC 4193) that is always the same for the same seed."""
+    global_id = hashlib.sha256(f"banger {seed}".encode()).digest()[:5]
+    return ipaddress.IPv6Network((b"\xfd" + global_id + bytes(10), 64))
+
+
+def parse_network6(text: str) -> ipaddress.IPv6Network:
+    """Raises ValueError unless it is a /64 of the unique local addresses."""
+    try:
+        found = ipaddress.IPv6Network(text)
+    except ValueError as error:
+        raise ValueError(f"network6: {text!r} is not an IPv6 network: {error}") from None
+    if found.prefixlen != 64 or not found.subnet_of(_UNIQUE_LOCAL):
+        raise ValueError(f"network6: {text!r} is not a /64 in {_UNIQUE_LOCAL}")
+    return found
+
+
+def bridge_address6(network: ipaddress.IPv6Network) -> ipaddress.IPv6Address:
+    return network.network_address + 1
+
+
+def guest_address6(network: ipaddress.IPv6Network, slot: int) -> ipaddress.IPv6Address:
+    """As with IPv4: slot n is the n-th after the bridge."""
+    if not 1 <= slot <= MAX_SLOTS:
+        raise errors.BadRequestError(f"slot {slot} has no address in {network}")
+    return network.network_address + 1 + slot
+
+
+def link_local(vm_id: VmId) -> ipaddress.IPv6Address:
+    """What a guest's kernel makes of its hardware address (RFC 4291, modified EUI-64)."""
+    mac = bytes.fromhex(mac_address(vm_id).replace(":", ""))
+    return ipaddress.IPv6Address(
+        b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+    )
+
+
+def reverse_zone6(network: ipaddress.IPv6Network) -> str:
+    """The `ip6.arpa` name that holds the network's addresses: a nibble for each four bits of the prefix."""
+    return ".".join(network.network_address.reverse_pointer.split(".")[32 - network.prefixlen // 4 :])

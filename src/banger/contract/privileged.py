@@ -29,7 +29,7 @@ Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
 OpId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z-]{0,40}$(?!\n)")]
 BootArgs = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$(?!\n)", max_length=1900)]
 PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
-Ipv4 = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$(?!\n)")]
+IpAddress = Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-f:]{2,39})$(?!\n)")]
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="result", tag=True):
@@ -245,6 +245,8 @@ class SetGuestRules(Request[Done], tag="set_guest_rules", frozen=True):
     allow: Annotated[tuple[egresses.Destination, ...], msgspec.Meta(max_length=egresses.MAX_RULES)] = ()
     peers: PeerNetwork = ""
     """Guests of one network reach each other; those of none reach no other guest."""
+    ipv6: bool = False
+    """Its address in the IPv6 prefix too, under the same policy. The bridge has one while a guest has."""
 
 
 class DeleteGuestRules(Request[Done], tag="delete_guest_rules", frozen=True):
@@ -258,7 +260,7 @@ class AllowAddresses(Request[Done], tag="allow_addresses", frozen=True):
 
     vm_id: Id
     slot: Slot
-    addresses: Annotated[tuple[Ipv4, ...], msgspec.Meta(min_length=1, max_length=64)]
+    addresses: Annotated[tuple[IpAddress, ...], msgspec.Meta(min_length=1, max_length=64)]
     ttl_s: Annotated[int, msgspec.Meta(ge=1, le=86400)]
     port: egresses.Port = 0
 

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from banger.contract import errors
+from banger.helper import bridge, program, ruleset
 from banger.helper import policy as policies
-from banger.helper import program, ruleset
 from banger.helper.linux import netlink, nftables
 
 TAG: Final = "banger"
-_LEGACY: Final = "iptables-legacy"
-_LEGACY_TABLES: Final = "/proc/thread-self/net/ip_tables_names"
+_LEGACY: Final = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables_names"}
+"""The programs, and where the kernel says below /proc/thread-self/net that something has used each."""
+_FAMILIES: Final = ("ip", "ip6", "inet")
 _DEADLINE_S: Final = 20.0
 _PRIVATE: Final = tuple(map(ipaddress.IPv4Network, (*ruleset.PRIVATE, ruleset.LINK_LOCAL)))
 _FIRST_PRIORITY: Final = 0
@@ -40,6 +41,8 @@ class Need(NamedTuple):
     nat: bool = False
     private: bool = False
     """Also by links that lead to private networks alone."""
+    ipv6: bool = False
+    """One of them has an address in the IPv6 prefix."""
 
 
 def needed(elements: Iterable[ruleset.Element]) -> Need:
@@ -51,6 +54,7 @@ def needed(elements: Iterable[ruleset.Element]) -> Need:
         through_host=nat or ruleset.MEMBERS in sets,
         nat=nat,
         private=nat and bool(reach & sets),
+        ipv6=ruleset.WITH_IPV6 in sets,
     )
 
 
@@ -63,6 +67,7 @@ def follow(policy: policies.Policy, change: ruleset.Change) -> None:
 def sync(policy: policies.Policy, elements: set[ruleset.Element]) -> None:
     """Makes the host do what these elements need, and no more. Idempotent."""
     need = needed(elements)
+    bridge.set_addresses6(policy, wanted=need.ipv6)
     _forward(policy, need, {json.loads(each.key) for each in elements if each.set == ruleset.OPENED})
     _pass_others(policy, need)
 
@@ -222,7 +227,7 @@ def _rules(chain: _Chain) -> list[nftables.Json]:
 def _bases(listed: list[nftables.Json]) -> Iterator[nftables.Json]:
     for each in listed:
         fields = each.get("chain", {})
-        if fields.get("hook") in ("input", "forward") and fields["family"] in ("ip", "inet"):
+        if fields.get("hook") in ("input", "forward") and fields["family"] in _FAMILIES:
             ours = fields["table"] == ruleset.TABLE
             if fields.get("type") == "filter" and fields["prio"] >= _FIRST_PRIORITY and not ours:
                 yield fields
@@ -238,6 +243,8 @@ def _has_owner(fields: nftables.Json) -> bool:
 
 
 def _wanted(policy: policies.Policy, need: Need, chain: _Chain) -> list[tuple[str, str]]:
+    if chain.family == "ip6" and not need.ipv6:
+        return []
     if chain.hook == "input":
         return [("iifname", policy.bridge)] if need.to_host else []
     return [("iifname", policy.bridge), ("oifname", policy.bridge)] if need.through_host else []
@@ -271,25 +278,27 @@ def _match(rule: nftables.Json) -> tuple[str, str]:
 
 def _pass_legacy(policy: policies.Policy, need: Need) -> None:
     """The old kernel interface, which nft does not see; only where something has used it."""
-    with contextlib.suppress(FileNotFoundError), open(_LEGACY_TABLES) as file:
-        if "filter" in file.read().split():
-            for chain, option, on in (
-                ("INPUT", "-i", need.to_host),
-                ("FORWARD", "-i", need.through_host),
-                ("FORWARD", "-o", need.through_host),
-            ):
-                _set_legacy(chain, option, policy.bridge, on=on)
+    for tool, tables in _LEGACY.items():
+        asked = need.ipv6 or not tool.startswith("ip6")
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/thread-self/net/{tables}") as file:
+            if "filter" in file.read().split():
+                for chain, option, on in (
+                    ("INPUT", "-i", need.to_host),
+                    ("FORWARD", "-i", need.through_host),
+                    ("FORWARD", "-o", need.through_host),
+                ):
+                    _set_legacy(tool, [chain, option, policy.bridge], on=on and asked)
 
 
-def _set_legacy(chain: str, option: str, bridge: str, *, on: bool) -> None:
-    rule = [chain, option, bridge, "-m", "comment", "--comment", TAG, "-j", "ACCEPT"]
-    is_there = _legacy("-C", rule).status == 0
+def _set_legacy(tool: str, match: list[str], *, on: bool) -> None:
+    rule = [*match, "-m", "comment", "--comment", TAG, "-j", "ACCEPT"]
+    is_there = _legacy(tool, "-C", rule).status == 0
     if is_there != on:
-        ended = _legacy("-I" if on else "-D", rule)
+        ended = _legacy(tool, "-I" if on else "-D", rule)
         if ended.status:
             why = ended.output.decode(errors="replace").strip()[:300]
-            raise errors.OperationFailedError(f"{_LEGACY} refused a rule in {chain}: {why}")
+            raise errors.OperationFailedError(f"{tool} refused a rule in {match[0]}: {why}")
 
 
-def _legacy(verb: str, rule: list[str]) -> program.Ended:
-    return program.run_as_root(_LEGACY, ["-w", "5", verb, *rule], deadline_s=_DEADLINE_S)
+def _legacy(tool: str, verb: str, rule: list[str]) -> program.Ended:
+    return program.run_as_root(tool, ["-w", "5", verb, *rule], deadline_s=_DEADLINE_S)

@@ -12,6 +12,8 @@ from banger.contract import egress, errors, names, privileged
 from banger.helper import filesystem, forwarding, ruleset
 from banger.helper import policy as policies
 
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DONE: Final = privileged.Done()
 
 
@@ -21,7 +23,12 @@ def set_guest_rules(policy: policies.Policy, request: privileged.SetGuestRules) 
     address = str(names.guest_address(policy.prefix, request.slot))
     wanted = [*_link(vm_id, address, request.peers)]
     if request.nat:
-        wanted += _egress(address, request)
+        wanted += _egress(address, request, 4)
+    if request.ipv6:
+        address6 = names.guest_address6(policy.prefix6, request.slot)
+        wanted += _link6(vm_id, address6)
+        if request.nat:
+            wanted += _egress(str(address6), request, 6)
     with ruleset.lock:
         forwarding.follow(policy, ruleset.replace(vm_id, [each._replace(owner=vm_id) for each in wanted]))
     return _DONE
@@ -36,16 +43,22 @@ def delete_guest_rules(policy: policies.Policy, request: privileged.DeleteGuestR
 def allow_addresses(policy: policies.Policy, request: privileged.AllowAddresses) -> privileged.Done:
     vm_id = names.VmId(request.vm_id)
     filesystem.claim(policy, vm_id, request.slot)
-    guest = str(names.guest_address(policy.prefix, request.slot))
-    if ruleset.Element(ruleset.NAT, ruleset.key(guest), owner=vm_id) not in ruleset.elements():
-        raise errors.ConflictError(f"VM {vm_id} has no NAT", vm=vm_id)
-    of = ruleset.NAMED_PORTS if request.port else ruleset.NAMED
-    port = (request.port,) if request.port else ()
+    guests: dict[int, IpAddress] = {
+        4: names.guest_address(policy.prefix, request.slot),
+        6: names.guest_address6(policy.prefix6, request.slot),
+    }
     found = {_public(text) for text in request.addresses}
-    wanted = [
-        ruleset.Element(of, ruleset.key(guest, address, *port), owner=vm_id, timeout_s=request.ttl_s)
-        for address in sorted(found)
-    ]
+    for version in {address.version for address in found}:
+        has_nat = ruleset.Element(ruleset.REACH[version].nat, ruleset.key(str(guests[version])), owner=vm_id)
+        if has_nat not in ruleset.elements():
+            raise errors.ConflictError(f"VM {vm_id} has no NAT for IPv{version}", vm=vm_id)
+    port = (request.port,) if request.port else ()
+    wanted = []
+    for address in sorted(found, key=str):
+        reach = ruleset.REACH[address.version]
+        key = ruleset.key(str(guests[address.version]), str(address), *port)
+        of = reach.named_ports if port else reach.named
+        wanted.append(ruleset.Element(of, key, owner=vm_id, timeout_s=request.ttl_s))
     ruleset.refresh(wanted)
     return _DONE
 
@@ -65,44 +78,68 @@ def _link(vm_id: names.VmId, address: str, peers: str) -> Iterator[ruleset.Eleme
         yield ruleset.Element(ruleset.MEMBER_MACS, ruleset.key(mac))
 
 
+def _link6(vm_id: names.VmId, address: ipaddress.IPv6Address) -> Iterator[ruleset.Element]:
+    """The address that the guest was given, and its kernel's own on the link, for neighbours alone."""
+    tap, mac = names.tap_name(vm_id), names.mac_address(vm_id)
+    yield ruleset.Element(ruleset.WITH_IPV6, ruleset.key(tap))
+    yield ruleset.Element(ruleset.MACS6, ruleset.key(tap, int(mac.replace(":", ""), 16)))
+    for own in (address, names.link_local(vm_id)):
+        yield ruleset.Element(ruleset.SOURCES6, ruleset.key(tap, mac, str(own)))
+        yield ruleset.Element(ruleset.TARGETS6, ruleset.key(tap, mac, hex(int(own))))
+
+
 def _network_number(peers: str) -> int:
     """31 bits of the name's hash, never 0, which is what no network is."""
     return int.from_bytes(hashlib.sha256(peers.encode()).digest()[:4], "big") >> 1 | 1
 
 
-def _egress(guest: str, request: privileged.SetGuestRules) -> Iterator[ruleset.Element]:
-    yield ruleset.Element(ruleset.NAT, ruleset.key(guest))
+def _egress(guest: str, request: privileged.SetGuestRules, version: int) -> Iterator[ruleset.Element]:
+    reach = ruleset.REACH[version]
+    yield ruleset.Element(reach.nat, ruleset.key(guest))
     if request.egress is egress.Egress.INTERNET:
-        yield ruleset.Element(ruleset.INTERNET, ruleset.key(guest))
+        yield ruleset.Element(reach.internet, ruleset.key(guest))
     if request.egress is egress.Egress.ALL:
-        yield ruleset.Element(ruleset.EVERYWHERE, ruleset.key(guest))
-    for port in sorted({rule.port for rule in request.allow}):
+        yield ruleset.Element(reach.everywhere, ruleset.key(guest))
+    allowed = [(rule.port, _network(rule.cidr)) for rule in request.allow]
+    for port in sorted({port for port, network in allowed if network.version == version}):
         # The kernel refuses intervals that overlap.
-        networks = [_network(rule.cidr) for rule in request.allow if rule.port == port]
-        of, more = (ruleset.ALLOWED_PORTS, (port,)) if port else (ruleset.ALLOWED, ())
-        for network in ipaddress.collapse_addresses(networks):
+        networks = [network for at, network in allowed if at == port and network.version == version]
+        of, more = (reach.allowed_ports, (port,)) if port else (reach.allowed, ())
+        for network in _collapsed(networks):
             yield ruleset.Element(of, ruleset.key(guest, _as_json(network), *more))
 
 
-def _as_json(network: ipaddress.IPv4Network) -> Any:
+def _collapsed(networks: list[IpNetwork]) -> Iterator[IpNetwork]:
+    """Of one version."""
+    yield from ipaddress.collapse_addresses(
+        [each for each in networks if isinstance(each, ipaddress.IPv4Network)]
+    )
+    yield from ipaddress.collapse_addresses(
+        [each for each in networks if isinstance(each, ipaddress.IPv6Network)]
+    )
+
+
+def _as_json(network: IpNetwork) -> Any:
     if network.prefixlen == network.max_prefixlen:
         return str(network.network_address)
     return {"prefix": {"addr": str(network.network_address), "len": network.prefixlen}}
 
 
-def _network(cidr: str) -> ipaddress.IPv4Network:
+def _network(cidr: str) -> IpNetwork:
     try:
-        return ipaddress.IPv4Network(cidr)
+        return ipaddress.ip_network(cidr)
     except ValueError as error:
-        raise errors.BadRequestError(f"{cidr!r} is not an IPv4 network: {error}") from None
+        raise errors.BadRequestError(f"{cidr!r} is not a network: {error}") from None
 
 
-def _public(text: str) -> str:
+def _public(text: str) -> IpAddress:
     """A name may not stand for the host's own network, loopback or the metadata service: DNS rebinding."""
     try:
-        address = ipaddress.IPv4Address(text)
+        address = ipaddress.ip_address(text)
     except ValueError:
-        raise errors.BadRequestError(f"{text!r} is not an IPv4 address") from None
+        raise errors.BadRequestError(f"{text!r} is not an address") from None
     if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
         raise errors.BadRequestError(f"a name may not stand for {text}")
-    return str(address)
+    if isinstance(address, ipaddress.IPv6Address) and not egress.is_nameable6(address):
+        raise errors.BadRequestError(f"a name may not stand for {text}")
+    return address

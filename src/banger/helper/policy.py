@@ -33,6 +33,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     uid_count: Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)] = names.MAX_SLOTS
     bridge: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,14}$(?!\n)")] = names.BRIDGE
     network: str = names.NETWORK
+    network6: str = names.NETWORK6
     state_dir: AbsolutePath = "/var/lib/banger"
     helper_dir: AbsolutePath = "/var/lib/banger-root"
     firecracker_sha256: Sha256
@@ -43,10 +44,15 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         if self.prefix.num_addresses < self.uid_count + 3:
             raise ValueError(f"network {self.network} is too small for {self.uid_count} VMs")
+        names.parse_network6(self.network6)
 
     @property
     def prefix(self) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(self.network)
+
+    @property
+    def prefix6(self) -> ipaddress.IPv6Network:
+        return ipaddress.IPv6Network(self.network6)
 
     @property
     def jails(self) -> str:

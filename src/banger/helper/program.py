@@ -19,7 +19,11 @@ from banger.helper.linux import pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 MAX_OUTPUT_BYTES: Final = 1 << 20
-_PACKAGES: Final = {"iptables-legacy": "iptables", "resolvectl": "systemd-resolved"}
+_PACKAGES: Final = {
+    "iptables-legacy": "iptables",
+    "ip6tables-legacy": "iptables",
+    "resolvectl": "systemd-resolved",
+}
 
 
 class Ended(NamedTuple):

@@ -26,7 +26,7 @@ def route_resolver(policy: policies.Policy, _request: privileged.RouteResolver) 
         raise errors.NotFoundError(f"bridge {policy.bridge} does not exist", hint="ensure the bridge first")
     if not os.path.exists(RUNNING):
         return privileged.Routed(problem="systemd-resolved does not run on this host")
-    domains = [f"~{domain}" for domain in names.dns_domains(policy.prefix)]
+    domains = [f"~{domain}" for domain in names.dns_domains(policy.prefix, policy.prefix6)]
     try:
         _resolvectl("dns", policy.bridge, f"{names.DNS_ADDRESS}:{names.DNS_PORT}")
         _resolvectl("domain", policy.bridge, *domains)

@@ -19,7 +19,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_GETADDR, RTM_GETROUTE = 20, 22, 26
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR, RTM_GETROUTE = 20, 21, 22, 26
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 AF_BRIDGE: Final = 7
 IFF_UP: Final = 1
@@ -32,6 +32,7 @@ IFLA_TUN_OWNER: Final = 1
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFLA_BRPORT_ISOLATED: Final = 33
 IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFA_F_NODAD: Final = 2
 TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 _HEADER: Final = struct.Struct("=IHHII")
@@ -129,22 +130,39 @@ def delete(index: int, name: str) -> None:
             raise
 
 
-def addresses() -> list[Address]:
-    """IPv4 addresses of all links."""
+def addresses(family: int = socket.AF_INET) -> list[Address]:
+    """Addresses of all links. A kernel without IPv6 answers with those of other families: none of ours."""
     found = []
-    for body in _request(RTM_GETADDR, NLM_F_DUMP, _IFADDR.pack(socket.AF_INET, 0, 0, 0, 0)):
+    for body in _request(RTM_GETADDR, NLM_F_DUMP, _IFADDR.pack(family, 0, 0, 0, 0)):
+        if body[0] != family:
+            continue
         _, prefix_length, _, _, index = _IFADDR.unpack_from(body)
         attributes = _attributes(body[_IFADDR.size :])
         local = attributes.get(IFA_LOCAL) or attributes[IFA_ADDRESS]
-        found.append(Address(index, socket.inet_ntoa(local), prefix_length))
+        found.append(Address(index, socket.inet_ntop(family, local), prefix_length))
     return found
 
 
 def add_address(address: Address, name: str) -> None:
-    packed = socket.inet_aton(address.local)
-    attributes = _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
-    head = _IFADDR.pack(socket.AF_INET, address.prefix_length, 0, 0, address.link)
-    _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, head + attributes, name)
+    """An IPv6 address is usable at once: nobody is asked whether he has it too."""
+    _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, _ifaddr(address), name)
+
+
+def delete_address(address: Address, name: str) -> None:
+    """Gone is gone."""
+    try:
+        _request(RTM_DELADDR, 0, _ifaddr(address), name)
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV):
+            raise
+
+
+def _ifaddr(address: Address) -> bytes:
+    family = socket.AF_INET6 if ":" in address.local else socket.AF_INET
+    packed = socket.inet_pton(family, address.local)
+    flags = IFA_F_NODAD if family == socket.AF_INET6 else 0
+    head = _IFADDR.pack(family, address.prefix_length, flags, 0, address.link)
+    return head + _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
 
 
 def routes() -> list[Route]:
