@@ -82,6 +82,25 @@ int ip_config_parse(char *text, struct ip_config *ret) {
         return 0;
 }
 
+static int take_address6(char *target, const char *text) {
+        struct in6_addr address;
+
+        if (inet_pton(AF_INET6, text, &address) != 1)
+                return -EINVAL;
+        return take_text(target, 40, text);
+}
+
+int ip6_config_parse(char *text, struct ip6_config *ret) {
+        char *address = next_token(&text, "/"), *length = next_token(&text, ","), *gateway = next_token(&text, ",");
+        uint64_t bits;
+
+        *ret = (struct ip6_config) { 0 };
+        if (!address || !length || *text || parse_u64(length, 10, 128, &bits) < 0 || take_address6(ret->address, address) < 0)
+                return -EINVAL;
+        ret->prefix_length = (unsigned) bits;
+        return gateway ? take_address6(ret->gateway, gateway) : 0;
+}
+
 void config_add_dns(struct config *config, const char *address) {
         if (*address == 0 || config->dns_count >= CONFIG_DNS_MAX)
                 return;
@@ -126,6 +145,16 @@ static int take_ip(struct config *config, char *text) {
         return r;
 }
 
+static int take_ip6(struct config *config, char *text) {
+        struct ip6_config ip6;
+
+        if (ip6_config_parse(text, &ip6) < 0)
+                return -EINVAL;
+        config->ip6 = ip6;
+        config->ip6_given = true;
+        return 0;
+}
+
 static int take_dns(struct config *config, const char *text) {
         struct in_addr address;
 
@@ -149,6 +178,8 @@ int config_parse_line(struct config *config, char *line) {
                 return take_text(config->hostname, sizeof config->hostname, value);
         if (strcmp(line, "ip") == 0)
                 return take_ip(config, value);
+        if (strcmp(line, "ip6") == 0)
+                return take_ip6(config, value);
         if (strcmp(line, "dns") == 0)
                 return take_dns(config, value);
         if (strcmp(line, "mount") == 0)

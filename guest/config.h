@@ -18,6 +18,12 @@ struct ip_config {
         char dns[2][16];
 };
 
+/* The address the host leased, and by whom everything else is reached. */
+struct ip6_config {
+        char address[40], gateway[40];
+        unsigned prefix_length;
+};
+
 struct mount_config {
         char device[64], target[256], type[32];
 };
@@ -26,6 +32,8 @@ struct config {
         char hostname[65];
         bool ip_given;
         struct ip_config ip;
+        bool ip6_given;
+        struct ip6_config ip6;
         size_t dns_count;
         char dns[CONFIG_DNS_MAX][16];
         size_t mount_count;
@@ -36,6 +44,9 @@ struct config {
 
 /* Changes the text; -EINVAL when a part cannot be what it should be. */
 int ip_config_parse(char *text, struct ip_config *ret);
+
+/* ADDRESS/LENGTH[,GATEWAY]. Changes the text; -EINVAL. */
+int ip6_config_parse(char *text, struct ip6_config *ret);
 
 /* The kernel command line, cut into words. */
 struct cmdline {

@@ -119,6 +119,8 @@ static void set_up(const struct cmdline *words) {
                         if (*config.ip.dns[i])
                                 config_add_dns(&config, config.ip.dns[i]);
         }
+        if (config.ip6_given)
+                net_configure6(*config.ip.device ? config.ip.device : "eth0", &config.ip6);
         net_write_resolver(&config);
 }
 

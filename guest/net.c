@@ -4,6 +4,8 @@
 #include <fcntl.h>
 #include <net/if.h>
 #include <net/route.h>
+#include <netinet/in.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -94,6 +96,72 @@ void net_configure(const struct ip_config *ip) {
         r = configure(fd, device, ip);
         if (r < 0)
                 log_line(LEVEL_ERROR, "cannot configure %s: %s", device, strerror(-r));
+}
+
+static void set_sysctl6(const char *device, const char *name, const char *value) {
+        char path[96];
+
+        snprintf(path, sizeof path, "/proc/sys/net/ipv6/conf/%s/%s", device, name);
+        if (write_file(path, value, O_WRONLY) < 0)
+                log_line(LEVEL_WARNING, "cannot set %s: %s", path, strerror(errno));
+}
+
+/* As the kernel has them (linux/ipv6.h); its header and the C library's do not go together. */
+struct address6 {
+        struct in6_addr address;
+        uint32_t prefix_length;
+        int device;
+};
+
+struct route6 {
+        struct in6_addr to, from, gateway;
+        uint32_t type;
+        uint16_t to_length, from_length;
+        uint32_t metric;
+        unsigned long info;
+        uint32_t flags;
+        int device;
+};
+
+static int add_address6(int fd, int device, const struct ip6_config *ip) {
+        struct address6 request = { .prefix_length = ip->prefix_length, .device = device };
+
+        if (inet_pton(AF_INET6, ip->address, &request.address) != 1)
+                return -EINVAL;
+        return ioctl(fd, SIOCSIFADDR, &request) < 0 && errno != EEXIST ? -errno : 0;
+}
+
+static int add_default_route6(int fd, int device, const char *gateway) {
+        struct route6 route = { .metric = 1024, .flags = RTF_UP | RTF_GATEWAY, .device = device };
+
+        if (inet_pton(AF_INET6, gateway, &route.gateway) != 1)
+                return -EINVAL;
+        return ioctl(fd, SIOCADDRT, &route) < 0 && errno != EEXIST ? -errno : 0;
+}
+
+static int configure6(int fd, const char *device, int number, const struct ip6_config *ip) {
+        int r;
+
+        set_sysctl6(device, "accept_ra", "0");
+        /* Nobody on this link can have our address too. */
+        set_sysctl6(device, "accept_dad", "0");
+        r = device_up(fd, device);
+        if (r >= 0)
+                r = add_address6(fd, number, ip);
+        if (r >= 0 && *ip->gateway)
+                r = add_default_route6(fd, number, ip->gateway);
+        return r;
+}
+
+void net_configure6(const char *device, const struct ip6_config *ip) {
+        _cleanup_close_ int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        int r, number = (int) if_nametoindex(device);
+
+        if (number == 0)
+                return;
+        r = fd < 0 ? -errno : configure6(fd, device, number, ip);
+        if (r < 0)
+                log_line(LEVEL_ERROR, "cannot configure IPv6 on %s: %s", device, strerror(-r));
 }
 
 /* An image's own resolver settings are left alone. */

@@ -237,6 +237,20 @@ def test_name_and_network_are_as_configured(boot: Boot, content: Path) -> None:
         assert (machine.root / "etc/resolv.conf").read_text() == "nameserver 10.7.0.53\n"
 
 
+def test_ipv6_is_as_configured_at_once_and_no_router_is_heard(boot: Boot, content: Path) -> None:
+    ip = "10.7.0.2::10.7.0.1:255.255.255.0::eth0:off"
+    (content / ".banger/config").write_text(f"ip={ip}\nip6=fd07::2/64,fd07::1\nip6=nonsense\n")
+    with boot() as machine:
+        links = json.loads(machine.enter("ip", "-json", "-6", "address", "show", "dev", "eth0"))
+        found = {each["local"]: each for link in links for each in link["addr_info"]}
+        assert found["fd07::2"]["prefixlen"] == 64
+        assert "tentative" not in found["fd07::2"]
+        routes = json.loads(machine.enter("ip", "-json", "-6", "route", "show", "default"))
+        assert [route["gateway"] for route in routes] == ["fd07::1"]
+        accept = "/proc/sys/net/ipv6/conf/eth0/accept_ra"
+        assert machine.enter("cat", accept, kinds=("--net", "--mount", "--pid")) == "0\n"
+
+
 def test_the_image_s_own_resolver_is_left_alone(boot: Boot, content: Path) -> None:
     (content / ".banger/config").write_text("dns=10.7.0.53\n")
     (content / "etc/resolv.conf").write_text("nameserver 192.0.2.1\n")
