@@ -46,8 +46,9 @@ def upstream(
         name = str(asked.q.qname).lower()
         seen.append(f"{name} {'tcp' if tcp else 'udp'}")
         reply = asked.reply(ra=1, aa=0)
-        if name in records and asked.q.qtype == dnslib.QTYPE.A:
-            reply.add_answer(*dnslib.RR.fromZone(records[name]))
+        found = dnslib.RR.fromZone(records.get(name, ""))
+        if asked.q.qtype in {each.rtype for each in found}:
+            reply.add_answer(*found)
         elif name not in records:
             reply.header.rcode = dnslib.RCODE.NXDOMAIN
         packed = bytes(reply.pack())

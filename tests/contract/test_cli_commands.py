@@ -52,6 +52,7 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "memory_mib": 2048,
         "disk_size_mib": 10240,
         "network": False,
+        "ipv6": None,
         "nat": None,
         "egress": None,
         "allow": [],

@@ -19,10 +19,13 @@ from tests.contract import dns_served
 
 NETWORK = ipaddress.IPv4Network("10.213.240.0/20")
 NEVER_OPENED = ("169.254.169.254", "127.0.0.1", "10.213.240.1", "0.0.0.0", "224.0.0.1")  # noqa: S104
+NEVER_OPENED6 = ("::1", "fe80::1", "fd62:616e:6765:7200::1", "fd00:ec2::254", "::ffff:10.0.0.1")
 RECORDS = {
     "example.org.": "example.org. 300 A 192.0.2.7",
     "api.example.org.": "api.example.org. 10 CNAME cdn.net.\ncdn.net. 5 A 192.0.2.8\ncdn.net. 5 A 192.0.2.9",
     "big.example.org.": "\n".join(f"big.example.org. 60 A 192.0.2.{n}" for n in range(1, 60)),
+    "six.example.org.": "six.example.org. 300 AAAA 2001:db8::7",
+    "evil6.org.": "\n".join(f"evil6.org. 60 AAAA {each}" for each in NEVER_OPENED6),
     "evil.org.": "\n".join(f"evil.org. 60 A {each}" for each in NEVER_OPENED),
 }
 
@@ -124,6 +127,23 @@ async def test_allowed_names_are_opened_before_the_guest_learns_them() -> None:
         assert len(desk.opened) == 3, "what was opened just now was opened again"
         assert await desk.rcode(shut, "xexample.org") == "REFUSED"
         assert await desk.rcode(shut, "evil.org") == "REFUSED"
+
+
+async def test_ipv6_addresses_are_opened_for_a_guest_that_has_one() -> None:
+    allowed = (egress.NamedDestination("six.example.org"), egress.NamedDestination("evil6.org"))
+    address6 = ipaddress.IPv6Address("fd62:616e:6765:7200::3")
+    both = guest(2, "both", forward=True, everything=False, allowed=allowed, address6=address6)
+    four = guest(3, "four", forward=True, everything=False, allowed=allowed)
+    async with desk_with(both, four) as desk:
+        for who in (both, four):
+            reply = await desk.ask(who, "six.example.org", "AAAA")
+            assert reply is not None
+            assert [str(each.rdata) for each in reply.rr] == ["2001:db8::7"]
+            await desk.ask(who, "evil6.org", "AAAA")
+        assert desk.opened == [("both", ("2001:db8::7",), 300, 0)]
+        named = await desk.ask(both, "both.vm", "AAAA")
+        assert named is not None
+        assert [str(each.rdata) for each in named.rr] == ["fd62:616e:6765:7200::3"]
 
 
 async def test_an_allowed_name_opens_no_way_to_host_guests_or_metadata() -> None:

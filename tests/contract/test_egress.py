@@ -43,6 +43,21 @@ async def test_a_start_sets_what_was_asked_for(daemon: conftest.Daemon) -> None:
     assert create.peers
 
 
+async def test_ipv6_is_the_guests_from_row_to_rules_name_and_command_line(daemon: conftest.Daemon) -> None:
+    vm = await made(daemon, name="web", ipv6=True, nat=True, allow=("2001:db8::/32",))
+    found = rules(daemon, vm.id)
+    assert found is not None
+    assert found.ipv6
+    assert egress.Destination("2001:db8::/32") in found.allow
+    launch = next(each for each in daemon.world.requests if isinstance(each, privileged.LaunchVmm))
+    assert f"banger.ip6={vm.address6}/64,fd62:616e:6765:7200::1" in launch.boot_args.split()
+    assert vm.address6.startswith("fd62:616e:6765:7200::")
+    four = await made(daemon, name="four")
+    assert four.address6 == ""
+    with pytest.raises(errors.BadRequestError, match="without IPv6"):
+        await daemon.services.vms.set("four", resources.SetVm(allow=("2001:db8::/32",)))
+
+
 async def test_a_vm_without_network_has_no_rules(daemon: conftest.Daemon) -> None:
     vm = await made(daemon, network=False)
     assert rules(daemon, vm.id) is None

@@ -48,9 +48,19 @@ def test_what_the_guest_s_init_is_told() -> None:
     assert line.split()[-5:] == [*words, "init=/.banger/guest"]
 
 
+def test_an_ipv6_address_is_told_with_who_leads_on() -> None:
+    ip6 = boot_args.ip6_argument(1, ipaddress.IPv6Network("fd12:3456:789a::/64"))
+    assert boot_args.guest_words(WEB, (), work_disk=False, ip6=ip6) == (
+        "banger.hostname=web",
+        "banger.ip6=fd12:3456:789a::2/64,fd12:3456:789a::1",
+    )
+
+
 def test_the_longest_line_is_within_what_kernels_take() -> None:
     """COMMAND_LINE_SIZE is 2048 on x86_64 and aarch64, and Firecracker adds words for its devices."""
     name, dns = names.VmName("n" * 63), ("255.255.255.255",) * 3
     ip = boot_args.ip_argument(name, ipaddress.IPv4Address("10.213.255.254"), NETWORK, dns)
-    line = boot_args.compose(has_initrd=False, ip=ip, guest=boot_args.guest_words(name, dns, work_disk=True))
+    ip6 = boot_args.ip6_argument(4000, ipaddress.IPv6Network("fdff:ffff:ffff:ffff::/64"))
+    words = boot_args.guest_words(name, dns, work_disk=True, ip6=ip6)
+    line = boot_args.compose(has_initrd=False, ip=ip, guest=words)
     assert len(line) < 800

@@ -16,7 +16,15 @@ from banger.net import wire, zone
 
 NETWORK = ipaddress.IPv4Network("10.213.240.0/20")
 WEB = ipaddress.IPv4Address("10.213.240.2")
-ZONE = zone.of([("web", WEB), ("db", ipaddress.IPv4Address("10.213.241.7"))], NETWORK, serial=7)
+SIX = ipaddress.IPv6Network("fd12:3456:789a::/64")
+WEB6 = SIX.network_address + 2
+ZONE = zone.of(
+    [("web", WEB), ("db", ipaddress.IPv4Address("10.213.241.7"))],
+    NETWORK,
+    serial=7,
+    sixes=[("web", WEB6)],
+    network6=SIX,
+)
 RESPOND = wire.responder(ZONE)
 WEB_A = b"\3web\2vm\0\0\1\0\1"
 COUNTS = st.tuples(*[st.integers(0, 3)] * 4)
@@ -54,7 +62,34 @@ def test_the_spelling_of_a_question_comes_back() -> None:
     assert str(reply.rr[0].rname) == "wEb.Vm."
 
 
-@pytest.mark.parametrize("kind", ["AAAA", "TXT", "MX", "HTTPS", "NS"])
+def test_a_guest_with_ipv6_has_that_address_too_there_and_back() -> None:
+    for name in ("web.vm", "a.web.vm"):
+        assert data(ask(name, "AAAA")) == [str(WEB6)]
+    assert data(ask("db.vm", "AAAA")) == []
+    assert ask("db.vm", "AAAA").header.rcode == OK
+    assert ask("nobody.vm", "AAAA").header.rcode == NXDOMAIN
+    assert data(ask(WEB6.reverse_pointer, "PTR")) == ["web.vm."]
+
+
+@pytest.mark.parametrize(
+    ("name", "rcode"),
+    [
+        ((WEB6 + 1).reverse_pointer, NXDOMAIN),
+        ("8.b.d.0.1.0.0.2.ip6.arpa", REFUSED),
+        ("ip6.arpa", REFUSED),
+        (names.reverse_zone6(SIX), OK),
+        (f"0.0.{names.reverse_zone6(SIX)}", OK),
+        (f"xx.{names.reverse_zone6(SIX)}", NXDOMAIN),
+        (f"{'z.' * 16}{names.reverse_zone6(SIX)}", NXDOMAIN),
+        (f"1.{WEB6.reverse_pointer}", NXDOMAIN),
+    ],
+)
+def test_what_is_no_guests_ipv6_address(name: str, rcode: int) -> None:
+    reply = ask(name, "PTR")
+    assert (reply.header.rcode, data(reply)) == (rcode, [])
+
+
+@pytest.mark.parametrize("kind", ["TXT", "MX", "HTTPS", "NS"])
 def test_a_type_that_is_not_there_is_denied_with_the_soa(kind: str) -> None:
     reply = ask("web.vm", kind)
     assert (reply.header.rcode, reply.rr) == (OK, [])
@@ -103,7 +138,7 @@ def test_networks_of_any_size_have_their_reverse(network: str) -> None:
     outside = (b"200", *name[1:])
     expected = zone.Kind.OUTSIDE if parsed.prefixlen > 24 else zone.Kind.NO_NAME
     assert made.lookup(outside, zone.Type.PTR).kind is expected
-    assert names.dns_domains(parsed)[:2] == ("vm", "0.0.10.in-addr.arpa")
+    assert names.dns_domains(parsed, SIX)[:2] == ("vm", "0.0.10.in-addr.arpa")
 
 
 def test_edns_is_answered_with_edns_and_only_then() -> None:

@@ -22,6 +22,11 @@ CREATE = resources.CreateVm
         ("API.Example.org.:443", egress.NamedDestination("api.example.org", 443)),
         ("*.example.org", egress.NamedDestination("*.example.org")),
         ("intranet", egress.NamedDestination("intranet")),
+        ("2001:DB8::/32", egress.Destination("2001:db8::/32")),
+        ("2001:db8::1", egress.Destination("2001:db8::1/128")),
+        ("[2001:db8::1]:443", egress.Destination("2001:db8::1/128", 443)),
+        ("[2001:db8::/32]:443", egress.Destination("2001:db8::/32", 443)),
+        ("[::/0]", egress.Destination("::/0")),
     ],
 )
 def test_a_destination(text: str, parsed: object) -> None:
@@ -34,6 +39,14 @@ def test_a_destination(text: str, parsed: object) -> None:
         "",
         ":443",
         "10.1.2.3/16",
+        "2001:db8::1/32",
+        "2001:db8::/129",
+        "[2001:db8::1",
+        "2001:db8::1]:443",
+        "[2001:db8::1]443",
+        "[2001:db8::1]:0",
+        "[10.1.2.3]:443",
+        "a::example.org",
         "10.1.2.300",
         "10.1.2.3:0",
         "10.1.2.3:65536",
@@ -48,7 +61,7 @@ def test_not_a_destination(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["-a.org", "a b", "a.org\n;", "fd00::1", "*.", "a.*.org", "x" * 254, "1.2.3.4/33", "a.org:4 3"]
+    "text", ["-a.org", "a b", "a.org\n;", "fd00::g", "*.", "a.*.org", "x" * 254, "1.2.3.4/33", "a.org:4 3"]
 )
 def test_not_a_name_either(text: str) -> None:
     with pytest.raises(errors.BadRequestError, match=r"destination|port"):
@@ -85,3 +98,20 @@ def test_what_a_request_comes_to(asked: resources.CreateVm, access: create.Acces
 def test_what_cannot_be(asked: resources.CreateVm) -> None:
     with pytest.raises(errors.BadRequestError):
         create.access(asked)
+
+
+def test_ipv6_is_as_asked_then_as_configured_and_never_without_network() -> None:
+    assert not create.access(CREATE()).ipv6
+    assert create.access(CREATE(), ipv6=True).ipv6
+    assert create.access(CREATE(ipv6=True)).ipv6
+    assert not create.access(CREATE(ipv6=False), ipv6=True).ipv6
+    assert not create.access(CREATE(network=False), ipv6=True).ipv6
+    with pytest.raises(errors.BadRequestError, match="no IPv6"):
+        create.access(CREATE(network=False, ipv6=True))
+
+
+def test_an_ipv6_destination_needs_a_guest_with_ipv6() -> None:
+    assert create.access(CREATE(ipv6=True, allow=("2001:db8::/32",))).allow == ("2001:db8::/32",)
+    with pytest.raises(errors.BadRequestError, match="2001:db8::/32") as caught:
+        create.access(CREATE(allow=("2001:db8::/32",)))
+    assert "--ipv6" in caught.value.hint

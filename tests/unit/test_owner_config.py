@@ -18,6 +18,7 @@ VALUES: dict[str, object] = {
     "vcpus": 3,
     "memory_mib": 640,
     "disk_size_mib": 4096,
+    "ipv6": True,
     "agent_deadline_s": 12.5,
     "agent_silence_s": 9.0,
     "flush_deadline_s": 3.0,
@@ -95,6 +96,9 @@ WRONG_INSTALLATION = [
     ("network = '10.213.240.0/33'", "network: '10.213.240.0/33' is not an IPv4 network"),
     ("network = '10.213.240.1/20'", "has host bits set"),
     ("network = 'fd00::/64'", "network: 'fd00::/64' is not an IPv4 network"),
+    ("network6 = '2001:db8::/64'", "network6: '2001:db8::/64' is not a /64 in fc00::/7"),
+    ("network6 = 'fd00::/48'", "'fd00::/48' is not a /64 in fc00::/7"),
+    ("network6 = '10.0.0.0/24'", "network6: '10.0.0.0/24' is not an IPv6 network"),
     ("network = '10.213.240.0'", "network: '10.213.240.0' is too small for 4000 VMs"),
     ("network = '10.213.240.0/21'", "network: '10.213.240.0/21' is too small for 4000 VMs"),
 ]

@@ -32,9 +32,12 @@ group = command.Group(
 @click.option(
     "--network", metavar="CIDR", default=names.NETWORK, show_default=True, help="The VMs' addresses."
 )
+@click.option("--network6", metavar="CIDR", default="", help="Those in IPv6 [default: the host's own].")
 @click.option("--firecracker", type=click.Path(exists=True, path_type=Path), help="Use this file.")
 @click.option("--jailer", type=click.Path(exists=True, path_type=Path), help="Use this file.")
-def install(owner: str | None, network: str, firecracker: Path | None, jailer: Path | None) -> None:
+def install(
+    owner: str | None, network: str, network6: str, firecracker: Path | None, jailer: Path | None
+) -> None:
     """Set up both services on this host. Run again to upgrade: VMs go on running."""
     from banger.system import install
 
@@ -42,6 +45,7 @@ def install(owner: str | None, network: str, firecracker: Path | None, jailer: P
     choices = install.Choices(
         owner=owner or os.environ.get("SUDO_USER") or "root",
         network=network,
+        network6=network6,
         programs={name: path.resolve() for name, path in given.items() if path is not None},
     )
     asyncio.run(install.Install(choices, render.note).run())

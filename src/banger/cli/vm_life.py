@@ -43,6 +43,9 @@ def size_options(function: _F) -> _F:
         click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G."),
         click.option("--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root."),
         click.option("--no-network", is_flag=True, help="Without a network interface."),
+        click.option(
+            "--ipv6/--no-ipv6", default=None, help="With an IPv6 address too [default: as configured]."
+        ),
         click.option("--nat", is_flag=True, help="The guest reaches beyond this host."),
         *_EGRESS,
         click.option(

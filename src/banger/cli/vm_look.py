@@ -140,6 +140,8 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     yield "memory", _sourced(vm, sizes.text_of_mib(vm.memory_mib), "memory_mib")
     yield "work disk", _sourced(vm, sizes.text_of_mib(vm.disk_size_mib), "disk_size_mib")
     yield "address", vm.address or ("none yet" if vm.network else "no network")
+    if vm.address6:
+        yield "IPv6 address", vm.address6
     if vm.network:
         yield "reaches", _reach(vm)
     if vm.peer_network:

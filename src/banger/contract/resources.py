@@ -87,12 +87,14 @@ class CreateVm(Body, frozen=True, kw_only=True):
     memory_mib: MemoryMib | None = None
     disk_size_mib: DiskMib | None = None
     network: bool = True
+    ipv6: bool | None = None
+    """Whether the guest has an IPv6 address too; absent, as configured."""
     nat: bool | None = None
     """Whether the guest reaches beyond its host; absent, when `egress` or `allow` says so."""
     egress: egresses.Egress | None = None
     """Where to; absent: the internet, or with `allow` and without `nat` only what is allowed."""
     allow: tuple[str, ...] = ()
-    """Besides: `CIDR[:PORT]` or `NAME[:PORT]`."""
+    """Besides: `CIDR[:PORT]`, `[CIDR]:PORT` for IPv6, or `NAME[:PORT]`."""
     peer_network: PeerNetwork = ""
     """VMs of one peer network reach each other."""
     publish: tuple[str, ...] = ()
@@ -166,6 +168,8 @@ class Vm(Resource, frozen=True, kw_only=True):
     network: bool
     address: str
     """The guest's IPv4 address, reserved for the VM's life; empty without network."""
+    address6: str = ""
+    """Its IPv6 address, as long; empty unless asked for."""
     nat: bool = False
     egress: egresses.Egress = egresses.Egress.INTERNET
     """Where NAT leads to."""

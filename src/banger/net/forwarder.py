@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from banger.contract import egress, errors
+from banger.contract import egress, errors, names
 from banger.net import wire
 from banger.net import zone as zones
 
@@ -42,6 +42,7 @@ class Guest:
     name: str
     slot: int
     address: ipaddress.IPv4Address
+    address6: ipaddress.IPv6Address | None = None
     peers: str = ""
     """Guests of one network reach each other; empty: it has none."""
     forward: bool = False
@@ -76,8 +77,15 @@ class _Seen:
 class Forwarder:
     """`handle` is the handler of a `dns.Server`. `update` says who runs now."""
 
-    def __init__(self, network: ipaddress.IPv4Network, ask: Ask, opened: Open) -> None:
+    def __init__(
+        self,
+        network: ipaddress.IPv4Network,
+        ask: Ask,
+        opened: Open,
+        network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6,
+    ) -> None:
         self._network = network
+        self._network6 = network6
         self._ask = ask
         self._open = opened
         self._guests: dict[str, Guest] = {}
@@ -97,11 +105,11 @@ class Forwarder:
 
     def _zone_of(self, guest: Guest) -> zones.Zone:
         told = [
-            (other.name, other.address)
+            other
             for other in self._guests.values()
             if other is guest or (guest.peers and other.peers == guest.peers)
         ]
-        return zones.of(told, self._network, serial=self._serial)
+        return zone_of(told, self._network, self._network6, serial=self._serial)
 
     def handle(
         self, data: bytes, peer: str, tcp: bool
@@ -113,7 +121,7 @@ class Forwarder:
             question = wire.parse(data)
         except wire.RefusedError as refused:
             return refused.reply
-        if zones.is_local(question.name, self._network):
+        if zones.is_local(question.name, self._network, self._network6):
             return seen.respond(data)
         if not self._may_ask(guest, question) or seen.pending >= _PENDING:
             return wire.refuse(data)
@@ -142,7 +150,8 @@ class Forwarder:
         self, guest: Guest, seen: _Seen, question: wire.Question, said: wire.Reply
     ) -> None:
         """A guest that connects at once finds the way open. One that asks again and again costs little."""
-        addresses = tuple(sorted(filter(self._is_outside, said.addresses)))[:_MAX_ADDRESSES]
+        outside = (text for text in said.addresses if self._is_outside(guest, text))
+        addresses = tuple(sorted(outside))[:_MAX_ADDRESSES]
         ports = {each.port for each in guest.allowed if _covers(each.name, question.name)}
         life = max(_MIN_OPEN_S, min(said.ttl_s, _MAX_OPEN_S))
         now = time.monotonic()
@@ -152,9 +161,12 @@ class Forwarder:
                 await self._open(guest, addresses, life, port)
                 seen.opened[addresses, port] = now
 
-    def _is_outside(self, text: str) -> bool:
+    def _is_outside(self, guest: Guest, text: str) -> bool:
         """Whoever answers for an allowed name could name the host, other guests or the cloud's metadata."""
-        address = ipaddress.IPv4Address(text)
+        address = ipaddress.ip_address(text)
+        if isinstance(address, ipaddress.IPv6Address):
+            is_ours = address in self._network6
+            return guest.address6 is not None and egress.is_nameable6(address) and not is_ours
         return not (
             address.is_loopback
             or address.is_link_local
@@ -163,6 +175,19 @@ class Forwarder:
             or address.is_reserved
             or address in self._network
         )
+
+
+def zone_of(
+    guests: Sequence[Guest],
+    network: ipaddress.IPv4Network,
+    network6: ipaddress.IPv6Network,
+    *,
+    serial: int,
+) -> zones.Zone:
+    """What there is to say of these guests."""
+    pairs = [(guest.name, guest.address) for guest in guests]
+    sixes = [(guest.name, guest.address6) for guest in guests if guest.address6 is not None]
+    return zones.of(pairs, network, serial=serial, sixes=sixes, network6=network6)
 
 
 def _covers(name: str, labels: zones.Labels) -> bool:

@@ -155,8 +155,9 @@ def _addresses(record: dnslib.DNSRecord, name: zones.Labels) -> tuple[tuple[str,
     for each in record.rr:
         if each.rtype == dnslib.QTYPE.CNAME:
             aliases[lower(each.rname)] = (lower(each.rdata.label), each.ttl)
-        elif each.rtype == dnslib.QTYPE.A:
-            found.setdefault(lower(each.rname), []).append((str(each.rdata), each.ttl))
+        elif each.rtype in (dnslib.QTYPE.A, dnslib.QTYPE.AAAA):
+            text = str(ipaddress.ip_address(bytes(each.rdata.data)))
+            found.setdefault(lower(each.rname), []).append((text, each.ttl))
     lives: list[int] = []
     for _ in range(len(aliases)):
         if name not in aliases:
@@ -241,7 +242,7 @@ def _record(zone: zones.Zone, found: zones.Answer) -> bytes:
     if found.kind is not zones.Kind.RECORDS:
         return _packed(_name(found.apex), zones.Type.SOA, zones.NEGATIVE_TTL_S, _soa(zone))
     match found.type:
-        case zones.Type.A:
+        case zones.Type.A | zones.Type.AAAA:
             content = (found.address or ipaddress.IPv4Address(0)).packed
         case zones.Type.PTR:
             content = _name(found.target)

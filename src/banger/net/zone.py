@@ -23,6 +23,8 @@ TTL_S: Final = 5
 NEGATIVE_TTL_S: Final = 1
 """A VM that is asked for too early is there a moment later."""
 _REVERSE: Final[Labels] = (b"in-addr", b"arpa")
+_REVERSE6: Final[Labels] = (b"ip6", b"arpa")
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Kind(enum.Enum):
@@ -43,17 +45,18 @@ class Type(enum.IntEnum):
     NS = 2
     SOA = 6
     PTR = 12
+    AAAA = 28
     ANY = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`apex` is the zone's own name, for the SOA; `address` and `target` are what A and PTR hold."""
+    """`apex` is the zone's own name, for the SOA; `address` and `target` are what A, AAAA and PTR hold."""
 
     kind: Kind
     apex: Labels = ()
     type: Type = Type.A
-    address: ipaddress.IPv4Address | None = None
+    address: Address | None = None
     target: Labels = ()
 
 
@@ -67,7 +70,9 @@ class Zone:
     network: ipaddress.IPv4Network
     serial: int
     addresses: Mapping[bytes, ipaddress.IPv4Address]
-    vms: Mapping[ipaddress.IPv4Address, bytes]
+    vms: Mapping[Address, bytes]
+    addresses6: Mapping[bytes, ipaddress.IPv6Address]
+    network6: ipaddress.IPv6Network
 
     def lookup(self, name: Labels, wanted: int) -> Answer:
         """`name` in lower case, without the root's empty label."""
@@ -75,6 +80,8 @@ class Zone:
             return self._forward(name, wanted)
         if name[-2:] == _REVERSE:
             return self._backward(name, wanted)
+        if name[-2:] == _REVERSE6:
+            return self._backward6(name, wanted)
         return OUTSIDE
 
     def _forward(self, name: Labels, wanted: int) -> Answer:
@@ -86,6 +93,9 @@ class Zone:
             return Answer(Kind.NO_NAME, apex)
         if wanted in (Type.A, Type.ANY):
             return Answer(Kind.RECORDS, apex, Type.A, address=address)
+        address6 = self.addresses6.get(name[-2])
+        if wanted == Type.AAAA and address6 is not None:
+            return Answer(Kind.RECORDS, apex, Type.AAAA, address=address6)
         return Answer(Kind.NO_DATA, apex)
 
     def _backward(self, name: Labels, wanted: int) -> Answer:
@@ -97,6 +107,19 @@ class Zone:
         address = _address(name)
         if address is not None and address not in self.network:
             return OUTSIDE
+        return self._of_address(address, apex, wanted)
+
+    def _backward6(self, name: Labels, wanted: int) -> Answer:
+        apex = _apex6(self.network6)
+        if name[-len(apex) :] != apex:
+            return OUTSIDE
+        if len(name) == len(apex):
+            return _of_apex(apex, wanted)
+        if _is_above(name):
+            return Answer(Kind.NO_DATA, apex)
+        return self._of_address(_address6(name), apex, wanted)
+
+    def _of_address(self, address: Address | None, apex: Labels, wanted: int) -> Answer:
         vm = None if address is None else self.vms.get(address)
         if vm is None:
             return Answer(Kind.NO_NAME, apex)
@@ -106,16 +129,26 @@ class Zone:
 
 
 def of(
-    vms: Iterable[tuple[str, ipaddress.IPv4Address]], network: ipaddress.IPv4Network, *, serial: int
+    vms: Iterable[tuple[str, ipaddress.IPv4Address]],
+    network: ipaddress.IPv4Network,
+    *,
+    serial: int,
+    sixes: Iterable[tuple[str, ipaddress.IPv6Address]] = (),
+    network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6,
 ) -> Zone:
-    """The zone of these VMs, each a name and its address."""
+    """The zone of these VMs, each a name and its address; `sixes` are those that have IPv6 besides."""
     pairs = [(name.encode(), address) for name, address in vms]
-    return Zone(network, serial, dict(pairs), {address: name for name, address in pairs})
+    pairs6 = [(name.encode(), address) for name, address in sixes]
+    backward: dict[Address, bytes] = {address: name for name, address in pairs}
+    backward |= {address: name for name, address in pairs6}
+    return Zone(network, serial, dict(pairs), backward, dict(pairs6), network6)
 
 
-def is_local(name: Labels, network: ipaddress.IPv4Network) -> bool:
-    """Whether a zone of this network answers for the name, whatever it holds."""
-    return of((), network, serial=0).lookup(name, Type.ANY).kind is not Kind.OUTSIDE
+def is_local(
+    name: Labels, network: ipaddress.IPv4Network, network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6
+) -> bool:
+    """Whether a zone of these networks answers for the name, whatever it holds."""
+    return of((), network, serial=0, network6=network6).lookup(name, Type.ANY).kind is not Kind.OUTSIDE
 
 
 def _of_apex(apex: Labels, wanted: int) -> Answer:
@@ -138,5 +171,26 @@ def _address(name: Labels) -> ipaddress.IPv4Address | None:
         return None
     try:
         return ipaddress.IPv4Address(".".join(label.decode() for label in reversed(name[:4])))
+    except ValueError:
+        return None
+
+
+@functools.lru_cache(maxsize=4)
+def _apex6(network: ipaddress.IPv6Network) -> Labels:
+    return tuple(names.reverse_zone6(network).encode().split(b"."))
+
+
+def _is_above(name: Labels) -> bool:
+    """Between the zone and an address: such a name exists, as there are names below it."""
+    return len(name) < 34 and all(len(label) == 1 and label in b"0123456789abcdef" for label in name[:-2])
+
+
+def _address6(name: Labels) -> ipaddress.IPv6Address | None:
+    """None unless the name is that of one address."""
+    nibbles = b"".join(reversed(name[:-2]))
+    if len(name) != 34 or len(nibbles) != 32:
+        return None
+    try:
+        return ipaddress.IPv6Address(bytes.fromhex(nibbles.decode()))
     except ValueError:
         return None

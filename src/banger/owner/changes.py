@@ -33,4 +33,5 @@ def with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
     nat = vm.nat if body.nat is None else body.nat
     if nat and not vm.network:
         raise errors.BadRequestError(f"{vm.name} has no network", hint="NAT needs a VM with one")
+    create.require_ipv6(allow, has_ipv6=vm.ipv6)
     return msgspec.structs.replace(vm, nat=nat, egress=body.egress or vm.egress, allow=allow)

@@ -65,6 +65,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vcpus: resources.Vcpus | None = None
     memory_mib: resources.MemoryMib | None = None
     disk_size_mib: resources.DiskMib | None = None
+    ipv6: bool = False
+    """New VMs with a network get an IPv6 address too, unless asked otherwise."""
     agent_deadline_s: Seconds = 60.0
     agent_silence_s: Seconds = 15.0
     """An agent that has not answered for so long is silent, and its VM no longer shown as running."""
@@ -121,6 +123,7 @@ class Installation(msgspec.Struct, frozen=True, kw_only=True):
     owner_uid: Annotated[int, msgspec.Meta(ge=0)]
     uid_count: Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)] = names.MAX_SLOTS
     network: str = names.NETWORK
+    network6: str = names.NETWORK6
     bridge: str = names.BRIDGE
     state_dir: AbsolutePath = "/var/lib/banger"
     helper_dir: AbsolutePath = "/var/lib/banger-root"
@@ -131,6 +134,7 @@ class Installation(msgspec.Struct, frozen=True, kw_only=True):
         # Besides the VMs: the network itself, the bridge and the broadcast address.
         if found.num_addresses < self.uid_count + 3:
             raise ValueError(f"network: {self.network!r} is too small for {self.uid_count} VMs")
+        names.parse_network6(self.network6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +179,10 @@ def load_installation(path: Path) -> Installation:
 
 def prefix(installation: Installation) -> ipaddress.IPv4Network:
     return _network(installation.network)
+
+
+def prefix6(installation: Installation) -> ipaddress.IPv6Network:
+    return names.parse_network6(installation.network6)
 
 
 def _decode(path: Path, kind: type[T]) -> T | None:

@@ -57,7 +57,7 @@ class Defaults:
             image_id=names.ImageId(image.id),
             kernel_id=names.KernelId(kernel.id),
             network=body.network,
-            access=create.access(body),
+            access=create.access(body, ipv6=self._config.ipv6),
             publish=tuple(map(str, ports.parse_all(body.publish))),
             **sizes(body, self._config),
         )

@@ -164,6 +164,7 @@ async def serve(
                 paths,
                 ops,
                 _guest_sha256(),
+                network6=config.prefix6(installation),
                 bridge=installation.bridge,
             )
         )
@@ -206,6 +207,7 @@ async def compose(
     ops: privileged.PrivilegedOps,
     guest_sha256: str,
     *,
+    network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6,
     bridge: str = names.BRIDGE,
 ) -> AsyncIterator[routes.Services]:
     """Everything behind the routes, reconciled with the world; ended in reverse order."""
@@ -224,7 +226,7 @@ async def compose(
     pull_service.sweep()
     layout = paths.layout
     keys = ssh.SshKeys(paths.state / "ssh")
-    zone = naming.Naming(settings, network, bridge, ops)
+    zone = naming.Naming(settings, network, bridge, ops, network6=network6)
 
     def connect(vm_id: names.VmId) -> guest.GuestClient:
         return guest.GuestClient(guest.vsock_connector(layout.vsock_socket(vm_id)))
@@ -235,6 +237,7 @@ async def compose(
         records=rows,
         layout=layout,
         network=network,
+        network6=network6,
         agent=connect,
         vmm_gone=lambda vm_id: firecracker.wait_gone(layout.api_socket(vm_id)),
         on_rules_lost=keeper.restore,
@@ -248,7 +251,7 @@ async def compose(
         store=rows,
         operations=running,
         resolver=defaults.Defaults(settings, image_service, kernel_service, pull_service),
-        views=views.Views(layout, network, image_service.name, kernel_service.name),
+        views=views.Views(layout, network, network6, image_service.name, kernel_service.name),
         connect=connect,
         features=(
             work_disk.WorkDisk(keys.public_key),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from banger.contract import egress, errors, names, privileged, resources
-from banger.net import dns, forwarder, upstream, wire, zone
+from banger.net import dns, forwarder, upstream, wire
 from banger.owner import config
 from banger.vm import record
 
@@ -36,15 +36,18 @@ class Naming:
         network: ipaddress.IPv4Network,
         bridge: str,
         ops: privileged.PrivilegedOps,
+        *,
+        network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6,
     ) -> None:
         self._settings = settings
+        self._network6 = network6
         self._network = network
         self._bridge = bridge
         self._ops = ops
         self._running: dict[names.VmId, forwarder.Guest] = {}
         self._serials = itertools.count(1)
         self._upstream = upstream.Upstream(self._servers)
-        self._forwarder = forwarder.Forwarder(network, self._upstream.ask, self._open)
+        self._forwarder = forwarder.Forwarder(network, self._upstream.ask, self._open, network6)
         self._host: dns.Server | None = None
         self._guests: dns.Server | None = None
         self._routed_link = 0
@@ -69,6 +72,7 @@ class Naming:
             name=vm.name,
             slot=vm.slot,
             address=names.guest_address(self._network, vm.slot),
+            address6=names.guest_address6(self._network6, vm.slot) if vm.ipv6 else None,
             peers=vm.peers,
             forward=vm.nat,
             everything=vm.egress is not egress.Egress.NONE,
@@ -89,8 +93,7 @@ class Naming:
         serial = next(self._serials)
         guests = list(self._running.values())
         self._forwarder.update(guests, serial=serial)
-        pairs = [(guest.name, guest.address) for guest in guests]
-        return wire.responder(zone.of(pairs, self._network, serial=serial))
+        return wire.responder(forwarder.zone_of(guests, self._network, self._network6, serial=serial))
 
     # --- the servers ---
 

@@ -35,18 +35,20 @@ class Views:
         self,
         layout: host.Layout,
         network: ipaddress.IPv4Network,
+        network6: ipaddress.IPv6Network,
         image_name: Callable[[str], str],
         kernel_name: Callable[[str], str],
     ) -> None:
         self._layout = layout
         self._network = network
+        self._network6 = network6
         self._image_name = image_name
         self._kernel_name = kernel_name
 
     def remembering(self) -> Views:
         """For one answer about many VMs: each image and each kernel is looked up once."""
         image_name, kernel_name = functools.cache(self._image_name), functools.cache(self._kernel_name)
-        return Views(self._layout, self._network, image_name, kernel_name)
+        return Views(self._layout, self._network, self._network6, image_name, kernel_name)
 
     def vm(self, vm: record.VmRecord, seen: Seen, *, with_timings: bool = False) -> resources.Vm:
         silent_since = seen.silent_since if vm.state is resources.VmState.RUNNING else None
@@ -63,6 +65,7 @@ class Views:
             disk_size_mib=vm.disk_size_mib,
             network=vm.network,
             address=str(names.guest_address(self._network, vm.slot)) if vm.network else "",
+            address6=str(names.guest_address6(self._network6, vm.slot)) if vm.ipv6 else "",
             nat=vm.nat,
             egress=vm.egress,
             allow=vm.allow,

@@ -43,6 +43,8 @@ class Choices:
 
     owner: str
     network: str = names.NETWORK
+    network6: str = ""
+    """Empty: derived from this host's machine id, and so always the same."""
     programs: dict[str, Path] = field(default_factory=dict)
     """Own files for `firecracker` and `jailer`; absent ones come from the catalog."""
 
@@ -86,6 +88,7 @@ class Install:
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
         addresses.check(_network(self._choices.network), addresses.routes())
+        _network6(self._choices.network6)
 
     async def _make_directories(self) -> None:
         owner = self._found_owner()
@@ -115,6 +118,7 @@ class Install:
             f"owner_gid = {owner.pw_gid}",
             f'owner_name = "{owner.pw_name}"',
             f'network = "{self._choices.network}"',
+            f'network6 = "{_network6(self._choices.network6)}"',
             f'state_dir = "{host.STATE}"',
             f'helper_dir = "{host.HELPER}"',
             f'firecracker_sha256 = "{installed["firecracker"].sha256}"',
@@ -212,6 +216,21 @@ class Install:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _network6(text: str) -> ipaddress.IPv6Network:
+    try:
+        return names.parse_network6(text) if text else names.derived_network6(_machine_id())
+    except ValueError as error:
+        raise errors.BadRequestError(f"no network for guests: {error}") from None
+
+
+def _machine_id() -> str:
+    """A host without one has the prefix of all such hosts; it is only ever seen behind NAT."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _network(text: str) -> ipaddress.IPv4Network:

@@ -52,7 +52,16 @@ def compose(*, has_initrd: bool, ip: str, guest: Sequence[str] = ()) -> str:
     return " ".join((*_COMMON, *address, *guest, f"init={names.GUEST_BINARY}"))
 
 
-def guest_words(name: names.VmName, dns: Sequence[str], *, work_disk: bool) -> tuple[str, ...]:
-    """What the guest's init is told beyond its address: guest/README.md, Configuration."""
+def ip6_argument(slot: int, network: ipaddress.IPv6Network) -> str:
+    """The value of our own `banger.ip6=`: the kernel's command line has no word for it."""
+    address = names.guest_address6(network, slot)
+    return f"{address}/{network.prefixlen},{names.bridge_address6(network)}"
+
+
+def guest_words(
+    name: names.VmName, dns: Sequence[str], *, work_disk: bool, ip6: str = ""
+) -> tuple[str, ...]:
+    """What the guest's init is told beyond its IPv4 address: guest/README.md, Configuration."""
     mount = (f"banger.mount={_WORK_DISK}",) if work_disk else ()
-    return (f"banger.hostname={name}", *(f"banger.dns={address}" for address in dns), *mount)
+    six = (f"banger.ip6={ip6}",) if ip6 else ()
+    return (f"banger.hostname={name}", *six, *(f"banger.dns={address}" for address in dns), *mount)

@@ -45,19 +45,35 @@ class Access:
     egress: egresses.Egress = egresses.Egress.INTERNET
     allow: tuple[str, ...] = ()
     peers: str = ""
+    ipv6: bool = False
 
 
-def access(body: resources.CreateVm) -> Access:
-    """Raises BadRequestError. Who names a destination wants NAT; who names nothing but those, only them."""
+def access(body: resources.CreateVm, *, ipv6: bool = False) -> Access:
+    """Raises BadRequestError. `ipv6` is for a request that says nothing of it.
+
+    Who names a destination wants NAT; who names nothing but those, only them.
+    """
     allow = allowed(body.allow)
     wants_nat = body.nat if body.nat is not None else bool(allow or body.egress)
     named_alone = bool(allow) and not body.nat
     egress = body.egress or (egresses.Egress.NONE if named_alone else egresses.Egress.INTERNET)
-    if not body.network and (wants_nat or body.peer_network):
+    if not body.network and (wants_nat or body.peer_network or body.ipv6):
         raise errors.BadRequestError(
-            "a VM without network has no NAT and no peers", hint="leave out --no-network, or the others"
+            "a VM without network has no NAT, no peers and no IPv6",
+            hint="leave out --no-network, or the others",
         )
-    return Access(wants_nat, egress, allow, body.peer_network)
+    has_ipv6 = body.network and (ipv6 if body.ipv6 is None else body.ipv6)
+    require_ipv6(allow, has_ipv6=has_ipv6)
+    return Access(wants_nat, egress, allow, body.peer_network, has_ipv6)
+
+
+def require_ipv6(allow: tuple[str, ...], *, has_ipv6: bool) -> None:
+    """Raises BadRequestError for an IPv6 destination of a guest that could not go there."""
+    for rule in egresses.destinations(allow):
+        if egresses.is_ipv6(rule) and not has_ipv6:
+            raise errors.BadRequestError(
+                f"a VM without IPv6 does not reach {rule.cidr}", hint="make it with --ipv6"
+            )
 
 
 def allowed(rules: tuple[str, ...]) -> tuple[str, ...]:
@@ -106,6 +122,7 @@ def draft(
         memory_mib=resolved.memory_mib.value,
         disk_size_mib=resolved.disk_size_mib.value,
         network=resolved.network,
+        ipv6=resolved.access.ipv6,
         nat=resolved.access.nat,
         egress=resolved.access.egress,
         allow=resolved.access.allow,

@@ -99,6 +99,7 @@ class Host:
     """Returns once the VM's VMM is no more; at once when there is none."""
     on_rules_lost: Callable[[], Awaitable[None]] = _nothing
     """The packet rules had to be made anew: those of the VMs that run are gone."""
+    network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6
     dns: tuple[str, ...] = ()
     guest_sha256: str = ""
     """Of the guest binary this program carries; an image with another one is patched at start."""

@@ -24,6 +24,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory_mib: int
     disk_size_mib: int
     network: bool
+    ipv6: bool = False
     nat: bool = False
     egress: egresses.Egress = egresses.Egress.INTERNET
     allow: tuple[str, ...] = ()

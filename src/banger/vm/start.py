@@ -222,7 +222,8 @@ class Start:
             self._host.records.save(self.started)
 
     def _boot_args(self) -> str:
-        words = boot_args.guest_words(self._vm.name, self._host.dns, work_disk=True)
+        ip6 = boot_args.ip6_argument(self._vm.slot, self._host.network6) if self._vm.ipv6 else ""
+        words = boot_args.guest_words(self._vm.name, self._host.dns, work_disk=True, ip6=ip6)
         return boot_args.compose(
             has_initrd=self._files.has_initrd,
             ip=self._ip_argument(),

@@ -35,4 +35,5 @@ def request(vm: record.VmRecord) -> privileged.SetGuestRules:
         egress=vm.egress,
         allow=egress.destinations(vm.allow),
         peers=vm.peers,
+        ipv6=vm.ipv6,
     )
