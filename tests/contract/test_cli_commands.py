@@ -58,6 +58,8 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "allow": [],
         "peer_network": "",
         "publish": [],
+        "idle_stop_s": 0,
+        "ttl_s": 0,
         "start": True,
         "image": None,
         "kernel": None,

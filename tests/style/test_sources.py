@@ -26,6 +26,7 @@ SLEEPS: dict[str, str] = {
     "images/registry.py": "a registry that asks for patience says how long, or is given more each time",
     "owner/network.py": "nothing tells an unprivileged process that another firewall was loaded anew",
     "owner/routes/machines.py": "a followed log is a file on disk that another process appends to",
+    "owner/lifetimes.py": "time itself is what is waited for",
     "owner/silence.py": "a guest that has fallen silent announces nothing: it is asked now and then",
     "system/install.py": "a service that starts is asked until it answers, or a deadline is over",
     "owner/tunnels.py": "nothing announces that a service in the guest listens",

@@ -14,13 +14,14 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
-from banger.cli import client, exits, signals, terminal, websocket
+from banger.cli import client, exits, render, signals, terminal, websocket
 from banger.contract import errors, resources
 
+_T = TypeVar("_T", bound=resources.Resource)
 _HELD_BYTES: Final = 256 * 1024
 _READ_BYTES: Final = 64 * 1024
 # A pipe or terminal that polls writable takes this much without blocking (PIPE_BUF).
@@ -59,6 +60,7 @@ def run(
     """
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
     with contextlib.closing(channel), contextlib.ExitStack() as stack:
+        request = msgspec.structs.replace(request, notices=True)
         channel.send(websocket.Opcode.TEXT, msgspec.json.encode(request))
         if before is not None:
             _flush(channel)
@@ -217,9 +219,18 @@ class _Session:
             if message.opcode is websocket.Opcode.BINARY:
                 self._take_output(message.data)
             elif message.opcode is websocket.Opcode.TEXT:
-                self._end = _decode_end(message.data)
+                self._hear(message.data)
             else:
                 self._take_close(message.data)
+
+    def _hear(self, data: bytes) -> None:
+        notice = _decode(data, resources.ExecNotice).notice
+        if not notice:
+            self._end = _decode(data, resources.ExecEnd)
+            return
+        # A terminal in raw mode wants its own line ends; and the guest's line is not ours to go on with.
+        begin, end = ("\r\n", "\r\n") if self.raw is not None else ("", "\n")
+        self._outputs[2].put(memoryview(f"{begin}banger: {render.safe(notice)}{end}".encode()))
 
     def _take_output(self, data: bytes) -> None:
         if not data or data[0] not in self._outputs:
@@ -283,8 +294,8 @@ class _Session:
             self._control(resources.ExecControl(resize=terminal.size(0)))
 
 
-def _decode_end(data: bytes) -> resources.ExecEnd:
+def _decode(data: bytes, kind: type[_T]) -> _T:
     try:
-        return msgspec.json.decode(data, type=resources.ExecEnd)
+        return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:
-        raise errors.ProtocolError(f"bangerd's last word makes no sense: {error}") from error
+        raise errors.ProtocolError(f"what bangerd says makes no sense: {error}") from error

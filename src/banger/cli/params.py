@@ -98,6 +98,17 @@ class _Span(click.ParamType[float]):
         return seconds
 
 
+class _Limit(click.ParamType[int]):
+    """A span in whole seconds, or `off`."""
+
+    name = "limit"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "off":
+            return 0
+        return max(1, round(SPAN.convert(value, param, ctx)))
+
+
 class _Variable(click.ParamType[str]):
     """`NAME=value`, or `NAME` for the caller's own value."""
 
@@ -159,6 +170,7 @@ CATALOG_IMAGE: Final = _Name("image", "/v1/images?available=true")
 CATALOG_KERNEL: Final = _Name("kernel", "/v1/kernels?available=true")
 SIZE: Final = _Size()
 SPAN: Final = _Span()
+LIMIT: Final = _Limit()
 VARIABLE: Final = _Variable()
 DESTINATION: Final = _Checked("destination", _parse_destination)
 PUBLISH: Final = _Checked("port", _parse_publish)

@@ -76,6 +76,15 @@ def age(moment: datetime.datetime | None) -> str:
     return span((datetime.datetime.now(datetime.UTC) - moment).total_seconds())
 
 
+def until(moment: datetime.datetime) -> str:
+    """How long it is still: `1 hour 59 minutes`, for a last hour says little of a moment that comes."""
+    left_s = (moment - datetime.datetime.now(datetime.UTC)).total_seconds()
+    first = span(max(0.0, left_s))
+    size = next((size for size, _ in _SPANS if left_s >= size), 1)
+    rest_s = left_s % size if size > 60 else 0.0
+    return f"{first} {span(rest_s)}" if rest_s >= 60 else first
+
+
 def elapsed(milliseconds: float) -> str:
     return f"{milliseconds / 1000:.2f}s" if milliseconds < 100_000 else f"{milliseconds / 1000:.0f}s"
 

@@ -21,7 +21,10 @@ NOUNS: Final = {
     "restart": command.Noun(_LIFE, "Stop VMs and start them again.", "restart"),
     "kill": command.Noun(_LIFE, "End VMs at once, as if their power failed.", "kill"),
     "delete": command.Noun(_LIFE, "Delete VMs and their disks, stopping them first.", "delete"),
-    "set": command.Noun(_LIFE, "Change a VM's name, size or kernel, or what it reaches.", "change"),
+    "set": command.Noun(
+        _LIFE, "Change a VM's name, size or kernel, what it reaches, or how long it runs.", "change"
+    ),
+    "extend": command.Noun(_LIFE, "Let running VMs live on that time would stop.", "extend"),
     "list": command.Noun(_LOOK, "List VMs.", "list_vms"),
     "show": command.Noun(_LOOK, "Show everything about VMs.", "show"),
     "logs": command.Noun(_LOOK, "Show a VM's console, or what its VMM says.", "logs"),

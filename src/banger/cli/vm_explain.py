@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from typing import Final
 
 import click
 import msgspec
 
-from banger.cli import client, command, output, params, render
+from banger.cli import client, command, lifetime, output, params, render
 from banger.contract import errors, resources
 
 _TAIL_LINES: Final = 8
@@ -31,6 +32,10 @@ class Explanation(msgspec.Struct, frozen=True):
     console: tuple[str, ...]
     """The last the guest printed, when the VM does not run."""
     error: errors.ErrorBody | None = None
+    idle_stop_at: datetime.datetime | None = None
+    ttl_ends_at: datetime.datetime | None = None
+    limits: tuple[str, ...] = ()
+    """When time will stop it."""
 
 
 @command.make(
@@ -65,6 +70,9 @@ def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
         steps=vm.last_start,
         console=() if runs or vm.state is resources.VmState.CREATED else tuple(_console(api, vm)),
         error=vm.last_error,
+        idle_stop_at=vm.idle_stop_at,
+        ttl_ends_at=vm.ttl_ends_at,
+        limits=tuple(f"{name}: {value}" for name, value in lifetime.facts(vm)),
     )
 
 
@@ -93,6 +101,8 @@ def _not_running(vm: resources.Vm) -> tuple[str, str]:
         return f"{vm.name} does not run: {vm.last_error.message}{at}", vm.last_error.hint or again
     if vm.state is resources.VmState.CREATED:
         return f"{vm.name} has never been started", again
+    if vm.stopped_because:
+        return f"{vm.name} was stopped by time: it {vm.stopped_because}", again
     return f"{vm.name} was stopped, or its guest powered off", again
 
 
@@ -115,6 +125,7 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield from (f"  also: {render.safe(note)}" for note in found.error.also)
     if found.next:
         yield f"  next: {render.safe(found.next)}"
+    yield from (f"  {limit}" for limit in found.limits)
     if found.console:
         yield ""
         yield "the last it printed:"

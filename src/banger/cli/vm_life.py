@@ -32,6 +32,24 @@ _EGRESS: Final = (
 )
 
 
+_LIMITS: Final = (
+    click.option(
+        "--idle-stop",
+        "idle_stop_s",
+        metavar="TIME",
+        type=params.LIMIT,
+        help="Stop it after so long without use, such as 30m or 2h; off: never.",
+    ),
+    click.option(
+        "--ttl",
+        "ttl_s",
+        metavar="TIME",
+        type=params.LIMIT,
+        help="Stop it so long after its start, such as 8h or 2d; off: never.",
+    ),
+)
+
+
 def size_options(function: _F) -> _F:
     """The options of `create` and `run` that say what VM to make."""
     options = (
@@ -64,6 +82,7 @@ def size_options(function: _F) -> _F:
             type=params.PUBLISH,
             help="Offer a port of the guest on this host, on loopback unless ADDR is given.",
         ),
+        *_LIMITS,
     )
     for option in reversed(options):
         function = option(function)
@@ -75,6 +94,8 @@ def request(name: str | None, chosen: dict[str, Any], **more: bool) -> resources
     chosen = dict(chosen)
     network = not chosen.pop("no_network")
     chosen["nat"] = chosen["nat"] or None
+    for limit in ("idle_stop_s", "ttl_s"):
+        chosen[limit] = chosen[limit] or 0
     try:
         return msgspec.convert({"name": name, "network": network, **chosen, **more}, resources.CreateVm)
     except msgspec.ValidationError as error:
@@ -201,6 +222,7 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
         ("banger vm set web --name shop", "another name"),
         ("banger vm set web --nat on", "the guest reaches the internet, at once"),
         ("banger vm set web --egress none --allow 10.1.0.0/16:443", "only that, at once"),
+        ("banger vm set web --idle-stop 30m --ttl off", "how long it runs, at once"),
     ],
 )
 @click.argument("vm", metavar="NAME", type=params.VM)
@@ -211,13 +233,15 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.option("--nat", type=click.Choice(["on", "off"]), help="Whether the guest reaches beyond this host.")
 @_EGRESS[0]
 @_EGRESS[1]
+@_LIMITS[0]
+@_LIMITS[1]
 @click.option("--allow-nothing", is_flag=True, help="Take back all that --allow gave.")
 @click.pass_obj
 def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:
-    """Change a VM's name, size or kernel, or what it reaches.
+    """Change a VM's name, size or kernel, what it reaches, or how long it runs.
 
-    What it reaches changes at once; for the rest the VM must not be running. --allow replaces what was
-    allowed before.
+    What it reaches and how long it runs change at once; for the rest the VM must not be running. --allow
+    replaces what was allowed before.
     """
     chosen["nat"] = None if chosen["nat"] is None else chosen["nat"] == "on"
     chosen["allow"] = chosen["allow"] or (() if allow_nothing else None)
@@ -232,6 +256,33 @@ def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen
         output.json(changed)
     else:
         output.text(changed.name)
+
+
+@command.make(
+    "extend",
+    examples=[
+        ("banger vm extend web", "its time to live and its idleness begin anew"),
+        ("banger vm extend web --by 2h", "two hours more than it would live"),
+    ],
+)
+@_MANY
+@click.option("--by", "by_s", metavar="TIME", type=params.SPAN, help="So much more time to live.")
+@click.pass_obj
+def extend(settings: command.Settings, names: tuple[str, ...], by_s: float | None) -> None:
+    """Let running VMs live on that time would stop."""
+    api = settings.client()
+    asked = resources.ExtendVm(by_s=None if by_s is None else max(1, round(by_s)))
+    results = []
+    for name in dict.fromkeys(names):
+        try:
+            vm = api.ask(f"/v1/vms/{client.segment(name)}/extend", asked, resources.Vm)
+        except errors.UnavailableError:
+            raise
+        except errors.BangerError as error:
+            results.append(many.failed(settings, name, error))
+        else:
+            results.append(many.done(settings, name, vm))
+    many.finish(settings, results)
 
 
 def each(settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from banger.cli import client, command, output, params, render
+from banger.cli import client, command, lifetime, output, params, render
 from banger.contract import egress, errors, resources, sizes
 
 _CHUNK: Final = 1 << 16
@@ -24,6 +24,8 @@ _SOURCES: Final = {
     resources.SizeSource.DEFAULT: "default",
 }
 _HEADERS: Final = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "ADDRESS", "CREATED", "UPTIME")
+_STOPS: Final = "STOPS"
+_WIDE: Final = ("ID", "KERNEL", "DISK", "WORKSPACE", _STOPS)
 _FORMAT: Final = click.option(
     "--format",
     "form",
@@ -90,14 +92,18 @@ def _list(
     elif quiet:
         output.text("".join(f"{render.safe(vm.name)}\n" for vm in vms))
     elif form == "wide":
-        output.text(render.table((*_HEADERS, "ID", "KERNEL", "DISK", "WORKSPACE"), map(_wide_row, vms)))
+        output.text(render.table((*_HEADERS, *_WIDE), map(_wide_row, vms)))
+    elif any(map(lifetime.next_end, vms)):
+        rows = ((*_row(vm), lifetime.next_end(vm) or "-") for vm in vms)
+        output.text(render.table((*_HEADERS, _STOPS), rows))
     else:
         output.text(render.table(_HEADERS, map(_row, vms)))
 
 
 def _wide_row(vm: resources.Vm) -> Sequence[str]:
     source = vm.workspace.source if vm.workspace is not None else "-"
-    return (*_row(vm), vm.id, vm.kernel, sizes.text_of_mib(vm.disk_size_mib), source)
+    disk, stops = sizes.text_of_mib(vm.disk_size_mib), lifetime.next_end(vm) or "-"
+    return (*_row(vm), vm.id, vm.kernel, disk, source, stops)
 
 
 def _row(vm: resources.Vm) -> Sequence[str]:
@@ -151,6 +157,9 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     yield "created", f"{vm.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.created_at)} ago"
     if vm.started_at is not None:
         yield "started", f"{vm.started_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.started_at)} ago"
+    yield from lifetime.facts(vm)
+    if vm.stopped_because:
+        yield "stopped", f"by time: it {vm.stopped_because}"
     if vm.pid:
         yield "VMM", f"pid {vm.pid}"
     if vm.boot_id:

@@ -21,6 +21,7 @@ API_VERSION: Final = 1
 Vcpus = Annotated[int, msgspec.Meta(ge=1, le=32)]
 MemoryMib = Annotated[int, msgspec.Meta(ge=64, le=1024 * 1024)]
 DiskMib = Annotated[int, msgspec.Meta(ge=16, le=16 * 1024 * 1024)]
+LifeSeconds = Annotated[int, msgspec.Meta(ge=0, le=10 * 366 * 86400)]
 PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
 VmNameText = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
 
@@ -99,6 +100,10 @@ class CreateVm(Body, frozen=True, kw_only=True):
     """VMs of one peer network reach each other."""
     publish: tuple[str, ...] = ()
     """`[ADDR:]HOST:GUEST[/udp]`, on loopback by default; a port in use is refused, and nothing made."""
+    idle_stop_s: LifeSeconds = 0
+    """Stop it after so long without use: commands, ssh, copies, workspaces, published ports. 0: never."""
+    ttl_s: LifeSeconds = 0
+    """Stop it so long after each start. 0: never."""
     start: bool = True
     remove_on_failure: bool = False
     """A start that fails deletes the VM instead of keeping it in `error` (`vm run --rm`)."""
@@ -107,7 +112,9 @@ class CreateVm(Body, frozen=True, kw_only=True):
 
 
 class SetVm(Body, frozen=True, kw_only=True):
-    """What a guest reaches changes at once; a running VM is refused any other change with `conflict`."""
+    """What a guest reaches and how long it runs change at once; a running VM is refused any other change
+    with `conflict`.
+    """
 
     name: VmNameText | None = None
     vcpus: Vcpus | None = None
@@ -117,11 +124,26 @@ class SetVm(Body, frozen=True, kw_only=True):
     egress: egresses.Egress | None = None
     allow: tuple[str, ...] | None = None
     """Instead of what was allowed."""
+    idle_stop_s: LifeSeconds | None = None
+    """0 takes it away."""
+    ttl_s: LifeSeconds | None = None
+    """From now on; 0 takes it away."""
 
     @property
-    def changes_egress_only(self) -> bool:
+    def changes_egress(self) -> bool:
+        return any(value is not None for value in (self.nat, self.egress, self.allow))
+
+    @property
+    def needs_no_stop(self) -> bool:
         others = (self.name, self.vcpus, self.memory_mib, self.kernel)
         return all(value is None for value in others)
+
+
+class ExtendVm(Body, frozen=True, kw_only=True):
+    """A running VM lives on, and has just been used."""
+
+    by_s: Annotated[int, msgspec.Meta(ge=1, le=10 * 366 * 86400)] | None = None
+    """So much longer than it would; absent: as long from now as from its start."""
 
 
 class StepTiming(Resource, frozen=True, kw_only=True):
@@ -190,6 +212,13 @@ class Vm(Resource, frozen=True, kw_only=True):
     last_start: tuple[StepTiming, ...] = ()
     """Only in the answer for one VM, not in lists."""
     workspace: Workspace | None = None
+    idle_stop_s: int = 0
+    ttl_s: int = 0
+    idle_stop_at: datetime.datetime | None = None
+    """When it will be stopped if nobody uses it; absent while somebody does."""
+    ttl_ends_at: datetime.datetime | None = None
+    stopped_because: str = ""
+    """Why time stopped it, to come after its name, such as `had been idle for 30 minutes`."""
 
     @property
     def has_vmm(self) -> bool:
@@ -232,6 +261,8 @@ class ExecRequest(Body, frozen=True, kw_only=True):
     cols: int = 0
     remove: bool = False
     """Delete the VM when this command ends or this client goes away (`vm run --rm`)."""
+    notices: bool = False
+    """The client takes ExecNotice messages before the last one."""
     hold: bool = False
     """Begin only when an ExecControl says so: until then the client prepares the VM for the command."""
 
@@ -242,6 +273,12 @@ class ExecControl(Body, frozen=True, kw_only=True):
     begin: bool = False
     resize: tuple[int, int] | None = None
     signal: int = 0
+
+
+class ExecNotice(Resource, frozen=True, kw_only=True):
+    """Something for the user to know while the command runs, as JSON text."""
+
+    notice: str = ""
 
 
 class ExecEnd(Resource, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from banger.contract import errors, names, resources
-from banger.vm import create, record
+from banger.vm import create, lifetime, record
 
 
 def applied(
@@ -24,10 +24,16 @@ def applied(
         vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
     if body.kernel is not None:
         vm = msgspec.structs.replace(vm, kernel_id=kernel_id(body.kernel))
-    return with_access(msgspec.structs.replace(vm, sources=sources), body)
+    return at_once(msgspec.structs.replace(vm, sources=sources), body)
 
 
-def with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
+def at_once(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
+    """What a VM that runs can change. Raises BadRequestError."""
+    vm = lifetime.limited(vm, idle_stop_s=body.idle_stop_s, ttl_s=body.ttl_s)
+    return _with_access(vm, body)
+
+
+def _with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
     """Raises BadRequestError."""
     allow = vm.allow if body.allow is None else create.allowed(body.allow)
     nat = vm.nat if body.nat is None else body.nat

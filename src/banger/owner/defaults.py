@@ -59,6 +59,8 @@ class Defaults:
             network=body.network,
             access=create.access(body, ipv6=self._config.ipv6),
             publish=tuple(map(str, ports.parse_all(body.publish))),
+            idle_stop_s=body.idle_stop_s,
+            ttl_s=body.ttl_s,
             **sizes(body, self._config),
         )
 

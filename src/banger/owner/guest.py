@@ -14,9 +14,26 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from banger.contract import errors, guest, names
+
+
+class Activity(Protocol):
+    """Hears what is done in the guest for somebody; not what the daemon asks for itself."""
+
+    def touch(self) -> None: ...
+
+    def busy(self) -> contextlib.AbstractContextManager[None]: ...
+
+
+class _Unheard:
+    def touch(self) -> None:
+        return
+
+    def busy(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connector = Callable[[], Awaitable[Stream]]
@@ -81,8 +98,9 @@ def _reason(error: BaseException) -> str:
 class GuestClient:
     """Requests to one guest's agent. Every method opens a connection of its own."""
 
-    def __init__(self, connect: Connector) -> None:
+    def __init__(self, connect: Connector, activity: Activity | None = None) -> None:
         self._connect = connect
+        self.activity = activity or _Unheard()
 
     async def health(self) -> guest.Health:
         greeting, payload = await self._ask(guest.FrameType.HEALTH, b"")
@@ -118,33 +136,42 @@ class GuestClient:
 
     async def put(self, spec: guest.PutSpec, archive: AsyncIterable[bytes]) -> guest.Transferred:
         """Unpacks a tar archive in the guest. What it refuses stays partly unpacked."""
-        async with self._request(guest.FrameType.PUT, guest.put_payload(spec)) as link:
-            sending = asyncio.create_task(_send_archive(link, archive))
+        request = self._request(guest.FrameType.PUT, guest.put_payload(spec))
+        with self.activity.busy():
+            async with request as link:
+                return await self._put(link, archive)
+
+    async def _put(self, link: _Link, archive: AsyncIterable[bytes]) -> guest.Transferred:
+        sending = asyncio.create_task(_send_archive(link, archive))
+        try:
+            # An early answer is a refusal, and then nobody reads what is still to be sent.
+            answering = asyncio.create_task(link.expect(guest.FrameType.REPLY))
             try:
-                # An early answer is a refusal, and then nobody reads what is still to be sent.
-                answering = asyncio.create_task(link.expect(guest.FrameType.REPLY))
-                try:
-                    await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
-                    if sending.done() and not answering.done():
-                        sending.result()
-                    async with _deadline("put", _STALL_S):
-                        return guest.parse_transferred(await answering)
-                finally:
-                    await _end(answering)
+                await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done() and not answering.done():
+                    sending.result()
+                async with _deadline("put", _STALL_S):
+                    return guest.parse_transferred(await answering)
             finally:
-                await _end(sending)
+                await _end(answering)
+        finally:
+            await _end(sending)
 
     @asynccontextmanager
     async def get(self, spec: guest.GetSpec) -> AsyncIterator[AsyncIterator[bytes]]:
         """The pieces of a tar archive of a path. Only one that is read to its end is whole."""
-        async with self._request(guest.FrameType.GET, guest.get_payload(spec)) as link:
-            yield _receive_archive(link)
+        with self.activity.busy():
+            async with self._request(guest.FrameType.GET, guest.get_payload(spec)) as link:
+                yield _receive_archive(link)
 
     @asynccontextmanager
     async def exec(self, spec: guest.ExecSpec, *, stdin: bool = True) -> AsyncIterator[Exec]:
         """A running command; leaving the block before its end hangs it up."""
-        async with self._request(guest.FrameType.EXEC, guest.exec_payload(spec, stdin=stdin)) as link:
-            yield Exec(link)
+        self.activity.touch()
+        # A terminal that was left open is no use of it; what is typed and shown is.
+        with contextlib.nullcontext() if spec.tty else self.activity.busy():
+            async with self._request(guest.FrameType.EXEC, guest.exec_payload(spec, stdin=stdin)) as link:
+                yield Exec(link, self.activity.touch)
 
     @asynccontextmanager
     async def connect(self, spec: guest.ConnectSpec) -> AsyncIterator[Tunnel]:
@@ -155,8 +182,9 @@ class GuestClient:
         async with self._request(guest.FrameType.CONNECT, guest.connect_payload(spec)) as link:
             async with _deadline("connect", _CONNECT_PORT_S):
                 await link.expect(guest.FrameType.REPLY)
+            self.activity.touch()
             try:
-                yield Tunnel(link)
+                yield Tunnel(link, self.activity.touch)
             finally:
                 # What a guest that takes nothing has not taken would keep us from closing.
                 link.writer.transport.abort()
@@ -272,8 +300,9 @@ async def _receive(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 class Exec:
     """A command that runs in the guest. One task writes, one reads."""
 
-    def __init__(self, link: _Link) -> None:
+    def __init__(self, link: _Link, touch: Callable[[], None]) -> None:
         self._link = link
+        self._touch = touch
         self._credit = guest.STDIN_WINDOW_BYTES
         self._granted = asyncio.Event()
         self._ended = False
@@ -286,6 +315,7 @@ class Exec:
         try:
             while True:
                 kind, payload = await self._link.receive()
+                self._touch()
                 if kind == guest.FrameType.STDOUT and payload:
                     yield 1, payload
                 elif kind == guest.FrameType.STDERR and payload:
@@ -304,6 +334,7 @@ class Exec:
 
     async def write(self, data: bytes) -> None:
         """Sends stdin, waiting while the command does not read; drops it once the command has ended."""
+        self._touch()
         view = memoryview(data)
         while view and not self._ended:
             if self._credit == 0:
@@ -335,8 +366,9 @@ class Exec:
 class Tunnel:
     """A connection to a port of the guest. One task writes, one reads; with `udp` a piece is a datagram."""
 
-    def __init__(self, link: _Link) -> None:
+    def __init__(self, link: _Link, touch: Callable[[], None]) -> None:
         self._link = link
+        self._touch = touch
 
     async def read(self) -> bytes:
         """The next piece; empty when the guest's side has ended.
@@ -346,10 +378,12 @@ class Tunnel:
         kind, payload = await self._link.receive()
         if kind != guest.FrameType.DATA:
             raise _refusal(kind, payload)
+        self._touch()
         return payload
 
     async def write(self, data: bytes) -> None:
         """Waits while the guest takes nothing. Raises UnavailableError when the agent is gone."""
+        self._touch()
         view = memoryview(data)
         while view:
             await self._send(bytes(view[: guest.MAX_PAYLOAD_BYTES]))

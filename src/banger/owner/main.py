@@ -27,6 +27,7 @@ from banger import guest_binary
 from banger.contract import errors, names, privileged, resources
 from banger.images import catalog, credentials, pull
 from banger.owner import (
+    activity,
     app,
     config,
     defaults,
@@ -228,8 +229,11 @@ async def compose(
     keys = ssh.SshKeys(paths.state / "ssh")
     zone = naming.Naming(settings, network, bridge, ops, network6=network6)
 
+    activities = activity.Activities()
+
     def connect(vm_id: names.VmId) -> guest.GuestClient:
-        return guest.GuestClient(guest.vsock_connector(layout.vsock_socket(vm_id)))
+        connector = guest.vsock_connector(layout.vsock_socket(vm_id))
+        return guest.GuestClient(connector, activities.of(vm_id))
 
     keeper = network_keeper.NetworkKeeper(ops, lambda: _networked(rows))
     machine = host.Host(
@@ -263,6 +267,7 @@ async def compose(
         publisher=publisher,
         keys=keys,
         zone=zone,
+        activities=activities,
     )
     holdings = inventory.Inventory(
         machine,
@@ -279,6 +284,7 @@ async def compose(
         await _restore_network(keeper, rows)
         await vm_service.republish()
         keeper.start()
+        vm_service.lifetimes.start()
         for vm in _networked(rows):
             zone.add(vm)
         await zone.ensure_routed()

@@ -166,7 +166,8 @@ async def _carry_tcp(target: _Target, reader: asyncio.StreamReader, writer: asyn
         async with asyncio.timeout(_CONNECT_S):
             there, back = await asyncio.open_connection(target.address, target.port, limit=_CHUNK)
         try:
-            await _both(_pump(reader, back), _pump(there, writer))
+            touch = target.client.activity.touch
+            await _both(_pump(reader, back, touch), _pump(there, writer, touch))
         finally:
             back.close()
         return
@@ -186,8 +187,11 @@ async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, touch: Callable[[], None]
+) -> None:
     while data := await reader.read(_CHUNK):
+        touch()
         writer.write(data)
         await writer.drain()
     if writer.can_write_eof():
@@ -223,6 +227,7 @@ class _Udp(asyncio.DatagramProtocol):
         self._transport = transport  # type: ignore[assignment] # asyncio gives a datagram endpoint such a one
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self._target.client.activity.touch()
         queue = self._clients.get(addr)
         if queue is None:
             if len(self._clients) >= _MAX_UDP_CLIENTS:

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from banger.contract import errors, guest, names, privileged, resources
-from banger.vm import host, readiness, record
+from banger.vm import host, lifetime, readiness, record
 
 # What Firecracker 1.12 logs when the guest reset or powered off by itself.
 _ORDERLY_END: Final = "exit_code=0"
@@ -26,6 +26,8 @@ class Seen:
 
     pid: int = 0
     silent_since: datetime.datetime | None = None
+    idle_s: float | None = None
+    """None while it is in use."""
 
 
 class Views:
@@ -51,7 +53,9 @@ class Views:
         return Views(self._layout, self._network, self._network6, image_name, kernel_name)
 
     def vm(self, vm: record.VmRecord, seen: Seen, *, with_timings: bool = False) -> resources.Vm:
-        silent_since = seen.silent_since if vm.state is resources.VmState.RUNNING else None
+        runs = vm.state is resources.VmState.RUNNING
+        silent_since = seen.silent_since if runs else None
+        idles = runs and vm.idle_stop_s > 0
         return resources.Vm(
             id=vm.id,
             name=vm.name,
@@ -80,6 +84,11 @@ class Views:
             sources=vm.sources,
             last_start=vm.last_start if with_timings else (),
             workspace=vm.workspace,
+            idle_stop_s=vm.idle_stop_s,
+            ttl_s=vm.ttl_s,
+            idle_stop_at=_in(vm.idle_stop_s - seen.idle_s) if idles and seen.idle_s is not None else None,
+            ttl_ends_at=_in(vm.ttl_ends_s - lifetime.now_s()) if runs and vm.ttl_s else None,
+            stopped_because="" if runs else vm.stopped_because,
         )
 
     def stats(
@@ -116,6 +125,12 @@ class Views:
             hint=f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again",
         )
         return _ended(vm, resources.VmState.ERROR, body)
+
+
+def _in(seconds: float) -> datetime.datetime:
+    """A moment of the wall clock as it is set now, to the second."""
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=max(0.0, seconds) + 0.5)
+    return moment.replace(microsecond=0)
 
 
 def _silent(vm: record.VmRecord, since: datetime.datetime) -> errors.ErrorBody:

@@ -17,8 +17,10 @@ from banger import steps
 from banger.contract import errors, names, ports, privileged, reach, resources
 from banger.images import bundle
 from banger.owner import (
+    activity,
     changes,
     images,
+    lifetimes,
     listeners,
     live,
     locks,
@@ -31,7 +33,7 @@ from banger.owner import (
     views,
 )
 from banger.owner import guest as guests
-from banger.vm import capabilities, command, create, host, record, start, stop, timeline
+from banger.vm import capabilities, command, create, host, lifetime, record, start, stop, timeline
 from banger.vm.capabilities import dns, packet_rules
 
 _log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class VmService:
         publisher: publish.Publisher,
         keys: ssh.SshKeys,
         zone: dns.Zone,
+        activities: activity.Activities,
     ) -> None:
         self._host = host
         self._store = store
@@ -80,6 +83,14 @@ class VmService:
         self._publisher = publisher
         self._keys = keys
         self._zone = zone
+        self.activities = activities
+        self._notices = lifetimes.Notices()
+        self.lifetimes = lifetimes.Lifetimes(
+            lambda: [vm for vm in store.list() if vm.state is resources.VmState.RUNNING],
+            activities,
+            self._notices,
+            self.stop_when_due,
+        )
         self._lifecycle = locks.Lifecycle()
         agents = silence.SilenceWatch(
             lambda vm_id: host.agent(vm_id).health(), silent_after_s=host.limits.agent_silence_s
@@ -199,8 +210,8 @@ class VmService:
         """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
         vm = self._store.find(ref)
         runs = vm.state is resources.VmState.RUNNING
-        if runs and body.changes_egress_only and not self._lifecycle.holder(vm.id):
-            return await self._set_egress(vm.id, body)
+        if runs and body.needs_no_stop and not self._lifecycle.holder(vm.id):
+            return await self._set_at_once(vm.id, body)
         if runs or self._lifecycle.holder(vm.id):
             raise errors.ConflictError(
                 f"{vm.name} cannot be changed while it runs",
@@ -212,13 +223,14 @@ class VmService:
             self._keys.forget(vm.name)
         return self._view(changed)
 
-    async def _set_egress(self, vm_id: names.VmId, body: resources.SetVm) -> resources.Vm:
+    async def _set_at_once(self, vm_id: names.VmId, body: resources.SetVm) -> resources.Vm:
         """The row first: if we die in between, the next daemon does what it says."""
         async with self._lifecycle.hold(vm_id, ""):
             vm = self._store.get(vm_id)
-            changed = changes.with_access(vm, body)
+            changed = changes.at_once(vm, body)
             self._store.save(changed)
-            if changed.state is resources.VmState.RUNNING:
+            self.activities.of(vm_id).touch()
+            if changed.state is resources.VmState.RUNNING and body.changes_egress:
                 try:
                     await self._host.privileged(packet_rules.request(changed))
                 except errors.BangerError:
@@ -226,6 +238,31 @@ class VmService:
                     raise
                 self._zone.add(changed)
             return self._view(changed)
+
+    async def extend(self, ref: str, body: resources.ExtendVm) -> resources.Vm:
+        """Raises ConflictError while it is being stopped or changed."""
+        found = self._running(ref)
+        if self._lifecycle.holder(found.id):
+            raise errors.ConflictError(f"{found.name} is being stopped or changed now")
+        async with self._lifecycle.hold(found.id, ""):
+            vm = lifetime.extended(self._running(found.id), body.by_s)
+            self._store.save(vm)
+            self.activities.of(vm.id).touch()
+            return self._view(vm)
+
+    async def stop_when_due(self, vm: record.VmRecord, why: str, is_due: lifetimes.IsDue) -> None:
+        """Time has stopped it, unless somebody came in between."""
+
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            if vm.state is resources.VmState.RUNNING and is_due(vm):
+                progress.stage(resources.Stage.STOP, f"stopping {vm.name}, which {why}")
+                vm = msgspec.structs.replace(await self._stop(vm, stop.stop), stopped_because=why)
+                self._store.save(vm)
+                _log.info("vm stopped by time", extra={"vm": vm.id, "why": why})
+            return self._view(vm)
+
+        operation = self._lifecycle_operation("vm.stop", vm.id, work)
+        await self._operations.wait(operation.id)
 
     async def listening(self, ref: str) -> Sequence[ports.GuestPort]:
         vm = self._running(ref)
@@ -261,6 +298,10 @@ class VmService:
                     _log.error("a port is no longer published", extra={"vm": vm.id, "error": error.message})
 
     # --- in the guest ---
+
+    def notices(self, ref: str) -> contextlib.AbstractContextManager[asyncio.Queue[str]]:
+        """What the VM's users are told, from now on."""
+        return self._notices.heard(self._running(ref).id)
 
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
@@ -319,6 +360,7 @@ class VmService:
 
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
+        await self.lifetimes.close()
         await self.live.close()
 
     # --- inside ---
@@ -327,7 +369,9 @@ class VmService:
         return self._views.vm(vm, self._seen(vm), with_timings=with_timings)
 
     def _seen(self, vm: record.VmRecord) -> views.Seen:
-        return views.Seen(self.live.pid(vm.id), self.live.agents.silent_since(vm.id))
+        used = self.activities.of(vm.id)
+        silent_since = self.live.agents.silent_since(vm.id)
+        return views.Seen(self.live.pid(vm.id), silent_since, None if used.is_busy else used.idle_s)
 
     def _running(self, ref: str) -> record.VmRecord:
         vm = self._store.find(ref)
@@ -373,6 +417,7 @@ class VmService:
         started = msgspec.structs.replace(pipeline.started, last_start=tuple(seen.timings))
         self._store.save(started)
         self.live.add(vm.id, pipeline.vmm_pid)
+        self.activities.of(vm.id).touch()
         _log.info("vm started", extra={"vm": vm.id, "boot_id": started.boot_id})
         return self._view(started, with_timings=True)
 
@@ -420,6 +465,7 @@ class VmService:
         await stop.delete(self._host, vm, self._features)
         self._keys.forget(vm.name)
         self._store.delete(vm.id)
+        self.activities.forget(vm.id)
         _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
 
     async def _on_vmm_gone(self, vm_id: names.VmId) -> None:

@@ -97,6 +97,8 @@ class Resolved:
     network: bool
     access: Access = Access()
     publish: tuple[str, ...] = ()
+    idle_stop_s: int = 0
+    ttl_s: int = 0
 
 
 def new_name(taken: Collection[str]) -> names.VmName:
@@ -128,6 +130,8 @@ def draft(
         allow=resolved.access.allow,
         peers=resolved.access.peers,
         publish=resolved.publish,
+        idle_stop_s=resolved.idle_stop_s,
+        ttl_s=resolved.ttl_s,
         state=resources.VmState.CREATED,
         created_at=now,
         sources={

@@ -41,3 +41,11 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sources: dict[str, resources.SizeSource] = {}
     last_start: tuple[resources.StepTiming, ...] = ()
     workspace: resources.Workspace | None = None
+    idle_stop_s: int = 0
+    """Stopped after so long without use; 0 for never."""
+    ttl_s: int = 0
+    """Stopped so long after its start; 0 for never."""
+    ttl_ends_s: float = 0.0
+    """On CLOCK_BOOTTIME, of the run that `ttl_s` is for."""
+    stopped_because: str = ""
+    """When time has stopped it: what it `had`, until its next start."""

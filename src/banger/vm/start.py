@@ -14,7 +14,7 @@ import msgspec
 from banger import steps
 from banger.contract import errors, names, privileged, resources
 from banger.storage import overlay
-from banger.vm import boot_args, capabilities, host, readiness, record, sources
+from banger.vm import boot_args, capabilities, host, lifetime, readiness, record, sources
 
 _SUN_PATH_BYTES: Final = 107
 _RESERVE_BYTES: Final = 64 * 1024 * 1024
@@ -207,11 +207,12 @@ class Start:
     async def _wait_agent(self) -> None:
         health = await readiness.wait_for_agent(self._host, self._vm)
         self.started = msgspec.structs.replace(
-            self._vm,
+            lifetime.begun(self._vm),
             state=resources.VmState.RUNNING,
             started_at=datetime.datetime.now(datetime.UTC),
             boot_id=health.boot_id,
             last_error=None,
+            stopped_because="",
         )
 
     async def _after_start(self) -> None:

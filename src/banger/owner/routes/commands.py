@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Final
@@ -75,7 +76,10 @@ async def _until_told(socket: sockets.Socket) -> None:
 async def _run(
     socket: sockets.Socket, ref: str, request: resources.ExecRequest, services: routes.Services
 ) -> resources.ExecEnd:
-    async with services.vms.exec(ref, request) as running:
+    async with contextlib.AsyncExitStack() as stack:
+        running = await stack.enter_async_context(services.vms.exec(ref, request))
+        heard = stack.enter_context(services.vms.notices(ref))
+        telling = asyncio.create_task(_tell(socket, heard if request.notices else asyncio.Queue()))
         sending = asyncio.create_task(_send_output(socket, running))
         receiving = asyncio.create_task(_receive_input(socket, running))
         # Input that the command does not take keeps us from reading, and so from seeing the client leave.
@@ -90,8 +94,14 @@ async def _run(
             else:
                 raise sockets.left()
         finally:
-            await sockets.stop(sending, receiving, leaving)
+            await sockets.stop(sending, receiving, leaving, telling)
     return resources.ExecEnd(exit_status=status.as_shell, signal=status.signal)
+
+
+async def _tell(socket: sockets.Socket, heard: asyncio.Queue[str]) -> None:
+    while True:
+        notice = resources.ExecNotice(notice=await heard.get())
+        await socket.send_text(msgspec.json.encode(notice).decode())
 
 
 async def _send_output(socket: sockets.Socket, running: guests.Exec) -> guest.ExitStatus:
@@ -125,6 +135,7 @@ EXCHANGES: Final[dict[str, dict[str, type[msgspec.Struct]]]] = {
     "exec_in_vm": {
         "first": resources.ExecRequest,
         "later": resources.ExecControl,
+        "answers": resources.ExecNotice,
         "last": resources.ExecEnd,
     }
 }

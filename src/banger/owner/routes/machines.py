@@ -43,7 +43,7 @@ async def get_vm(ref: params.FromPath[str], services: routes.Injected) -> resour
 async def set_vm(
     ref: params.FromPath[str], data: params.JSONBody[resources.SetVm], services: routes.Injected
 ) -> resources.Vm:
-    """Changes a VM that is not running."""
+    """Changes a VM; one that runs only in what it reaches and how long it lives."""
     return await services.vms.set(ref, data)
 
 
@@ -67,6 +67,14 @@ async def act_on_vm(
         "kill": services.vms.kill,
     }
     return await actions[verb](ref)
+
+
+@litestar.post("/v1/vms/{ref:str}/extend", status_code=200)
+async def extend_vm(
+    ref: params.FromPath[str], data: params.JSONBody[resources.ExtendVm], services: routes.Injected
+) -> resources.Vm:
+    """Lets a running VM live on, and begins its idleness anew."""
+    return await services.vms.extend(ref, data)
 
 
 @litestar.get("/v1/vms/{ref:str}/stats")
@@ -135,6 +143,7 @@ HANDLERS: Final = (
     set_vm,
     delete_vm,
     act_on_vm,
+    extend_vm,
     get_stats,
     list_ports,
     change_ports,

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""`--idle-stop` and `--ttl` against the real daemon over a fake world: shown, warned of, extended, kept."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from banger.contract import guest, names, reach, resources
+from banger.owner import activity, config, main
+from tests.contract import api_served, cli_process, conftest
+from tests.fakes import world as worlds
+
+
+@pytest.fixture
+async def served(daemon: conftest.Daemon) -> AsyncIterator[api_served.Served]:
+    async with api_served.serving(daemon) as made:
+        yield made
+
+
+async def banger(served: api_served.Served, *words: str, status: int = 0) -> cli_process.Done:
+    done = await asyncio.to_thread(cli_process.Cli(served.path).run, *words)
+    assert done.status == status, (done.err, done.out)
+    return done
+
+
+async def shown(served: api_served.Served) -> resources.Vm:
+    return await served.get("/v1/vms/web", resources.Vm)
+
+
+def seconds_until(moment: datetime.datetime | None) -> float:
+    assert moment is not None
+    return (moment - datetime.datetime.now(datetime.UTC)).total_seconds()
+
+
+async def test_both_limits_are_shown_with_their_next_moment(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web", "--ttl", "8h", "--idle-stop", "30m")
+    await banger(served, "vm", "create", "free")
+    vm = await shown(served)
+    assert (vm.idle_stop_s, vm.ttl_s) == (1800, 28800)
+    assert 1700 < seconds_until(vm.idle_stop_at) <= 1801
+    assert 28700 < seconds_until(vm.ttl_ends_at) <= 28801
+    table = (await banger(served, "vm", "list")).text.splitlines()
+    assert table[0].endswith("STOPS")
+    assert "(idle)" in next(line for line in table if line.startswith("web"))
+    assert next(line for line in table if line.startswith("free")).endswith("-")
+    text = (await banger(served, "vm", "show", "web")).text
+    assert "idle stop:" in text
+    assert "after 30 minutes without use, at 2" in text
+    assert "8 hours, at 2" in text
+    explained = (await banger(served, "vm", "explain", "web")).text
+    assert "idle stop: after 30 minutes" in explained
+    assert "time to live: 8 hours" in explained
+    document = (await banger(served, "vm", "explain", "web", "--json")).json
+    assert document["ttl_ends_at"] == json.loads(msgspec.json.encode(vm.ttl_ends_at))
+
+
+async def test_neither_is_there_unless_asked_for(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web")
+    vm = await shown(served)
+    assert (vm.idle_stop_s, vm.ttl_s, vm.idle_stop_at, vm.ttl_ends_at) == (0, 0, None, None)
+    assert "STOPS" not in (await banger(served, "vm", "list")).text
+    refused = await banger(served, "vm", "extend", "web", "--by", "1h", status=1)
+    assert "no time to live" in refused.err
+
+
+async def test_a_running_vm_is_given_limits_and_lives_longer_at_once(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web")
+    await banger(served, "vm", "set", "web", "--ttl", "1h", "--idle-stop", "2h")
+    before = await shown(served)
+    assert 3500 < seconds_until(before.ttl_ends_at) <= 3601
+    await banger(served, "vm", "extend", "web", "--by", "2h")
+    assert 10700 < seconds_until((await shown(served)).ttl_ends_at) <= 10801
+    await banger(served, "vm", "extend", "web")
+    assert 3500 < seconds_until((await shown(served)).ttl_ends_at) <= 3601
+    await banger(served, "vm", "set", "web", "--ttl", "off", "--idle-stop", "off")
+    after = await shown(served)
+    assert (after.ttl_ends_at, after.idle_stop_at) == (None, None)
+    await banger(served, "vm", "stop", "web")
+    assert "not running" in (await banger(served, "vm", "extend", "web", status=1)).err
+
+
+@pytest.mark.parametrize("limit", ["--ttl", "--idle-stop"])
+async def test_a_vm_is_stopped_after_a_warning_and_says_why(
+    served: api_served.Served, caplog: pytest.LogCaptureFixture, limit: str
+) -> None:
+    await banger(served, "vm", "create", "web", limit, "2s")
+    async with served.command("web") as link:
+        await link.send(json.dumps({"argv": ["cat"], "tty": True, "notices": True}))
+        said: list[dict[str, Any]] = []
+        async with asyncio.timeout(30):
+            async for message in link:
+                if isinstance(message, str):
+                    said.append(json.loads(message))
+    warning, stopping, end = said
+    assert warning["notice"].startswith("web stops in ")
+    assert "`banger vm extend web` keeps it running" in warning["notice"]
+    assert stopping["notice"].startswith("web is being stopped: it had ")
+    assert end["error"]["code"] == "unavailable"
+    async with asyncio.timeout(20):
+        for operation in served.daemon.services.operations.list():
+            await served.daemon.services.operations.wait(operation.id)
+    vm = await shown(served)
+    assert (vm.state, vm.last_error) == (resources.VmState.STOPPED, None)
+    assert (
+        f"was stopped by time: it {vm.stopped_because}"
+        in (await banger(served, "vm", "explain", "web")).text
+    )
+    assert "vm stops soon" in [record.getMessage() for record in caplog.records]
+    await served.done("POST", "/v1/vms/web/start")
+    again = await shown(served)
+    assert (again.state, again.stopped_because) == (resources.VmState.RUNNING, "")
+    assert seconds_until(again.ttl_ends_at or again.idle_stop_at) > 0
+
+
+async def test_a_warning_reaches_who_works_in_the_vm(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web", "--ttl", "2s")
+    done = await asyncio.to_thread(_cat_until_the_end, cli_process.Cli(served.path))
+    assert "banger: web stops in " in done
+    assert "banger: web is being stopped: it had lived for its 2 seconds" in done
+
+
+def _cat_until_the_end(cli: cli_process.Cli) -> str:
+    with cli.started("vm", "exec", "web", "--", "cat") as process:
+        assert process.stderr is not None
+        process.wait(30)
+        return bytes(process.stderr.read()).decode()
+
+
+async def test_a_time_to_live_survives_its_daemon(paths: config.Paths, world: worlds.World) -> None:
+    async def looked_at(*, make: bool) -> datetime.datetime | None:
+        composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+        async with composed as services:
+            if make:
+                body = resources.CreateVm(name="web", ttl_s=3600, idle_stop_s=1800)
+                await conftest.Daemon(services, paths, world).done(await services.vms.create(body))
+            vm = await services.vms.get("web")
+            assert vm.idle_stop_at is not None
+            return vm.ttl_ends_at
+
+    first, second = await looked_at(make=True), await looked_at(make=False)
+    assert first is not None
+    assert second is not None
+    assert abs((second - first).total_seconds()) <= 1
+
+
+def _used(served: api_served.Served, vm: resources.Vm) -> activity.Activity:
+    return served.daemon.services.vms.activities.of(names.VmId(vm.id))
+
+
+async def test_commands_are_activity_while_they_run_and_terminals_when_they_are_used(
+    served: api_served.Served,
+) -> None:
+    await banger(served, "vm", "create", "web", "--idle-stop", "1h")
+    used = _used(served, await shown(served))
+    vms = served.daemon.services.vms
+    async with vms.exec("web", resources.ExecRequest(argv=("cat",))):
+        assert used.is_busy
+        assert (await shown(served)).idle_stop_at is None
+        assert "in use now" in (await banger(served, "vm", "show", "web")).text
+    assert not used.is_busy
+    async with vms.exec("web", resources.ExecRequest(argv=("cat",), tty=True)) as running:
+        assert not used.is_busy
+        before = used.last_used_s
+        await running.write(b"typed")
+        assert used.last_used_s > before
+        async for event in running.output():
+            assert not isinstance(event, guest.ExitStatus)
+            break
+
+
+async def test_tunnels_are_activity_when_bytes_go_through(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web", "--idle-stop", "1h")
+    used = _used(served, await shown(served))
+    async with served.daemon.services.vms.connect("web", reach.ConnectRequest(port=22)) as tunnel:
+        before = used.last_used_s
+        await tunnel.write(b"ping")
+        assert used.last_used_s > before
+        before = used.last_used_s
+        assert await tunnel.read() == b"ping"
+        assert used.last_used_s > before
+    assert not used.is_busy
+
+
+async def test_looking_at_a_vm_is_no_activity(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web", "--idle-stop", "1h")
+    used = _used(served, await shown(served))
+    before = used.last_used_s
+    await served.get("/v1/vms/web/stats", resources.VmStats)
+    await banger(served, "vm", "explain", "web")
+    assert used.last_used_s == before
