@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from banger.contract import errors, guest, privileged, resources
+from banger.contract import errors, guest, names, privileged, resources
 from banger.owner import config, main, routes
 from tests.contract import conftest
 from tests.fakes import world as worlds
@@ -120,6 +120,31 @@ async def test_a_second_start_checks_the_overlay_and_keeps_it(daemon: conftest.D
     operation = await daemon.done(await daemon.services.vms.start("web"))
     assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
     assert daemon.world.asked(privileged.CheckSnapshot) == 1
+
+
+async def test_a_work_disk_grows_while_the_vm_is_stopped_and_never_shrinks(daemon: conftest.Daemon) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    vms, path = daemon.services.vms, daemon.paths.layout.work_disk(names.VmId(created.id))
+    with pytest.raises(errors.ConflictError, match="while it runs") as refused:
+        await vms.set("web", resources.SetVm(disk_size_mib=64))
+    assert "vm stop web" in refused.value.hint
+    await daemon.done(await vms.stop("web"))
+    with pytest.raises(errors.BadRequestError, match="can only grow"):
+        await vms.set("web", resources.SetVm(disk_size_mib=15, memory_mib=256))
+    changed = await vms.set("web", resources.SetVm(disk_size_mib=64))
+    assert (changed.disk_size_mib, changed.memory_mib) == (64, 128)
+    assert path.stat().st_size == 16 << 20, "until it is started"
+    operation = await daemon.done(await vms.start("web"))
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert path.stat().st_size == 64 << 20
+
+
+async def test_a_vm_that_has_no_work_disk_yet_may_have_a_smaller_one(daemon: conftest.Daemon) -> None:
+    await daemon.create(start=False)
+    await daemon.services.vms.set("web", resources.SetVm(disk_size_mib=20))
+    changed = await daemon.services.vms.set("web", resources.SetVm(disk_size_mib=16))
+    assert changed.disk_size_mib == 16
 
 
 async def test_restart_gives_a_new_boot_id(daemon: conftest.Daemon) -> None:

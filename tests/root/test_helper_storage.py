@@ -14,6 +14,7 @@ import pytest
 from banger.contract import errors, names, privileged
 from banger.helper import ext4, filesystem, operations, program, storage
 from banger.helper.linux import loop
+from banger.storage import workdisk
 from tests.root import helper_world
 from tests.root.helper_world import VM, HelperWorld
 
@@ -231,3 +232,76 @@ def test_node_is_opened_by_the_vms_uid_alone(helper_world_here: HelperWorld, roo
             assert ended.status == status
     finally:
         os.close(node)
+
+
+def _attach_work(world: HelperWorld) -> None:
+    storage.attach_work_disk(world.policy, privileged.AttachWorkDisk(vm_id=VM, slot=1))
+
+
+def _detach_work(world: HelperWorld) -> None:
+    storage.detach_work_disk(world.policy, privileged.DetachWorkDisk(vm_id=VM))
+
+
+def _dumped(path: Path) -> dict[str, str]:
+    done = subprocess.run(["dumpe2fs", "-h", path], check=True, capture_output=True, text=True, timeout=30)
+    lines = (line.partition(":") for line in done.stdout.splitlines())
+    return {name: value.strip() for name, _, value in lines}
+
+
+def _made_work_disk(world: HelperWorld, tmp_path: Path, *, size_mib: int) -> tuple[Path, bytes]:
+    """A work disk as a first start makes it, from a seed with a file in it."""
+    content = os.urandom(3 << 20)
+    (tmp_path / "kept").write_bytes(content)
+    subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "seed.tar", "kept"], check=True, timeout=30)
+    path = world.owned(WORK)
+    path.unlink()
+    workdisk.create(path, size_mib=size_mib, seed=tmp_path / "seed.tar")
+    os.chown(path, world.policy.owner_uid, world.policy.owner_uid)
+    return path, content
+
+
+@pytest.mark.parametrize("grown_mib", [17, 200, 20_000])
+def test_a_work_disk_grows_with_what_is_on_it(
+    helper_world_here: HelperWorld, tmp_path: Path, grown_mib: int
+) -> None:
+    path, content = _made_work_disk(helper_world_here, tmp_path, size_mib=16)
+    before = _dumped(path)
+    workdisk.grow(path, size_mib=grown_mib)
+    for _ in range(2):  # the second finds nothing to do
+        _attach_work(helper_world_here)
+        _detach_work(helper_world_here)
+        after = _dumped(path)
+        blocks, size = int(after["Block count"]), int(after["Block size"])
+        assert (grown_mib << 20) - blocks * size < 4 << 20, "all of it but a group too small to be one"
+        assert after["Filesystem UUID"] == before["Filesystem UUID"]
+        checked = subprocess.run(
+            ["e2fsck", "-f", "-n", path], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert checked.returncode == 0, checked.stdout
+        dumped = tmp_path / "dumped"
+        subprocess.run(["debugfs", "-R", f"dump /kept {dumped}", path], check=True, timeout=30)
+        assert dumped.read_bytes() == content
+    assert path.stat().st_blocks * 512 < 64 << 20, "it is still sparse"
+
+
+def test_a_work_disk_whose_growth_was_cut_short_is_grown_by_the_next(
+    helper_world_here: HelperWorld, tmp_path: Path
+) -> None:
+    """The file is larger already, as after a crash between the two."""
+    path, _ = _made_work_disk(helper_world_here, tmp_path, size_mib=16)
+    os.truncate(path, 64 << 20)
+    _attach_work(helper_world_here)
+    _detach_work(helper_world_here)
+    assert int(_dumped(path)["Block count"]) * int(_dumped(path)["Block size"]) == 64 << 20
+
+
+def test_a_work_disk_is_never_made_smaller(helper_world_here: HelperWorld, tmp_path: Path) -> None:
+    path, _ = _made_work_disk(helper_world_here, tmp_path, size_mib=64)
+    workdisk.grow(path, size_mib=16)
+    assert path.stat().st_size == 64 << 20
+
+
+def test_what_is_no_file_system_is_not_grown(helper_world_here: HelperWorld) -> None:
+    helper_world_here.owned(WORK, b"x" * (8 << 20))
+    with pytest.raises(errors.OperationFailedError, match="e2fsck"):
+        _attach_work(helper_world_here)

@@ -208,10 +208,16 @@ def test_limits_are_said_as_they_were_given(seconds: int, text: str) -> None:
 def test_the_nearest_end_is_shown() -> None:
     now = datetime.datetime.now(datetime.UTC)
     vm = resources.Vm(
-        **{
-            **{name: "" for name in ("id", "name", "image", "image_id", "kernel", "kernel_id", "address")},
-            **{name: 1 for name in ("vcpus", "memory_mib", "disk_size_mib")},
-        },
+        id="0123456789ab",
+        name="web",
+        image="tiny",
+        image_id="1" * 12,
+        kernel="tiny",
+        kernel_id="2" * 12,
+        vcpus=1,
+        memory_mib=128,
+        disk_size_mib=16,
+        address="",
         state=resources.VmState.RUNNING,
         network=True,
         created_at=now,

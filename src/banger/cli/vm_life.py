@@ -219,6 +219,7 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     "set",
     examples=[
         ("banger vm set web --memory 4G --vcpu 4", "takes effect at the next start"),
+        ("banger vm set web --disk-size 20G", "a larger /root, with what is on it, at the next start"),
         ("banger vm set web --name shop", "another name"),
         ("banger vm set web --nat on", "the guest reaches the internet, at once"),
         ("banger vm set web --egress none --allow 10.1.0.0/16:443", "only that, at once"),
@@ -229,6 +230,9 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.option("--name", type=params.NEW_VM, help="New name.")
 @click.option("--vcpu", "vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs.")
 @click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G.")
+@click.option(
+    "--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root; it only grows."
+)
 @click.option("--kernel", type=params.KERNEL, help="Kernel to boot.")
 @click.option("--nat", type=click.Choice(["on", "off"]), help="Whether the guest reaches beyond this host.")
 @_EGRESS[0]

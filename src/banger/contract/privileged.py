@@ -205,7 +205,9 @@ class DeleteSnapshot(Request[Done], tag="delete_snapshot", frozen=True):
 
 
 class AttachWorkDisk(Request[Done], tag="attach_work_disk", frozen=True):
-    """A loop device over the VM's `work.ext4`; checked with e2fsck as the VM's uid first."""
+    """A loop device over the VM's `work.ext4`; checked with e2fsck as the VM's uid first, and grown with
+    resize2fs when the file has become larger than its file system.
+    """
 
     vm_id: Id
     slot: Slot

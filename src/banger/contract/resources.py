@@ -119,6 +119,8 @@ class SetVm(Body, frozen=True, kw_only=True):
     name: VmNameText | None = None
     vcpus: Vcpus | None = None
     memory_mib: MemoryMib | None = None
+    disk_size_mib: DiskMib | None = None
+    """The work disk grows at the next start; it never shrinks."""
     kernel: str | None = None
     nat: bool | None = None
     egress: egresses.Egress | None = None
@@ -135,7 +137,7 @@ class SetVm(Body, frozen=True, kw_only=True):
 
     @property
     def needs_no_stop(self) -> bool:
-        others = (self.name, self.vcpus, self.memory_mib, self.kernel)
+        others = (self.name, self.vcpus, self.memory_mib, self.disk_size_mib, self.kernel)
         return all(value is None for value in others)
 
 

@@ -15,9 +15,12 @@ from banger.helper import policy as policies
 
 CHECK_DEADLINE_S: Final = 120.0
 PATCH_DEADLINE_S: Final = 30.0
+GROW_DEADLINE_S: Final = 100.0
 _EXT2_SUPER_MAGIC: Final = 0xEF53
 _EXT2_VALID_FS: Final = 1
 _INCOMPAT_RECOVER: Final = 0x4
+_INCOMPAT_64BIT: Final = 0x80
+_SPARE_BYTES: Final = 1 << 20
 _RO_COMPAT_ORPHAN_PRESENT: Final = 0x10000
 
 
@@ -128,6 +131,44 @@ def check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
     raise errors.OperationFailedError(
         f"e2fsck could not repair the file system (status {ended.status}): {said}"
     )
+
+
+def grow(policy: policies.Policy, device: int, uid: int) -> None:
+    """The file system fills its device: resize2fs as the VM's uid, after the whole check that it wants."""
+    node = filesystem.open_node(policy, device, uid)
+    try:
+        if not _has_room(node):
+            return
+        deadline = time.monotonic() + GROW_DEADLINE_S
+        for command, *options in (("e2fsck", "-f", "-y"), ("resize2fs",)):
+            left_s = max(1.0, deadline - time.monotonic())
+            arguments = [*options, f"/proc/self/fd/{node}"]
+            ended = program.run(command, arguments, uid=uid, fds=[node], deadline_s=left_s)
+    finally:
+        os.close(node)
+    if ended.status != 0:
+        said = _complaint(ended.output)
+        raise errors.OperationFailedError(f"resize2fs could not grow the file system: {said}")
+    _flush(policy, device)
+
+
+def _has_room(node: int) -> bool:
+    """Whether the device has blocks that a larger file system would use: a last group of blocks that could
+    hold little more than its own tables is left out of any.
+    """
+    fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        block, size = os.pread(fd, 1024, 1024), os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+    if len(block) < 1024 or struct.unpack_from("<H", block, 0x38)[0] != _EXT2_SUPER_MAGIC:
+        return False
+    (low,), (shift,) = struct.unpack_from("<I", block, 0x04), struct.unpack_from("<I", block, 0x18)
+    (features,), (high,) = struct.unpack_from("<I", block, 0x60), struct.unpack_from("<I", block, 0x150)
+    (inodes,), (inode_bytes,) = struct.unpack_from("<I", block, 0x28), struct.unpack_from("<H", block, 0x58)
+    blocks = low | (high << 32 if features & _INCOMPAT_64BIT else 0)
+    used = blocks << (10 + min(shift, 6))
+    return bool(size - used > inodes * inode_bytes + _SPARE_BYTES)
 
 
 def _is_clean(node: int) -> bool:

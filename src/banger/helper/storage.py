@@ -74,7 +74,9 @@ def attach_work_disk(policy: policies.Policy, request: privileged.AttachWorkDisk
     held: list[int] = []
     try:
         _attach(policy, f"vms/{vm_id}/work.ext4", vm_id, WORK, held)
-        ext4.check(policy, os.fstat(held[0]).st_rdev, uid)
+        device = os.fstat(held[0]).st_rdev
+        ext4.check(policy, device, uid)
+        ext4.grow(policy, device, uid)
     except BaseException:
         loop.detach(label, deadline=time.monotonic())
         raise

@@ -7,19 +7,31 @@ from collections.abc import Callable
 
 import msgspec
 
-from banger.contract import errors, names, resources
+from banger.contract import errors, names, resources, sizes
 from banger.vm import create, lifetime, record
 
 
 def applied(
-    vm: record.VmRecord, body: resources.SetVm, kernel_id: Callable[[str], names.KernelId]
+    vm: record.VmRecord,
+    body: resources.SetVm,
+    kernel_id: Callable[[str], names.KernelId],
+    *,
+    has_disk: bool,
 ) -> record.VmRecord:
+    """Raises BadRequestError. `has_disk`: there is a work disk, and so something to lose on it."""
     asked = resources.SizeSource.REQUEST
     sources = dict(vm.sources)
     if body.vcpus is not None:
         vm, sources["vcpus"] = msgspec.structs.replace(vm, vcpus=body.vcpus), asked
     if body.memory_mib is not None:
         vm, sources["memory_mib"] = msgspec.structs.replace(vm, memory_mib=body.memory_mib), asked
+    if body.disk_size_mib is not None:
+        if body.disk_size_mib < vm.disk_size_mib and has_disk:
+            raise errors.BadRequestError(
+                f"the work disk of {vm.name} has {sizes.text_of_mib(vm.disk_size_mib)}; it can only grow",
+                hint="what is on it would be lost; a smaller one is for a new VM, and `banger vm cp`",
+            )
+        vm, sources["disk_size_mib"] = msgspec.structs.replace(vm, disk_size_mib=body.disk_size_mib), asked
     if body.name is not None:
         vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
     if body.kernel is not None:

@@ -217,7 +217,8 @@ class VmService:
                 f"{vm.name} cannot be changed while it runs",
                 hint=f"stop it first: `banger vm stop {vm.name}`",
             )
-        changed = changes.applied(vm, body, self._resolver.kernel_id)
+        has_disk = self._host.layout.work_disk(vm.id).exists()
+        changed = changes.applied(vm, body, self._resolver.kernel_id, has_disk=has_disk)
         self._store.save(changed)
         if changed.name != vm.name:
             self._keys.forget(vm.name)

@@ -36,6 +36,8 @@ class WorkDisk:
                 seed=layout.work_seed(vm.image_id),
                 authorized_key=key,
             )
+        else:
+            await asyncio.to_thread(workdisk.grow, path, size_mib=vm.disk_size_mib)
         await context.host.privileged(privileged.AttachWorkDisk(vm_id=vm.id, slot=vm.slot))
 
     async def after_start(self, context: capabilities.Context) -> None:
