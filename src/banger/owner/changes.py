@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What `vm set` makes of a row. Pure; the caller saves it."""
+"""What `vm set`, or a start that failed, makes of a row. Pure; the caller saves it."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import msgspec
@@ -53,3 +54,31 @@ def _with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
         raise errors.BadRequestError(f"{vm.name} has no network", hint="NAT needs a VM with one")
     create.require_ipv6(allow, has_ipv6=vm.ipv6)
     return msgspec.structs.replace(vm, nat=nat, egress=body.egress or vm.egress, allow=allow)
+
+
+def failed(
+    vm: record.VmRecord,
+    error: BaseException,
+    *,
+    op_id: str,
+    step: str,
+    timings: tuple[resources.StepTiming, ...],
+) -> record.VmRecord:
+    """The row of a VM whose start did not work out."""
+    return msgspec.structs.replace(
+        vm,
+        state=resources.VmState.ERROR,
+        boot_id="",
+        last_error=errors.to_body(_described(vm, error), op_id=op_id, step=step),
+        last_start=timings,
+    )
+
+
+def _described(vm: record.VmRecord, error: BaseException) -> BaseException:
+    """Cancellation has no message of its own; notes of failed undos go along."""
+    if not isinstance(error, asyncio.CancelledError):
+        return error
+    known = errors.CancelledError(f"the start of {vm.name} was cancelled")
+    for note in getattr(error, "__notes__", ()):
+        known.add_note(note)
+    return known

@@ -436,15 +436,8 @@ class VmService:
             if remove:
                 await self._delete(vm)
                 return
-            known = _described(vm, error)
             self._store.save(
-                msgspec.structs.replace(
-                    vm,
-                    state=resources.VmState.ERROR,
-                    boot_id="",
-                    last_error=errors.to_body(known, op_id=op_id, step=seen.failed_step),
-                    last_start=tuple(seen.timings),
-                )
+                changes.failed(vm, error, op_id=op_id, step=seen.failed_step, timings=tuple(seen.timings))
             )
         except Exception as second:
             error.add_note(f"keeping the error of {vm.name}: {second}")
@@ -489,13 +482,3 @@ class VmService:
 
 def _workspace_of(vm: record.VmRecord) -> str:
     return vm.workspace.path if vm.workspace is not None else ""
-
-
-def _described(vm: record.VmRecord, error: BaseException) -> BaseException:
-    """Cancellation has no message of its own; notes of failed undos go along."""
-    if not isinstance(error, asyncio.CancelledError):
-        return error
-    known = errors.CancelledError(f"the start of {vm.name} was cancelled")
-    for note in getattr(error, "__notes__", ()):
-        known.add_note(note)
-    return known
