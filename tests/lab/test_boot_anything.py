@@ -14,13 +14,58 @@ from typing import Any, Final
 
 import pytest
 
+from banger import guest_binary
+from banger.images import publish
 from banger.images import recipe as recipes
+from banger.images import records as image_records
 from lab import cache
 from lab.session import Lab
 from tests import oci_make
 from tests.lab import user
 
 HOME: Final = f"/home/{user.NAME}"
+OPENRC: Final = b"""
+name = "openrc"
+summary = "OpenRC as process 1, over BusyBox, with one service"
+suite = "bookworm"
+variant = "extract"
+kernel = "generic-6.12"
+headroom_mib = 16
+packages = ["busybox-static", "openrc"]
+
+[tree]
+remove = ["/usr/share/doc", "/usr/share/man", "/usr/share/perl5", "/usr/share/locale", "/var/cache/apt"]
+
+[[tree.file]]
+path = "/etc/passwd"
+content = "root:x:0:0::/root:/bin/sh\\n"
+
+[[tree.file]]
+path = "/etc/init.d/greeter"
+mode = 0o755
+content = '''
+#!/sbin/openrc-run
+start() {
+    ebegin "Greeting"
+    echo "$RC_SVCNAME in $RC_RUNLEVEL" > /run/greeting
+    eend 0
+}
+'''
+
+[[tree.link]]
+path = "/etc/runlevels/default/greeter"
+target = "/etc/init.d/greeter"
+
+[[tree.link]]
+path = "/sbin/init"
+target = "openrc-init"
+
+[[tree.links]]
+directory = "/bin"
+target = "busybox"
+names = ["cat", "chmod", "chown", "cp", "dmesg", "grep", "hostname", "kill", "ln", "ls", "mkdir", "mount",
+         "mv", "rm", "sed", "sh", "sleep", "stat", "sync", "touch", "uname", "umount"]
+"""
 
 
 def _base(recipe: recipes.Recipe) -> Path:
@@ -62,15 +107,36 @@ def layout(busybox: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def machine(installed_host: Lab, layout: Path) -> Iterator[Lab]:
-    """The installed host with the images `static` and `shell`."""
-    made = ("static", "shell")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Image directories by name: the smallest recipe that ships with banger, and one's own with OpenRC."""
+    images = image_records.Images(tmp_path_factory.mktemp("images"))
+    arch = platform.machine()
+    made = [
+        publish.build(
+            images,
+            recipe,
+            arch=arch,
+            cache_dir=cache.default_root() / "downloads",
+            guest_binary=guest_binary.path(arch),
+        )
+        for recipe in (recipes.load("busybox"), recipes.parse(OPENRC))
+    ]
+    return {image.name: images.path(image.id) for image in made}
+
+
+@pytest.fixture(scope="module")
+def machine(installed_host: Lab, layout: Path, built: dict[str, Path]) -> Iterator[Lab]:
+    """The installed host with images imported from the layout, and with those built here."""
+    imported = ("static", "shell")
     installed_host.put(layout, f"{HOME}/layout", owner="1000:1000")
-    for name in made:
+    for name in imported:
         user.banger(installed_host, "image", "import", f"{HOME}/layout", "--image", name, "--name", name)
+    for name, directory in built.items():
+        installed_host.put(directory, f"{HOME}/{name}", owner="1000:1000")
+        user.banger(installed_host, "image", "register", f"{HOME}/{name}")
     yield installed_host
-    user.banger(installed_host, "image", "delete", *made)
-    installed_host.run(["rm", "-r", f"{HOME}/layout"])
+    user.banger(installed_host, "image", "delete", *imported, *built)
+    installed_host.run(["rm", "-r", *(f"{HOME}/{name}" for name in ("layout", *built))])
     assert user.leftovers(installed_host) == ""
 
 
@@ -83,3 +149,20 @@ def test_a_shell_without_init_runs_as_its_author_meant(machine: Lab) -> None:
     ended = user.banger(machine, "vm", "run", "--rm", "--image", "shell", *user.SMALL, check=False)
     first, second = ended.text.splitlines()
     assert (first.split()[:3], second, ended.status) == (["green", "/srv", "1000:1001"], "content", 7)
+
+
+def _told(machine: Lab, image: str, script: str) -> str:
+    words = ("vm", "run", "--rm", "--image", image, *user.SMALL, "--", "sh", "-c", script)
+    return user.banger(machine, *words).text
+
+
+def test_the_smallest_recipe_is_a_machine(machine: Lab) -> None:
+    assert _told(machine, "busybox", "id -un; readlink /bin/sh; uname -m") == (
+        f"root\nbusybox\n{platform.machine()}\n"
+    )
+
+
+def test_openrc_takes_over(machine: Lab) -> None:
+    """It is process 1 after the hand-over, reaches its last runlevel and starts what belongs there."""
+    script = "until [ -s /run/greeting ]; do sleep 0.2; done; cat /run/greeting /proc/1/comm; rc-status -r"
+    assert _told(machine, "openrc", script) == "greeter in default\ninit\ndefault\n"
