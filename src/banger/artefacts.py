@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import shutil
 import tempfile
@@ -18,12 +19,15 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
+from banger import run
 from banger.contract import errors, names
 
 _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
 SCRATCH: Final = (".work-", ".fetch-", ".build-", ".new-")
 """How names of temporary directories begin, whoever makes them."""
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SPACE_HINT: Final = "free some space or move the state directory"
 
 
 class Record(Protocol):
@@ -61,11 +65,23 @@ def _directories(parent: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
+def room_for(what: str, *, hint: str = _SPACE_HINT) -> Iterator[None]:
+    """A disk that is full is NoSpaceError, whoever of those inside meets it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise errors.NoSpaceError(f"no space left for {what}: {error.strerror}", hint=hint) from error
+        raise
+
+
+@contextlib.contextmanager
 def scratch_directory(parent: Path) -> Iterator[Path]:
     """A temporary directory on the disk of `parent`, for work too large for a memory file system."""
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".work-") as path:
-        yield Path(path)
+    with room_for(f"what is unpacked in {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".work-") as path:
+            yield Path(path)
 
 
 def now() -> str:
@@ -133,18 +149,23 @@ class Artefacts(Generic[R]):
     def stage(self, artefact_id: str) -> Iterator[Path]:
         """A directory to fill; what the block does not `publish` is gone after it."""
         staged = self._root / f".{names.parse_id(artefact_id)}{_STAGED}"
-        staged.mkdir(parents=True)
-        try:
-            yield staged
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        with room_for(f"{self._what} {artefact_id}"):
+            staged.mkdir(parents=True)
+            try:
+                yield staged
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
 
     def publish(self, staged: Path, record: R) -> R:
-        """Writes the record last, makes everything durable, then gives the directory its name."""
+        """Writes the record last, makes everything durable, then gives the directory its name.
+
+        Who cancels gets nothing up to that last moment, and all of it after.
+        """
         encoded = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         (staged / self._record_name).write_bytes(encoded)
         for path in (*staged.iterdir(), staged):
             _sync(path)
+        run.check_cancelled()
         try:
             staged.rename(self.path(record.id))
         except OSError as error:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steps": set(),
     "run": {"contract"},
     "archive": {"contract"},
-    "artefacts": {"contract"},
+    "artefacts": {"contract", "run"},
     "debian": {"contract", "run"},
     "pinned": {"contract", "run"},
     "guest_binary": {"contract"},

@@ -10,17 +10,16 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import errno
 import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from banger import run
+from banger import artefacts, run
 from banger.contract import errors, sizes
 from banger.images import reference, registry
 
@@ -83,7 +82,8 @@ class Blobs:
             for digest, size in dict(wanted).items()
             if not self.has(digest, size)
         )
-        self._root.mkdir(parents=True, exist_ok=True)
+        with _space():
+            self._root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._root).free
         if missing and missing + _RESERVE_BYTES > free:
             raise errors.NoSpaceError(
@@ -204,9 +204,9 @@ class _Partial:
     def open(cls, path: Path, digest: reference.Digest, size_bytes: int) -> _Partial:
         """With what an earlier pull left, read and hashed."""
         partial = cls(path, digest, size_bytes)
-        path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with _space():
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial._fd = os.open(path, flags, 0o600)
         try:
             partial._take_up()
@@ -252,8 +252,8 @@ class _Partial:
                 hint="pull again; if it stays so the registry's copy is damaged, or something changes it",
                 layer=self.digest,
             )
-        final.parent.mkdir(parents=True, exist_ok=True)
         with _space():
+            final.parent.mkdir(parents=True, exist_ok=True)
             os.fsync(self._fd)
             self._path.replace(final)
             _sync(final.parent)
@@ -283,14 +283,8 @@ class _Partial:
             self.offset += len(piece)
 
 
-@contextlib.contextmanager
-def _space() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.NoSpaceError("no space left for a layer in the cache", hint=PRUNE_HINT) from error
-        raise
+def _space() -> AbstractContextManager[None]:
+    return artefacts.room_for("a layer in the cache", hint=PRUNE_HINT)
 
 
 def _sync(directory: Path) -> None:

@@ -6,14 +6,13 @@ A full disk is `NoSpaceError` wherever it is met. Used by `mkfs` only.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
+from banger import artefacts
 from banger.contract import errors
 from banger.images.mkfs.layout import BLOCK
 
@@ -21,7 +20,6 @@ _JOIN_BYTES: Final = 1 << 20
 _DIRECT_BYTES: Final = 128 << 10
 _FALLOC_KEEP_SIZE: Final = 1
 _FALLOC_PUNCH_HOLE: Final = 2
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
@@ -95,14 +93,5 @@ class Disk:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], offset + done)
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _NO_SPACE:
-                raise errors.NoSpaceError(
-                    f"no space left for the disk image {self.path.name}: {error.strerror}",
-                    hint="free some space or move the state directory",
-                ) from error
-            raise
+    def _errors(self) -> AbstractContextManager[None]:
+        return artefacts.room_for(f"the disk image {self.path.name}")
