@@ -81,14 +81,15 @@ def _forward(policy: policies.Policy, need: Need, guarded: set[str]) -> None:
     Replies come in by the uplink, so it must forward too; what else comes in by it is then dropped by the
     set `opened`, as it was dropped before. A file remembers which links we changed in this boot.
     """
-    links = {link.name: link for link in netlink.links()}
+    ways = _ways_out(policy, need) if need.nat else []
+    known = [netlink.find(name) for name in (policy.bridge, *_opened(policy))]
+    links = {link.name: link for link in (*known, *ways) if link is not None}
     ours = _opened(policy) & set(links)
     if _host_forwards():
         wanted: set[str] = set()
         ours = set()  # all links forward now by the host's own will
     elif need.nat:
-        carriers = _carriers(links, policy, need)
-        wanted = {name for name in carriers if name in ours or not links[name].forwards}
+        wanted = {link.name for link in ways if link.name in ours or not link.forwards}
         if policy.bridge in links and not links[policy.bridge].forwards:
             netlink.set_forwarding(links[policy.bridge], on=True)
     else:
@@ -107,16 +108,16 @@ def _forward(policy: policies.Policy, need: Need, guarded: set[str]) -> None:
     _remember(policy, wanted)
 
 
-def _carriers(links: dict[str, netlink.Link], policy: policies.Policy, need: Need) -> set[str]:
-    names = {link.number: link.name for link in links.values()}
-    used = {
-        names[number]
+def _ways_out(policy: policies.Policy, need: Need) -> list[netlink.Link]:
+    """The links of the routes to what guests may reach, looked up one by one: there may be many taps."""
+    numbers = {
+        number
         for route in netlink.routes()
         if need.private or not _is_private(route)
         for number in route.links
-        if number in names
     }
-    return used - {policy.bridge, "lo"}
+    found = [netlink.find_number(number) for number in numbers]
+    return [link for link in found if link is not None and link.name not in (policy.bridge, "lo")]
 
 
 def _is_private(route: netlink.Route) -> bool:
@@ -189,14 +190,14 @@ def _pass_others(policy: policies.Policy, need: Need) -> None:
 
 
 def _differences(policy: policies.Policy, need: Need) -> list[nftables.Json]:
-    listed = nftables.query("tables") + nftables.query("chains")
-    owned = {_table(each["table"]) for each in listed if "table" in each and _has_owner(each["table"])}
     chains = [
         _Chain(c["family"], c["table"], c["name"], c["hook"], c.get("policy") == "drop")
-        for c in _bases(listed)
+        for c in _bases(nftables.query("chains"))
     ]
     if not chains:
         return []
+    tables = [each["table"] for each in nftables.query("tables")]
+    owned = {_table(each) for each in tables if _has_owner(each)}
     rules = [rule for chain in chains for rule in _rules(chain)]
     commands: list[nftables.Json] = []
     for chain in chains:

@@ -37,8 +37,8 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
     if address not in addresses:
         netlink.add_address(address, policy.bridge)
     with ruleset.lock:
-        rebuilt = ruleset.ensure(policy)
-        forwarding.sync(policy, ruleset.elements())
+        rebuilt, elements = ruleset.ensure(policy)
+        forwarding.sync(policy, elements)
     return privileged.Ensured(rebuilt)
 
 

@@ -14,6 +14,7 @@ peers; `member_macs` tells them from packets that a guest sends through the host
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import string
 import threading
@@ -310,46 +311,39 @@ def _filled(policy: policies.Policy, name: str) -> str:
     )
 
 
-def ensure(policy: policies.Policy) -> bool:
-    """The tables are there and of this version. True when they had to be made; they are empty then."""
+class Ensured(NamedTuple):
+    rebuilt: bool
+    """The tables had to be made, and are empty."""
+    elements: set[Element]
+
+
+def ensure(policy: policies.Policy) -> Ensured:
+    """The tables are there and of this version."""
     wanted = version(policy)
     with lock:
-        chains = _our_chains()
-        for family, there in chains.items():
-            if not any(name.startswith("version_") for name in there):
+        tables = _tables()
+        for family, found in tables.items():
+            if not _is_ours(found):
                 raise errors.ConflictError(
                     f"table {family} {TABLE} exists and is not banger's", hint="rename or delete it"
                 )
-        if all(wanted in chains.get(family, ()) for family in COUNTERS):
-            return False
+        if all(wanted in _chains(tables.get(family, [])) for family in COUNTERS):
+            return Ensured(False, _elements(tables))
         nftables.load(text(policy))
-        return True
+        return Ensured(True, set())
 
 
 def delete() -> None:
     """Gone is gone. A table of our name that is not ours is left alone."""
     with lock:
-        for family, chains in _our_chains().items():
-            if any(name.startswith("version_") for name in chains):
+        for family, found in _tables().items():
+            if _is_ours(found):
                 nftables.change([{"delete": {"table": {"family": family, "name": TABLE}}}])
 
 
 def elements() -> set[Element]:
     """All that VMs own, and the links that were opened. Empty when the tables are not there."""
-    try:
-        found = [each for family in COUNTERS for each in nftables.query("table", family=family, name=TABLE)]
-    except nftables.RefusedError:
-        if _is_loaded():
-            raise
-        return set()
-    parsed: set[Element] = set()
-    for kind in ("set", "map"):
-        for fields in (each[kind] for each in found if kind in each):
-            if fields["name"] != "private":
-                parsed |= {
-                    _element(Set(fields["family"], fields["name"]), raw) for raw in fields.get("elem", ())
-                }
-    return parsed
+    return _elements(_tables())
 
 
 class Change(NamedTuple):
@@ -360,9 +354,10 @@ class Change(NamedTuple):
 def replace(owner: str, wanted: Iterable[Element]) -> Change:
     """Exactly `wanted` of this owner holds, in one change; returns all elements there were and are."""
     with lock:
-        present = elements()
+        tables = _tables()
+        present = _elements(tables)
         want = {each.identity: each for each in wanted}
-        if want and not _is_loaded():
+        if want and len(tables) < len(COUNTERS):
             raise errors.NotFoundError("the packet rules are not loaded", hint="ensure the bridge first")
         have = {each.identity: each for each in present if each.owner == owner}
         gone = [each for name, each in have.items() if name not in want]
@@ -396,18 +391,39 @@ def set_opened(links: set[str]) -> None:
             nftables.change(commands)
 
 
-def _is_loaded() -> bool:
-    return set(_our_chains()) == set(COUNTERS)
-
-
-def _our_chains() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for each in nftables.query("tables") + nftables.query("chains"):
-        if "table" in each and each["table"]["name"] == TABLE and each["table"]["family"] in COUNTERS:
-            found.setdefault(each["table"]["family"], [])
-        if "chain" in each and each["chain"]["table"] == TABLE and each["chain"]["family"] in COUNTERS:
-            found.setdefault(each["chain"]["family"], []).append(each["chain"]["name"])
+def _tables() -> dict[str, list[nftables.Json]]:
+    """What is in each table of our name that there is, by family; each is read once, and alone."""
+    found = {}
+    for family in COUNTERS:
+        try:
+            found[family] = nftables.query("table", family=family, name=TABLE)
+        except nftables.RefusedError:
+            if (family, TABLE) in _table_names():
+                raise
     return found
+
+
+def _table_names() -> list[tuple[str, str]]:
+    tables = [each["table"] for each in nftables.query("tables")]
+    return [(each["family"], each["name"]) for each in tables]
+
+
+def _chains(table: list[nftables.Json]) -> list[str]:
+    return [each["chain"]["name"] for each in table if "chain" in each]
+
+
+def _is_ours(table: list[nftables.Json]) -> bool:
+    return any(name.startswith("version_") for name in _chains(table))
+
+
+def _elements(tables: dict[str, list[nftables.Json]]) -> set[Element]:
+    parsed: set[Element] = set()
+    for each in itertools.chain.from_iterable(tables.values()):
+        fields = each.get("set") or each.get("map")
+        if fields is not None and fields["name"] != "private":
+            of = Set(fields["family"], fields["name"])
+            parsed |= {_element(of, raw) for raw in fields.get("elem", ())}
+    return parsed
 
 
 def _element(of: Set, raw: Any) -> Element:

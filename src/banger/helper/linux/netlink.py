@@ -76,9 +76,16 @@ def links() -> list[Link]:
 
 
 def find(name: str) -> Link | None:
-    wanted = _attribute(IFLA_IFNAME, name.encode() + b"\0")
+    return _find(_ifinfo() + _attribute(IFLA_IFNAME, name.encode() + b"\0"), name)
+
+
+def find_number(number: int) -> Link | None:
+    return _find(_ifinfo(number), f"link {number}")
+
+
+def _find(wanted: bytes, what: str) -> Link | None:
     try:
-        return _link(_request(RTM_GETLINK, 0, _ifinfo() + wanted, name)[0])
+        return _link(_request(RTM_GETLINK, 0, wanted, what)[0])
     except OSError as error:
         if error.errno == errno.ENODEV:
             return None
