@@ -138,11 +138,15 @@ class Firewall:
 
     def shown(self) -> str:
         """As it is now, without dates and packet counts of policies."""
-        lines = "".join(network_world.run(*command) for command in self.save).splitlines()
-        return "\n".join(_COUNTS.sub("", line) for line in lines if not line.startswith("#"))
+        return without_counts("".join(network_world.run(*command) for command in self.save))
 
     def without_ours(self) -> str:
         return "\n".join(line for line in self.shown().splitlines() if "banger" not in line)
+
+
+def without_counts(text: str) -> str:
+    """What a list of rules says, without dates and packet counts of policies."""
+    return "\n".join(_COUNTS.sub("", line) for line in text.splitlines() if not line.startswith("#"))
 
 
 def _tables(*tables: str) -> tuple[tuple[str, ...], ...]:
