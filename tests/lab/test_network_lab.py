@@ -85,10 +85,7 @@ def test_a_published_port_is_served_on_loopback(two: Lab) -> None:
     assert "SSH-2.0" in banner(two, "127.0.0.1", 18022)
     listed = json.loads(user.banger(two, "vm", "ports", "two", "--json").text)
     found = next(each for each in listed if each["port"] == 22)
-    assert (found["published"], found["target"], found["process"]) == (
-        ["127.0.0.1:18022"],
-        "two.vm:22",
-        "sshd",
-    )
+    assert (found["published"], found["target"]) == (["127.0.0.1:18022"], "two.vm:22")
+    assert found["process"] in ("sshd", "systemd"), "until the first login the socket's unit listens"
     user.banger(two, "vm", "unpublish", "two", "18022:22")
     assert banner(two, "127.0.0.1", 18022, check=False) == ""
