@@ -17,29 +17,14 @@ from lab.session import Lab
 TREE = Path(__file__).parents[2]
 TEST_LIMIT_S = 300
 UNPROVEN = {
-    "test_doctor_sees_what_is_wrong_and_says_what_mends_it",
-    "test_a_package_is_imported_and_boots",
     "test_a_kernel_that_cannot_boot_is_refused_at_import",
+    "test_a_lot_goes_in_and_comes_out_unchanged",
+    "test_a_package_is_imported_and_boots",
+    "test_a_published_port_is_served_on_loopback",
+    "test_doctor_sees_what_is_wrong_and_says_what_mends_it",
+    "test_openssh_its_friends_and_git",
     "test_ten_creates_at_once",
     "test_twenty_commands_at_once_keep_their_outputs_and_statuses_apart",
-    "test_a_lot_goes_in_and_comes_out_unchanged",
-    "test_the_host_reaches_guests_and_guests_not_each_other",
-    "test_nat_on_off_and_on_with_both_services_killed_in_between",
-    "test_a_published_port_is_served_on_loopback",
-    "test_vm_ssh_gives_the_command_s_output_and_status",
-    "test_openssh_its_friends_and_git",
-    "test_passwords_are_refused",
-    "test_a_guest_without_network_is_reached_all_the_same",
-    "test_without_an_ssh_server_the_error_says_what_else_there_is",
-    "test_a_new_vm_of_an_old_name_is_no_stranger",
-    "test_a_command_in_a_vm_of_its_own",
-    "test_the_guest_has_what_the_host_has",
-    "test_again_only_what_changed_and_never_over_the_guests_work",
-    "test_the_guests_work_comes_out",
-    "test_files_go_in_and_come_back",
-    "test_a_workspace_survives_a_stop_and_can_be_read_only",
-    "test_the_page_about_workspaces_is_true",
-    "test_configured_files_of_the_home_are_in_every_vm",
 }
 """Tests that have not passed in a lab as the code is now. `BANGER_UNPROVEN=1` runs them.
 
