@@ -21,7 +21,7 @@ $(VENV)/ready: requirements/dev.txt
 
 .PHONY: run test lint unit contract root lab guest wheel setup lab-up lab-ssh lab-down bench clean help
 
-run: setup  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
+run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
 
 test: setup lint guest  ## Install what is missing and run every test
