@@ -322,7 +322,7 @@ def complete(cli: cli_process.Cli, line: str, **env: str) -> list[str]:
     words = line.split(" ")
     asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_BANGER_COMPLETE": "bash_complete"}
     done = cli.run(env=asked | env)
-    assert done.err == ""
+    assert (done.status, done.err) == (0, "")
     return [item.partition(",")[2] for item in done.text.split()]
 
 

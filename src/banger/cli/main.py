@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -70,8 +69,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = root.main(args=list(arguments), prog_name="banger", standalone_mode=False, obj=settings)
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # click exits by itself on EPIPE alone
-        return _broken_pipe()
+    except (BrokenPipeError, SystemExit) as error:
+        # click exits by itself when it has completed a word, and on EPIPE.
+        completed = isinstance(error, SystemExit) and "_BANGER_COMPLETE" in os.environ
+        return 0 if completed else _broken_pipe()
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted", 130)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -102,6 +103,8 @@ def _failed(error: BaseException, *, json: bool) -> int:
         case errors.BangerError():
             return _report(error, exits.status_of(error), json=json)
     if os.environ.get("BANGER_DEBUG"):
+        import traceback
+
         traceback.print_exception(error)
     fault = errors.OperationFailedError(
         f"unexpected error: {type(error).__name__}: {error}",
