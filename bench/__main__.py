@@ -3,6 +3,6 @@
 
 import sys
 
-from bench import cli
+from bench import main
 
-sys.exit(cli.main())
+sys.exit(main.main())

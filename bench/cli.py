@@ -1,44 +1,66 @@
 # SPDX-License-Identifier: MIT
-"""Runs the benchmarks that are asked for, or all, and prints one table each."""
+"""The whole time of short commands, natively, beside the docker client's shortest and a bare Python.
+
+Every command is a process of its own, by turns; `vm list` asks a real daemon over its socket.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import json
-import logging
+import asyncio
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from typing import Final, cast
+import time
+from typing import Final
 
-from bench import host, report
-from lab import errors
+from bench import host, report, served
 
-# Each module has `run(Host) -> Report`; imported when asked for, as those of the lab need its packages.
-BENCHMARKS: Final = ("pipeline", "dns", "network", "start", "memory", "exec", "workspace", "pull")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--lab", metavar="NAME", default="", help="use this lab, as `make lab-up` makes it")
-    parser.add_argument("--json", action="store_true", help="one document for each benchmark and line")
-    options = parser.parse_args(argv)
-    unknown = sorted(set(options.names) - set(BENCHMARKS))
-    if unknown:
-        parser.error(f"no benchmark is named {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lab").setLevel(logging.INFO)
-    try:
-        with host.Host(options.lab) as machine:
-            for name in options.names or BENCHMARKS:
-                done = _benchmark(name)(machine)
-                print(json.dumps(done.document()) if options.json else f"{done.text()}\n", flush=True)
-    except errors.LabError as error:
-        print(f"bench: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        return 1
-    return 0
+ROUNDS: Final = 30
+VMS: Final = 3
+COMMANDS: Final = {
+    "banger --help": ("--help",),
+    "banger vm list": ("vm", "list"),
+    "completion of a VM's name": (),
+}
+COMPLETION: Final = {
+    "_BANGER_COMPLETE": "bash_complete",
+    "COMP_WORDS": "banger vm stop ",
+    "COMP_CWORD": "3",
+}
 
 
-def _benchmark(name: str) -> Callable[[host.Host], report.Report]:
-    return cast("Callable[[host.Host], report.Report]", importlib.import_module(f"bench.{name}").run)
+def run(_: host.Host) -> report.Report:
+    return asyncio.run(measure(rounds=ROUNDS))
+
+
+async def measure(*, rounds: int) -> report.Report:
+    docker = shutil.which("docker")
+    python = (sys.executable, "-c", "pass")
+    took: dict[str, list[float]] = {}
+    async with served.running() as (daemon, socket):
+        for number in range(VMS):
+            await daemon.start(f"vm-{number}")
+        plain, banger = served.environment(socket), served.program(socket.parent)
+        commands = {
+            what: ((banger, *words), plain if words else plain | COMPLETION)
+            for what, words in COMMANDS.items()
+        }
+        commands["python"] = (python, plain)
+        if docker:
+            commands["docker"] = ((docker, "--version"), plain)
+        for _ in range(rounds + 1):
+            for what, (argv, env) in commands.items():
+                began = time.perf_counter()
+                await served.run(*argv, env=env)
+                took.setdefault(what, []).append((time.perf_counter() - began) * 1000)
+    medians = {what: report.median(times[1:]) for what, times in took.items()}
+    return report.Report(
+        name="cli",
+        rival="`docker --version`" if docker else "nothing: no docker client is installed",
+        rows=tuple(
+            report.Row(what, medians[what], "ms", medians.get("docker"), "≤ 1.0") for what in COMMANDS
+        ),
+        notes=(
+            f"n = {rounds}; bare `python3 -c pass`: {medians['python']:.1f} ms; in units of it (aim ≤ 5): "
+            + ", ".join(f"{what} {medians[what] / medians['python']:.2f}" for what in COMMANDS),
+        ),
+    )

@@ -62,22 +62,23 @@ def _vm_of(ended: resources.Operation) -> resources.Vm:
 
 
 @contextlib.asynccontextmanager
-async def running() -> AsyncIterator[FakeHost]:
-    """In a directory whose sockets' paths fit into a socket address."""
+async def running(*, agent: Path | None = None) -> AsyncIterator[FakeHost]:
+    """In a directory whose sockets' paths fit into a socket address. `agent`: a real one's socket."""
     with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as directory:
         paths = _prepared(Path(directory))
         network = ipaddress.IPv4Network(names.NETWORK)
-        async with _helper(paths):
+        async with _helper(paths, agent):
             ops = Recorder(helper.Client(paths.helper_socket))
             async with main.compose(SETTINGS, network, paths, ops, "0" * 64) as services:
                 yield FakeHost(services, paths, ops)
 
 
 @contextlib.asynccontextmanager
-async def _helper(paths: config.Paths) -> AsyncIterator[None]:
+async def _helper(paths: config.Paths, agent: Path | None) -> AsyncIterator[None]:
     """Its VMMs are in that process too, so that their work is not taken for the daemon's."""
     given = ("--socket", paths.helper_socket, "--state", paths.state, "--helper-dir", paths.helper_dir)
     argv = [sys.executable, "-m", "tests.fakes.helper", *map(str, given)]
+    argv += ["--agent", str(agent)] if agent is not None else []
     process = await asyncio.create_subprocess_exec(*argv, cwd=TREE)
     try:
         async with asyncio.timeout(END_S):

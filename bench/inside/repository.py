@@ -52,7 +52,8 @@ def _make(repository: Path, files: int) -> None:
         path.write_bytes(os.urandom(number * 7919 % 8192))
     _git(repository, "init", "-q", "-b", "main")
     _git(repository, "add", "-A")
-    _git(repository, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "all")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    _git(repository, *author, "-c", "gc.auto=0", "commit", "-q", "-m", "all")
     _git(repository, "gc", "-q")
     (repository / "d0" / "f0").write_text("changed\n")
 

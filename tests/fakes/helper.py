@@ -124,9 +124,10 @@ async def _receive(reader: asyncio.StreamReader) -> privileged.Envelope:
         raise errors.BadRequestError(f"the request is not valid: {error}") from None
 
 
-async def _main(path: Path, state: Path, helper_dir: Path) -> int:
+async def _main(path: Path, state: Path, helper_dir: Path, agent: Path | None) -> int:
     """Serves until SIGTERM. The exit status is the number of VMs of which something is left."""
     world = worlds.World(state=state, jails=helper_dir / "jails", logs=helper_dir / "logs")
+    world.behaviour.agent = agent
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     async with FakeHelper(world).serving(path):
@@ -140,5 +141,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("socket", "state", "helper-dir"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--agent", type=Path, help="socket of a real agent for all guests")
     given = parser.parse_args()
-    sys.exit(asyncio.run(_main(given.socket, given.state, given.helper_dir)))
+    sys.exit(asyncio.run(_main(given.socket, given.state, given.helper_dir, given.agent)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, exec, host, memory, pipeline, report, start
+from bench import exec, host, main, memory, pipeline, report, start
 from bench.inside import memory as sizes
 
 SAMPLE = report.Report(
@@ -36,7 +36,7 @@ def test_a_report_is_a_document_with_ratios() -> None:
     assert [row["ratio"] for row in rows] == [1.5, None]
 
 
-@pytest.mark.parametrize("name", cli.BENCHMARKS)
+@pytest.mark.parametrize("name", main.BENCHMARKS)
 def test_every_benchmark_can_be_loaded(name: str) -> None:
     assert callable(importlib.import_module(f"bench.{name}").run)
 
@@ -48,7 +48,7 @@ def test_what_runs_in_the_lab_is_there(name: str) -> None:
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["nope"])
+        main.main(["nope"])
     assert "there are: pipeline" in capsys.readouterr().err
 
 
