@@ -62,11 +62,13 @@ class Cli:
         stdin: bytes | IO[bytes] = b"",
         env: dict[str, str] | None = None,
         timeout_s: float = DEADLINE_S,
+        memory_bytes: int = 0,
     ) -> Done:
-        """To its end. Input that is bytes is piped."""
+        """To its end. Input that is bytes is piped. `memory_bytes`: as much address space as it may have."""
+        limit = ["prlimit", f"--as={memory_bytes}", "--"] if memory_bytes else []
         source: dict[str, Any] = {"input" if isinstance(stdin, bytes) else "stdin": stdin}
         done = subprocess.run(
-            self.argv(*arguments),
+            [*limit, *self.argv(*arguments)],
             **source,
             capture_output=True,
             env=self.environment(**(env or {})),

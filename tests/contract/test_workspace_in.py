@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from websockets.asyncio import client as websockets
 
 from banger.contract import resources
-from tests.contract import repositories, workspaces
+from tests.contract import cli_process, repositories, workspaces
 
 Guest = workspaces.Guest
 git = repositories.git
@@ -333,16 +334,48 @@ async def test_a_vm_that_does_not_run_is_named(guest: Guest) -> None:
         assert "web is not running" in (await guest.banger("vm", "workspace", *words, status=1)).err
 
 
-@pytest.mark.timeout(240)
-async def test_ten_thousand_files(guest: Guest) -> None:
+@pytest.mark.timeout(600)
+async def test_fifty_thousand_files(guest: Guest) -> None:
     repositories.plain(guest.source)
-    for number in range(10_000):
-        path = guest.source / f"d{number % 100}" / f"f{number}"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"content of {number}\n" * (number % 40))
+    for number in range(100):
+        (guest.source / f"d{number}").mkdir()
+    for number in range(50_000):
+        (guest.source / f"d{number % 100}" / f"f{number}").write_text(f"content of {number}\n")
     repositories.commit(guest.source)
     (guest.source / "d1" / "f1").write_text("changed\n")
     await guest.prepare()
     assert repositories.status(guest.repo) == repositories.status(guest.source)
     (guest.source / "d2" / "f2").write_text("changed\n")
     assert await guest.served_bytes() < 50_000
+    assert repositories.status(guest.repo) == repositories.status(guest.source)
+
+
+_GIB = 1 << 30
+
+
+@pytest.mark.timeout(600)
+async def test_a_file_of_one_gibibyte_takes_no_memory(guest: Guest) -> None:
+    """Nobody may hold it: the client and its git get less address space than it has bytes."""
+    repositories.plain(guest.source)
+    large = guest.source / "large"
+    with large.open("wb") as file:
+        file.truncate(_GIB)
+        for place in range(0, _GIB, _GIB // 16):
+            file.seek(place)
+            file.write(os.urandom(4096))
+    git(guest.source, "add", "large")
+    before = _resident_bytes()
+    words = ("vm", "workspace", "prepare", "web", str(guest.source), "--guest-path", str(guest.repo))
+    done = await asyncio.to_thread(
+        cli_process.Cli(guest.served.path).run, *words, memory_bytes=_GIB * 3 // 4, timeout_s=500
+    )
+    assert done.status == 0, done.err
+    assert _resident_bytes() - before < _GIB // 8, "the daemon"
+    assert repositories.status(guest.repo) == repositories.status(guest.source)
+    same = await asyncio.create_subprocess_exec("cmp", large, guest.repo / "large")
+    assert await same.wait() == 0
+
+
+def _resident_bytes() -> int:
+    """The most that this process, which is the daemon's too, ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -55,6 +55,44 @@ async def test_an_export_is_exact_and_leaves_the_guest_alone(guest: Guest) -> No
     assert not (guest.source / "ignored.log").exists()
 
 
+def everything(repo: Path) -> str:
+    """The tree of all files that are not ignored, by git's own means; the index stays as it is."""
+    index = repo / ".git" / "index"
+    before = index.read_bytes() if index.exists() else None
+    git(repo, "add", "-A")
+    made = git(repo, "write-tree").decode().strip()
+    index.unlink()
+    if before is not None:
+        index.write_bytes(before)
+    return made
+
+
+def change_anything(repo: Path) -> None:
+    """One of each kind of change, in whatever files there are."""
+    raw = os.fsencode(repo)
+    files = [name for name in repositories.tracked(repo) if os.path.isfile(os.path.join(raw, name))]
+    for name in files[:1]:
+        with open(os.path.join(raw, name), "ab") as file:
+            file.write(b"\r\nguest\n\xff")
+    for name in files[1:2]:
+        os.unlink(os.path.join(raw, name))
+    with open(os.path.join(raw, b"new \xff\n"), "wb") as file:
+        file.write(b"\0\1\2")
+    os.chmod(os.path.join(raw, b"new \xff\n"), 0o700)
+    (repo / "to-new").symlink_to("nowhere/ü")
+
+
+@pytest.mark.parametrize("state", sorted(repositories.STATES.keys() - {"conflicted"}))
+async def test_the_guest_s_work_lands_exactly_whatever_the_repository(guest: Guest, state: str) -> None:
+    repositories.STATES[state](guest.source)
+    await guest.prepare()
+    change_anything(guest.repo)
+    wanted = everything(guest.repo)
+    await guest.banger("vm", "workspace", "pull", "web")
+    assert git(guest.source, "rev-parse", "banger/web^{tree}").decode().strip() == wanted
+    assert git(guest.source, "fsck", "--no-dangling") == b""
+
+
 async def test_an_export_against_a_commit(guest: Guest) -> None:
     repositories.plain(guest.source)
     await guest.prepare()
