@@ -5,45 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from banger.contract import errors, names, ports, resources
+from banger.contract import errors, ports, resources
 from banger.owner import config, listeners, main, publish
 from banger.owner import guest as guests
-from banger.vm import record
-from tests.contract import agent, conftest
+from tests.contract import agent, conftest, publishing
 from tests.fakes import world as worlds
 
 MIB = 1 << 20
-
-
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as made:
-        made.bind(("127.0.0.1", 0))
-        port: int = made.getsockname()[1]
-        return port
-
-
-def row(*published: str, network: bool = False) -> record.VmRecord:
-    return record.VmRecord(
-        id=names.VmId("c0ffee000001"),
-        name=names.VmName("web"),
-        slot=1,
-        image_id=names.ImageId("0" * 12),
-        kernel_id=names.KernelId("0" * 12),
-        vcpus=1,
-        memory_mib=128,
-        disk_size_mib=16,
-        network=network,
-        publish=published,
-        state=resources.VmState.RUNNING,
-        created_at=datetime.datetime.now(datetime.UTC),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +74,9 @@ async def refuses(port: int) -> bool:
 
 
 async def test_tcp_travels_through_the_agent_and_each_end_is_told(publisher: publish.Publisher) -> None:
-    port = free_port()
+    port = publishing.free_port()
     async with echo() as service:
-        vm = row(f"{port}:{service}")
+        vm = publishing.row(f"{port}:{service}")
         publisher.take(vm)
         await publisher.serve(vm)
         assert await asyncio.gather(*(sent_back(port, bytes([n]) * MIB) for n in range(8))) == [
@@ -113,7 +87,7 @@ async def test_tcp_travels_through_the_agent_and_each_end_is_told(publisher: pub
 
 
 async def test_udp_travels_through_the_agent(publisher: publish.Publisher) -> None:
-    port, service = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_DGRAM)
+    port, service = publishing.free_port(socket.SOCK_DGRAM), publishing.free_port(socket.SOCK_DGRAM)
     loop = asyncio.get_running_loop()
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
@@ -122,7 +96,7 @@ async def test_udp_travels_through_the_agent(publisher: publish.Publisher) -> No
         for each in (server, asking):
             each.setblocking(False)
         server.bind(("127.0.0.1", service))
-        await publisher.serve(row(f"{port}:{service}/udp"))
+        await publisher.serve(publishing.row(f"{port}:{service}/udp"))
         asking.connect(("127.0.0.1", port))
         async with asyncio.timeout(20):
             for text in (b"one", b"two"):
@@ -133,30 +107,30 @@ async def test_udp_travels_through_the_agent(publisher: publish.Publisher) -> No
 
 
 async def test_a_service_that_is_not_there_ends_the_connection(publisher: publish.Publisher) -> None:
-    port = free_port()
-    await publisher.serve(row(f"{port}:{free_port()}"))
+    port = publishing.free_port()
+    await publisher.serve(publishing.row(f"{port}:{publishing.free_port()}"))
     with contextlib.suppress(ConnectionError):
         assert await sent_back(port, b"x") == b""
 
 
 async def test_a_port_in_use_is_refused_and_none_is_taken(publisher: publish.Publisher) -> None:
-    port = free_port()
+    port = publishing.free_port()
     async with echo() as used:
         with pytest.raises(errors.AlreadyExistsError, match=str(used)) as caught:
-            publisher.take(row(f"{port}:80", f"{used}:80"))
+            publisher.take(publishing.row(f"{port}:80", f"{used}:80"))
     assert "another port" in caught.value.hint
     publish.bound(ports.parse(f"{port}:80")).close()
 
 
 async def test_changing_ports_leaves_the_others_connections_alone(publisher: publish.Publisher) -> None:
-    one, two = free_port(), free_port()
+    one, two = publishing.free_port(), publishing.free_port()
     async with echo() as service:
-        await publisher.serve(row(f"{one}:{service}"))
+        await publisher.serve(publishing.row(f"{one}:{service}"))
         reader, writer = await asyncio.open_connection("127.0.0.1", one)
         writer.write(b"before ")
-        await publisher.serve(row(f"{one}:{service}", f"{two}:{service}"))
+        await publisher.serve(publishing.row(f"{one}:{service}", f"{two}:{service}"))
         assert await sent_back(two, b"two") == b"two"
-        await publisher.serve(row(f"{one}:{service}"))
+        await publisher.serve(publishing.row(f"{one}:{service}"))
         assert await refuses(two)
         writer.write(b"after")
         writer.write_eof()
@@ -171,15 +145,17 @@ async def test_ports_say_where_a_service_is_reached(client: guests.GuestClient) 
         writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
         writer.close()
 
-    port = free_port()
+    port = publishing.free_port()
     async with await asyncio.start_server(http, "127.0.0.1", 0) as server:
         service = server.sockets[0].getsockname()[1]
-        found = await listeners.look(client, row(f"{port}:{service}"))
+        found = await listeners.look(client, publishing.row(f"{port}:{service}"))
         here = next(each for each in found if each.port == service)
         assert (here.url, here.published) == (f"http://127.0.0.1:{port}/", (f"127.0.0.1:{port}",))
         assert here.pid
         assert here.target == ""  # it listens on the guest's loopback
-        closed = next(each for each in await listeners.look(client, row()) if each.port == service)
+        closed = next(
+            each for each in await listeners.look(client, publishing.row()) if each.port == service
+        )
         assert closed.url == ""
 
 
@@ -195,7 +171,7 @@ async def test_a_port_in_use_is_refused_before_the_vm_exists(daemon: conftest.Da
 async def test_ports_live_with_their_vm_and_outlive_the_daemon(
     paths: config.Paths, world: worlds.World
 ) -> None:
-    one, two = free_port(), free_port()
+    one, two = publishing.free_port(), publishing.free_port()
     async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
         body = resources.CreateVm(name="web", publish=(f"{one}:80",))
