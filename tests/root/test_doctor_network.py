@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""doctor reads the kernel's own routes, in a network namespace where one leads into the VMs' network."""
+"""doctor and installation read the kernel's own routes, where one leads into the VMs' network."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ host.settings = lambda: scene.Settings(
 )
 found = network.prefix(host)
 print(found.status, found.detail)
+"""
+_INSTALL = """
+import asyncio
+from banger.contract import errors
+from banger.system import host, install
+host.check = lambda owner: None
+first = install.Install(install.Choices(owner="dev"), print).plan()[0]
+try:
+    asyncio.run(first.run())
+    print("it goes on")
+except errors.ConflictError as error:
+    print(error.message, error.hint, sep="; ")
 """
 
 
@@ -38,10 +50,31 @@ print(found.status, found.detail)
     ],
 )
 def test_a_route_into_the_vms_network(link: str, address: str, said: str) -> None:
+    assert _where(link, address, _ASK) == said
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (
+            "10.213.241.1/24",
+            "network 10.213.240.0/20 overlaps 10.213.241.0/24, which this host reaches by other; "
+            "install with another one: `--network 10.255.240.0/20`",
+        ),
+        ("10.214.0.1/24", "it goes on"),
+    ],
+)
+def test_an_installation_is_refused_before_anything_is_made(address: str, said: str) -> None:
+    assert _where("other", address, _INSTALL) == said
+
+
+def _where(link: str, address: str, program: str) -> str:
+    """What it prints on a host with this address."""
     script = (
         'ip link add "$1" type bridge && ip addr add "$2" dev "$1" && ip link set "$1" up '
         '&& ip route add default dev "$1" && exec "$3" -c "$4"'
     )
-    argv = ["unshare", "--net", "sh", "-ec", script, "sh", link, address, sys.executable, _ASK]
+    argv = ["unshare", "--net", "sh", "-ec", script, "sh", link, address, sys.executable, program]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout.strip() == said, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

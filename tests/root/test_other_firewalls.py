@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from banger.contract import errors, names, privileged
-from banger.helper import forwarding, ruleset
-from banger.helper.linux import netlink
+from banger.helper import forwarding, guest_rules, ruleset
+from banger.helper.linux import netlink, nftables
 from tests.root import firewalls, helper_world, network_world
 from tests.root.network_world import BRIDGE, INTERNET, Net
 
@@ -197,6 +199,71 @@ def test_a_foreign_table_of_our_name_is_left_alone(net: Net) -> None:
         net.ask(privileged.EnsureBridge())
     net.ask(privileged.DeleteBridge())
     assert "table inet banger" in network_world.run("nft", "list", "tables")
+
+
+@contextlib.contextmanager
+def faults(choose: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the kernel is asked fails now and then, before or after it was done."""
+
+    def unreliable(work: Callable[..., object]) -> Callable[..., object]:
+        def called(*arguments: object, **more: object) -> object:
+            luck = choose.random()
+            if luck < 0.05:
+                raise OSError(errno.ENOBUFS, "no buffer space")
+            done = work(*arguments, **more)
+            if luck > 0.95:
+                raise OSError(errno.EINTR, "interrupted")
+            return done
+
+        return called
+
+    with monkeypatch.context() as patched:
+        for module, name in (
+            (netlink, "bring_up"),
+            (netlink, "keep_tap"),
+            (netlink, "delete"),
+            (nftables, "change"),
+            (netlink, "set_forwarding"),
+        ):
+            patched.setattr(module, name, unreliable(getattr(module, name)))
+        yield
+
+
+def test_two_hundred_guests_under_faults_leave_nothing_that_is_not_found_again(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step may fail, and is then undone as a start undoes it; what that leaves, the next one mends."""
+    choose = random.Random(11)
+    failed, there = 0, set[int]()
+    with faults(choose, monkeypatch):
+        for slot in choose.choices(range(1, 201), k=250):
+            vm_id = f"{slot:04x}" * 3
+            made = slot not in there
+            steps: list[privileged.AnyRequest] = [
+                privileged.SetGuestRules(vm_id=vm_id, slot=slot, nat=True, ipv6=slot % 3 == 0),
+                privileged.CreateTap(vm_id=vm_id, slot=slot),
+            ]
+            try:
+                for step in steps if made else [privileged.TearDown(vm_id=vm_id)]:
+                    net.ask(step)
+            except (errors.BangerError, OSError, ExceptionGroup):
+                failed += 1
+                made = False
+                with contextlib.suppress(errors.BangerError, OSError, ExceptionGroup):
+                    net.ask(privileged.TearDown(vm_id=vm_id))
+            there = there | {slot} if made else there - {slot}
+    assert failed > 10
+    taps = [link.alias for link in netlink.links() if link.name.startswith("tap-")]
+    assert len(set(taps)) == len(taps)
+    wanted = {f"{slot:04x}" * 3 for slot in there}
+    assert {alias.removeprefix("banger/") for alias in taps} >= wanted
+    assert guest_rules.owners() >= wanted
+    for vm_id in guest_rules.owners() | {alias.removeprefix("banger/") for alias in taps}:
+        net.ask(privileged.TearDown(vm_id=vm_id))
+    assert not [each for each in ruleset.elements() if each.owner]
+    assert not [link for link in netlink.links() if link.name.startswith("tap-")]
+    net.ask(privileged.EnsureBridge())
+    assert not any(map(forwards, ("br-fc", "uplink0")))
 
 
 def test_two_hundred_guests_in_random_order_leave_exactly_what_is_wanted(net: Net) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import random
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -87,6 +88,36 @@ def test_a_hundred_reservations_at_once_get_distinct_slots(path: Path, empty_sto
     other.close()
 
 
+def test_slots_leased_and_given_back_in_random_order_under_faults(
+    path: Path, empty_store: store.Store
+) -> None:
+    """Many at a time, some drafts failing, some rows gone twice, the store opened anew now and then."""
+    choose, held, leased = random.Random(5), empty_store, dict[names.VmId, int]()
+    for number in range(900):
+        if leased and choose.random() < max(0.3, len(leased) / 250):
+            vm_id = choose.choice(sorted(leased))
+            held.delete(vm_id)
+            held.delete(vm_id)
+            del leased[vm_id]
+        elif choose.random() < 0.2:
+            with pytest.raises(errors.BadRequestError):
+                held.reserve(_fail)
+        else:
+            vm = held.reserve(lambda slot: draft(slot, name=f"vm-{number}"))  # noqa: B023 - called at once
+            assert vm.slot == min(set(range(1, 250)) - set(leased.values()))
+            leased[vm.id] = vm.slot
+        if number % 100 == 0:
+            held.close()
+            held = store.Store(path)
+    assert {vm.id: vm.slot for vm in held.list()} == leased
+    assert len(set(leased.values())) == len(leased) > 60
+    held.close()
+
+
+def _fail(slot: int) -> record.VmRecord:
+    raise errors.BadRequestError("no")
+
+
 def test_of_two_with_one_name_one_is_refused_and_leaves_nothing(empty_store: store.Store) -> None:
     gate = threading.Barrier(8)
 
@@ -104,11 +135,8 @@ def test_of_two_with_one_name_one_is_refused_and_leaves_nothing(empty_store: sto
 
 
 def test_a_draft_that_fails_leaves_nothing(empty_store: store.Store) -> None:
-    def fail(slot: int) -> record.VmRecord:
-        raise errors.BadRequestError("no")
-
     with pytest.raises(errors.BadRequestError):
-        empty_store.reserve(fail)
+        empty_store.reserve(_fail)
     assert empty_store.list() == []
     assert empty_store.reserve(draft).slot == 1
 
