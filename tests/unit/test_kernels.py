@@ -306,7 +306,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, import_: Import)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        with pytest.raises(errors.NoSpaceError, match="no space left to import"):
+        with pytest.raises(errors.NoSpaceError, match="no space left for kernel"):
             import_(tmp_path / "vmlinux")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -8,11 +8,9 @@ the lab.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -37,7 +35,7 @@ def import_path(
     """Imports under a name. `arch` is that of the machine that will boot it, this one if it is absent."""
     names.parse_artefact_name(name, "a kernel")
     kernel_id = names.new_id()
-    with _space_told(path), kernels.stage(kernel_id) as staged:
+    with kernels.stage(kernel_id) as staged:
         work = staged / "work"
         work.mkdir()
         found = parts.find(path, work / "unpacked")
@@ -50,19 +48,6 @@ def import_path(
             raise
         shutil.rmtree(work)
         return kernels.publish(staged, record)
-
-
-@contextlib.contextmanager
-def _space_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise errors.NoSpaceError(
-            f"no space left to import {path}: {error.strerror}",
-            hint="delete kernels, VMs or images no longer needed, or give the file system more room",
-        ) from error
 
 
 def _silent(_: str) -> None:
