@@ -50,31 +50,51 @@ def layout(
     arch: str = "amd64",
 ) -> str:
     """Adds an image of these tars to a layout; the digest of its manifest."""
-    blobs = root / "blobs" / "sha256"
-    blobs.mkdir(parents=True, exist_ok=True)
-    (root / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    stored = [add(root, compressed(layer, compression), f"{LAYER}+{compression}") for layer in layers]
+    return described(root, tag, stored, [digest(layer) for layer in layers], run, arch=arch)
 
-    def add(data: bytes, media_type: str) -> dict[str, Any]:
-        (blobs / digest(data).removeprefix("sha256:")).write_bytes(data)
-        return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
 
+def described(
+    root: Path,
+    tag: str,
+    layers: list[dict[str, Any]],
+    diff_ids: list[str],
+    run: dict[str, Any] | None = None,
+    *,
+    arch: str = "amd64",
+) -> str:
+    """Adds an image of layers that are in the layout already; the digest of its manifest."""
     config = {
         "architecture": arch,
         "os": "linux",
         "config": run or {},
-        "rootfs": {"type": "layers", "diff_ids": [digest(layer) for layer in layers]},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
         "history": [{"created_by": "tests"} for _ in layers],
     }
     manifest = {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
-        "config": add(json.dumps(config).encode(), CONFIG),
-        "layers": [add(compressed(layer, compression), f"{LAYER}+{compression}") for layer in layers],
+        "config": add(root, json.dumps(config).encode(), CONFIG),
+        "layers": layers,
     }
-    entry = add(json.dumps(manifest).encode(), MANIFEST)
+    entry = add(root, json.dumps(manifest).encode(), MANIFEST)
+    (root / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
     index = root / "index.json"
     known = json.loads(index.read_text())["manifests"] if index.exists() else []
     kept = [each for each in known if each["annotations"] != entry["annotations"]]
     index.write_text(json.dumps({"schemaVersion": 2, "manifests": [*kept, entry]}))
     return str(entry["digest"])
+
+
+def blobs(root: Path) -> Path:
+    """Where a layout has its blobs."""
+    path = root / "blobs" / "sha256"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def add(root: Path, data: bytes, media_type: str) -> dict[str, Any]:
+    """Puts a blob into a layout; its descriptor."""
+    (blobs(root) / digest(data).removeprefix("sha256:")).write_bytes(data)
+    return {"mediaType": media_type, "digest": digest(data), "size": len(data)}

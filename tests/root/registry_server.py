@@ -73,7 +73,7 @@ class Registry:
         if not self._auth:
             argv.pop()
         argv += [*options, f"oci:{layout}:{tag}", f"docker://{self.host}/{name}"]
-        subprocess.run(argv, check=True, timeout=60)
+        subprocess.run(argv, check=True, timeout=180)
 
 
 def _drain(stream: IO[str]) -> None:
