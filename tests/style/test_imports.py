@@ -21,6 +21,7 @@ _SHARED = {
     "pinned",
     "run",
     "steps",
+    "tarstream",
     "toml_file",
 }
 _PLANNING = _SHARED | {"images", "kernels", "net", "storage"}
@@ -36,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "debian": {"contract", "run"},
     "pinned": {"contract", "run"},
     "guest_binary": {"contract"},
+    "tarstream": {"contract", "run"},
     "toml_file": {"contract"},
     "images": _SHARED,
     "kernels": _SHARED,

@@ -12,7 +12,7 @@ from typing import Final
 
 from banger.images import bundle, flatten
 from banger.images.mkfs import filesystem
-from banger.images.tarstream import reader
+from banger.tarstream import reader
 
 BLOCK: Final = 512
 END: Final = bytes(2 * BLOCK)

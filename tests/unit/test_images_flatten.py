@@ -17,7 +17,7 @@ from hypothesis import strategies
 from banger.contract import errors
 from banger.images import bundle, flatten
 from banger.images.mkfs import filesystem
-from banger.images.tarstream import reader
+from banger.tarstream import reader
 from tests.unit import tars
 from tests.unit.tars import directory, file, hard_link, opaque, pax, symlink, tar, whiteout
 

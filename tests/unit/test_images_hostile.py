@@ -16,8 +16,8 @@ import zstandard
 from banger.contract import errors
 from banger.images import bundle, flatten, paths
 from banger.images.mkfs import filesystem
-from banger.images.tarstream import pax as pax_headers
-from banger.images.tarstream import reader
+from banger.tarstream import pax as pax_headers
+from banger.tarstream import reader
 from tests.unit import tars
 from tests.unit.tars import (
     BLOCK,

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies
 
 from banger.contract import errors
-from banger.images.tarstream import reader
+from banger.tarstream import reader
 from tests.unit import tars
 
 BYTES = strategies.binary(min_size=1, max_size=20).map(

@@ -11,13 +11,12 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import hypothesis
 import pytest
 import zstandard
-from hypothesis import strategies
 
 from banger.contract import errors
-from banger.kernels import deb, tar
+from banger.kernels import deb
+from banger.tarstream import pax
 
 IMAGE = "./boot/vmlinuz-1"
 
@@ -129,8 +128,8 @@ def test_a_name_twice_is_its_last_file(unpack: Unpack) -> None:
 
 def _long_header(kind: bytes) -> bytes:
     info = tarfile.TarInfo("x")
-    info.type, info.size = kind, tar.MAX_HEADER_BYTES + 1
-    return info.tobuf(tarfile.GNU_FORMAT) + bytes(tar.MAX_HEADER_BYTES + 1024)
+    info.type, info.size = kind, pax.MAX_BYTES + 1
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(pax.MAX_BYTES + 1024)
 
 
 def _sized(size: bytes) -> bytes:
@@ -167,13 +166,13 @@ TRICKS: dict[str, tuple[bytes, str]] = {
     "zstd cut short": (package(zstandard.compress(GOOD)[:-6], "data.tar.zst"), "cut short|damaged"),
     "a tar cut short": (package(GOOD[:3000]), "cut short"),
     "a tar without its end": (package(GOOD[: 512 + 5120]), "cut short"),
-    "a wrong check sum": (package(b"x" + GOOD[1:]), "check sum"),
-    "a long name of a megabyte": (package(_long_header(b"L")), "larger than 1 MiB"),
-    "a pax header of a megabyte": (package(_long_header(b"x")), "larger than 1 MiB"),
-    "a member of 2**88 bytes": (package(_sized(b"\xff" * 12) + bytes(1024)), "more than 4 GiB"),
+    "a wrong check sum": (package(b"x" + GOOD[1:]), "checksum"),
+    "a long name of a megabyte": (package(_long_header(b"L")), "a header about a member has"),
+    "a pax header of a megabyte": (package(_long_header(b"x")), "a header about a member has"),
+    "a member of 2**88 bytes": (package(_sized(b"\xff" * 12) + bytes(1024)), "claims to have"),
     "a size in letters": (package(_sized(b"size\0       ") + bytes(1024)), "no number"),
-    "a pax size in letters": (package(_pax(b"15 size=letters\n")), "no number"),
-    "a pax size of a petabyte": (package(_pax(b"26 size=1000000000000000\n")), "no number"),
+    "a pax size in letters": (package(_pax(b"16 size=letters\n")), "no number"),
+    "a pax size of a petabyte": (package(_pax(b"25 size=1000000000000000\n")), "claims to have"),
     "a file that is a directory too": (
         package(tarred(member("./lib/modules/1/x", b"1"), member("./lib/modules/1/x/y", b"2"))),
         "cannot be made",
@@ -196,51 +195,14 @@ def test_tricks_are_refused_with_the_reason(unpack: Unpack, name: str) -> None:
         unpack(data)
 
 
-class _Zeros(io.RawIOBase):
-    """Endless members of nothing, as a few bytes of xz would unpack to."""
-
-    def __init__(self, header: bytes) -> None:
-        self._header = header
-
-    def read(self, size: int = -1) -> bytes:
-        return self._header[:size]
-
-
-def test_millions_of_members_are_refused() -> None:
-    header = tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)
-    with pytest.raises(errors.BadRequestError, match="more than 200000 members"):
-        for _ in tar.files(_Zeros(header)):  # type: ignore[arg-type]
-            pass
+def test_too_many_members_are_refused(unpack: Unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deb, "MAX_MEMBERS", 3)
+    assert unpack(package(tarred(*[member(IMAGE, b"k")] * 3))) == {"boot/vmlinuz-1": b"k"}
+    with pytest.raises(errors.BadRequestError, match="more than 3 members"):
+        unpack(package(tarred(*[member("./etc/x", b"")] * 4)))
 
 
 def test_a_bomb_is_refused_by_its_own_word_before_it_is_unpacked(unpack: Unpack) -> None:
     claimed = _sized(b"%011o\0" % (deb.MAX_UNPACKED_BYTES + 1))
     with pytest.raises(errors.BadRequestError, match="more than 4 GiB"):
         unpack(package(lzma.compress(claimed + bytes(1 << 20)), "data.tar.xz"))
-
-
-_LETTERS = strategies.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="/")
-_NAMES = strategies.lists(strategies.text(_LETTERS, min_size=1, max_size=90), min_size=1, max_size=4)
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(
-    strategies.lists(strategies.tuples(_NAMES.map("/".join), strategies.binary(max_size=1500)), max_size=6),
-    strategies.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
-)
-def test_reads_what_the_standard_library_writes(files: list[tuple[str, bytes]], kind: int) -> None:
-    archive = tarred(*(member(name, data) for name, data in files), kind=kind)
-    found = [(each.name, b"".join(each.pieces())) for each in tar.files(io.BytesIO(archive))]
-    assert found == files
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(strategies.integers(0, len(GOOD) - 1), strategies.binary(min_size=1, max_size=40))
-def test_hostile_archives_are_refused_cleanly(at: int, patch: bytes) -> None:
-    data = bytearray(GOOD)
-    data[at : at + len(patch)] = patch
-    try:
-        for each in tar.files(io.BytesIO(bytes(data))):
-            assert each.size >= 0
-    except errors.BadRequestError:
-        return

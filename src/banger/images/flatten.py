@@ -16,7 +16,7 @@ from typing import Final
 from banger.contract import errors
 from banger.images import bundle, decompress, paths
 from banger.images.mkfs import filesystem
-from banger.images.tarstream import header, reader
+from banger.tarstream import header, reader
 
 WHITEOUT: Final = b".wh."
 OPAQUE: Final = b".wh..wh..opq"

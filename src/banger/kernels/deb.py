@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import IO, Final, cast
 
 import zstandard
 
-from banger import run
 from banger.contract import errors
-from banger.kernels import files, tar
+from banger.kernels import files
+from banger.tarstream import hole, reader
 
 MAGIC: Final = b"!<arch>\n"
 MAX_UNPACKED_BYTES: Final = 4 << 30
 MAX_SKIPPED: Final = 16
+MAX_MEMBERS: Final = 200_000
 _HEADER_BYTES: Final = 60
 _MEMORY_BYTES: Final = 192 << 20
 _WINDOW_BYTES: Final = 1 << 27
@@ -38,29 +40,46 @@ def extract_kernel(package: Path, target: Path) -> None:
     """Puts `boot/` and `lib/modules/` of a package below `target`: plain files with plain modes only."""
     left = MAX_UNPACKED_BYTES
     with files.opened(package) as file, _data_tar(file) as stream:
-        for member in tar.files(stream):
-            run.check_cancelled()
+        for number, member in enumerate(reader.entries(_pieces(stream))):
+            if number >= MAX_MEMBERS:
+                raise errors.BadRequestError(f"{package.name} has more than {MAX_MEMBERS} members")
             left -= member.size
             if left < 0:
                 raise errors.BadRequestError(
                     f"{package.name} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB"
                 )
-            match = _WANTED.fullmatch(member.name)
-            if match is not None and not {"..", "."} & set(match[1].split("/")) and "\0" not in match[1]:
-                _write(member, target / match[1])
+            if stat.S_ISREG(member.mode) and not member.hard_link:
+                _take(member, target)
 
 
-def _write(member: tar.Member, path: Path) -> None:
+def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
+    while piece := stream.read(_PIECE):
+        yield piece
+
+
+def _take(member: reader.Entry, target: Path) -> None:
+    name = member.name.decode(errors="replace")
+    match = _WANTED.fullmatch(name)
+    if match is None or {"..", "."} & set(match[1].split("/")):
+        return
+    path = target / match[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        files.write(member.pieces(), path)
+        files.write(_content(member), path)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             raise
         raise errors.BadRequestError(
-            f"the package has a file that cannot be made: {member.name[:200]!r}: {error.strerror}"
+            f"the package has a file that cannot be made: {name[:200]!r}: {error.strerror}"
         ) from error
+
+
+def _content(member: reader.Entry) -> Iterator[bytes]:
+    for piece in member.content:
+        if isinstance(piece, hole.Hole):
+            raise errors.BadRequestError("the package has a sparse file, which no package has")
+        yield bytes(piece)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Final
 from banger.contract import errors
 from banger.images import flatten
 from banger.images.mkfs import filesystem
-from banger.images.tarstream import reader
+from banger.tarstream import reader
 
 LABEL: Final = "banger-work"
 MIB: Final = 1 << 20

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The content of a file on its way to the disk: whole blocks, those of zeros left out.
 
-Used by `mkfs` only; `Hole` also by those who feed it.
+Used by `mkfs` only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Final
 
@@ -16,16 +15,10 @@ from banger.images.mkfs import extents
 from banger.images.mkfs.disk import Disk
 from banger.images.mkfs.layout import BLOCK
 from banger.images.mkfs.space import Space
+from banger.tarstream.hole import Hole
 
 MAX_BYTES: Final = ((1 << 32) - 1) * BLOCK
 _ZEROS: Final = bytes(BLOCK)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hole:
-    """So many bytes of zeros, which cost nothing however many they are."""
-
-    length: int
 
 
 class Stored:

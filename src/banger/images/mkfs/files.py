@@ -17,8 +17,8 @@ from banger.images.mkfs import attributes as attributes_
 from banger.images.mkfs import content as contents
 from banger.images.mkfs import extents, inodes, layout, space, xattrs
 from banger.images.mkfs.attributes import Attributes
-from banger.images.mkfs.content import Hole
 from banger.images.mkfs.disk import Disk
+from banger.tarstream.hole import Hole
 
 _READ_BLOCKS: Final = 256
 

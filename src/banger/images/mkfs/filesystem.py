@@ -23,8 +23,8 @@ from banger.images.mkfs import attributes as attributes_
 from banger.images.mkfs import directory as directories
 from banger.images.mkfs import entries, files, finish, inodes, layout, xattrs
 from banger.images.mkfs.attributes import Attributes
-from banger.images.mkfs.content import Hole
 from banger.images.mkfs.space import DiskTooSmallError
+from banger.tarstream.hole import Hole
 
 __all__ = ["Attributes", "DiskTooSmallError", "Filesystem", "Hole", "Limits"]
 

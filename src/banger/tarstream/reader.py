@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The members of a tar, one after the other, while it streams by. Used by `flatten` and `storage`."""
+"""The members of a tar, one after the other, while it streams by. Used for layers, seeds and packages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Final
 import msgspec
 
 from banger import run
-from banger.images.mkfs import filesystem
-from banger.images.tarstream import header, pax, sparse
-from banger.images.tarstream.header import BLOCK, damaged, shown
+from banger.tarstream import header, hole, pax, sparse
+from banger.tarstream.header import BLOCK, damaged, shown
 
-Content = Iterable[bytes | memoryview | filesystem.Hole]
+Content = Iterable[bytes | memoryview | hole.Hole]
 _MAX_ID: Final = (1 << 32) - 1
 
 

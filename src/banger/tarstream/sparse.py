@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from banger.images.mkfs import filesystem
-from banger.images.tarstream import header, pax
-from banger.images.tarstream.header import damaged
+from banger.tarstream import header, hole, pax
+from banger.tarstream.header import damaged
 
 _MAX_SEGMENTS: Final = 1 << 17
 _MAX_DIGITS: Final = 20
@@ -48,16 +47,16 @@ class Map:
 
     def expand(
         self, take: Callable[[int], Iterator[memoryview]]
-    ) -> Iterator[bytes | memoryview | filesystem.Hole]:
+    ) -> Iterator[bytes | memoryview | hole.Hole]:
         """The whole content; `take` gives so many of the stored bytes."""
         at = 0
         for offset, length in self.segments:
             if offset > at:
-                yield filesystem.Hole(offset - at)
+                yield hole.Hole(offset - at)
             yield from take(length)
             at = offset + length
         if self.size > at:
-            yield filesystem.Hole(self.size - at)
+            yield hole.Hole(self.size - at)
 
 
 def old_gnu(block: bytes, next_block: Callable[[], bytes]) -> Map:

@@ -9,8 +9,8 @@ from typing import Final
 
 import msgspec
 
-from banger.images.tarstream import acl
-from banger.images.tarstream.header import NS, damaged
+from banger.tarstream import acl
+from banger.tarstream.header import NS, damaged
 
 MAX_BYTES: Final = 1 << 20
 _MAX_XATTR_NAME: Final = 255
