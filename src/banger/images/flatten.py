@@ -254,7 +254,10 @@ def _divided(name: bytes, *, is_link: bool = False) -> tuple[bytes, bytes]:
     return parent, last
 
 
-_ABSOLUTE_HINT: Final = "make the archive with names relative to its root, as `tar -C ROOT .` does"
+_ABSOLUTE_HINT: Final = (
+    "make the archive with names relative to its root, as `tar -C ROOT .` does; "
+    "of an image, `docker export` or `podman export` a container and import that"
+)
 
 
 def _attributes(entry: reader.Entry) -> filesystem.Attributes:
