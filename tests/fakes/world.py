@@ -9,6 +9,7 @@ the cases of tests/contract/privileged_cases.py. `leftovers` counts what a test 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, cast
 from banger.contract import egress, errors, privileged
 from tests.fakes import vmm
 
+SETTLE_S = 0.5
 Hook = Callable[[privileged.Request[Any]], Awaitable[None]]
 
 
@@ -62,6 +64,8 @@ class World:
     behaviour: vmm.Behaviour = field(default_factory=vmm.Behaviour)
     before: Hook = _nothing
     after: Hook = _nothing
+    middle: Hook = _nothing
+    """Called between the parts of an operation that has some."""
     bridge: bool = False
     tables: bool = False
     """Packet rules are loaded; a test may flush them."""
@@ -69,13 +73,26 @@ class World:
     """Why this host cannot be told where names are."""
     routed: bool = False
     vms: dict[str, VmState] = field(default_factory=dict)
+    under_way: list[asyncio.Event] = field(default_factory=list)
     requests: list[privileged.Request[Any]] = field(default_factory=list)
 
     async def call(self, request: privileged.Request[privileged.ResultT], /) -> privileged.ResultT:
         self.requests.append(request)
-        await self.before(request)
-        result = await HANDLERS[type(request)](self, request)
-        await self.after(request)
+        ended = asyncio.Event()
+        under_way = list(self.under_way)
+        self.under_way.append(ended)
+        try:
+            await self.before(request)
+            if isinstance(request, privileged.ListWorld) and request.settled:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SETTLE_S):
+                        for each in under_way:
+                            await each.wait()
+            result = await HANDLERS[type(request)](self, request)
+            await self.after(request)
+        finally:
+            self.under_way.remove(ended)
+            ended.set()
         return cast("privileged.ResultT", result)
 
     def vm(self, vm_id: str) -> VmState:
@@ -259,8 +276,10 @@ async def _prepare_jail(world: World, request: privileged.PrepareJail) -> privil
     socket = Path(privileged.api_socket(str(world.jails), request.vm_id))
     socket.parent.mkdir(parents=True, exist_ok=True)
     (world.logs / request.vm_id).mkdir(parents=True, exist_ok=True)
-    vm.jail = vm.logs = True
+    vm.jail = True
     vm.jail_slot = request.slot
+    await world.middle(request)
+    vm.logs = True
     return privileged.Done()
 
 
@@ -287,6 +306,7 @@ async def _launch(world: World, request: privileged.LaunchVmm) -> privileged.Res
     if request.initrd:
         _need_file(world.state / "kernels" / request.kernel_id / "initrd")
     vm.cgroup = True
+    await world.middle(request)
     vm.vmm = vmm.FakeVmm(
         Path(privileged.api_socket(str(world.jails), request.vm_id)),
         Path(privileged.vsock_socket(str(world.jails), request.vm_id)),
@@ -323,9 +343,15 @@ async def _get_usage(world: World, request: privileged.GetUsage) -> privileged.R
 
 
 async def _tear_down(world: World, request: privileged.TearDown) -> privileged.Result:
+    """In the real one's order, and as it can be cut off between the parts."""
     vm = world.vm(request.vm_id)
     if vm.vmm is not None:
         await vm.vmm.kill()
+    await world.middle(request)
+    vm.tap, vm.rules = False, None
+    await world.middle(request)
+    vm.snapshot = vm.work_disk = False
+    await world.middle(request)
     world.vms[request.vm_id] = VmState(logs=vm.logs)
     return privileged.Done()
 

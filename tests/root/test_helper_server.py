@@ -274,6 +274,38 @@ def test_one_vm_at_a_time_others_at_once(
     assert any(len(at_once) == 2 for at_once in seen)
 
 
+def test_a_settled_list_waits_for_what_is_under_way_and_for_nothing_later(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that starts must see what the last one asked for; others see at once what is there now."""
+    started, release, listed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(*_: object) -> privileged.Result:
+        started.set()
+        assert release.wait(10)
+        return privileged.Done()
+
+    def settled() -> None:
+        operations.execute(helper_world_here.policy, privileged.ListWorld(settled=True))
+        listed.set()
+
+    monkeypatch.setitem(TABLE, privileged.PurgeLogs, slow)
+    work = privileged.PurgeLogs(vm_id=VM)
+    threads = [
+        threading.Thread(target=operations.run, args=(helper_world_here.policy, work)),
+        threading.Thread(target=settled),
+    ]
+    threads[0].start()
+    assert started.wait(10)
+    threads[1].start()
+    operations.execute(helper_world_here.policy, privileged.ListWorld())
+    assert not listed.wait(0.2)
+    release.set()
+    assert listed.wait(10)
+    for thread in threads:
+        thread.join(10)
+
+
 def test_every_operation_of_the_contract_is_in_the_table() -> None:
     assert set(operations.OPERATIONS) == set(privileged.REQUEST_TYPES)
 

@@ -149,6 +149,9 @@ class GetHost(Request[HostInfo], tag="get_host", frozen=True):
 class ListWorld(Request[World], tag="list_world", frozen=True):
     """Everything banger-named on this host, found by scanning the kernel, never from memory."""
 
+    settled: bool = False
+    """Waits for what is under way when it is asked: a daemon that died may have asked for that."""
+
 
 class EnsureBridge(Request[Ensured], tag="ensure_bridge", frozen=True):
     """The bridge is up and holds the first address of the configured prefix; its packet rules are loaded.

@@ -22,6 +22,7 @@ from banger.helper import guest_rules, inventory, network, process, resolver, st
 from banger.helper import policy as policies
 
 LOCK_DEADLINE_S: Final = 60.0
+SETTLE_DEADLINE_S: Final = 10.0
 _RUNTIME_RECORD: Final = "runtime.json"
 
 
@@ -107,7 +108,9 @@ def execute(policy: policies.Policy, request: privileged.Request[privileged.Resu
 
 def run(policy: policies.Policy, request: privileged.Request[Any]) -> Any:
     """Runs one operation; whatever the kernel refuses becomes a BangerError that names it."""
-    with _alone(request):
+    if isinstance(request, privileged.ListWorld) and request.settled:
+        _under_way.wait(deadline_s=SETTLE_DEADLINE_S)
+    with _under_way.entered(), _alone(request):
         try:
             return OPERATIONS[type(request)](policy, request)
         except OSError as error:
@@ -121,6 +124,35 @@ class _Lock:
 
 _locks: weakref.WeakValueDictionary[str, _Lock] = weakref.WeakValueDictionary()
 _locks_guard = threading.Lock()
+
+
+class _UnderWay:
+    """The operations that run now, for who has to know that those are over."""
+
+    def __init__(self) -> None:
+        self._tokens: set[object] = set()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        token = object()
+        with self._changed:
+            self._tokens.add(token)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._tokens.discard(token)
+                self._changed.notify_all()
+
+    def wait(self, *, deadline_s: float) -> None:
+        """Until all that run now have ended. One that takes longer is in nobody's way."""
+        with self._changed:
+            now = set(self._tokens)
+            self._changed.wait_for(lambda: not now & self._tokens, deadline_s)
+
+
+_under_way: Final = _UnderWay()
 
 
 @contextlib.contextmanager

@@ -7,11 +7,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from banger.contract import names
 from banger.owner import silence
 
 _log = logging.getLogger(__name__)
+
+_FIRST_DELAY_S: Final = 0.1
+_LONGEST_DELAY_S: Final = 30.0
 
 OnGone = Callable[[names.VmId], Awaitable[None]]
 
@@ -38,6 +42,9 @@ class LiveVmms:
     def add(self, vm_id: names.VmId, pid: int) -> None:
         self._pids[vm_id] = pid
         self.agents.add(vm_id)
+        before = self._watchers.pop(vm_id, None)
+        if before is not None:
+            before.cancel()
         self._watchers[vm_id] = asyncio.create_task(self._watch(vm_id), name=f"watch-{vm_id}")
 
     async def forget(self, vm_id: names.VmId) -> None:
@@ -57,9 +64,23 @@ class LiveVmms:
     async def _watch(self, vm_id: names.VmId) -> None:
         await self._gone(vm_id)
         self._pids.pop(vm_id, None)
-        self._watchers.pop(vm_id, None)
         await self.agents.forget(vm_id)
         try:
-            await self._on_gone(vm_id)
-        except Exception:
-            _log.exception("could not clean up after a VMM that ended", extra={"vm": vm_id})
+            await self._clean_up(vm_id)
+        finally:
+            if self._watchers.get(vm_id) is asyncio.current_task():
+                del self._watchers[vm_id]
+
+    async def _clean_up(self, vm_id: names.VmId) -> None:
+        """Until it is done: the helper may be restarting, and a row must not go on saying what is not so."""
+        delay_s = _FIRST_DELAY_S
+        while True:
+            try:
+                await self._on_gone(vm_id)
+            except Exception as error:
+                fields = {"vm": vm_id, "error": str(error), "again_s": delay_s}
+                _log.warning("could not clean up after a VMM that ended; trying again", extra=fields)
+            else:
+                return
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, _LONGEST_DELAY_S)

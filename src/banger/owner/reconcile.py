@@ -35,7 +35,7 @@ async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
 
     One VM that cannot be cleaned up is logged and does not keep the daemon from starting.
     """
-    world = await host.privileged(privileged.ListWorld())
+    world = await host.privileged(privileged.ListWorld(settled=True))
     found = {seen.vm_id: seen for seen in world.vms}
     rows = {vm.id: vm for vm in store.list()}
     throw_aways = store.throw_aways()

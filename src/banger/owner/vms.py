@@ -355,7 +355,7 @@ class VmService:
             vm = self._store.get(vm_id)
             if vm.state is not resources.VmState.RUNNING:
                 await self._host.privileged(privileged.TearDown(vm_id=vm_id))
-            elif (await self._host.privileged(privileged.FindVmm(vm_id=vm_id))).pid == 0:
+            elif not await self._has_vmm(vm_id):
                 await self.live.forget(vm_id)
                 await self.collect(vm)
 
@@ -449,28 +449,44 @@ class VmService:
             [host.Host, record.VmRecord, Sequence[capabilities.Capability]], Awaitable[record.VmRecord]
         ],
     ) -> record.VmRecord:
-        await self.live.forget(vm.id)
-        stopped = await how(self._host, vm, self._features)
+        async with self._ending(vm):
+            stopped = await how(self._host, vm, self._features)
         _log.info("vm stopped", extra={"vm": vm.id})
         return stopped
 
     async def _delete(self, vm: record.VmRecord) -> None:
-        await self.live.forget(vm.id)
-        await stop.delete(self._host, vm, self._features)
+        async with self._ending(vm):
+            await stop.delete(self._host, vm, self._features)
         self._keys.forget(vm.name)
         self._store.delete(vm.id)
         self.activities.forget(vm.id)
         _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
 
     async def _on_vmm_gone(self, vm_id: names.VmId) -> None:
-        """A VMM ended without being asked by us: the guest powered off, or something killed it."""
-        if self._lifecycle.holder(vm_id):
-            return
+        """A VMM ended without being asked by us: the guest powered off, or something killed it.
+
+        An operation that holds the VM is waited for; it may have failed, and left a row that is not true.
+        """
         async with self._lifecycle.hold(vm_id, ""):
-            vm = self._store.get(vm_id)
-            if vm.state is not resources.VmState.RUNNING:
-                return
-            await self.collect(vm)
+            with contextlib.suppress(errors.NotFoundError):
+                vm = self._store.get(vm_id)
+                if vm.state is resources.VmState.RUNNING and not await self._has_vmm(vm_id):
+                    await self.collect(vm)
+
+    async def _has_vmm(self, vm_id: names.VmId) -> bool:
+        return (await self._host.privileged(privileged.FindVmm(vm_id=vm_id))).pid != 0
+
+    @contextlib.asynccontextmanager
+    async def _ending(self, vm: record.VmRecord) -> AsyncIterator[None]:
+        """Its VMM ends by our own doing in this block; when that fails, it is watched again."""
+        pid = self.live.pid(vm.id)
+        await self.live.forget(vm.id)
+        try:
+            yield
+        except BaseException:
+            if vm.state is resources.VmState.RUNNING:
+                self.live.add(vm.id, pid)
+            raise
 
     async def collect(self, vm: record.VmRecord) -> None:
         """Takes away what a dead VMM left and says in the row how it ended."""

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""A daemon that is killed with SIGKILL where it is told to: the process side of the crash drill.
+
+Forked from a server that has everything imported, so that a life costs a fraction of a second. It is the
+daemon's own composition over the real client of the helper; the helper and the VMMs live in the test's
+process and survive it. Nothing here runs after the kill: no handler, no `finally`, no flush.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Awaitable, Callable
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from banger import steps
+from banger.contract import inventory, requests, resources
+from banger.owner import config, helper, main, operations, routes, store
+from tests.contract import conftest
+
+NAME = "web"
+_CHANGES = {
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.truncate",
+}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What a life is told next. `kind` is hello, arm, do or look."""
+
+    kind: str
+    name: str = ""
+    """Of the operation to do; of an image to pull."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a daemon says after each order it outlived."""
+
+    error: str = ""
+    passed: tuple[str, ...] = ()
+    vms: tuple[resources.Vm, ...] = ()
+    images: tuple[str, ...] = ()
+    leftovers: tuple[inventory.Thing, ...] = ()
+
+
+class Boundaries:
+    """Counts from `arm` on, and ends the process at the one it was told."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+        self._armed = False
+        self.passed: list[str] = []
+
+    def arm(self) -> None:
+        self._armed = True
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def reach(self, name: str) -> None:
+        if not self._armed:
+            return
+        if len(self.passed) == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.passed.append(name)
+
+    def watch_steps(self) -> None:
+        """Before each step and undo, each request to the helper and each change of a row.
+
+        After one is before the next; after the last is the end of the operation.
+        """
+        steps_observed, call = steps._observed, helper.Client.call
+
+        async def observed(step: steps.Step, name: str, action: steps.Action, observer: Any) -> None:
+            self.reach(f"step {name}")
+            await steps_observed(step, name, action, observer)
+
+        async def called(client: helper.Client, request: Any, /) -> Any:
+            self.reach(f"request {type(request).__struct_config__.tag}")
+            return await call(client, request)
+
+        steps._observed = observed
+        helper.Client.call = called  # type: ignore[method-assign]
+        for name in ("reserve", "save", "delete", "set_throw_away"):
+            setattr(store.Store, name, self._around(name, getattr(store.Store, name)))
+
+    def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            self.reach(f"row {name}")
+            return function(*arguments, **more)
+
+        return wrapped
+
+    def watch_files(self, *tops: Path) -> None:
+        """Before each change below these directories; an audit hook sees those of every thread."""
+        below = tuple(f"{top}/" for top in tops)
+
+        def heard(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open":
+                path, _, flags = arguments
+                changes = isinstance(flags, int) and flags & _WRITES
+            else:
+                path, changes = (arguments or ("",))[0], event in _CHANGES
+            if changes and (not isinstance(path, str | bytes | os.PathLike) or _is_below(path, below)):
+                self.reach(event)
+
+        sys.addaudithook(heard)
+
+
+def _is_below(path: Any, tops: tuple[str, ...]) -> bool:
+    """A name relative to a descriptor may be anywhere."""
+    text = os.fsdecode(path)
+    return not text.startswith("/") or text.startswith(tops)
+
+
+def live(paths: config.Paths, at: int, files: bool, pipe: connection.Connection) -> None:
+    """One life of a daemon, in a process of its own: it starts and obeys until the pipe closes.
+
+    `at` is the boundary, counted from `arm`, that it does not outlive; `files` says which are counted.
+    """
+    boundaries = Boundaries(at)
+    if files:
+        boundaries.watch_files(paths.state, paths.cache)
+    else:
+        boundaries.watch_steps()
+    asyncio.run(_live(paths, boundaries, pipe))
+
+
+async def _live(paths: config.Paths, boundaries: Boundaries, pipe: connection.Connection) -> None:
+    client = helper.Client(paths.helper_socket, operations.current_op_id.get, deadline_s=10)
+    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services:
+        with contextlib.suppress(EOFError):
+            while True:
+                order = msgspec.json.decode(await asyncio.to_thread(pipe.recv_bytes), type=Order)
+                report = await _obey(order, services, boundaries)
+                pipe.send_bytes(msgspec.json.encode(report))
+
+
+async def _obey(order: Order, services: routes.Services, boundaries: Boundaries) -> Report:
+    if order.kind == "hello":
+        return Report()
+    if order.kind == "arm":
+        boundaries.arm()
+        return Report()
+    if order.kind == "do":
+        error = await _done(services, order.name)
+        boundaries.reach("end")
+        boundaries.disarm()
+        return Report(error, tuple(boundaries.passed))
+    return Report(
+        passed=tuple(boundaries.passed),
+        vms=tuple(await services.vms.list()),
+        images=tuple(image.name for image in services.images.list()),
+        leftovers=(await services.inventory.take()).leftovers,
+    )
+
+
+async def _done(services: routes.Services, name: str) -> str:
+    """Begins an operation and waits for it; the error it ended with, or nothing."""
+    begin = _BEGIN.get(name)
+    try:
+        async with asyncio.timeout(20):
+            pulling = requests.PullImage(reference=name)
+            operation = services.pulls.pull(pulling) if begin is None else await begin(services)
+            ended = await services.operations.wait(operation.id)
+    except Exception as failure:
+        return str(failure) or type(failure).__name__
+    return ended.error.message if ended.error is not None else ""
+
+
+_BEGIN: dict[str, Callable[[routes.Services], Awaitable[resources.Operation]]] = {
+    "create": lambda services: services.vms.create(resources.CreateVm(name=NAME)),
+    "throw_away": lambda services: services.vms.create(
+        resources.CreateVm(name=NAME, remove_on_failure=True)
+    ),
+    "start": lambda services: services.vms.start(NAME),
+    "stop": lambda services: services.vms.stop(NAME),
+    "kill": lambda services: services.vms.kill(NAME),
+    "restart": lambda services: services.vms.restart(NAME),
+    "delete": lambda services: services.vms.delete(NAME),
+}
+
+
+def migrate(path: Path, at: int, pipe: connection.Connection) -> None:
+    """Opens the database, and dies before its statement number `at`; else says what it executed."""
+    boundaries = Boundaries(at)
+    boundaries.arm()
+    connect = store.connect
+
+    def traced(path: Path) -> sqlite3.Connection:
+        made = connect(path)
+        made.set_trace_callback(lambda text: boundaries.reach(text.split("\n")[0]))
+        return made
+
+    store.connect = traced
+    store.Store(path).close()
+    pipe.send_bytes(msgspec.json.encode(boundaries.passed))
