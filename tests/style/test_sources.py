@@ -24,7 +24,7 @@ SLEEPS: dict[str, str] = {
     "helper/linux/loop.py": "the kernel tells nobody when the last opener of a device lets go",
     "images/blobs.py": "a line that broke is tried again, and time is all that mends it",
     "images/registry.py": "a registry that asks for patience says how long, or is given more each time",
-    "owner/live.py": "a root helper that does not answer is asked again: its return announces itself to nobody",
+    "owner/live.py": "a root helper that does not answer is asked again: its return is announced to nobody",
     "owner/network.py": "nothing tells an unprivileged process that another firewall was loaded anew",
     "owner/routes/machines.py": "a followed log is a file on disk that another process appends to",
     "owner/lifetimes.py": "time itself is what is waited for",
