@@ -100,3 +100,19 @@ async def serving(daemon: conftest.Daemon) -> AsyncIterator[Served]:
             stop.set()
             async with asyncio.timeout(20):
                 await task
+
+
+@contextlib.asynccontextmanager
+async def with_web(daemon: conftest.Daemon) -> AsyncIterator[Served]:
+    """Serving, with one running VM, `web`, whose port 22 echoes."""
+    await daemon.create()
+    async with serving(daemon) as made:
+        yield made
+
+
+async def last_word(link: websockets.ClientConnection, kind: type[T]) -> T:
+    """What the daemon says in the end; what comes before is not looked at."""
+    async for message in link:
+        if isinstance(message, str):
+            return msgspec.json.decode(message, type=kind)
+    raise AssertionError("the daemon said no last word")

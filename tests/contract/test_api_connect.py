@@ -23,8 +23,7 @@ _MIB = 1 << 20
 @pytest.fixture
 async def served(daemon: conftest.Daemon) -> AsyncIterator[Served]:
     """With one running VM, `web`, whose port 22 echoes."""
-    await daemon.create()
-    async with api_served.serving(daemon) as made:
+    async with api_served.with_web(daemon) as made:
         yield made
 
 
@@ -33,10 +32,7 @@ def _request(port: int = 22, **fields: object) -> str:
 
 
 async def _end(link: websockets.ClientConnection) -> reach.ConnectEnd:
-    async for message in link:
-        if isinstance(message, str):
-            return msgspec.json.decode(message, type=reach.ConnectEnd)
-    raise AssertionError("the daemon said no last word")
+    return await api_served.last_word(link, reach.ConnectEnd)
 
 
 async def test_32_mib_travel_each_way_intact(served: Served) -> None:

@@ -24,8 +24,7 @@ _MIB = 1 << 20
 @pytest.fixture
 async def served(daemon: conftest.Daemon) -> AsyncIterator[Served]:
     """With one running VM, `web`."""
-    await daemon.create()
-    async with api_served.serving(daemon) as made:
+    async with api_served.with_web(daemon) as made:
         yield made
 
 
@@ -34,10 +33,7 @@ def _request(*argv: str, **fields: object) -> str:
 
 
 async def _end(link: websockets.ClientConnection) -> resources.ExecEnd:
-    async for message in link:
-        if isinstance(message, str):
-            return msgspec.json.decode(message, type=resources.ExecEnd)
-    raise AssertionError("the daemon said no last word")
+    return await api_served.last_word(link, resources.ExecEnd)
 
 
 async def test_the_exit_status_is_exact(served: Served) -> None:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs a command in a guest as if it ran here: bytes, signals, window size and exit status are exact.
-
-One poll loop. Nothing is read that could not be passed on: a few hundred KiB at most wait in a direction.
-"""
+"""Runs a command in a guest as if it ran here: bytes, signals, window size and exit status are exact."""
 
 from __future__ import annotations
 
@@ -14,18 +11,13 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
-from banger.cli import client, exits, render, signals, terminal, websocket
+from banger.cli import client, exits, link, render, signals, terminal, websocket
 from banger.contract import errors, resources
 
-_T = TypeVar("_T", bound=resources.Resource)
-_HELD_BYTES: Final = 256 * 1024
-_READ_BYTES: Final = 64 * 1024
-# A pipe or terminal that polls writable takes this much without blocking (PIPE_BUF).
-_PIECE_BYTES: Final = 4096
 _PATIENCE: Final = 3
 _LET_GO_MS: Final = 60_000
 _GRACE_S: Final = 5.0
@@ -39,8 +31,6 @@ _FORWARDED: Final = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-_READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
-_WRITABLE: Final = select.POLLOUT | select.POLLHUP | select.POLLERR
 
 
 def run(
@@ -110,7 +100,8 @@ class _Output:
         self.fd = fd
         self.held = bytearray()
         try:
-            self._piece = _HELD_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else _PIECE_BYTES
+            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+            self._piece = link.HELD_BYTES if is_file else link.PIECE_BYTES
         except OSError:  # closed by whoever started us: output goes nowhere
             self.fd = -1
 
@@ -129,9 +120,9 @@ class _Session:
     def __init__(self, channel: websocket.WebSocket, woken: socket.socket, *, tty: bool) -> None:
         self.raw: terminal.RawMode | None = None
         self._channel = channel
+        self._link = link.Link(channel, self._hear)
         self._woken = woken
         self._tty = tty
-        self._stdin = -1
         self._outputs = {1: _Output(1), 2: _Output(2)}
         self._end: resources.ExecEnd | None = None
         self._asked_to_end = 0
@@ -148,12 +139,10 @@ class _Session:
         except OSError:
             self.end_stdin()
             return
-        self._stdin = fd
+        self._link.input = fd
 
     def end_stdin(self) -> None:
-        """An empty message ends the command's input."""
-        self._stdin = -1
-        self._channel.send(websocket.Opcode.BINARY, b"")
+        self._link.end_input()
 
     def run(self) -> resources.ExecEnd:
         """Until the command has ended, all it wrote is written, and the daemon has let go."""
@@ -179,10 +168,7 @@ class _Session:
         for output in self._outputs.values():
             if output.held and output.fd in ready:
                 output.write()
-        if self._channel.fileno() in ready:
-            self._exchange()
-        if self._stdin in ready:
-            self._read_stdin()
+        self._link.move(ready)
 
     def _wait_ms(self) -> float | None:
         if self._end is not None:
@@ -201,32 +187,23 @@ class _Session:
         poller.register(self._woken, select.POLLIN)
         for output in self._outputs.values():
             if output.held:
-                poller.register(output.fd, _WRITABLE)
-        wanted = select.POLLOUT if self._channel.pending_bytes else 0
-        if sum(len(output.held) for output in self._outputs.values()) < _HELD_BYTES:
-            wanted |= select.POLLIN
-        if wanted and not self._channel.at_end:
-            poller.register(self._channel, wanted)
-        if self._stdin >= 0 and self._end is None and self._channel.pending_bytes < _HELD_BYTES:
-            poller.register(self._stdin, _READABLE)
+                poller.register(output.fd, link.WRITABLE)
+        held = sum(len(output.held) for output in self._outputs.values())
+        self._link.register(poller, has_room=held < link.HELD_BYTES, takes_input=self._end is None)
         return poller
 
-    def _exchange(self) -> None:
-        if self._channel.pending_bytes:
-            with contextlib.suppress(ConnectionError):  # reading says what came before it
-                self._channel.flush()
-        for message in self._channel.receive():
-            if message.opcode is websocket.Opcode.BINARY:
-                self._take_output(message.data)
-            elif message.opcode is websocket.Opcode.TEXT:
-                self._hear(message.data)
-            else:
-                self._take_close(message.data)
+    def _hear(self, message: websocket.Message) -> None:
+        if message.opcode is websocket.Opcode.BINARY:
+            self._take_output(message.data)
+        elif message.opcode is websocket.Opcode.TEXT:
+            self._take_word(message.data)
+        else:
+            self._take_close(message.data)
 
-    def _hear(self, data: bytes) -> None:
-        notice = _decode(data, resources.ExecNotice).notice
+    def _take_word(self, data: bytes) -> None:
+        notice = link.decode(data, resources.ExecNotice).notice
         if not notice:
-            self._end = _decode(data, resources.ExecEnd)
+            self._end = link.decode(data, resources.ExecEnd)
             return
         # A terminal in raw mode wants its own line ends; and the guest's line is not ours to go on with.
         begin, end = ("\r\n", "\r\n") if self.raw is not None else ("", "\n")
@@ -245,16 +222,6 @@ class _Session:
         if self._end is None:
             why = data[2:].decode(errors="replace")
             raise errors.UnavailableError(f"bangerd ended the connection: {why or 'it gave no reason'}")
-
-    def _read_stdin(self) -> None:
-        try:
-            data = os.read(self._stdin, _READ_BYTES)
-        except OSError:  # a terminal that hung up
-            data = b""
-        if data:
-            self._channel.send(websocket.Opcode.BINARY, data)
-        else:
-            self.end_stdin()
 
     def _handle(self, number: signal.Signals) -> None:
         match number:
@@ -292,10 +259,3 @@ class _Session:
         if self.raw is not None:
             self.raw.enter()
             self._control(resources.ExecControl(resize=terminal.size(0)))
-
-
-def _decode(data: bytes, kind: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise errors.ProtocolError(f"what bangerd says makes no sense: {error}") from error

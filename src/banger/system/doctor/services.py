@@ -32,11 +32,7 @@ def daemon(scene: scenes.Scene) -> report.Finding:
     except PermissionError:
         raise
     except OSError as error:
-        state = _state(scene, "bangerd.service")
-        return report.failed(
-            f"bangerd does not answer at {host.API_SOCKET}: {error.strerror or error}{state}",
-            "sudo systemctl restart bangerd (why it did not run: journalctl -u bangerd)",
-        )
+        return _silent(scene, error, "bangerd", host.API_SOCKET, "bangerd.service")
     return report.passed(
         f"{info.version} answers, pid {info.pid}, since {info.started_at:%Y-%m-%d %H:%M} UTC"
     )
@@ -50,14 +46,19 @@ def helper(scene: scenes.Scene) -> report.Finding:
     except PermissionError:
         raise
     except OSError as error:
-        state = _state(scene, "bangerd-root.socket")
-        return report.failed(
-            f"bangerd-root does not answer at {host.HELPER_SOCKET}: {error.strerror or error}{state}",
-            "sudo systemctl restart bangerd-root.socket (why it did not run: journalctl -u bangerd-root)",
-        )
+        return _silent(scene, error, "bangerd-root", host.HELPER_SOCKET, "bangerd-root.socket")
     except errors.BangerError as error:
         return report.failed(f"bangerd-root refuses: {error.message}", error.hint or _RESTART)
     return report.passed(f"{found.version} answers")
+
+
+def _silent(scene: scenes.Scene, error: OSError, service: str, path: object, unit: str) -> report.Finding:
+    """`unit` is what starts the service."""
+    return report.failed(
+        f"{service} does not answer at {path}: {error.strerror or error}{_state(scene, unit)}",
+        f"sudo systemctl restart {unit.removesuffix('.service')} "
+        f"(why it did not run: journalctl -u {service})",
+    )
 
 
 def _state(scene: scenes.Scene, unit: str) -> str:
