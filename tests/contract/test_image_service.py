@@ -208,6 +208,20 @@ async def test_deleting_and_promoting(served: Served, registry: registries.Regis
     assert (await served.http.delete(f"/v1/images/{copy.id}")).status_code in (200, 204)
 
 
+async def test_a_layer_that_a_power_cut_damaged_is_fetched_again(
+    served: Served, registry: registries.Registry
+) -> None:
+    name = f"{registry.host}/team/app:v1"
+    await served.http.delete(f"/v1/images/{_image(await _pull(served, name)).id}")
+    blobs = served.daemon.paths.cache / "blobs/sha256"
+    for blob in blobs.iterdir():
+        blob.write_bytes(bytes(blob.stat().st_size))
+    refused = await _pull(served, name)
+    assert refused.error is not None
+    assert (refused.error.code, list(blobs.iterdir())) == ("bad_request", [])
+    assert _image(await _pull(served, name)).name == name
+
+
 async def test_the_cache_is_pruned(served: Served, registry: registries.Registry) -> None:
     await _pull(served, f"{registry.host}/team/app:v1")
     looked = (await served.http.post("/v1/images/cache/prune", json={"dry_run": True})).json()

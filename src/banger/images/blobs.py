@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The cache of layers, by content and shared between images: `<root>/<algorithm>/<hex>`.
 
-A blob appears there by rename, whole, verified and durable. What is not whole yet lies in `<root>/partial/`,
-and is taken up again where it ended. One daemon uses a cache; its locks are that daemon's.
+A blob appears there by rename, whole and verified. What is not whole yet lies in `<root>/partial/`, and is
+taken up again where it ended. Nobody waits for a disk here: who uses a blob checks all of it once more, and
+a power cut costs at most that one is fetched again. One daemon uses a cache; its locks are that daemon's.
 """
 
 from __future__ import annotations
@@ -105,6 +106,15 @@ class Blobs:
                 await self._download(digest, size_bytes, open_at, on_bytes)
             on_bytes(size_bytes)
         return self.path(digest)
+
+    def forget(self, digests: Iterable[reference.Digest]) -> None:
+        """Of blobs that were not what they should be when somebody looked: the next pull fetches them anew.
+
+        For who holds a lease; what another one holds as well stays.
+        """
+        for digest in digests:
+            if self._leased[digest] == 1:
+                self.path(digest).unlink(missing_ok=True)
 
     def prune(self, *, dry_run: bool = False) -> Pruned:
         """Removes every blob and partial that no pull uses now."""
@@ -244,7 +254,7 @@ class _Partial:
             self._write(piece)
 
     def publish(self, final: Path) -> None:
-        """Verified and durable before it has its name."""
+        """Verified before it has its name."""
         if not self.is_right:
             self._path.unlink(missing_ok=True)
             raise errors.ProtocolError(
@@ -254,9 +264,7 @@ class _Partial:
             )
         with _space():
             final.parent.mkdir(parents=True, exist_ok=True)
-            os.fsync(self._fd)
             self._path.replace(final)
-            _sync(final.parent)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -285,11 +293,3 @@ class _Partial:
 
 def _space() -> AbstractContextManager[None]:
     return artefacts.room_for("a layer in the cache", hint=PRUNE_HINT)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -119,9 +119,13 @@ class PullService:
             progress.stage(resources.Stage.PULL_IMAGE, f"pulling {wanted.familiar}")
             async with puller.bundle(platform.machine(), digest) as found:
                 progress.stage(resources.Stage.BUILD_IMAGE, f"making {name}")
-                return await run.in_thread(
-                    self._assemble, found, name, disk_size_mib, guest, progress.line()
-                )
+                try:
+                    return await run.in_thread(
+                        self._assemble, found, name, disk_size_mib, guest, progress.line()
+                    )
+                except errors.BadRequestError:
+                    self._blobs.forget(reference.Digest(layer.digest) for layer in found.layers)
+                    raise
 
     def _unchanged(
         self,

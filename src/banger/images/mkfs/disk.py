@@ -17,12 +17,16 @@ from banger.contract import errors
 from banger.images.mkfs.layout import BLOCK
 
 _JOIN_BYTES: Final = 1 << 20
+_BEGIN_BYTES: Final = 8 << 20
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _DIRECT_BYTES: Final = 128 << 10
 _FALLOC_KEEP_SIZE: Final = 1
 _FALLOC_PUNCH_HOLE: Final = 2
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class Disk:
@@ -38,6 +42,7 @@ class Disk:
             raise errors.AlreadyExistsError(f"{path} is already there") from error
         self._joined = bytearray()
         self._joined_at = 0
+        self._begun = 0
 
     def write(self, block: int, data: bytes | bytearray | memoryview) -> None:
         """Writes data from the start of a block on; what is missing of its last block is zeros."""
@@ -92,6 +97,13 @@ class Disk:
             done = 0
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], offset + done)
+        self._begin(offset + len(data))
+
+    def _begin(self, end: int) -> None:
+        """Has the kernel write while we go on: at the end all of it must be on the disk. Only advice."""
+        if end - self._begun >= _BEGIN_BYTES:
+            _sync_file_range(self._fd, self._begun, end - self._begun, _SYNC_FILE_RANGE_WRITE)
+            self._begun = end
 
     def _errors(self) -> AbstractContextManager[None]:
         return artefacts.room_for(f"the disk image {self.path.name}")
