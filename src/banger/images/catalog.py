@@ -14,13 +14,11 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from banger.contract import errors, names
+from banger.contract import errors, names, requests
 from banger.images import recipe, reference
 
 _SHIPPED: Final = "catalog.toml"
 _MAX_BYTES: Final = 1 << 20
-_MAX_RECIPE_BYTES: Final = 256 << 10
-_RECIPES: Final = "recipes"
 
 Name = Annotated[str, msgspec.Meta(pattern=names.ARTEFACT_NAME_PATTERN)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
@@ -44,14 +42,11 @@ class RecipeEntry(
         if self.source.startswith("/"):
             try:
                 with open(self.source, "rb") as file:
-                    data = file.read(_MAX_RECIPE_BYTES + 1)
+                    data = file.read(requests.RECIPE_CHARACTERS + 1)
             except OSError as error:
                 raise errors.NotFoundError(f"cannot read {self.source}: {error.strerror}") from error
         else:
-            if self.source not in recipe.available():
-                raise errors.NotFoundError(f"the catalog's {self.name} names no recipe: {self.source!r}")
-            folder = importlib.resources.files(__package__).joinpath(_RECIPES)
-            data = folder.joinpath(f"{self.source}.toml").read_bytes()
+            data = recipe.shipped(self.source)
         found = hashlib.sha256(data).hexdigest()
         if found != self.sha256:
             raise errors.OperationFailedError(

@@ -124,7 +124,7 @@ def available() -> list[str]:
 
 def load(name: str) -> Recipe:
     """A recipe that ships with banger, by name."""
-    return parse(_shipped(name))
+    return parse(shipped(name))
 
 
 def parse(text: bytes) -> Recipe:
@@ -145,7 +145,7 @@ def _extended(text: bytes) -> dict[str, object]:
     if base is not None:
         if not isinstance(base, str):
             raise errors.BadRequestError("`extends` names no recipe")
-        said = _extended(_shipped(base)) | said
+        said = _extended(shipped(base)) | said
     more = said.pop(_MORE_PACKAGES, ())
     packages = said.get("packages", [])
     if isinstance(more, list) and isinstance(packages, list):
@@ -155,7 +155,8 @@ def _extended(text: bytes) -> dict[str, object]:
     return said
 
 
-def _shipped(name: str) -> bytes:
+def shipped(name: str) -> bytes:
+    """The text of a recipe that ships with banger."""
     if name not in available():
         raise errors.NotFoundError(
             f"there is no recipe {name!r}", hint=f"there are: {', '.join(available())}"
