@@ -199,17 +199,19 @@ async def _images(programs: programs_.Programs) -> list[resources.Image]:
         return msgspec.json.decode((await client.get("/v1/images")).content, type=list[resources.Image])
 
 
-async def test_a_daemon_killed_at_any_stage(
+async def test_a_daemon_killed_while_it_makes_an_image(
     programs: programs_.Programs, registry: registries.Registry, layout: Path
 ) -> None:
-    """What the next one lists is whole, and what the last one left is gone."""
+    """What the next one lists is whole, and what the last one left is gone.
+
+    The crash drill has every instant of a pull; here is one of each way to an image.
+    """
     pulled = ("/v1/images/pull", {"reference": f"{registry.host}/team/app:v1"})
     imported = ("/v1/images/import", {"path": str(layout), "name": "laid"})
-    kills = [(pulled, stage) for stage in PULLED[1::2] + PULLED[-1:]] + [(imported, IMPORTED[2])]
-    for (path, body), stage in kills:
-        await _kill_at(programs, path, body, stage)
-        assert _left(programs.paths) == [], stage
-        _assert_whole(programs.paths, await _images(programs))
+    for path, body in (pulled, imported):
+        await _kill_at(programs, path, body, "unpacking layer 1")
+        assert _left(programs.paths) == [], path
+        assert len(await _images(programs)) == 1
     for path, body in (pulled, imported):
         made = await programs.done("POST", path, body)
         assert made.image is not None, made.error

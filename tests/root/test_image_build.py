@@ -7,6 +7,7 @@ This is how the daemon builds: in a user namespace of its own (PrivateUsers=), u
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import platform
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from banger import run
 from banger.contract import names
 from banger.images import bundle, ext4, flatten, publish, recipe
 from banger.images import records as image_records
@@ -165,6 +167,40 @@ def test_the_smallest_recipe(home: Path) -> None:
     found = ext4.find(rootfs, "/bin/sh")
     assert found is not None
     assert stat.S_ISLNK(found.mode)
+
+
+@pytest.mark.timeout(180)
+def test_a_build_that_is_cancelled_leaves_nothing(home: Path) -> None:
+    """While packages come, while they are unpacked, and while the image is made."""
+    images, cache = image_records.Images(home / "none"), home / "cancelled"
+    wanted = recipe.load("busybox")
+
+    async def build(word: str) -> None:
+        loop, heard = asyncio.get_running_loop(), asyncio.Event()
+
+        def hear(line: str) -> None:
+            if word in line:
+                loop.call_soon_threadsafe(heard.set)
+
+        work = run.in_thread(
+            publish.build,
+            images,
+            wanted,
+            arch=ARCH,
+            cache_dir=cache,
+            guest_binary=home / "guest",
+            on_line=hear,
+        )
+        task = asyncio.create_task(work)
+        await asyncio.wait_for(heard.wait(), 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    for word in ("downloading", "extracting", "unpacking layer 1"):
+        as_nobody(home, lambda word=word: asyncio.run(build(word)))  # type: ignore[misc]
+        assert not [path.name for path in cache.glob("recipes/.*")], word
+        assert not list((home / "none").glob("*")), word
 
 
 @pytest.mark.timeout(600)
