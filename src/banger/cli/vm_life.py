@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 import click
 import msgspec
 
-from banger.cli import client, command, many, output, params, progress, render, signals
+from banger.cli import client, command, exits, many, output, params, progress, render, signals
 from banger.contract import egress, errors, resources
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -105,8 +105,19 @@ def request(name: str | None, chosen: dict[str, Any], **more: bool) -> resources
 def submit_create(
     api: client.Client, asked: resources.CreateVm, shown: progress.Display
 ) -> progress.Outcome:
-    """Creates and waits. When it did not work out, says what is left of it."""
-    outcome = progress.follow_one(api, lambda: api.post("/v1/vms", asked), shown, cancellable=True)
+    """Creates and waits. When it did not work out, or a signal ended it, says what is left of it."""
+    begun: list[resources.Operation] = []
+
+    def submit() -> resources.Operation:
+        begun.append(api.post("/v1/vms", asked))
+        return begun[0]
+
+    try:
+        outcome = progress.follow_one(api, submit, shown, cancellable=True)
+    except exits.SignalledError:
+        for operation in begun:
+            render.note(_what_is_left(api, operation.target))
+        raise
     if outcome.operation.status is not resources.OperationStatus.SUCCEEDED:
         render.note(_what_is_left(api, outcome.operation.target))
     return outcome

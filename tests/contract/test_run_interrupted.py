@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""`vm run` ended in each stage of its start by each signal: nothing is left, or the VM is kept and named."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from banger.contract import privileged, resources
+from tests.contract import api_served, cli_process, conftest
+
+# What root is asked for in each stage, while the start stands still.
+REQUESTS: dict[resources.Stage, type[privileged.Request[Any]]] = {
+    resources.Stage.PREFLIGHT: privileged.TearDown,
+    resources.Stage.PREPARE_ROOTFS: privileged.CreateSnapshot,
+    resources.Stage.PREPARE_HOST_FEATURES: privileged.AttachWorkDisk,
+    resources.Stage.BOOT_FIRECRACKER: privileged.LaunchVmm,
+    resources.Stage.WAIT_VSOCK_AGENT: privileged.GrantVsock,
+}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+
+ENDS = [
+    *((stage, number) for stage in REQUESTS for number in (signal.SIGINT, signal.SIGKILL)),
+    (resources.Stage.PREPARE_ROOTFS, signal.SIGTERM),
+    (resources.Stage.WAIT_VSOCK_AGENT, signal.SIGHUP),
+]
+
+
+@pytest.fixture
+async def served(daemon: conftest.Daemon) -> AsyncIterator[api_served.Served]:
+    async with api_served.serving(daemon) as made:
+        yield made
+
+
+@pytest.mark.parametrize("remove", [True, False], ids=["rm", "kept"])
+@pytest.mark.parametrize(("stage", "number"), ENDS)
+async def test_an_end_in_any_stage_of_the_start(
+    served: api_served.Served, stage: resources.Stage, number: signal.Signals, *, remove: bool
+) -> None:
+    world, operations = served.daemon.world, served.daemon.services.operations
+    reached, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def stand_still(request: privileged.Request[Any]) -> None:
+        if isinstance(request, REQUESTS[stage]) and not reached.is_set():
+            # From there on the guest says nothing: the last of these stages waits for it.
+            world.behaviour.silent = True
+            reached.set()
+            await cancelled.wait()
+
+    world.before = stand_still
+    words = ("vm", "run", "--name", "shop", *(["--rm"] if remove else []), "--", "true")
+    with cli_process.Cli(served.path).started(*words) as process:
+        assert process.stderr is not None
+        await asyncio.wait_for(reached.wait(), cli_process.DEADLINE_S)
+        # What it shows of its progress says that it watches, and the daemon its life.
+        assert await asyncio.to_thread(process.stderr.readline)
+        (create,) = operations.list()
+        process.send_signal(number)
+        async with asyncio.timeout(cli_process.DEADLINE_S):
+            # Nothing announces it, and root's work, which stands still, cannot be called back before.
+            while not operations._entries[create.id].cancel_requested:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        cancelled.set()
+        status = await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        said = process.stderr.read().decode()
+    ended = await served.daemon.done(create)
+    assert (ended.status, status) == (resources.OperationStatus.CANCELLED, STATUS[number]), said
+    assert world.leftovers() == {}
+    left = [(vm.name, vm.state) for vm in await served.daemon.services.vms.list()]
+    if remove:
+        assert left == []
+        assert number is signal.SIGKILL or "nothing is left of shop" in said
+    else:
+        assert left == [("shop", resources.VmState.ERROR)]
+        assert number is signal.SIGKILL or "shop is kept, error" in said
+
+
+async def test_the_next_start_of_one_that_was_kept_works(served: api_served.Served) -> None:
+    await test_an_end_in_any_stage_of_the_start(
+        served, resources.Stage.BOOT_FIRECRACKER, signal.SIGINT, remove=False
+    )
+    served.daemon.world.behaviour.silent = False
+    assert (await served.done("POST", "/v1/vms/shop/start")).status is resources.OperationStatus.SUCCEEDED
