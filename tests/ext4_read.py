@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import stat as stats_of
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ _STAT = re.compile(
     rb"mtime: (?P<mtime>0x[0-9a-f]+):(?P<extra>[0-9a-f]+)",
     re.DOTALL,
 )
+_TYPES = {
+    "regular": stats_of.S_IFREG,
+    "directory": stats_of.S_IFDIR,
+    "symlink": stats_of.S_IFLNK,
+    "character special": stats_of.S_IFCHR,
+    "block special": stats_of.S_IFBLK,
+    "FIFO": stats_of.S_IFIFO,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,11 @@ class Stat:
     sectors: int
     mtime_ns: int
     text: str
+
+    @property
+    def mode(self) -> int:
+        """With its type bits."""
+        return _TYPES[self.kind] | self.permissions
 
 
 def check(image: Path) -> str:
@@ -60,6 +74,12 @@ def stats(image: Path, *paths: str) -> list[Stat]:
 
 def stat(image: Path, path: str) -> Stat:
     return stats(image, path)[0]
+
+
+def find(image: Path, path: str) -> Stat | None:
+    """None when there is nothing."""
+    answer = ask(image, f'stat "{path}"')[0]
+    return _stat(answer) if _STAT.search(answer) else None
 
 
 def _stat(answer: bytes) -> Stat:

@@ -23,11 +23,12 @@ import pytest
 
 from banger import run
 from banger.contract import names
-from banger.images import bundle, ext4, flatten, publish, recipe
+from banger.images import bundle, flatten, publish, recipe
 from banger.images import records as image_records
 from banger.images.mkfs import filesystem
 from banger.kernels import catalog, elf
 from banger.kernels import records as kernel_records
+from tests import ext4_read
 from tests.root import compared
 
 NOBODY = 65534
@@ -100,14 +101,14 @@ def built(home: Path) -> Path:
 def test_the_default_image_is_whole(built: Path) -> None:
     record = image_records.Images(built.parent).read(built.name)
     rootfs = built / image_records.ROOTFS
-    ext4.check(rootfs)
+    ext4_read.check(rootfs)
     assert (record.has_init, record.size_bytes, record.kernel) == (
         True,
         rootfs.stat().st_size,
         "generic-6.12",
     )
     assert record.stored_bytes < 400 << 20
-    assert ext4.read(rootfs, names.GUEST_BINARY) == b"\x7fELF stand-in"
+    assert ext4_read.content(rootfs, names.GUEST_BINARY) == b"\x7fELF stand-in"
 
 
 @pytest.mark.timeout(600)
@@ -127,9 +128,9 @@ def test_the_default_image_is_whole(built: Path) -> None:
 )
 def test_owners_and_modes_are_the_distributions(built: Path, path: str, mode: int, group: str) -> None:
     rootfs = built / image_records.ROOTFS
-    lines = (line.split(":") for line in ext4.read(rootfs, "/etc/group").decode().splitlines())
+    lines = (line.split(":") for line in ext4_read.content(rootfs, "/etc/group").decode().splitlines())
     groups = {line[0]: int(line[2]) for line in lines}
-    found = ext4.find(rootfs, path)
+    found = ext4_read.find(rootfs, path)
     assert found is not None
     assert (found.mode, found.uid, found.gid) == (mode, 0, groups[group])
 
@@ -142,7 +143,7 @@ def test_the_packages_arrive_exactly_as_tar_unpacks_them(built: Path, home: Path
     with filesystem.Filesystem(tmp_path / "ours.ext4") as fs:
         flatten.flatten(fs, [layer])
         fs.finish(headroom_bytes=1 << 20)
-    ext4.check(tmp_path / "ours.ext4")
+    ext4_read.check(tmp_path / "ours.ext4")
     (tmp_path / "theirs").mkdir()
     unpack: list[str | Path] = ["tar", "-C", tmp_path / "theirs", "-xpf", archive, "--numeric-owner"]
     unpack += ["--xattrs", "--xattrs-include=*"]
@@ -162,9 +163,9 @@ def test_the_smallest_recipe(home: Path) -> None:
     as_nobody(home, build)
     made = images.find("busybox")
     rootfs = images.rootfs(made.id)
-    ext4.check(rootfs)
+    ext4_read.check(rootfs)
     assert (made.has_init, made.stored_bytes < 8 << 20) == (False, True)
-    found = ext4.find(rootfs, "/bin/sh")
+    found = ext4_read.find(rootfs, "/bin/sh")
     assert found is not None
     assert stat.S_ISLNK(found.mode)
 
@@ -212,9 +213,9 @@ def test_nothing_of_the_build_host_is_inside(built: Path) -> None:
         "/etc/ssh/ssh_host_ed25519_key",
         "/var/lib/dbus/machine-id",
     ):
-        found = ext4.find(rootfs, path)
+        found = ext4_read.find(rootfs, path)
         assert found is None or stat.S_ISLNK(found.mode), path
-    assert ext4.read(rootfs, "/etc/machine-id") == b""
+    assert ext4_read.content(rootfs, "/etc/machine-id") == b""
 
 
 @pytest.mark.timeout(600)

@@ -21,6 +21,7 @@ from banger import artefacts
 from banger.contract import errors
 from banger.images import assemble, bundle, edit, ext4, paths, publish, recipe, records
 from banger.images.mkfs import filesystem
+from tests import ext4_read
 from tests.unit import tars
 from tests.unit.tars import directory, file, hard_link, pax, symlink, tar
 
@@ -241,17 +242,17 @@ def test_a_published_image(images: records.Images, assembled: Assembled, guest: 
     assert made.run.argv == ("/bin/web", "-p", "80")
     assert [layer.size_bytes for layer in made.layers] == [len(SYSTEM), made.layers[1].size_bytes]
     assert images.read(made.id) == made
-    injected = ext4.find(rootfs, "/.banger/guest")
+    injected = ext4_read.find(rootfs, "/.banger/guest")
     assert injected is not None
     assert (injected.mode, injected.uid) == (stat.S_IFREG | 0o755, 0)
-    assert ext4.read(rootfs, "/.banger/guest") == guest.read_bytes()
-    assert ext4.read(rootfs, "/usr/top") == b"top layer"
+    assert ext4_read.content(rootfs, "/.banger/guest") == guest.read_bytes()
+    assert ext4_read.content(rootfs, "/usr/top") == b"top layer"
 
 
 def test_the_home_directory_is_the_seed(images: records.Images, assembled: Assembled) -> None:
     made = assembled(SYSTEM)
     rootfs = images.rootfs(made.id)
-    home = ext4.find(rootfs, "/root")
+    home = ext4_read.find(rootfs, "/root")
     assert home is not None
     assert home.mode == stat.S_IFDIR | 0o700
     assert not ext4.exists(rootfs, "/root/.profile")
@@ -296,9 +297,9 @@ def test_what_an_image_plants_where_the_guest_binary_goes_is_gone(
 ) -> None:
     made = assembled(SYSTEM, tar(*planted))
     rootfs = images.rootfs(made.id)
-    assert ext4.read(rootfs, "/.banger/guest") == guest.read_bytes()
+    assert ext4_read.content(rootfs, "/.banger/guest") == guest.read_bytes()
     assert not ext4.exists(rootfs, "/.banger/config")
-    assert ext4.read(rootfs, "/usr/bin/su") == b"\x7fELF su"
+    assert ext4_read.content(rootfs, "/usr/bin/su") == b"\x7fELF su"
 
 
 def test_an_image_without_init_says_so(assembled: Assembled) -> None:

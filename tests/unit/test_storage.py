@@ -15,7 +15,6 @@ import pytest
 from hypothesis import strategies
 
 from banger.contract import errors
-from banger.images import ext4
 from banger.storage import overlay, workdisk
 from tests import ext4_read
 
@@ -131,9 +130,9 @@ def test_a_work_disk_has_its_final_size_and_the_seed(tmp_path: Path, seed: Path)
     assert disk.stat().st_size == 8192 * MIB
     assert disk.stat().st_mode == stat.S_IFREG | 0o600
     assert disk.stat().st_blocks * 512 < MIB
-    ext4.check(disk)
-    assert ext4.read(disk, "/.bashrc") == b"PS1=x\n"
-    top, file = ext4.find(disk, "/"), ext4.find(disk, "/own")
+    ext4_read.check(disk)
+    assert ext4_read.content(disk, "/.bashrc") == b"PS1=x\n"
+    top, file = ext4_read.find(disk, "/"), ext4_read.find(disk, "/own")
     assert top is not None
     assert (top.mode, top.uid, top.gid) == (stat.S_IFDIR | 0o700, 0, 0)
     assert file is not None
@@ -142,7 +141,7 @@ def test_a_work_disk_has_its_final_size_and_the_seed(tmp_path: Path, seed: Path)
 
 def test_a_work_disk_without_seed_is_empty_and_roots(tmp_path: Path) -> None:
     workdisk.create(tmp_path / "work.ext4", size_mib=64, seed=tmp_path / "absent")
-    top = ext4.find(tmp_path / "work.ext4", "/")
+    top = ext4_read.find(tmp_path / "work.ext4", "/")
     assert top is not None
     assert (top.mode, top.uid) == (stat.S_IFDIR | 0o700, 0)
 
@@ -150,9 +149,9 @@ def test_a_work_disk_without_seed_is_empty_and_roots(tmp_path: Path) -> None:
 def test_a_work_disk_lets_the_key_in_as_sshd_wants_it(tmp_path: Path, seed: Path) -> None:
     disk = tmp_path / "work.ext4"
     workdisk.create(disk, size_mib=64, seed=seed, authorized_key="ssh-ed25519 AAAA banger")
-    ext4.check(disk)
-    assert ext4.read(disk, "/.ssh/authorized_keys") == b"ssh-ed25519 AAAA banger\n"
-    directory, file = ext4.find(disk, "/.ssh"), ext4.find(disk, "/.ssh/authorized_keys")
+    ext4_read.check(disk)
+    assert ext4_read.content(disk, "/.ssh/authorized_keys") == b"ssh-ed25519 AAAA banger\n"
+    directory, file = ext4_read.find(disk, "/.ssh"), ext4_read.find(disk, "/.ssh/authorized_keys")
     assert directory is not None
     assert (directory.mode, directory.uid, directory.gid) == (stat.S_IFDIR | 0o700, 0, 0)
     assert file is not None
@@ -169,7 +168,7 @@ def test_the_keys_of_the_seed_stay_before_ours_and_no_link_is_followed(tmp_path:
         archive.addfile(member, io.BytesIO(content))
     workdisk.create(disk, size_mib=64, seed=seed, authorized_key="ssh-ed25519 AAAA banger")
     first = content + b"\n" if kind == tarfile.REGTYPE else b""
-    assert ext4.read(disk, "/.ssh/authorized_keys") == first + b"ssh-ed25519 AAAA banger\n"
+    assert ext4_read.content(disk, "/.ssh/authorized_keys") == first + b"ssh-ed25519 AAAA banger\n"
 
 
 def test_a_seed_keeps_everything(tmp_path: Path) -> None:
