@@ -40,7 +40,7 @@ def two(installed_host: Lab) -> Iterator[Lab]:
     """Two guests, each a stranger to the other, with an ssh server each."""
     installed_host.run(["sh", "-c", _INTERNET])
     for name in ("one", "two"):
-        user.banger(installed_host, "vm", "create", name, *user.SMALL)
+        user.banger(installed_host, "vm", "create", name, "--ipv6", *user.SMALL)
         user.banger(installed_host, "vm", "exec", name, "--", "timeout", "120", "bash", "-c", _UNTIL_SSH)
     yield installed_host
     user.banger(installed_host, "vm", "delete", "one", "two", check=False)
@@ -60,9 +60,13 @@ def banner(host: Lab, address: str, port: int, *, check: bool = True) -> str:
 
 
 def test_the_host_reaches_guests_and_guests_not_each_other(two: Lab) -> None:
-    address = user.shown(two, "two")["address"]
-    assert "SSH-2.0" in banner(two, address, 22)
-    assert get(two, "one", address, 22) == ""
+    """By IPv6 too, whose address the host finds in the DNS."""
+    shown = user.shown(two, "two")
+    for address in (shown["address"], shown["address6"]):
+        assert "SSH-2.0" in banner(two, address, 22)
+        assert get(two, "one", address, 22) == ""
+    found = two.run(["getent", "ahostsv6", "two.vm"]).text
+    assert shown["address6"] in found
 
 
 def test_nat_on_off_and_on_with_both_services_killed_in_between(two: Lab) -> None:
