@@ -54,6 +54,8 @@ _FILES = {
     ),
     "/proc/swaps": "Filename\tType\tSize\tUsed\tPriority\n/dev/zram0\tpartition\t1\t0\t100\n",
     "/proc/cmdline": "root=/dev/vda quiet",
+    "/proc/sys/net/ipv6/conf/all/disable_ipv6": "0\n",
+    "/proc/sys/net/ipv6/conf/all/forwarding": "0\n",
     "/proc/sys/kernel/printk": "4\t4\t1\t7",
     f"/lib/modules/{RELEASE}/modules.builtin": "kernel/fs/ext4/ext4.ko\n",
     f"/lib/modules/{RELEASE}/modules.dep": (

@@ -153,6 +153,7 @@ EDAC = "/sys/devices/system/edac/mc/mc0"
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
 MOUNTS = "/proc/self/mountinfo"
 ROUTES = "/proc/net/route"
+IPV6 = "/proc/sys/net/ipv6/conf/all"
 MODULES_DEP = f"/lib/modules/{fakes.RELEASE}/modules.dep"
 
 BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
@@ -271,6 +272,10 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
         "10.213.0.0/16, which this host reaches by eth1",
         "--network",
     ),
+    ("ipv6", writes(f"{IPV6}/forwarding", "1\n"), PASS, "reach the internet by it", ""),
+    ("ipv6", writes(f"{IPV6}/forwarding", "0\n"), PASS, "not forwarded by this host", ""),
+    ("ipv6", writes(f"{IPV6}/disable_ipv6", "1\n"), WARN, "no VM can have --ipv6", "disable_ipv6=0"),
+    ("ipv6", loses(f"{IPV6}/disable_ipv6"), WARN, "no VM can have --ipv6", "disable_ipv6=0"),
     (
         "jail mount",
         appends(MOUNTS, "30 25 8:2 / /var/lib rw,nodev,noexec - ext4 /dev/vdb rw\n"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Probes of the network: the VMs' addresses are nobody else's on this host."""
+"""Probes of the network: the VMs' addresses are nobody else's on this host, and what IPv6 they can have."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ def prefix(scene: scenes.Scene) -> report.Finding:
     except errors.ConflictError as error:
         return report.failed(error.message, f"sudo banger system install; {error.hint}")
     return report.passed(f"{ours} is the VMs' alone")
+
+
+def ipv6(scene: scenes.Scene) -> report.Finding:
+    """How far VMs with `--ipv6` get by it. Whether the host forwards it is the host's own choice."""
+    if scene.text_or_none("/proc/sys/net/ipv6/conf/all/disable_ipv6") != "0":
+        return report.warned(
+            "switched off on this host: no VM can have --ipv6",
+            "sudo sysctl net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0",
+        )
+    if scene.text("/proc/sys/net/ipv6/conf/all/forwarding") == "1":
+        return report.passed("forwarded by this host: VMs with --ipv6 and --nat reach the internet by it")
+    return report.passed("not forwarded by this host: VMs with --ipv6 reach it and their peers alone by it")
