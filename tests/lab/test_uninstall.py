@@ -50,7 +50,8 @@ SEEN = {
 STAYS = {
     "modules": {
         r"(loop|dm_mod|dm_bufio|dm_snapshot|tun|bridge|stp|llc|kvm\w*)": "others may use them by now",
-        r"(nf\w*|xt_\w+|x_tables|ip6?_?tables?\w*|libcrc32c|crc32c\w*)": "the kernel's, for packet rules",
+        r"(nf_tables|nfnetlink|nft_(chain_nat|ct|masq|meta_bridge|objref|redir))": "our packet rules",
+        r"(nf_conntrack|nf_nat|nf_defrag_ipv[46]|libcrc32c|crc32c_\w+)": "what these need in turn",
     },
 }
 """What is different afterwards, and why."""
