@@ -189,7 +189,7 @@ async def test_a_mistyped_word_asks_no_registry(served: Served) -> None:
 async def test_a_kernel_that_is_missing_is_said_before_the_pull(
     served: Served, registry: registries.Registry
 ) -> None:
-    body = {"image": f"{registry.host}/team/app:v1"}
+    body = {"image": f"{registry.host}/team/app:v1", "kernel": "nope"}
     error = await served.error("POST", "/v1/vms", 404, body)
     assert "kernel" in error.message
     assert registry.asked == []

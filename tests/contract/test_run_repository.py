@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from banger.contract import resources
-from tests.contract import cli_process, repositories, workspaces
+from tests.contract import cli_process, conftest, repositories, workspaces
 
 Guest = workspaces.Guest
 git = repositories.git
@@ -190,4 +193,48 @@ async def test_tools_that_cannot_be_installed_are_loud(guest: Guest) -> None:
     failed = await guest.banger(*run_words(guest, "--rm", "--nat"), "--", "true", status=125)
     assert "which" in failed.err
     assert "does not have" in failed.err
+    assert await names(guest) == ["web"]
+
+
+def _image_with_mise(guest: Guest, directory: Path, script: str) -> Path:
+    """The guest's home. The image has a `mise` that does what the script says."""
+    program, home = directory / "bin" / "mise", directory / "home"
+    program.parent.mkdir(parents=True)
+    home.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    about = guest.served.daemon.paths.state / "images" / conftest.IMAGE_ID / "image.json"
+    image = json.loads(about.read_text())
+    image["run"] = {"env": [f"PATH={program.parent}:{os.environ['PATH']}", f"HOME={home}"]}
+    about.write_text(json.dumps(image))
+    return home
+
+
+async def test_declared_tools_are_installed_before_the_command_runs(guest: Guest, tmp_path: Path) -> None:
+    repositories.plain(guest.source)
+    (guest.source / "mise.toml").write_text('[tools]\nzig = "0.13"\n')
+    repositories.commit(guest.source)
+    script = 'echo "$PWD: $*"\nif [ "$1" = install ]; then cp mise.toml "$HOME/installed"; fi'
+    home = _image_with_mise(guest, tmp_path / "image", script)
+    done = await guest.banger(*run_words(guest, "--rm", "--nat"), "--", "cat", str(home / "installed"))
+    assert done.text == '[tools]\nzig = "0.13"\n'
+    assert "installing the repository's tools" in done.err
+    log = (home / ".banger-bootstrap.log").read_text().splitlines()
+    assert log == [f"{guest.repo}: trust -q {guest.repo}", f"{guest.repo}: install --yes"]
+    (home / "installed").unlink()
+    await guest.banger(*run_words(guest, "--rm", "--no-bootstrap"), "--", "true")
+    assert not (home / "installed").exists()
+
+
+async def test_tools_whose_installation_fails_are_loud(guest: Guest, tmp_path: Path) -> None:
+    repositories.plain(guest.source)
+    (guest.source / "mise.toml").write_text("[tools]\n")
+    repositories.commit(guest.source)
+    script = '[ "$1" = install ] || exit 0\necho "no such tool: zog"; exit 3'
+    home = _image_with_mise(guest, tmp_path / "image", script)
+    failed = await guest.banger(*run_words(guest, "--rm", "--nat"), "--", "true", status=125)
+    assert "no such tool: zog" in failed.err, "the end of the log"
+    assert "could not be installed" in failed.err
+    assert ".banger-bootstrap.log" in failed.err
+    assert "no such tool: zog" in (home / ".banger-bootstrap.log").read_text()
     assert await names(guest) == ["web"]

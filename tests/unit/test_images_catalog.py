@@ -140,6 +140,11 @@ def test_a_command_goes_over_what_the_image_says() -> None:
     assert named.user == "root"
     shell = command.exec_spec(resources.ExecRequest(argv=("sh",)), image, "/root/repo")
     assert shell.cwd == "/root/repo"
+    assert shell.env[2].startswith("PATH=/root/.local/share/mise/shims:/usr/local/sbin:")
+    mine = command.exec_spec(resources.ExecRequest(argv=("sh",), env=("PATH=/x",)), image, "/root/repo")
+    assert mine.env == ("A=1", "B=2", "PATH=/x")
+    nobody = command.exec_spec(resources.ExecRequest(argv=("sh",), user="nobody"), image, "/root/repo")
+    assert nobody.env == ("A=1", "B=2"), "who has no workspace has none of its tools"
     assert command.exec_spec(resources.ExecRequest(argv=()), image, "/root/repo").cwd == "/srv"
     with pytest.raises(errors.BadRequestError, match="names nothing to run"):
         command.exec_spec(resources.ExecRequest(argv=()), bundle.RunConfig(), "")

@@ -9,16 +9,18 @@ from typing import Any, Final
 from banger.cli import attach, client, render
 from banger.contract import errors, resources
 
-LOG: Final = "/root/.banger-bootstrap.log"
+LOG: Final = "~/.banger-bootstrap.log"
 _DECLARATIONS: Final = (b"mise.toml", b".mise.toml", b".tool-versions", b".config/mise/config.toml")
 _NO_MISE: Final = 90
 _SCRIPT: Final = r"""
 command -v mise >/dev/null 2>&1 || exit 90
 cd "$1" || exit 1
-mise trust -q "$1" >"$2" 2>&1
-mise install --yes >>"$2" 2>&1 || { tail -n 20 "$2" >&2; exit 1; }
-mkdir -p /etc/profile.d &&
-  echo 'export PATH="$HOME/.local/share/mise/shims:$PATH"' >/etc/profile.d/banger-mise.sh
+log="$HOME/.banger-bootstrap.log"
+mise trust -q "$1" >"$log" 2>&1
+mise install --yes >>"$log" 2>&1 || { tail -n 20 "$log" >&2; exit 1; }
+# For root's login shells, such as those of ssh.
+[ "$HOME" != /root ] || { mkdir -p /etc/profile.d &&
+  echo 'export PATH="$HOME/.local/share/mise/shims:$PATH"' >/etc/profile.d/banger-mise.sh; }
 """
 
 
@@ -38,7 +40,7 @@ def require_network(chosen: dict[str, Any]) -> None:
 def install(api: client.Client, vm: resources.Vm, path: str) -> None:
     """Raises OperationFailedError when it did not work; the end of its log is on stderr then."""
     render.note(f"installing the repository's tools in {vm.name}; the log is {LOG} there")
-    argv = ("/bin/sh", "-c", _SCRIPT, "banger-bootstrap", path, LOG)
+    argv = ("/bin/sh", "-c", _SCRIPT, "banger-bootstrap", path)
     status = attach.run(api, vm.id, resources.ExecRequest(argv=argv, cwd="/"), stdin=False)
     if status == _NO_MISE:
         raise errors.MissingToolError(

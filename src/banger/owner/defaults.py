@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from banger.contract import errors, names, ports, resources
 from banger.images import bundle
-from banger.owner import config, images, kernels, pulls
+from banger.owner import config, images, kernels, operations, pulls
 from banger.vm import create
 
 _MIB: Final = 1024 * 1024
@@ -34,13 +35,22 @@ class Defaults:
         self._images = images
         self._kernels = kernels
 
-    def missing(self, body: resources.CreateVm) -> images.Making | None:
-        """How to get the image, when it is not here and that can be known; its kernel must be here."""
+    def missing(self, body: resources.CreateVm) -> Sequence[operations.Work]:
+        """How to get the kernel and the image, those of them that are not here and can be got.
+
+        Raises NotFoundError for a kernel that cannot, before the image is pulled in vain.
+        """
         ref = body.image or self._config.image
-        making = None if self._images.knows(ref) else self._pulls.how_to_obtain(ref)
-        if making is not None:
-            self._kernels.find(body.kernel or self._config.kernel or making.kernel)
-        return making
+        is_here = self._images.knows(ref)
+        making = None if is_here else self._pulls.how_to_obtain(ref)
+        if making is None and not is_here:
+            return ()
+        named = self._images.find(ref).kernel if making is None else making.kernel
+        kernel = body.kernel or self._config.kernel or named
+        pulling = self._kernels.how_to_obtain(kernel)
+        if pulling is None:
+            self._kernels.find(kernel)
+        return [work for work in (pulling, making.work if making else None) if work is not None]
 
     def run_config(self, image_id: names.ImageId) -> bundle.RunConfig:
         """What the image says of running it; nothing when the image cannot be read any more."""

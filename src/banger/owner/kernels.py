@@ -17,6 +17,7 @@ from banger.owner import locks, operations, store
 
 # What an entry's file turns out to be is known when it is here.
 _KINDS: Final = {catalog.Library: "direct", catalog.Package: "initrd"}
+Work = Callable[[operations.Progress], Awaitable[resources.Kernel]]
 
 
 class KernelService:
@@ -75,8 +76,19 @@ class KernelService:
 
     def pull(self, body: requests.PullKernel) -> resources.Operation:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
+        entry = catalog.find(body.name, platform.machine(), self._catalogs)
+        return self._operations.start("kernel.pull", body.name, self._pulling(entry))
+
+    def how_to_obtain(self, ref: str) -> Work | None:
+        """For a kernel that is not here, and that the catalog has."""
+        with contextlib.suppress(errors.NotFoundError):
+            self._kernels.find(ref)
+            return None
+        entry = next((entry for entry in self._offers() if entry.name == ref), None)
+        return None if entry is None else self._pulling(entry)
+
+    def _pulling(self, entry: catalog.Entry) -> Work:
         arch = platform.machine()
-        entry = catalog.find(body.name, arch, self._catalogs)
 
         async def make(progress: operations.Progress) -> records.Kernel:
             return await run.in_thread(
@@ -88,7 +100,7 @@ class KernelService:
                 on_line=progress.line(),
             )
 
-        return self._make("kernel.pull", body.name, entry, f"pulling {body.name}", make)
+        return self._making_of(entry.name, entry, f"pulling {entry.name}", make)
 
     def import_path(self, body: requests.ImportKernel) -> resources.Operation:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
@@ -107,16 +119,17 @@ class KernelService:
                 on_line=progress.line(),
             )
 
-        return self._make("kernel.import", name, body.path, f"importing {body.path}", make)
+        work = self._making_of(name, body.path, f"importing {body.path}", make)
+        return self._operations.start("kernel.import", name, work)
 
-    def _make(
+    def _making_of(
         self,
-        kind: str,
         name: str,
         what: object,
         detail: str,
         make: Callable[[operations.Progress], Awaitable[records.Kernel]],
-    ) -> resources.Operation:
+    ) -> Work:
+        """As an operation of its own, or as the beginning of another one."""
         self._making.check(name, what)
 
         async def work(progress: operations.Progress) -> resources.Kernel:
@@ -126,7 +139,7 @@ class KernelService:
             )
             return self._view(made)
 
-        return self._operations.start(kind, name, work)
+        return work
 
     def delete(self, ref: str) -> None:
         """Raises ConflictError while VMs boot with it."""

@@ -19,7 +19,6 @@ from banger.images import bundle
 from banger.owner import (
     activity,
     changes,
-    images,
     lifetimes,
     listeners,
     live,
@@ -47,7 +46,7 @@ class Resolver(Protocol):
 
     def resolve(self, body: resources.CreateVm, /) -> create.Resolved: ...
 
-    def missing(self, body: resources.CreateVm, /) -> images.Making | None: ...
+    def missing(self, body: resources.CreateVm, /) -> Sequence[operations.Work]: ...
 
     def kernel_id(self, ref: str, /) -> names.KernelId: ...
 
@@ -121,21 +120,22 @@ class VmService:
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
         name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
-        making = self._resolver.missing(body)
-        if making is not None:
-            return self._create_with(making, name, body)
+        missing = self._resolver.missing(body)
+        if missing:
+            return self._create_with(missing, name, body)
         vm = await self._reserve(name, body)
         return self._operations.start("vm.create", name, lambda progress: self._created(vm, body, progress))
 
     def _create_with(
-        self, making: images.Making, name: names.VmName, body: resources.CreateVm
+        self, missing: Sequence[operations.Work], name: names.VmName, body: resources.CreateVm
     ) -> resources.Operation:
-        """Gets the image first. The row is made when the image is there, the name looked at before."""
+        """Gets kernel and image first. The row is made when they are there, the name looked at before."""
         if name in self._store.taken_names():
             raise errors.AlreadyExistsError(f"there is a VM named {name} already")
 
         async def work(progress: operations.Progress) -> resources.Vm:
-            await making.work(progress)
+            for obtain in missing:
+                await obtain(progress)
             return await self._created(await self._reserve(name, body), body, progress)
 
         return self._operations.start("vm.create", name, work)
