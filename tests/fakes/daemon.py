@@ -80,6 +80,7 @@ class FakeDaemon:
         self.images: dict[str, resources.Image] = {}
         self.kernels: dict[str, resources.Kernel] = {}
         self.inventory = inventory.Inventory(())
+        self.dns: resources.DnsStatus | None = None
         self.operations: dict[str, Running] = {}
         self.asked: list[tuple[str, str, Any]] = []
         self.execs: list[resources.ExecRequest] = []
@@ -171,6 +172,7 @@ class FakeDaemon:
                     pid=os.getpid(),
                     started_at=_now(),
                     helper_version="0.1.0",
+                    dns=self.dns,
                 )
             case "GET", ["inventory"]:
                 return 200, self.inventory

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from banger.contract import inventory, names
+from banger.contract import inventory, names, resources
 from banger.system import host as hosts
 from banger.system.doctor import report, scene, storage, table
 from tests.fakes import host as fakes
@@ -25,7 +25,15 @@ FAIL, WARN, SKIP, PASS = report.Status.FAIL, report.Status.WARN, report.Status.S
 Break = Callable[[fakes.FakeHost], object]
 
 
-SERVED = ("bangerd", "bangerd-root", "bangerd socket", "bangerd-root socket", "versions", "leftovers")
+SERVED = (
+    "bangerd",
+    "bangerd-root",
+    "bangerd socket",
+    "bangerd-root socket",
+    "versions",
+    "leftovers",
+    "dns",
+)
 """Rows about services that answer; for the others none has to be started."""
 
 
@@ -90,6 +98,18 @@ def hello(**values: str | int) -> Break:
 def stray(host: fakes.FakeHost) -> None:
     tap = inventory.Thing(inventory.Kind.TAP, "tap-ffffffff", "no VM has such an id", vm_id="ffffffffffff")
     host.api.inventory = inventory.Inventory((tap,))
+
+
+def names_at(endpoint: str, *, problem: str = "") -> Break:
+    def change(host: fakes.FakeHost) -> None:
+        host.api.dns = resources.DnsStatus(
+            listen=endpoint,
+            listen_source=resources.SizeSource.DEFAULT,
+            upstream_source=resources.SizeSource.DEFAULT,
+            problem=problem,
+        )
+
+    return change
 
 
 def foreign_command(host: fakes.FakeHost) -> None:
@@ -295,6 +315,7 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("kernel", writes(fakes.FakeHost.kernel_file("vmlinux"), "b kernel"), FAIL, "sha256", "kernel pull"),
     ("records", writes(fakes.FakeHost.image_file("image.json"), "{"), WARN, "aaaaaaaaaaaa", "delete"),
     ("leftovers", stray, WARN, "tap tap-ffffffff (no VM has such an id)", "gc --apply"),
+    ("dns", names_at("127.0.0.1:1"), FAIL, "127.0.0.1:1", "system restart"),
     ("smt", writes("/sys/devices/system/cpu/smt/active", "1"), WARN, "share a core", "nosmt"),
     ("ksm", writes("/sys/kernel/mm/ksm/run", "1"), WARN, "merged", "ksm/run"),
     ("swap", writes("/proc/swaps", "Filename\n/dev/vda2 partition 1 0 -2\n"), WARN, "/dev/vda2", "swapoff"),
@@ -389,7 +410,31 @@ def test_without_the_daemon_the_rest_is_seen(host: fakes.FakeHost) -> None:
     host.api.stop()
     found = {row.check: row.status for row in host.ask_all().rows}
     assert {name for name, status in found.items() if status is FAIL} == {"bangerd", "bangerd socket"}
-    assert {name for name, status in found.items() if status is SKIP} == {"versions", "leftovers"}
+    assert {name for name, status in found.items() if status is SKIP} == {
+        "versions",
+        "leftovers",
+        "dns",
+    }
+
+
+@pytest.mark.parametrize(
+    ("problem", "wanted"), [("", PASS), ("systemd-resolved does not run", WARN)], ids=["routed", "not"]
+)
+def test_names_that_are_answered(host: fakes.FakeHost, problem: str, wanted: report.Status) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+
+        def answer() -> None:
+            question, asker = server.recvfrom(512)
+            server.sendto(question[:2] + b"\x84\0" + question[4:], asker)
+
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
+        names_at(f"127.0.0.1:{server.getsockname()[1]}", problem=problem)(host)
+        (row,) = [row for row in host.ask_all().rows if row.check == "dns"]
+        answering.join(10)
+    assert row.status is wanted
+    assert problem in row.detail
 
 
 def test_who_may_not_look_is_told_who_may(host: fakes.FakeHost) -> None:

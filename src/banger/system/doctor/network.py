@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Probes of the network: the VMs' addresses are nobody else's on this host, and what IPv6 they can have."""
+"""Probes of the network: the VMs' addresses are theirs alone, names are answered, what IPv6 there is."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
+import socket
+from typing import Final
 
 from banger.contract import errors
 from banger.net import addresses
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
+
+_ANSWER_S: Final = 3.0
+_ANSWER_BIT: Final = 0x80
+# One question, of class IN: who is responsible for `vm`.
+_QUESTION: Final = b"\0\0" + b"\0\1" + bytes(6) + b"\x02vm\0" + b"\0\6\0\1"
 
 
 def prefix(scene: scenes.Scene) -> report.Finding:
@@ -37,3 +46,33 @@ def ipv6(scene: scenes.Scene) -> report.Finding:
     if scene.text("/proc/sys/net/ipv6/conf/all/forwarding") == "1":
         return report.passed("forwarded by this host: VMs with --ipv6 and --nat reach the internet by it")
     return report.passed("not forwarded by this host: VMs with --ipv6 reach it and their peers alone by it")
+
+
+def vm_names(scene: scenes.Scene) -> report.Finding:
+    """Somebody answers for `.vm` where bangerd says, and this host's resolver asks there by itself."""
+    dns = scene.require_daemon().dns
+    if dns is None or not dns.listen:
+        return report.passed("names of VMs are off, as the configuration says")
+    if not _answers(dns.listen):
+        return report.failed(
+            f"bangerd does not answer for .vm at {dns.listen}", "sudo banger system restart"
+        )
+    if dns.problem:
+        return report.warned(
+            f"{dns.listen} answers, but this host does not ask it by itself: {dns.problem}",
+            "see docs/dns.md; dns_route = false in config.toml says that it shall not",
+        )
+    asked = "this host's resolver asks it" if dns.routed else "asked by whoever names it"
+    return report.passed(f"{dns.listen} answers for .vm, {asked}")
+
+
+def _answers(endpoint: str) -> bool:
+    address, _, port = endpoint.rpartition(":")
+    number = os.urandom(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, contextlib.suppress(OSError):
+        asking.settimeout(_ANSWER_S)
+        asking.connect((address, int(port)))
+        asking.send(number + _QUESTION)
+        answer = asking.recv(4096)
+        return answer[:2] == number and len(answer) > 12 and bool(answer[2] & _ANSWER_BIT)
+    return False

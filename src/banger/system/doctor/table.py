@@ -64,6 +64,7 @@ ORDINARY: Final = (
     Check("cgroup delegation", "limits of VMs", kernel.delegation),
     Check("network", "network", network.prefix),
     Check("ipv6", "network", network.ipv6),
+    Check("dns", "names of VMs", network.vm_names),
     Check("jail mount", _VMS, storage.jail_mount),
     Check("room for VMs", "disks", storage.Room(host.STATE, "disks and images")),
     Check("room for the cache", "images", storage.Room(host.CACHE, "what is pulled and built")),
