@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,3 +32,14 @@ def is_shown(shown: list[str], text: str) -> bool:
         return True
     parts = ("(.*\n)*" if line == _ANYTHING else re.escape(line) + "\n" for line in shown)
     return re.fullmatch("".join(parts), text) is not None
+
+
+def session(lines: Sequence[str], output: str) -> str:
+    """A script of one shell for all lines, up to one that fails: `<number>.out`, `.err` and `.status`."""
+    script = [f"mkdir -p {output}"]
+    for number, line in enumerate(lines):
+        place = f"{output}/{number}"
+        # Braces, not a subshell: a line may change the directory.
+        script.append(f"{{ {line}\n}} >{place}.out 2>{place}.err </dev/null; echo $? >{place}.status")
+        script.append(f"[ $(cat {place}.status) = 0 ] || exit 1")
+    return "\n".join(script)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""The tutorial and the page about agents, line by line in one shell, with the real CLI, daemon and agent.
+
+Only the machine is missing: the agent has a mount namespace for its `/root`, and a name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger import guest_binary
+from bench import served
+from tests.lab import documents
+
+DOCS = Path(__file__).parents[2] / "docs"
+_INSIDE = 'mount --bind "$1" /root && hostname hello && exec -a @banger-guest "$2" agent --listen-fd "$3"'
+
+
+@contextlib.contextmanager
+def _agent(directory: Path, home: Path) -> Iterator[Path]:
+    """The socket of an agent whose /root is `home`."""
+    path = directory / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(64)
+        number = listener.fileno()
+        program = str(guest_binary.path(platform.machine()))
+        agent = subprocess.Popen(
+            ["unshare", "--mount", "--uts", "bash", "-c", _INSIDE, "agent", str(home), program, str(number)],
+            pass_fds=[number],
+            stdin=subprocess.DEVNULL,
+        )
+    try:
+        yield path
+    finally:
+        agent.terminate()
+        agent.wait(timeout=10)
+
+
+async def _follow(script: str, top: Path, agent: Path) -> None:
+    async with served.running(agent=agent) as (_, address):
+        served.program(top)
+        (top / "home").mkdir()
+        env = served.environment(address) | {
+            "HOME": str(top / "home"),
+            "PATH": f"{top}:{os.environ['PATH']}",
+            "GIT_CONFIG_NOSYSTEM": "1",
+        }
+        shell = await asyncio.create_subprocess_exec(
+            "bash", "-c", script, env=env, cwd=top, stdin=asyncio.subprocess.DEVNULL
+        )
+        await shell.wait()
+
+
+@pytest.mark.timeout(180)
+def test_the_tutorial_and_the_page_about_agents_are_true() -> None:
+    lines = [
+        (line, shown)
+        for name in ("tutorial.md", "agents.md")
+        for line, shown in documents.console(DOCS / name)
+        if not line.startswith("banger doctor")  # this machine has no installation
+    ]
+    assert len(lines) > 25
+    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as name:
+        top = Path(name)
+        guest = top / "guest"
+        guest.mkdir()
+        # There is one guest behind all VMs here, so what a new VM would not have is taken away.
+        renewed = [f"{line}\nrm -rf {guest}/repo" if "vm delete" in line else line for line, _ in lines]
+        with _agent(top, guest) as agent:
+            asyncio.run(_follow(documents.session(renewed, str(top / "out")), top, agent))
+        for number, (line, shown) in enumerate(lines):
+            status, said, complained = (
+                (top / "out" / f"{number}.{what}").read_text() for what in ("status", "out", "err")
+            )
+            assert status == "0\n", (line, said, complained)
+            assert documents.is_shown(shown, said), (line, shown, said)
+        shutil.rmtree(guest)
