@@ -164,13 +164,13 @@ class Artefacts(Generic[R]):
         encoded = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         (staged / self._record_name).write_bytes(encoded)
         for path in (*staged.iterdir(), staged):
-            _sync(path)
+            sync(path)
         run.check_cancelled()
         try:
             staged.rename(self.path(record.id))
         except OSError as error:
             raise errors.AlreadyExistsError(f"{self._what} {record.id} is already there") from error
-        _sync(self._root)
+        sync(self._root)
         return record
 
     def delete(self, artefact_id: str) -> None:
@@ -197,7 +197,8 @@ def _is_id(text: str) -> bool:
     return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file, or what a directory says, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -152,7 +152,7 @@ async def test_cancelled_before_it_is_published(
     served: Served, layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that takes its time to be sure of everything, which no real one can be told to."""
-    syncing, loop, sync = asyncio.Event(), asyncio.get_running_loop(), artefacts._sync
+    syncing, loop, really = asyncio.Event(), asyncio.get_running_loop(), artefacts.sync
 
     def slowly(path: Path) -> None:
         loop.call_soon_threadsafe(syncing.set)
@@ -161,9 +161,9 @@ async def test_cancelled_before_it_is_published(
             while time.monotonic() < deadline:
                 run.check_cancelled()
                 time.sleep(0.01)
-        sync(path)
+        really(path)
 
-    monkeypatch.setattr(artefacts, "_sync", slowly)
+    monkeypatch.setattr(artefacts, "sync", slowly)
     operation = await served.begin("POST", "/v1/images/import", {"path": str(layout), "name": "laid"})
     await asyncio.wait_for(syncing.wait(), 20)
     ended = (await served.http.delete(f"/v1/operations/{operation.id}")).json()

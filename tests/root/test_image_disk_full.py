@@ -159,14 +159,27 @@ def test_while_an_image_is_copied(disk: SmallDisk, archive: Path, tmp_path: Path
 
 @pytest.mark.timeout(180)
 def test_while_packages_are_unpacked(disk: SmallDisk) -> None:
-    disk.leave(8 * MIB // PAGE)
     lines: list[str] = []
+
+    def hear(line: str) -> None:
+        lines.append(line)
+        if "extracting archives" in line:
+            disk.leave(0)
+
     with pytest.raises(errors.NoSpaceError) as caught:
-        recipe.base_archive(
-            recipe.load("busybox"),
-            arch=platform.machine(),
-            cache_dir=disk.path / "cache",
-            on_line=lines.append,
-        )
+        _build(disk, hear)
     assert caught.value.hint, lines
     assert disk.files() == {"other"}
+
+
+def test_too_little_room_for_packages_is_seen_before(disk: SmallDisk) -> None:
+    disk.leave(100 * MIB // PAGE)
+    with pytest.raises(errors.NoSpaceError, match="at the least") as caught:
+        _build(disk, lambda line: None)
+    assert "prune" in caught.value.hint
+    assert disk.files() == {"other"}
+
+
+def _build(disk: SmallDisk, on_line: Callable[[str], None]) -> None:
+    arch, cache = platform.machine(), disk.path / "cache"
+    recipe.base_archive(recipe.load("busybox"), arch=arch, cache_dir=cache, on_line=on_line)

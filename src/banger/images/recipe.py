@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
+import shutil
 import stat
 import tempfile
 import tomllib
@@ -19,13 +20,15 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from banger import debian, run
-from banger.contract import errors, names, requests
+from banger import artefacts, debian, run
+from banger.contract import errors, names, requests, sizes
 from banger.images import edit
 from banger.images.mkfs import filesystem
 
 BUILDER_VERSION: Final = 1
 _BUILD_DEADLINE_S: Final = 1800.0
+_LEAST_ROOM_BYTES: Final = 256 << 20
+"""The archive's lists take a third of it, whatever the recipe."""
 # fakeroot tries the real chown first; in a user namespace (PrivateUsers=) that fails as it does not expect.
 _FAKEROOT: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
 _SYSTEMD_UNITS: Final = "/etc/systemd/system"
@@ -177,6 +180,7 @@ def base_archive(
     if kept.exists():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(kept.parent)
     run.require("mmdebstrap")
     sources = debian.sources(recipe.suite, mirror=mirror)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".build-") as scratch:
@@ -187,8 +191,20 @@ def base_archive(
             env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch, **_FAKEROOT),
             on_line=on_line,
         )
+        artefacts.sync(made)  # nothing looks at it again: half of one would be built from for ever
         made.replace(kept)
     return kept
+
+
+def _require_room(directory: Path) -> None:
+    """Where a disk fills up while apt updates its lists, apt may say nothing and wait for ever."""
+    free = shutil.disk_usage(directory).free
+    if free < _LEAST_ROOM_BYTES:
+        raise errors.NoSpaceError(
+            f"to build an image takes {_LEAST_ROOM_BYTES >> 20} MiB at the least, and {directory} has "
+            f"{sizes.text_of_bytes(free)} left",
+            hint="free some space; `banger image cache prune` removes what no pull needs",
+        )
 
 
 def mode() -> Mode:
