@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import names, privileged
-from banger.helper import operations, ruleset
+from banger.helper import operations, tables
 from banger.helper.linux import libc, netlink
 from bench import host, report
 from tests.root import helper_world, network_world
@@ -100,7 +100,7 @@ def _pooled_tap_ms(world: helper_world.HelperWorld) -> float:
     ready = netlink.find("pool0")
     if bridge is None or ready is None:
         raise RuntimeError("the links of this benchmark are not there")
-    netlink.bring_up(ready.number, alias="banger/pool", master=bridge.number, group=ruleset.TAP_GROUP)
+    netlink.bring_up(ready.number, alias="banger/pool", master=bridge.number, group=tables.TAP_GROUP)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wire:
         fcntl.ioctl(wire, _SIOCSIFFLAGS, struct.pack("=16sh22x", b"pool0", 0))
         began = time.perf_counter()
@@ -118,7 +118,7 @@ def _throughput(world: helper_world.HelperWorld) -> list[report.Row]:
         net.guests.append(guest)
         network_world.run("ip", "link", "add", guest.tap, "type", "veth", "peer", "name", "eth0")
         network_world.run("ip", "link", "set", "eth0", "netns", f"/proc/{os.getpid()}/fd/{guest.space.fd}")
-        network_world.run("ip", "link", "set", guest.tap, "group", str(ruleset.TAP_GROUP), "up")
+        network_world.run("ip", "link", "set", guest.tap, "group", str(tables.TAP_GROUP), "up")
         network_world.run("ip", "link", "set", guest.tap, "master", "br-fc")
         guest.space.ip("link", "set", "eth0", "address", guest.mac)
         guest.space.ip("addr", "add", f"{guest.address}/20", "dev", "eth0")

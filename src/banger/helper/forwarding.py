@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from banger.contract import errors
-from banger.helper import bridge, program, ruleset
+from banger.helper import bridge, program, ruleset, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink, nftables
 
@@ -26,7 +26,7 @@ _LEGACY: Final = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6
 """The programs, and where the kernel says below /proc/thread-self/net that something has used each."""
 _FAMILIES: Final = ("ip", "ip6", "inet")
 _DEADLINE_S: Final = 20.0
-_PRIVATE: Final = tuple(map(ipaddress.IPv4Network, (*ruleset.PRIVATE, ruleset.LINK_LOCAL)))
+_PRIVATE: Final = tuple(map(ipaddress.IPv4Network, (*tables.PRIVATE, tables.LINK_LOCAL)))
 _FIRST_PRIORITY: Final = 0
 """Chains before `filter` mangle or track; accepting at their head would skip that and gain nothing."""
 
@@ -196,8 +196,8 @@ def _differences(policy: policies.Policy, need: Need) -> list[nftables.Json]:
     ]
     if not chains:
         return []
-    tables = [each["table"] for each in nftables.query("tables")]
-    owned = {_table(each) for each in tables if _has_owner(each)}
+    seen = [each["table"] for each in nftables.query("tables")]
+    owned = {_table(each) for each in seen if _has_owner(each)}
     rules = [rule for chain in chains for rule in _rules(chain)]
     commands: list[nftables.Json] = []
     for chain in chains:
@@ -229,7 +229,7 @@ def _bases(listed: list[nftables.Json]) -> Iterator[nftables.Json]:
     for each in listed:
         fields = each.get("chain", {})
         if fields.get("hook") in ("input", "forward") and fields["family"] in _FAMILIES:
-            ours = fields["table"] == ruleset.TABLE
+            ours = fields["table"] == tables.TABLE
             if fields.get("type") == "filter" and fields["prio"] >= _FIRST_PRIORITY and not ours:
                 yield fields
 
@@ -279,9 +279,9 @@ def _match(rule: nftables.Json) -> tuple[str, str]:
 
 def _pass_legacy(policy: policies.Policy, need: Need) -> None:
     """The old kernel interface, which nft does not see; only where something has used it."""
-    for tool, tables in _LEGACY.items():
+    for tool, listed in _LEGACY.items():
         asked = need.ipv6 or not tool.startswith("ip6")
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/thread-self/net/{tables}") as file:
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/thread-self/net/{listed}") as file:
             if "filter" in file.read().split():
                 for chain, option, on in (
                     ("INPUT", "-i", need.to_host),

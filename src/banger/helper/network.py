@@ -8,12 +8,12 @@ import os
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.helper import filesystem, forwarding, ruleset
+from banger.helper import filesystem, forwarding, ruleset, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
 BRIDGE_ALIAS: Final = "banger/bridge"
-_BRIDGE_MAC: Final = bytes.fromhex(ruleset.BRIDGE_MAC.replace(":", ""))
+_BRIDGE_MAC: Final = bytes.fromhex(tables.BRIDGE_MAC.replace(":", ""))
 _DONE: Final = privileged.Done()
 
 
@@ -74,7 +74,7 @@ def create_tap(policy: policies.Policy, request: privileged.CreateTap) -> privil
             made.number,
             alias=_tap_alias(vm_id),
             master=bridge.number,
-            group=ruleset.TAP_GROUP,
+            group=tables.TAP_GROUP,
             isolated=not request.peers,
         )
         netlink.keep_tap(tap, name)  # last: whatever fails or kills us before leaves no tap
