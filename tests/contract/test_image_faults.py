@@ -35,9 +35,9 @@ from tests.unit import tars
 Served = api_served.Served
 Status = resources.OperationStatus
 MIB: Final = 1 << 20
-ZEROS: Final = 256
+ZEROS: Final = 512
 """MiB of them, which are little to fetch and some work to unpack: there is time to interfere."""
-TOP: Final = oci_make.tar({"srv/data": os.urandom(2 * MIB)})
+BASE: Final = oci_make.tar({"srv/data": os.urandom(2 * MIB)})
 PULLED: Final = ("asking for", "pulling", "unpacking layer 1", "unpacking layer 2", "making the file system")
 IMPORTED: Final = ("reading", "2 layers", *PULLED[2:])
 
@@ -60,10 +60,10 @@ LAYER, DIFF_ID = _zeros()
 def registry() -> Iterator[registries.Registry]:
     """It has `team/app:v1`."""
     with registries.serving() as made:
-        made.add_image("v1", LAYER, oci_make.compressed(TOP))
+        made.add_image("v1", oci_make.compressed(BASE), LAYER)
         document = json.loads(made.manifests["v1"][1])
         config = json.loads(made.blobs[document["config"]["digest"]])
-        config["rootfs"]["diff_ids"] = [DIFF_ID, oci_make.digest(TOP)]
+        config["rootfs"]["diff_ids"] = [oci_make.digest(BASE), DIFF_ID]
         data = json.dumps(config).encode()
         document["config"] |= {"digest": made.add_blob(data), "size": len(data)}
         made.add_manifest("v1", document)
@@ -75,9 +75,9 @@ def layout(tmp_path: Path) -> Path:
     """The same as a layout."""
     root = tmp_path / "layout"
     stored = [
-        oci_make.add(root, each, f"{oci_make.LAYER}+gzip") for each in (LAYER, oci_make.compressed(TOP))
+        oci_make.add(root, each, f"{oci_make.LAYER}+gzip") for each in (oci_make.compressed(BASE), LAYER)
     ]
-    oci_make.described(root, "v1", stored, [DIFF_ID, oci_make.digest(TOP)])
+    oci_make.described(root, "v1", stored, [oci_make.digest(BASE), DIFF_ID])
     return root
 
 
