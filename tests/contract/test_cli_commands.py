@@ -64,6 +64,7 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "image": None,
         "kernel": None,
         "remove_on_failure": False,
+        "for_command": False,
         "needs_git": False,
     }
     assert re.search(r"banger: mine: 0\.0\ds \(preflight 0\.01s, .*finalize 0\.01s\)", done.err)

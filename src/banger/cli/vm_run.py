@@ -214,7 +214,9 @@ def run(
             bootstrap.require_network(chosen)
         exec_fields = {field: chosen.pop(field) for field in _EXEC_FIELDS}
         needs_git = ready is not None and ready.snapshot is not None
-        asked = vm_life.request(name, chosen, remove_on_failure=remove, needs_git=needs_git)
+        asked = vm_life.request(
+            name, chosen, remove_on_failure=remove, for_command=remove, needs_git=needs_git
+        )
         api = settings.client()
         with signals.raised():
             outcome = vm_life.submit_create(api, asked, progress.display(json=settings.json))

@@ -107,6 +107,8 @@ class CreateVm(Body, frozen=True, kw_only=True):
     start: bool = True
     remove_on_failure: bool = False
     """A start that fails deletes the VM instead of keeping it in `error` (`vm run --rm`)."""
+    for_command: bool = False
+    """Delete it when no command with `remove` (ExecRequest) comes within a minute of its being there."""
     needs_git: bool = False
     """Refuse an image without git, before anything is made: a repository is to go in."""
 

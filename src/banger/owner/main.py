@@ -282,7 +282,8 @@ async def compose(
         await zone.start()
         await reconcile.reconcile(rows, machine, vm_service)
         await _restore_network(keeper, rows)
-        await vm_service.republish()
+        running_now = [vm for vm in rows.list() if vm.state is resources.VmState.RUNNING]
+        await publisher.serve_all(running_now)
         keeper.start()
         vm_service.lifetimes.start()
         for vm in _networked(rows):

@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -81,6 +81,15 @@ class Publisher:
         for port in self._ports.get(vm.id, ()):
             if port.close is None:
                 await self._open(vm, port)
+
+    async def serve_all(self, vms: Iterable[record.VmRecord]) -> None:
+        """After the daemon's start. A port that is in use now is logged."""
+        for vm in vms:
+            if vm.publish:
+                try:
+                    await self.serve(vm)
+                except errors.BangerError as error:
+                    _log.error("a port is no longer published", extra={"vm": vm.id, "error": error.message})
 
     async def release(self, vm_id: names.VmId) -> None:
         for port in self._ports.pop(vm_id, []):

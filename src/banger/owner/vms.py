@@ -19,6 +19,7 @@ from banger.images import bundle
 from banger.owner import (
     activity,
     changes,
+    claims,
     lifetimes,
     listeners,
     live,
@@ -83,6 +84,7 @@ class VmService:
         self._keys = keys
         self._zone = zone
         self.activities = activities
+        self.claims = claims.Claims(self.delete)
         self._notices = lifetimes.Notices()
         self.lifetimes = lifetimes.Lifetimes(
             lambda: [vm for vm in store.list() if vm.state is resources.VmState.RUNNING],
@@ -158,7 +160,9 @@ class VmService:
             view = self._view(vm)
             if body.start:
                 view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
-            if body.remove_on_failure:
+            if body.for_command:
+                self.claims.expect(vm.id)
+            elif body.remove_on_failure:
                 self._store.set_throw_away(vm.id, throw_away=False)
             return view
 
@@ -289,15 +293,6 @@ class VmService:
             self._store.save(changed)
             return self._view(changed)
 
-    async def republish(self) -> None:
-        """The ports of all that run, after the daemon's start. One that is in use now is logged."""
-        for vm in self._store.list():
-            if vm.state is resources.VmState.RUNNING and vm.publish:
-                try:
-                    await self._publisher.serve(vm)
-                except errors.BangerError as error:
-                    _log.error("a port is no longer published", extra={"vm": vm.id, "error": error.message})
-
     # --- in the guest ---
 
     def notices(self, ref: str) -> contextlib.AbstractContextManager[asyncio.Queue[str]]:
@@ -322,7 +317,9 @@ class VmService:
     def exec_announced(self, ref: str, request: resources.ExecRequest) -> None:
         """From here on the VM goes with its client, whatever becomes of this daemon."""
         if request.remove:
-            self._store.set_throw_away(self._running(ref).id, throw_away=True)
+            vm_id = self._running(ref).id
+            self._store.set_throw_away(vm_id, throw_away=True)
+            self.claims.claimed(vm_id)
 
     async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:
         """A VM of one command goes with it, however the command or its client ended.
@@ -362,6 +359,7 @@ class VmService:
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
         await self.lifetimes.close()
+        await self.claims.close()
         await self.live.close()
 
     # --- inside ---
