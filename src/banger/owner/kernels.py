@@ -84,7 +84,11 @@ class KernelService:
         with contextlib.suppress(errors.NotFoundError):
             self._kernels.find(ref)
             return None
-        entry = next((entry for entry in self._offers() if entry.name == ref), None)
+        try:
+            offers = self._offers()
+        except errors.BadRequestError:  # what is wrong with a catalog is said by its own commands
+            return None
+        entry = next((entry for entry in offers if entry.name == ref), None)
         return None if entry is None else self._pulling(entry)
 
     def _pulling(self, entry: catalog.Entry) -> Work:
