@@ -30,7 +30,8 @@ from banger.helper.linux import loop
 from tests.root import helper_world
 from tests.root.helper_world import HelperWorld
 
-OTHERS = "othersdisk0"
+OTHERS = f"others-{os.getpid()}"
+BYSTANDER = 600_000 + os.getpid() % 100_000
 HOSTILE: tuple[Any, ...] = (
     "", "..", ".", "/", "../../../../etc/passwd", "/etc/shadow", "a/b", "/dev/sda1", "/proc/1/root", "lo",
     "eth0", "br0", "docker0", "$(reboot)", "; reboot", "`reboot`", "%n%n", "-rf", "--help", "\n",
@@ -137,15 +138,22 @@ class Watcher:
             "rules": _said("nft", "list", "table", "inet", "others"),
             "process": self.process.poll(),
             "loop": [each for each in loop.scan(OTHERS) if each.label == OTHERS],
-            "mounts": Path("/proc/self/mounts").read_text(),
+            "mounts": _mounts(self.canary),
             "processes": _strangers(),
         }
 
 
 def _strangers() -> set[int]:
-    """Processes of uid 12346, which is nobody's but this test's."""
+    """Processes of a uid that is nobody's but this test's."""
     entries = [entry for entry in os.scandir("/proc") if entry.name.isdecimal()]
-    return {int(entry.name) for entry in entries if _uid(entry.path) == helper_world.STRANGER}
+    return {int(entry.name) for entry in entries if _uid(entry.path) == BYSTANDER}
+
+
+def _mounts(canary: Path) -> list[str]:
+    """Other tests mount in temporary directories of their own."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    places = [(line, line.split()[1]) for line in lines]
+    return [line for line, place in places if not place.startswith("/tmp/") or str(canary) in place]
 
 
 def _uid(path: str) -> int:
@@ -186,8 +194,7 @@ def watcher(peer: Peer, tmp_path: Path) -> Iterator[Watcher]:
     backing = tmp_path / "disk"
     backing.write_bytes(bytes(1 << 20))
     fd = os.open(backing, os.O_RDWR)
-    stranger = helper_world.STRANGER
-    process = subprocess.Popen(["sleep", "600"], user=stranger, group=stranger, extra_groups=[])
+    process = subprocess.Popen(["sleep", "600"], user=BYSTANDER, group=BYSTANDER, extra_groups=[])
     device = loop.attach(fd, OTHERS, flags=loop.LO_FLAGS_AUTOCLEAR)
     try:
         yield Watcher(canary, process, device)

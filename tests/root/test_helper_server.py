@@ -178,6 +178,22 @@ def test_a_slow_peer_is_cut_off_and_keeps_nobody_waiting(socket_path: Path) -> N
     assert time.monotonic() - began < 5
 
 
+def test_the_owner_waits_its_turn_and_root_does_not(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def take(_: object, now: float) -> float:
+        asked.append(now)
+        return 0.0
+
+    monkeypatch.setattr("banger.helper.limits.Bucket.take", take)
+    assert ask_as(0, socket_path, GET_HOST).result is not None
+    assert asked == []
+    assert ask_as(OWNER, socket_path, GET_HOST).result is not None
+    assert len(asked) == 1
+
+
 def test_a_peer_that_leaves_does_no_harm(socket_path: Path) -> None:
     for _ in range(20):
         wire = socket.socket(socket.AF_UNIX)

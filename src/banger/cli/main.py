@@ -29,6 +29,7 @@ NOUNS: Final = {
         "banger.cli.doctor", "Look whether this host has all that VMs need, and what to do.", "doctor"
     ),
     "gc": command.Noun("banger.cli.gc", "Look for what crashes left behind, and take it away.", "gc"),
+    "audit": command.Noun("banger.cli.audit", "Show what root was asked, and what came of it.", "audit"),
     "version": command.Noun("banger.cli.version", "Show the versions of banger and its daemon.", "version"),
     "completion": command.Noun(
         "banger.cli.completion", "Print a script that completes in your shell.", "completion"

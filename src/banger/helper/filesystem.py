@@ -96,13 +96,13 @@ def make_jail(policy: policies.Policy, vm_id: str, slot: int) -> int:
     """An empty jail, for the VM's uid alone."""
     place = jail(policy, vm_id)
     for directory in (policy.jails, os.path.dirname(place)):
-        _make_directory(directory, 0o711)
+        make_directory(directory, 0o711)
     if os.statvfs(policy.jails).f_flag & os.ST_NODEV:
         hint = "mount it without nodev: jails hold the device nodes of their VM"
         raise errors.MissingToolError(f"{policy.jails} is on a file system mounted nodev", hint=hint)
     with _claims:
         uid = claim(policy, vm_id, slot)
-        _make_directory(place, 0o710, gid=policy.owner_gid)
+        make_directory(place, 0o710, gid=policy.owner_gid)
         with open(f"{place}/uid", "wb") as marker:
             os.fchown(marker.fileno(), uid, uid)
     remove_tree(f"{place}/root")
@@ -254,7 +254,7 @@ def _exists(directory: int, name: str) -> bool:
     return False
 
 
-def _make_directory(path: str, mode: int, *, gid: int = 0) -> None:
+def make_directory(path: str, mode: int, *, gid: int = 0) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     os.chown(path, 0, gid, follow_symlinks=False)
@@ -271,8 +271,8 @@ def logs(policy: policies.Policy, vm_id: str) -> str:
 def make_logs(policy: policies.Policy, vm_id: str) -> None:
     """Empty logs that the owner may read; the last start's remain as `.1`."""
     directory = logs(policy, vm_id)
-    _make_directory(os.path.dirname(directory), 0o711)
-    _make_directory(directory, 0o750, gid=policy.owner_gid)
+    make_directory(os.path.dirname(directory), 0o711)
+    make_directory(directory, 0o750, gid=policy.owner_gid)
     for name in LOGS:
         path = f"{directory}/{name}.log"
         with contextlib.suppress(FileNotFoundError):
@@ -315,7 +315,7 @@ def link_kernel(policy: policies.Policy, root: int, kernel_id: str, name: str) -
 def _kept(policy: policies.Policy, source: int, kernel_id: str) -> str:
     identity = _identity(source)
     cache = f"{policy.helper_dir}/kernels"
-    _make_directory(cache, 0o700)
+    make_directory(cache, 0o700)
     kept = f"{cache}/{identity}"
     if not os.path.exists(kept):
         _copy(source, kept)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import select
 import socket
@@ -14,8 +15,9 @@ from typing import Any, Final
 
 import msgspec
 
+from banger.contract import audit as records
 from banger.contract import errors, privileged
-from banger.helper import operations
+from banger.helper import audit, limits, operations
 from banger.helper import policy as policies
 
 READ_DEADLINE_S: Final = 5.0
@@ -23,6 +25,9 @@ WRITE_DEADLINE_S: Final = 10.0
 PART_DEADLINE_S: Final = 0.5
 STOP_DEADLINE_S: Final = 20.0
 MAX_CONNECTIONS: Final = 64
+RATE: Final = 200.0
+"""Requests of the owner a second, when it goes on for long; a hundred starts at once fit into the burst."""
+BURST: Final = 2_000
 _LENGTH: Final = struct.Struct("!I")
 _PEER: Final = struct.Struct("=iII")
 _LEVELS: Final = {"error": "<3>", "warning": "<4>", "info": "<6>", "debug": "<7>"}
@@ -48,6 +53,7 @@ class Server:
         self._policy = policy
         self._listener = listener
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._turns = limits.Bucket(rate=RATE, burst=BURST)
         self._stop = os.eventfd(0)
 
     def serve(self) -> None:
@@ -70,17 +76,32 @@ class Server:
     def _handle(self, connection: socket.socket) -> None:
         try:
             with connection:
+                if _peer(connection)[1] != 0:
+                    self._await_turn(self._turns.take(time.monotonic()))
                 exchange(self._policy, connection)
         except OSError as error:
             log("debug", "peer went away", error=str(error))
         finally:
             self._places.release()
 
+    def _await_turn(self, wait_s: float) -> None:
+        """Stopping ends the wait."""
+        if wait_s > 0:
+            log("warning", "the owner asks too much and has to wait", wait_ms=round(wait_s * 1000))
+            select.select([self._stop], [], [], wait_s)
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """pid and uid."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    pid, uid, _ = _PEER.unpack(found)
+    return pid, uid
+
 
 def exchange(policy: policies.Policy, connection: socket.socket) -> None:
     """Reads one request, runs it, answers. The peer is judged before a byte of it is read."""
     began = time.monotonic()
-    pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    pid, uid = _peer(connection)
     envelope: privileged.Envelope | None = None
     try:
         if uid not in {0, policy.owner_uid}:
@@ -91,7 +112,7 @@ def exchange(policy: policies.Policy, connection: socket.socket) -> None:
     except Exception as caught:  # whatever fails, the peer gets an answer and the journal a line
         error = caught
         reply = privileged.Reply(error=errors.to_body(caught, op_id=envelope.op_id if envelope else ""))
-    _log_end(envelope, error, uid, pid, time.monotonic() - began)
+    _record(policy, envelope, _log_end(envelope, error, uid, pid, time.monotonic() - began))
     connection.settimeout(WRITE_DEADLINE_S)
     data = _encoder.encode(reply)
     connection.sendall(_LENGTH.pack(len(data)) + data)
@@ -137,7 +158,8 @@ def _decode(data: bytes) -> privileged.Envelope:
 
 def _log_end(
     envelope: privileged.Envelope | None, error: Exception | None, uid: int, pid: int, elapsed_s: float
-) -> None:
+) -> dict[str, Any]:
+    """What was logged."""
     fields: dict[str, Any] = {"peer_uid": uid, "peer_pid": pid, "elapsed_ms": round(elapsed_s * 1000, 1)}
     level = "info"
     if envelope is not None:
@@ -152,4 +174,19 @@ def _log_end(
         fields |= {"error": str(error), "code": getattr(error, "code", type(error).__name__)}
     refused = isinstance(error, _REFUSALS)
     outcome = "refused" if refused else "done" if error is None else "failed"
-    log(level, "privileged operation", outcome=outcome, **fields)
+    fields["outcome"] = outcome
+    log(level, "privileged operation", **fields)
+    return fields
+
+
+def _record(policy: policies.Policy, envelope: privileged.Envelope | None, fields: dict[str, Any]) -> None:
+    """A record that cannot be written is said in the journal: a full disk must not keep VMs from ending."""
+    if envelope is not None and isinstance(envelope.request, _QUIET) and fields["outcome"] == "done":
+        return
+    asked = {} if envelope is None else msgspec.to_builtins(envelope.request)
+    fields["error"] = fields.get("error", "")[: records.MAX_TEXT]
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    try:
+        audit.append(policy, records.Entry(time=now, asked=asked, **fields))
+    except OSError as error:
+        log("error", "the audit record cannot be written", error=str(error))
