@@ -183,16 +183,13 @@ class GuestClient:
             async with _deadline("connect", _CONNECT_PORT_S):
                 await link.expect(guest.FrameType.REPLY)
             self.activity.touch()
-            try:
-                yield Tunnel(link, self.activity.touch)
-            finally:
-                # What a guest that takes nothing has not taken would keep us from closing.
-                link.writer.transport.abort()
+            yield Tunnel(link, self.activity.touch)
 
     async def _ask(
-        self, kind: guest.FrameType, payload: bytes, *, deadline_s: float = _REPLY_S
+        self, kind: guest.FrameType, payload: bytes, *, deadline_s: float | None = None
     ) -> tuple[guest.Fields, bytes]:
-        async with _deadline(kind.name.lower(), deadline_s), self._request(kind, payload) as link:
+        limit_s = _REPLY_S if deadline_s is None else deadline_s
+        async with _deadline(kind.name.lower(), limit_s), self._request(kind, payload) as link:
             return link.greeting, await link.expect(guest.FrameType.REPLY)
 
     @asynccontextmanager
@@ -202,7 +199,8 @@ class GuestClient:
             writer.write(guest.hello() + guest.request(kind, payload))
             yield await _greeted(reader, writer)
         finally:
-            writer.close()
+            # Closing would wait for a guest that reads nothing to take what is still to be sent.
+            writer.transport.abort()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
@@ -259,7 +257,8 @@ async def _send_archive(link: _Link, archive: AsyncIterable[bytes]) -> None:
                 async with _deadline("put", _STALL_S):
                     await link.writer.drain()
         link.writer.write(guest.frame(guest.FrameType.DATA))
-        await link.writer.drain()
+        async with _deadline("put", _STALL_S):
+            await link.writer.drain()
 
 
 async def _receive_archive(link: _Link) -> AsyncIterator[bytes]:
