@@ -201,6 +201,22 @@ def test_show_says_where_sizes_come_from_and_what_failed(
     assert cli.run("vm", "show", "bad", "--json").json["last_error"]["step"] == "tap"
 
 
+def test_show_says_the_addresses_and_what_they_reach(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
+    fake.add_vm("four")
+    fake.add_vm("six", address6="fd12::2", nat=True, allow=("2001:db8::/32",))
+    assert "IPv6" not in cli.run("vm", "show", "four").text
+    shown = cli.run("vm", "show", "six").text
+    assert re.search(r"address: +172\.31\.240\.2\n *IPv6 address: +fd12::2\n", shown)
+    assert re.search(r"reaches: +the internet, 2001:db8::/32\n", shown)
+
+
+def test_create_asks_for_ipv6_or_for_none(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
+    for word, asked in (("--ipv6", True), ("--no-ipv6", False)):
+        assert cli.run("vm", "create", word.strip("-"), word).status == 0
+        body = [body for method, path, body in fake.asked if (method, path) == ("POST", "/v1/vms")][-1]
+        assert body["ipv6"] is asked
+
+
 def test_set_changes_a_stopped_vm(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     assert cli.run("vm", "set", "db", "--memory", "4G", "--name", "shop").text == "shop\n"
     assert fake.vm_named("shop").memory_mib == 4096  # type: ignore[union-attr]
