@@ -25,6 +25,8 @@ static void read_cmdline(const char *text, size_t size) {
         config_load(&config, "/dev/null", &cmdline);
         if (config.mount_count > CONFIG_MOUNTS_MAX || config.dns_count > CONFIG_DNS_MAX)
                 abort();
+        if (config.ip6_given && (*config.ip6.address == 0 || config.ip6.prefix_length > 128))
+                abort();
 }
 
 static void read_port(char *text) {

@@ -45,6 +45,7 @@ SEEDS = {
     "fuzz_tar": [archive(fmt) for fmt in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)],
     "fuzz_text": [
         b"\x00console=ttyS0 ro ip=10.0.0.2::10.0.0.1:255.255.255.0:vm:eth0:off rw",
+        b"\x00banger.ip6=fd00::2/64,fd00::1 banger.hostname=vm banger.mount=/dev/vdb:/root:ext4",
         b"\x01 0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 4242 1",
         b"\x0210.0.0.2::10.0.0.1:24:vm:eth0:off:1.1.1.1:9.9.9.9",
         b"\x03hostname=vm\nip=10.0.0.2:\ndns=1.1.1.1\nmount=/dev/vdb:/root:ext4\nroot:x:0:0:r:/root:/bin/sh\na:x:1:b",
