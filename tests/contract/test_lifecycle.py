@@ -325,3 +325,26 @@ async def test_exec_in_a_stopped_vm_says_how_to_start_it(daemon: conftest.Daemon
     with pytest.raises(errors.NotRunningError, match="web is not running"):
         async with daemon.services.vms.exec("web", resources.ExecRequest(argv=("true",))):
             pass
+
+
+async def test_a_vmm_that_takes_its_time_to_die_is_seen_all_the_same(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sockets close before the kernel has taken it from its cgroup."""
+    await daemon.create()
+    (vm,) = daemon.world.vms.values()
+    assert vm.vmm is not None
+    dying = [privileged.Vmm(pid=vm.vmm.pid, start_ticks=1)] * 3
+    handlers: dict[Any, Any] = worlds.HANDLERS
+    find = handlers[privileged.FindVmm]
+
+    async def found(world: worlds.World, request: privileged.FindVmm) -> privileged.Result:
+        return dying.pop() if dying else await find(world, request)
+
+    monkeypatch.setitem(handlers, privileged.FindVmm, found)
+    await vm.vmm.kill()
+    async with asyncio.timeout(10):
+        while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # the daemon notices by itself; nothing tells us that it has
+    assert dying == []
+    assert daemon.world.leftovers() == {}

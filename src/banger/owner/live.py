@@ -17,7 +17,8 @@ _log = logging.getLogger(__name__)
 _FIRST_DELAY_S: Final = 0.1
 _LONGEST_DELAY_S: Final = 30.0
 
-OnGone = Callable[[names.VmId], Awaitable[None]]
+OnGone = Callable[[names.VmId], Awaitable[bool]]
+"""True when that is settled; False while there is a VMM: one that is killed closes its sockets first."""
 
 
 class LiveVmms:
@@ -76,11 +77,11 @@ class LiveVmms:
         delay_s = _FIRST_DELAY_S
         while True:
             try:
-                await self._on_gone(vm_id)
+                if await self._on_gone(vm_id):
+                    return
             except Exception as error:
                 fields = {"vm": vm_id, "error": str(error), "again_s": delay_s}
                 _log.warning("could not clean up after a VMM that ended; trying again", extra=fields)
-            else:
-                return
             await asyncio.sleep(delay_s)
+            await self._gone(vm_id)
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)

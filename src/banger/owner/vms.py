@@ -38,6 +38,7 @@ from banger.vm.capabilities import dns, packet_rules
 
 _log = logging.getLogger(__name__)
 
+_RUNNING: Final = resources.VmState.RUNNING
 _STARTING: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
 Work = Callable[[operations.Progress, record.VmRecord], Awaitable[resources.Vm | None]]
 
@@ -460,16 +461,15 @@ class VmService:
         self.activities.forget(vm.id)
         _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
 
-    async def _on_vmm_gone(self, vm_id: names.VmId) -> None:
-        """A VMM ended without being asked by us: the guest powered off, or something killed it.
-
-        An operation that holds the VM is waited for; it may have failed, and left a row that is not true.
-        """
+    async def _on_vmm_gone(self, vm_id: names.VmId) -> bool:
+        """It was not asked to end by us, or by an operation that failed and left a row that is not true."""
         async with self._lifecycle.hold(vm_id, ""):
-            with contextlib.suppress(errors.NotFoundError):
-                vm = self._store.get(vm_id)
-                if vm.state is resources.VmState.RUNNING and not await self._has_vmm(vm_id):
-                    await self.collect(vm)
+            running = [vm for vm in self._store.list() if vm.id == vm_id and vm.state is _RUNNING]
+            if running and await self._has_vmm(vm_id):
+                return False
+            for vm in running:
+                await self.collect(vm)
+            return True
 
     async def _has_vmm(self, vm_id: names.VmId) -> bool:
         return (await self._host.privileged(privileged.FindVmm(vm_id=vm_id))).pid != 0
