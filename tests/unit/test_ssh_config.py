@@ -146,5 +146,5 @@ def test_openssh_reads_it_as_meant(tmp_path: Path) -> None:
 
 def test_a_program_in_a_strange_place_is_quoted() -> None:
     assert ssh_config.proxy_command(["/a b/100%/banger"], "/x y") == (
-        "'/a b/100%%/banger' --socket '/x y' vm proxy --wait 30 -- %n"
+        "'/a b/100%%/banger' --socket '/x y' vm proxy --wait 60 -- %n"
     )

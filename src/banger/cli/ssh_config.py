@@ -54,7 +54,7 @@ def proxy_command(program: Sequence[str], socket: str) -> str:
     """ssh hands it to a shell, with %n as the name it was given."""
     chosen = f" --socket {_shell(socket)}" if socket else ""
     # ssh has the shell run `exec COMMAND` (ssh_config(5), ProxyCommand): one more would be its name.
-    return f"{' '.join(map(_shell, program))}{chosen} vm proxy --wait 30 -- %n"
+    return f"{' '.join(map(_shell, program))}{chosen} vm proxy --wait 60 -- %n"
 
 
 def text(access: reach.SshAccess, proxy: str) -> str:
