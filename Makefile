@@ -25,7 +25,7 @@ run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=lo
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
 
 test: setup lint guest  ## Install what is missing and run every test
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder tests/lab tests/contract tests/root tests/unit tests/style
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder tests/lab tests/contract tests/root tests/unit tests/style
 
 setup: $(VENV)/ready
 	@$(PY) -m lab setup
