@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 
 from banger.contract import errors, guest, names, privileged, resources
-from banger.owner import config, main, routes
+from banger.owner import config, main, routes, store
 from tests.contract import conftest
 from tests.fakes import world as worlds
 
@@ -111,6 +113,31 @@ async def test_a_guest_that_will_not_power_off_is_ended_all_the_same(daemon: con
     assert operation.vm is not None
     assert operation.vm.state is resources.VmState.STOPPED
     assert daemon.world.leftovers() == {}
+
+
+async def test_what_is_saved_of_a_vm_while_it_stops_is_kept(daemon: conftest.Daemon) -> None:
+    """As when a workspace has arrived, and its row is written, while the guest flushes."""
+    daemon.world.behaviour.ignores_power_off = True
+    await daemon.create()
+    stopping = await daemon.services.vms.stop("web")
+    async with asyncio.timeout(10):
+        while not [vm for vm in daemon.world.vms.values() if vm.vmm and vm.vmm.flushes]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    rows = store.Store(daemon.paths.database)
+    workspace = resources.Workspace(
+        path="/root/repo",
+        source="/src",
+        head="",
+        branch="main",
+        worktree="",
+        index="",
+        prepared_at=datetime.now(UTC),
+    )
+    rows.save(msgspec.structs.replace(rows.find("web"), workspace=workspace))
+    rows.close()
+    assert (await daemon.done(stopping)).status is resources.OperationStatus.SUCCEEDED
+    vm = await daemon.services.vms.get("web")
+    assert (vm.state, vm.workspace) == (resources.VmState.STOPPED, workspace)
 
 
 async def test_a_second_start_checks_the_overlay_and_keeps_it(daemon: conftest.Daemon) -> None:

@@ -29,6 +29,8 @@ class Agent(Protocol):
 class Records(Protocol):
     """Where the row is kept."""
 
+    def get(self, vm_id: names.VmId, /) -> record.VmRecord: ...
+
     def save(self, vm: record.VmRecord, /) -> None: ...
 
 

@@ -70,7 +70,9 @@ async def _end(
 ) -> record.VmRecord:
     await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
     await release(host, vm, features)
-    stopped = msgspec.structs.replace(vm, state=resources.VmState.STOPPED, boot_id="", last_error=None)
+    # Not the row of the beginning: a workspace may have arrived while the guest flushed.
+    latest = host.records.get(vm.id)
+    stopped = msgspec.structs.replace(latest, state=resources.VmState.STOPPED, boot_id="", last_error=None)
     host.records.save(stopped)
     return stopped
 
