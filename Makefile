@@ -19,13 +19,13 @@ $(VENV)/ready: requirements/dev.txt
 	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
-.PHONY: run test lint unit contract root lab guest wheel setup lab-up lab-ssh lab-down bench clean help
+.PHONY: run test lint unit contract root lab long guest wheel setup lab-up lab-ssh lab-down bench clean help
 
 run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
 
-test: setup lint guest  ## Install what is missing and run every test
-	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder tests/lab tests/contract tests/root tests/unit tests/style
+test: setup lint guest  ## Install what is missing and run the tests
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder tests/lab tests/contract tests/root tests/unit tests/style
 
 setup: $(VENV)/ready
 	@$(PY) -m lab setup
@@ -46,6 +46,9 @@ root: setup guest  ## Run the tests that need root on this machine
 
 lab: setup guest  ## Run the tests that boot real microVMs in the lab
 	$(PYTEST) tests/lab
+
+long: setup guest  ## Run the lab tests that `make test` leaves out for their time
+	BANGER_LONG=only $(PYTEST) tests/lab
 
 guest: $(VENV)/ready  ## Build the guest binary
 	@$(PY) guest/build_hook.py

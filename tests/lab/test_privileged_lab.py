@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lab import provision
 from lab.session import Lab
 from tests.contract import privileged_cases, vmm_cases
 
+pytestmark = pytest.mark.without_rows
 STATE = "/var/lib/banger"
 PLACEHOLDER_IMAGE, PLACEHOLDER_KERNEL = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 DRIVER = "/usr/local/lib/banger/helper_driver.py"
@@ -62,11 +63,13 @@ def ask(installed_host: Lab) -> Callable[[Sequence[privileged.Request[Any]]], li
 
 
 @pytest.fixture
-def disks(installed_host: Lab) -> None:
+def disks(installed_host: Lab) -> Iterator[None]:
     """Two VMs to be have an empty overlay and a work disk."""
     script = DISKS.replace("$STATE", STATE)
     ids = [privileged_cases.VM, privileged_cases.OTHER]
     installed_host.run(["sh", "-c", script, "disks", *ids], user=provision.OWNER)
+    yield
+    installed_host.run(["rm", "-r", *(f"{STATE}/vms/{vm_id}" for vm_id in ids)])
 
 
 @pytest.mark.parametrize("case", privileged_cases.cases(Sources()), ids=str)
