@@ -80,7 +80,7 @@ def test_openssh_its_friends_and_git(web: Lab) -> None:
         web,
         "sh",
         "-c",
-        "head -c 3000000 /dev/urandom > big; mkdir -p tree/sub; cp big tree/sub/; ln -sf big tree/l",
+        "head -c 3000000 /dev/urandom > big; mkdir -p tree/sub; cp big tree/sub/; ln -sf sub/big tree/l",
     )
     assert run(web, "ssh", "web.vm", "hostname").text == "web\n"
     run(web, "scp", "-q", "big", "web.vm:/root/big")
