@@ -185,7 +185,10 @@ def tokens(root: Path) -> Iterator[Tokens]:
 
 
 class Line:
-    """Passes connections on, counts what comes back, and calls `at_limit` once when so much has."""
+    """Passes connections on and counts what comes back; when so much has, calls `at_limit` once and breaks.
+
+    It breaks, as the kernel would go on handing over what a killed server had sent, which can be all of it.
+    """
 
     def __init__(self, target: Registry) -> None:
         self.target = target
@@ -211,17 +214,20 @@ class Line:
             threading.Thread(target=_copy, args=(client, server), daemon=True).start()
             while data := server.recv(1 << 16):
                 client.sendall(data)
-                self._count(len(data))
+                if self._has_come(len(data)):
+                    self.at_limit()
+                    return
 
     def _onward(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.target.port))
 
-    def _count(self, count: int) -> None:
+    def _has_come(self, count: int) -> bool:
         with self._lock:
             self.received += count
-            if self.limit and self.received >= self.limit:
+            reached = 0 < self.limit <= self.received
+            if reached:
                 self.limit = 0
-                self.at_limit()
+            return reached
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:

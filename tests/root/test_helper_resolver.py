@@ -45,7 +45,7 @@ def test_our_link_our_server_and_our_domains_alone(
     assert {call[1] for call in calls} == {helper_world_here.policy.bridge}
     assert calls[0] == ["dns", "br-fc", "127.0.0.1:42069"]
     assert calls[1][:4] == ["domain", "br-fc", "~vm", "~240.213.10.in-addr.arpa"]
-    assert len(calls[1]) == 3 + 16
+    assert len(calls[1]) == 3 + 16 + 1, "the names, sixteen /24 and the IPv6 prefix"
     assert {tuple(call[2:]) for call in calls[2:]} == {("no",)}
     told.unlink()
     run(helper_world_here, UNROUTE)
