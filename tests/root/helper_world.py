@@ -15,8 +15,9 @@ from banger.helper import policy as policies
 
 OWNER = 12345
 STRANGER = 12346
-VM = "0123456789ab"
-OTHER_VM = "ba9876543210"
+# Loop devices are the whole machine's: two processes that test at once must not tear down each other's.
+VM = f"01{os.getpid():010x}"
+OTHER_VM = f"ba{os.getpid():010x}"
 IMAGE = "aaaaaaaaaaaa"
 KERNEL = "bbbbbbbbbbbb"
 NO_SHA = "0" * 64

@@ -42,7 +42,7 @@ HOSTILE: tuple[Any, ...] = (
     {"vm_id": "0123456789ab"}, [None], "0", "1", "1e3", "0x1",
 )  # fmt: skip
 GOOD: dict[str, Any] = {
-    "vm_id": "0123456789ab",
+    "vm_id": helper_world.VM,
     "image_id": helper_world.IMAGE,
     "kernel_id": helper_world.KERNEL,
     "slot": 7,
