@@ -18,10 +18,13 @@ TREE = Path(__file__).parents[2]
 TEST_LIMIT_S = 300
 LONG = {
     "test_a_lot_goes_in_and_comes_out_unchanged",
+    "test_a_new_vm_of_an_old_name_is_no_stranger",
     "test_a_package_is_imported_and_boots",
     "test_a_random_walk_of_kills",
+    "test_configured_files_of_the_home_are_in_every_vm",
     "test_doctor_sees_what_is_wrong_and_says_what_mends_it",
     "test_layer_carries_on_where_it_was_kept[False]",
+    "test_power_cut_keeps_what_was_flushed",
     "test_reboot_and_artefacts",
     "test_ten_creates_at_once",
     "test_the_page_about_workspaces_is_true",
