@@ -29,7 +29,7 @@ from banger.contract import audit as contract
 def audit(
     settings: command.Settings, vm_id: str, op_id: str, refused: bool, count: int, directory: Path | None
 ) -> None:
-    """Show the record of every request to the root helper, and its outcome.
+    """Show what root was asked, and what came of it.
 
     The helper alone can write it; the owner and root can read it. It works without the daemon. Requests that
     only look, and went well, are not recorded; the four newest files of 4 MiB are kept.

@@ -24,8 +24,9 @@ from banger.contract import inventory
 @click.option("--apply", "applies", is_flag=True, help="Take away what has no owner, and nothing else.")
 @click.pass_obj
 def gc(settings: command.Settings, explain: bool, applies: bool) -> None:
-    """Look for what crashes left behind: devices, links, packet rules, jails, processes and files.
+    """Look for what crashes left behind, and take it away.
 
+    Devices, links, packet rules, jails, processes and files.
     Works while the daemon and VMs run; what a running operation works on is that VM's. The daemon does the
     same whenever it starts. Exits 0 when nothing is left over, 1 when something is.
     """
