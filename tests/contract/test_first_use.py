@@ -15,20 +15,6 @@ from banger.contract import resources
 from tests.contract import api_served, cli_process, conftest
 from tests.unit import kernel_samples as samples
 
-CATALOG = """
-[[kernel]]
-name = "mine"
-summary = "mine"
-arch = "x86_64"
-
-[kernel.source]
-kind = "file"
-version = "6.1"
-sha256 = "{sha256}"
-size_bytes = {size}
-sources = [{{ kind = "file", path = "{path}" }}]
-"""
-
 
 @pytest.fixture
 async def served(daemon: conftest.Daemon) -> AsyncIterator[api_served.Served]:
@@ -43,7 +29,9 @@ def _offer(served: api_served.Served, directory: Path, *, sha256: str = "") -> N
     catalogs = served.daemon.paths.kernel_catalogs
     catalogs.mkdir()
     wanted = sha256 or hashlib.sha256(data).hexdigest()
-    (catalogs / "mine.toml").write_text(CATALOG.format(sha256=wanted, size=len(data), path=directory / "k"))
+    (catalogs / "mine.toml").write_text(
+        samples.CATALOG_ENTRY.format(name="mine", sha256=wanted, size=len(data), path=directory / "k")
+    )
 
 
 async def _run(served: api_served.Served, *words: str) -> cli_process.Done:

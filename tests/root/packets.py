@@ -109,3 +109,13 @@ def neighbour(kind: int, target: str, mac: bytes | None) -> bytes:
     flags = 0x20000000 if kind == 136 else 0
     option = bytes([kind - 134, 1]) + mac if mac is not None else b""
     return struct.pack("!BBHI", kind, 0, 0, flags) + socket.inet_pton(socket.AF_INET6, target) + option
+
+
+def check_dropped_and_counted(
+    net: Net, packet: Callable[[Net], Try], reason: str, also: tuple[str, ...]
+) -> None:
+    """It is dropped for the reason, and passes without its rule and those that would drop it for another."""
+    send, arrived = packet(net)
+    assert network_world.fate(net, send, arrived) == reason
+    network_world.remove_rules(reason, *also)
+    assert network_world.fate(net, send, arrived) == "arrived"

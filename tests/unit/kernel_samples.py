@@ -13,6 +13,20 @@ from banger.kernels import elf, payload
 
 VERSION = "6.1.0-9-test"
 BANNER = f"Linux version {VERSION} (nobody@nowhere) #1 SMP".encode()
+CATALOG_ENTRY = """
+[[kernel]]
+name = "{name}"
+summary = "mine"
+arch = "x86_64"
+
+[kernel.source]
+kind = "file"
+version = "6.1"
+sha256 = "{sha256}"
+size_bytes = {size}
+sources = [{{ kind = "file", path = "{path}" }}]
+"""
+"""One entry of a host's own kernel catalog; to be filled in with `format`."""
 MODULES: Mapping[str, Sequence[str]] = {
     "drivers/virtio/virtio_ring.ko": (),
     "drivers/virtio/virtio.ko": ("virtio_ring",),

@@ -14,20 +14,6 @@ from banger.contract import errors
 from banger.kernels import catalog, records
 from tests.unit import kernel_samples as samples
 
-MINE = """
-[[kernel]]
-name = "{name}"
-summary = "mine"
-arch = "x86_64"
-
-[kernel.source]
-kind = "file"
-version = "6.1"
-sha256 = "{sha256}"
-size_bytes = {size}
-sources = [{{ kind = "file", path = "{path}" }}]
-"""
-
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
@@ -40,7 +26,7 @@ def directory(tmp_path: Path) -> Path:
 def mine(tmp_path: Path, name: str = "mine", sha256: str = "") -> str:
     data = samples.bzimage(gzip.compress(samples.vmlinux()), len(samples.vmlinux()))
     (tmp_path / "k").write_bytes(data)
-    return MINE.format(
+    return samples.CATALOG_ENTRY.format(
         name=name, sha256=sha256 or hashlib.sha256(data).hexdigest(), size=len(data), path=tmp_path / "k"
     )
 
