@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from banger.contract import errors
-from banger.net import wire
+from banger.net import tcp_server, wire
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +47,7 @@ class Server:
         self._handler = handler
         self._device = ""
         self._udp: socket.socket | None = None
-        self._tcp: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._tcp = tcp_server.TcpServer(self._serve, most=_MAX_TCP)
         self._pending: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,7 +68,8 @@ class Server:
         except BaseException:
             tcp.close()
             raise
-        self._tcp = await asyncio.start_server(self._accept, sock=tcp, backlog=_MAX_TCP)
+        tcp.listen(_MAX_TCP)
+        self._tcp.start(tcp)
         self._udp = udp
         asyncio.get_running_loop().add_reader(udp, self._read, udp)
 
@@ -78,9 +78,8 @@ class Server:
             asyncio.get_running_loop().remove_reader(self._udp)
             self._udp.close()
             self._udp = None
-        if self._tcp is not None:
-            self._tcp.close()
-        tasks = [*self._connections, *self._pending]
+        await self._tcp.close()
+        tasks = list(self._pending)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -114,14 +113,6 @@ class Server:
         task.add_done_callback(self._pending.discard)
 
     # --- TCP ---
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= _MAX_TCP:
-            writer.transport.abort()
-            return
-        task = asyncio.create_task(self._serve(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -11,10 +11,11 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from banger.contract import errors, guest, names, ports
+from banger.net import tcp_server
 from banger.owner import guest as guests
 from banger.vm import record
 
@@ -32,9 +33,8 @@ _UDP_QUEUE: Final = 64
 class _Port:
     publish: ports.Publish
     socket: socket.socket
-    close: Callable[[], None] | None = None
+    close: Callable[[], Awaitable[None]] | None = None
     """Set while it is served."""
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -104,30 +104,20 @@ class Publisher:
         target = _Target(address, port.publish.guest_port, port.publish.protocol, self._connect(vm.id))
         if port.publish.protocol == "udp":
             loop = asyncio.get_running_loop()
-            transport, _ = await loop.create_datagram_endpoint(
-                lambda: _Udp(target, port.tasks), sock=port.socket
-            )
-            port.close = transport.close
+            _, protocol = await loop.create_datagram_endpoint(lambda: _Udp(target), sock=port.socket)
+            port.close = protocol.close
             return
 
-        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None  # noqa: S101 - a server's callback is a task
-            if len(port.tasks) >= _MAX_CONNECTIONS:
-                writer.close()
-                return
-            port.tasks.add(task)
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 await _carry_tcp(target, reader, writer)
             except (OSError, errors.BangerError, TimeoutError) as error:
                 _log.debug(
                     "published connection ended", extra={"port": port.publish.place, "error": str(error)}
                 )
-            finally:
-                port.tasks.discard(task)
-                writer.close()
 
-        server = await asyncio.start_server(accepted, sock=port.socket, limit=_CHUNK)
+        server = tcp_server.TcpServer(carry, most=_MAX_CONNECTIONS, limit=_CHUNK)
+        server.start(port.socket)
         port.close = server.close
 
 
@@ -161,10 +151,7 @@ async def _end(port: _Port) -> None:
     if port.close is None:
         port.socket.close()
     else:
-        port.close()
-    for task in list(port.tasks):
-        task.cancel()
-    await asyncio.gather(*port.tasks, return_exceptions=True)
+        await port.close()
 
 
 # --- TCP ---
@@ -226,9 +213,9 @@ async def _out_of(tunnel: guests.Tunnel, writer: asyncio.StreamWriter) -> None:
 class _Udp(asyncio.DatagramProtocol):
     """One way to the guest for each client, forgotten when it is silent."""
 
-    def __init__(self, target: _Target, tasks: set[asyncio.Task[None]]) -> None:
+    def __init__(self, target: _Target) -> None:
         self._target = target
-        self._tasks = tasks
+        self._tasks: set[asyncio.Task[None]] = set()
         self._clients: dict[tuple[str, int], asyncio.Queue[bytes]] = {}
         self._transport: asyncio.DatagramTransport | None = None
 
@@ -247,6 +234,14 @@ class _Udp(asyncio.DatagramProtocol):
             task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(asyncio.QueueFull):  # as a network would: dropped
             queue.put_nowait(data)
+
+    async def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _reply(self, data: bytes, addr: tuple[str, int]) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""A TCP server whose end is the end of its connections too, even of one that comes at that moment.
+
+`asyncio.start_server` does not give that: what it has accepted, but not yet handed over, stays open when the
+server closes (CPython 3.11, `BaseSelectorEventLoop._accept_connection2`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Final
+
+_log = logging.getLogger(__name__)
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
+
+_PAUSE_S: Final = 1.0
+"""Before the next try, when this process has no descriptor left for one more."""
+
+
+class TcpServer:
+    """Serves each connection in a task of its own, at most `most` at once, and hangs up when it returns."""
+
+    def __init__(self, serve: Serve, *, most: int, limit: int = 64 * 1024) -> None:
+        """`limit`: bytes of one connection that wait to be read."""
+        self._serve = serve
+        self._most = most
+        self._limit = limit
+        self._listening: socket.socket | None = None
+        self._pause: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fresh: set[socket.socket] = set()
+        """Those whose task has not begun; one that is cancelled then would not close what it has."""
+
+    def start(self, listening: socket.socket) -> None:
+        """Owns the socket, which does not block, from here on."""
+        self._listening = listening
+        asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    async def close(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._listening is not None:
+            asyncio.get_running_loop().remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            connection, _ = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            _log.error("cannot take a connection", extra={"error": str(error)})
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listening)
+            self._pause = loop.call_later(_PAUSE_S, loop.add_reader, listening, self._accept, listening)
+            return
+        if len(self._tasks) >= self._most:
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._fresh.add(connection)
+        task = asyncio.create_task(self._run(connection))
+        self._tasks.add(task)
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._tasks.discard(ended)
+            if connection in self._fresh:
+                self._fresh.remove(connection)
+                connection.close()
+
+        task.add_done_callback(done)
+
+    async def _run(self, connection: socket.socket) -> None:
+        self._fresh.remove(connection)
+        reader, writer = await asyncio.open_connection(sock=connection, limit=self._limit)
+        try:
+            await self._serve(reader, writer)
+        finally:
+            writer.close()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""When a server ends, nobody of it stays: not those it serves, not the one who just comes."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import socket
+
+import pytest
+
+from banger.net import tcp_server
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(100):
+        writer.write(data)
+        await writer.drain()
+
+
+def _listening() -> socket.socket:
+    made = socket.socket()
+    made.bind(("127.0.0.1", 0))
+    made.listen(16)
+    made.setblocking(False)
+    return made
+
+
+def _ended(client: socket.socket) -> bool:
+    client.settimeout(5)
+    try:
+        return client.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_one_who_comes_as_it_ends_is_hung_up_on(turns: int) -> None:
+    """`turns` of the loop lie between the connection and the end: it may be waiting, known or served."""
+    with socket.socket() as client:
+
+        async def go() -> None:
+            listening = _listening()
+            address = listening.getsockname()
+            server = tcp_server.TcpServer(_echo, most=10)
+            server.start(listening)
+            client.connect(address)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await server.close()
+
+        asyncio.run(go())
+        gc.collect()
+        assert _ended(client)
+
+
+def test_more_than_it_takes_are_hung_up_on_and_others_served() -> None:
+    async def go() -> None:
+        listening = _listening()
+        address = listening.getsockname()
+        server = tcp_server.TcpServer(_echo, most=1)
+        server.start(listening)
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"one")
+        assert await reader.readexactly(3) == b"one"
+        other, other_writer = await asyncio.open_connection(*address)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await other.readexactly(1)
+        other_writer.close()
+        writer.write(b"two")
+        assert await reader.readexactly(3) == b"two"
+        await server.close()
+        assert await reader.read() == b""
+        writer.close()
+
+    asyncio.run(go())
+
+
+def test_without_descriptors_it_waits_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tcp_server, "_PAUSE_S", 0.01)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def go() -> None:
+        listening = _listening()
+        server = tcp_server.TcpServer(_echo, most=10)
+        server.start(listening)
+        client = socket.socket()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            client.connect(listening.getsockname())
+            await asyncio.sleep(0.05)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        reader, writer = await asyncio.open_connection(sock=client)
+        writer.write(b"one")
+        async with asyncio.timeout(5):
+            assert await reader.readexactly(3) == b"one"
+        await server.close()
+        writer.close()
+
+    asyncio.run(go())
+    assert "cannot take a connection" in caplog.text
