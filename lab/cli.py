@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab import cache, errors, image, instance, qemu, remote, session, setup
+from lab import cache, errors, instance, provision, qemu, remote, session, setup
 
 DEFAULT_NAME = "lab"
 IN_LAB = "lab:"
 EXAMPLES = """examples:
   python -m lab setup                          install the Debian packages that the lab needs
+  python -m lab build                          make what labs start from, which takes minutes
   python -m lab up                             bring up a lab named "lab" (image built on first use)
   python -m lab up --name b --artefacts DIR    a second one, with DIR's files at /artefacts
   python -m lab run -- uname -a                run a command in it; its exit status is yours
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("setup", _setup, "install the Debian packages that the lab needs", named=False)
-    add("build", _build, "build the host image, if the cache has none", named=False)
+    add("build", _build, "build the host image and install banger in it, if the cache has none", named=False)
     up = add("up", _up, "bring up a fresh lab, which stays until it is taken down")
     up.add_argument("--cpus", type=int, default=qemu.DEFAULT_CPUS, help="default: %(default)s")
     up.add_argument("--memory-mib", type=int, default=qemu.DEFAULT_MEMORY_MIB, help="default: %(default)s")
@@ -90,8 +91,7 @@ def _setup(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    with_lock = image.ensure(cache.default_root())
-    print(with_lock.entry.path)
+    provision.build()
     return 0
 
 

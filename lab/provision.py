@@ -73,9 +73,18 @@ def installed(name: str, *, detached: bool = False, root: Path | None = None) ->
     root = root or cache.default_root()
     parcel = bundle(root)
     try:
-        key = _key("installed", parcel.path.name)
-        _ensure(root, key, parcel.path, lambda: _wheels_layer(root, parcel.path), install_banger)
+        key = _installed_layer(root, parcel.path)
         return session.Lab.up(name, layer_key=key, artefacts=parcel.path, detached=detached, root=root)
+    finally:
+        parcel.close()
+
+
+def build(root: Path | None = None) -> None:
+    """Make all that `installed` starts from, unless the cache has it."""
+    root = root or cache.default_root()
+    parcel = bundle(root)
+    try:
+        _installed_layer(root, parcel.path)
     finally:
         parcel.close()
 
@@ -89,6 +98,12 @@ def prepared(name: str, *, root: Path | None = None) -> session.Lab:
         return session.Lab.up(name, layer_key=key, artefacts=parcel.path, root=root)
     finally:
         parcel.close()
+
+
+def _installed_layer(root: Path, parcel: Path) -> str:
+    key = _key("installed", parcel.name)
+    _ensure(root, key, parcel, lambda: _wheels_layer(root, parcel), install_banger)
+    return key
 
 
 def _wheels_layer(root: Path, parcel: Path) -> str:

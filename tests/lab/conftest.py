@@ -45,8 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.lab)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(TEST_LIMIT_S, func_only=True))
+            limit = item.get_closest_marker("timeout")
+            limit_s = limit.args[0] if limit else TEST_LIMIT_S
+            item.add_marker(pytest.mark.timeout(limit_s, func_only=True), append=False)
     wanted = os.environ.get("BANGER_LONG", "")
     long = [item for item in items if here in item.path.parents and item.name in LONG]
     others = [item for item in items if item not in long]

@@ -27,7 +27,7 @@ IMAGE = "busybox"
 HOME = f"/home/{user.NAME}"
 _S_PER_KILL = 30
 
-pytestmark = pytest.mark.timeout(300 + KILLS * _S_PER_KILL, func_only=True)
+pytestmark = pytest.mark.timeout(300 + KILLS * _S_PER_KILL)
 
 
 @pytest.fixture(scope="module")

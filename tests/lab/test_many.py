@@ -11,7 +11,7 @@ import pytest
 from lab.session import Lab
 from tests.lab import user
 
-pytestmark = pytest.mark.timeout(600, func_only=True)
+pytestmark = pytest.mark.timeout(600)
 VMS = 10
 COMMANDS = 20
 BLOB = "/home/dev/blob"

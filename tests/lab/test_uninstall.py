@@ -12,7 +12,7 @@ from lab import provision
 from lab.session import Lab
 from tests.lab import user
 
-pytestmark = pytest.mark.timeout(600, func_only=True)
+pytestmark = pytest.mark.timeout(600)
 BANGER = f"{provision.VENV}/bin/banger"
 RUNTIME = "/artefacts/runtime"
 

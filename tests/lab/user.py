@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,26 +30,18 @@ true
 """
 
 
-# Over the socket: starting `banger` takes a second in the lab, and this is asked after every test. A log
-# writer ends a moment after its VMM, so what is left over has a moment to go.
-_UNOWNED = """
-import http.client, json, os, socket, time
-PATH = "/run/banger/bangerd.sock"
-def ask():
-    connection = http.client.HTTPConnection("banger", timeout=60)
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(PATH)
-    connection.request("GET", "/v1/inventory")
-    things = json.loads(connection.getresponse().read())["things"]
-    return [each for each in things if not each["owner"] and not each["foreign"]]
+# By hand: `banger` takes a second to start, `http.client` half of one. This is asked after every test.
+_INVENTORY = """
+import socket
+asking = socket.socket(socket.AF_UNIX)
 try:
-    deadline = time.monotonic() + 10
-    while (left := ask()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    print("".join(f"{each['kind']} {each['name']}: {each['why']}\\n" for each in left), end="")
+    asking.connect("/run/banger/bangerd.sock")
+    asking.sendall(b"GET /v1/inventory HTTP/1.0\\r\\nHost: banger\\r\\n\\r\\n")
+    print(asking.makefile().read())
 except (FileNotFoundError, ConnectionError):
     pass  # not installed, or stopped by the test
 """
+_SETTLES_S = 10
 
 
 # Files and not pipes: nobody reads the second command's output while the first one runs.
@@ -96,8 +89,17 @@ def leftovers(host: Lab) -> str:
 
 
 def unowned(host: Lab) -> str:
-    """What nobody owns, as `banger gc` shows it; nothing where no daemon answers."""
-    return host.run(["python3", "-c", _UNOWNED], check=False).text
+    """What nobody owns, as `banger gc` shows it; nothing where no daemon answers.
+
+    A log writer ends a moment after its VMM, so what is left over has a moment to go.
+    """
+    deadline = time.monotonic() + _SETTLES_S
+    while True:
+        said = host.run(["python3", "-S", "-c", _INVENTORY]).text
+        things = json.loads(said.partition("\n\n")[2])["things"] if said else []
+        left = [each for each in things if not each["owner"] and not each["foreign"]]
+        if not left or time.monotonic() > deadline:
+            return "".join(f"{each['kind']} {each['name']}: {each['why']}\n" for each in left)
 
 
 def at_once(host: Lab, commands: Sequence[Sequence[str]], *, timeout_s: float) -> list[Ended]:
