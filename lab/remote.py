@@ -23,6 +23,7 @@ TIMED_OUT = (124, 128 + 9)
 KILL_AFTER_S = 2
 GRACE_S = 15
 DEFAULT_TIMEOUT_S = 60
+FIRST_TRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,15 +191,22 @@ class Shell:
 
 
 def _wait_banner(port: int, deadline: float, check: Callable[[], None]) -> None:
-    """Return when an sshd speaks on the port; QEMU accepts connections long before the lab does."""
+    """Return when an sshd speaks on the port; QEMU accepts connections long before the lab does.
+
+    Each try waits longer than the one before. Every one costs a busy lab a process that starts an sshd, and
+    when none is given the time to speak, they keep it so busy that none ever does.
+    """
+    patience_s = FIRST_TRY_S
     while (left_s := deadline - time.monotonic()) > 0:
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection(("127.0.0.1", port), timeout=left_s) as probe,
-        ):
-            probe.settimeout(min(left_s, 0.5))
-            if probe.recv(4) == b"SSH-":
-                return
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=left_s) as probe:
+                probe.settimeout(min(left_s, patience_s))
+                if probe.recv(4) == b"SSH-":
+                    return
+        except TimeoutError:
+            patience_s *= 1.5
+        except OSError:
+            pass
         check()
     raise errors.BootTimeoutError("the lab's sshd did not answer in time")
 

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -179,3 +183,24 @@ def test_this_machine_is_used_only_when_it_can_and_for_somebody(
     monkeypatch.setattr(demo, "missing_locally", list)
     assert demo.main(["--host", "local", "--owner", ""]) == 1
     assert "OWNER=you" in capsys.readouterr().err
+
+
+def test_an_sshd_that_is_slow_to_speak_is_given_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that connects is answered late, as by a busy lab: waiting always as long would never end."""
+    monkeypatch.setattr(remote, "FIRST_TRY_S", 0.02)
+    late_s = 0.1
+
+    def serve(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            time.sleep(late_s)
+            client.sendall(b"SSH-2.0-late\r\n")
+
+    def accept(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(server.accept()[0],)).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, args=(server,)).start()
+        remote._wait_banner(server.getsockname()[1], time.monotonic() + 10, lambda: None)
+        server.shutdown(socket.SHUT_RDWR)
