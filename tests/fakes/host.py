@@ -30,6 +30,7 @@ from banger.system.doctor import report, scene, table
 from tests.fakes import daemon
 
 PREFIX = host.PREFIX
+LIBC = "/usr/lib/x86_64-linux-gnu/libc.so.6"
 RELEASE = "6.1.0-40-amd64"
 VM = "0123456789ab"
 VM_CGROUP = f"sys/fs/cgroup/{names.cgroup_path(names.VmId(VM))}"
@@ -93,6 +94,10 @@ _FILES = {
     "/usr/lib/x86_64-linux-gnu/libnftables.so.1": "",
     f"/var/lib/banger-root/logs/{VM}/console.log": "hello\n",
     f"{PREFIX}/lib/python3/site-packages/banger/helper/policy.py": "",
+    f"{PREFIX}/pyvenv.cfg": "home = /usr/bin\nversion = 3.11.2\n",
+    "/usr/lib/python3.11/os.py": "",
+    f"{LIBC}": "",
+    "/etc/ld.so.cache": "",
 }
 _DEFAULTS = {
     "image": {"value": IMAGE, "source": "default"},
@@ -193,6 +198,8 @@ class FakeHost:
     def _install(self) -> None:
         self.defaults()
         self.program(f"{PREFIX}/bin/banger")
+        self.says("/usr/bin/python3.11", json.dumps([LIBC]))
+        self.at(PREFIX / "bin/python").symlink_to("../../../../bin/python3.11")
         self.at(host.BIN).mkdir(parents=True)
         for name in host.COMMANDS:
             self.at(host.BIN / name).symlink_to(PREFIX / "bin" / name)

@@ -19,11 +19,15 @@ from banger.helper.linux import pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 MAX_OUTPUT_BYTES: Final = 1 << 20
-_PACKAGES: Final = {
+PACKAGES: Final = {
+    "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
     "iptables-legacy": "iptables",
     "ip6tables-legacy": "iptables",
     "resolvectl": "systemd-resolved",
 }
+"""All that are started here, and who has them: whether they are root's alone is looked at by their names."""
 
 
 class Ended(NamedTuple):
@@ -90,5 +94,5 @@ def _find(name: str) -> str:
     for directory in ENVIRONMENT["PATH"].split(":"):
         if os.access(f"{directory}/{name}", os.X_OK):
             return f"{directory}/{name}"
-    package = _PACKAGES.get(name, "e2fsprogs")
+    package = PACKAGES.get(name, name)
     raise errors.MissingToolError(f"{name} is not installed", hint=f"install the package {package}")

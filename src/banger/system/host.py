@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import stat
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +60,6 @@ def check(owner: str) -> pwd.struct_passwd:
         )
     for tool, package in _TOOLS.items():
         run.require(tool, package)
-    check_root_owned(Path(sys.prefix))
     return find_owner(owner)
 
 
@@ -77,38 +73,3 @@ def find_owner(owner: str) -> pwd.struct_passwd:
             "the owner must not be root", hint="name an ordinary user: --owner USER"
         )
     return found
-
-
-def check_root_owned(top: Path) -> None:
-    """What root executes and imports must be writable by root alone, up to the root directory."""
-    for path, why in unsafe_paths(top):
-        raise errors.BadRequestError(
-            f"{path} {why}, and root would execute what is in it",
-            hint=f"install banger into a root-owned place, such as {PREFIX}",
-        )
-
-
-def unsafe_paths(top: Path, *, below: Path = Path("/"), root_uid: int = 0) -> Iterator[tuple[Path, str]]:
-    """What others than root could change, and why: `top`, all that is in it, what is above it up to `below`.
-
-    Raises FileNotFoundError when there is no `top`.
-    """
-    real = top.resolve(strict=True)
-    above = [path for path in reversed(real.parents) if path.is_relative_to(below)]
-    inside = (
-        Path(directory, name) for directory, names, files in os.walk(real) for name in (*names, *files)
-    )
-    for path in (*above, real, *inside):
-        if why := unsafe(path, root_uid):
-            yield path, why
-
-
-def unsafe(path: Path, root_uid: int) -> str:
-    """Why others than root could change this one path, a link itself and not its target; empty if not."""
-    found = path.lstat()
-    if found.st_uid != root_uid:
-        return "does not belong to root"
-    sticky = bool(found.st_mode & stat.S_ISVTX) and stat.S_ISDIR(found.st_mode)
-    if stat.S_ISLNK(found.st_mode) or sticky:
-        return ""
-    return "can be written by others than root" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""

@@ -21,7 +21,7 @@ import msgspec
 from banger import pinned, run, steps
 from banger.contract import errors, names, resources
 from banger.net import addresses
-from banger.system import asking, host, runtime
+from banger.system import asking, host, ownership, runtime
 
 MANIFEST: Final = host.HELPER / "install-manifest.json"
 MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
@@ -87,6 +87,7 @@ class Install:
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
+        await run.in_thread(ownership.require, Path(sys.prefix))
         addresses.check(_network(self._choices.network), addresses.routes())
         _network6(self._choices.network6)
 

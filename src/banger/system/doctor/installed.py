@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from banger.system import host, runtime
+from banger.system import host, ownership, runtime
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
 
@@ -92,7 +92,7 @@ class RuntimeFile:
         if not path.exists():
             return report.failed(f"{scene.shown(path)} is not installed", _AGAIN)
         # Before it is run: whoever else could write it would run as the user who asks.
-        if unsafe := list(_unsafe(scene, [path])):
+        if unsafe := list(_shown(scene, _eye(scene).complaints([path]))):
             return report.failed(_some(unsafe), _give_to_root(unsafe[0]))
         found = next(each for each in runtime.status(directory) if each.name == self.name)
         recorded = given.firecracker_sha256 if self.name == "firecracker" else given.jailer_sha256
@@ -121,7 +121,8 @@ class RootOwned:
         tops = [path for path in self._tops(scene) if path.exists() or path.is_symlink()]
         if not tops:
             return report.failed(f"none of root's {self.what} is there", _AGAIN)
-        found = list(dict.fromkeys(itertools.islice(_unsafe(scene, tops), _MOST)))
+        complaints = self._complaints(scene, tops)
+        found = list(dict.fromkeys(itertools.islice(_shown(scene, complaints), _MOST)))
         if not found:
             return report.passed(", ".join(sorted({scene.shown(path) for path in tops})[:_SHOWN]))
         return report.failed(_some(found), _give_to_root(found[0]))
@@ -130,6 +131,10 @@ class RootOwned:
         match self.what:
             case "code":
                 return [scene.at(scene.prefix())]
+            case "interpreter":
+                return _interpreter(scene)
+            case "programs":
+                return ownership.programs(scene.root)
             case "settings":
                 return [scene.at(host.ETC), scene.at(host.MODULES)]
             case "runtime":
@@ -137,12 +142,28 @@ class RootOwned:
             case _:
                 return [scene.at(host.UNIT_DIR / name) for name in host.UNITS]
 
+    def _complaints(self, scene: scenes.Scene, tops: list[Path]) -> Iterator[ownership.Complaint]:
+        eye = _eye(scene)
+        yield from eye.complaints(tops)
+        if self.what == "programs":
+            yield from eye.searched(ownership.directories(scene.root))
 
-def _unsafe(scene: scenes.Scene, tops: Iterable[Path]) -> Iterator[str]:
-    for top in tops:
-        unsafe = host.unsafe_paths(top, below=scene.root.resolve(), root_uid=scene.viewer.root_uid)
-        for path, why in unsafe:
-            yield f"/{path.relative_to(scene.root.resolve())} {why}"
+
+def _interpreter(scene: scenes.Scene) -> list[Path]:
+    """Asked by running it, and so only when it is root's alone, or the code would run as whoever asks."""
+    prefix = scene.at(scene.prefix())
+    if any(_eye(scene).complaints([prefix])):
+        raise scenes.UnseenError("it would run code that others could change", "see the row root's code")
+    return ownership.interpreter(prefix, scene.root)
+
+
+def _eye(scene: scenes.Scene) -> ownership.Eye:
+    return ownership.Eye(scene.root, scene.viewer.root_uid)
+
+
+def _shown(scene: scenes.Scene, complaints: Iterable[ownership.Complaint]) -> Iterator[str]:
+    for path, why in complaints:
+        yield f"{scene.shown(path)} {why}"
 
 
 def _give_to_root(complaint: str) -> str:
@@ -160,12 +181,8 @@ def commands(scene: scenes.Scene) -> report.Finding:
             return report.failed(
                 f"{scene.shown(link)} is not a link to {target}", f"move away what is there, then {_AGAIN}"
             )
-        for path in (*link.parents, link):
-            if path.is_relative_to(scene.root) and (why := host.unsafe(path, scene.viewer.root_uid)):
-                shown = scene.shown(path)
-                return report.failed(
-                    f"{shown} {why}", f"sudo chown -h root:root {shown}; sudo chmod go-w {shown}"
-                )
+        if unsafe := list(_shown(scene, _eye(scene).complaints([link]))):
+            return report.failed(_some(unsafe), _give_to_root(unsafe[0]))
     return report.passed(", ".join(str(host.BIN / name) for name in host.COMMANDS))
 
 

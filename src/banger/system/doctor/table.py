@@ -44,6 +44,8 @@ ORDINARY: Final = (
     Check("firecracker", _VMS, installed.RuntimeFile("firecracker")),
     Check("jailer", _VMS, installed.RuntimeFile("jailer")),
     Check("root's code", _TRUST, installed.RootOwned("code")),
+    Check("root's interpreter", _TRUST, installed.RootOwned("interpreter")),
+    Check("root's programs", _TRUST, installed.RootOwned("programs")),
     Check("root's runtime", _TRUST, installed.RootOwned("runtime")),
     Check("root's settings", _TRUST, installed.RootOwned("settings")),
     Check("root's units", _TRUST, installed.RootOwned("units")),
