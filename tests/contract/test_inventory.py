@@ -133,6 +133,7 @@ async def test_a_process_is_owned_by_slot_and_strangers_are_left_alone(
         privileged.Other("process", "78 e2fsck", slot=9),
         privileged.Other("snapshot", "fc-rootfs-mine"),
         privileged.Other("staged", "/var/lib/banger-root/node-1"),
+        privileged.Other("tap", "banger-tap0"),
     )
 
     async def more(*_: object) -> privileged.Result:
@@ -144,6 +145,7 @@ async def test_a_process_is_owned_by_slot_and_strangers_are_left_alone(
     assert left(found) == {(Kind.PROCESS, "78 e2fsck")}
     assert [thing.name for thing in found.things if thing.foreign] == ["fc-rootfs-mine"]
     assert "77 e2fsck" in {thing.name for thing in found.things if thing.owner == "web"}
+    assert "banger-tap0" in {thing.name for thing in found.things if thing.owner == "banger"}
 
 
 async def test_one_that_cannot_be_taken_away_keeps_no_other_and_is_said(daemon: conftest.Daemon) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors, names, privileged
-from banger.helper import forwarding, guest_rules, ruleset
+from banger.helper import forwarding, guest_rules, network, ruleset, spares
 from banger.helper.linux import netlink, nftables
 from tests.root import firewalls, helper_world, network_world
 from tests.root.network_world import BRIDGE, INTERNET, Net
@@ -29,6 +29,7 @@ ALL = pytest.mark.parametrize(
 def net(helper_world_here: helper_world.HelperWorld, own_network: None) -> Iterator[Net]:
     with network_world.networks(helper_world_here) as made:
         yield made
+        spares.drain()
 
 
 def forwards(link: str) -> bool:
@@ -122,11 +123,11 @@ def test_forwarding_is_lent_by_the_links_that_need_it_and_given_back(net: Net) -
 
 
 def test_a_second_way_out_forwards_too_and_a_private_network_when_asked(net: Net) -> None:
-    for link, network in (("vpn0", "192.0.2.0/24"), ("lan0", "10.99.0.0/16")):
+    for link, prefix in (("vpn0", "192.0.2.0/24"), ("lan0", "10.99.0.0/16")):
         network_world.run("ip", "link", "add", link, "type", "veth", "peer", "name", f"{link}x")
         network_world.run("ip", "link", "set", link, "up")
         network_world.run("ip", "link", "set", f"{link}x", "up")
-        network_world.run("ip", "route", "add", network, "dev", link)
+        network_world.run("ip", "route", "add", prefix, "dev", link)
     guest = net.guest(1, nat=True)
     assert [link for link in ("uplink0", "vpn0", "lan0") if forwards(link)] == ["uplink0", "vpn0"]
     net.rules(guest, nat=True, egress="all")
@@ -220,6 +221,8 @@ def faults(choose: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     with monkeypatch.context() as patched:
         for module, name in (
             (netlink, "bring_up"),
+            (netlink, "add_port"),
+            (netlink, "find_number"),
             (netlink, "keep_tap"),
             (netlink, "delete"),
             (nftables, "change"),
@@ -239,6 +242,9 @@ def test_two_hundred_guests_under_faults_leave_nothing_that_is_not_found_again(
         for slot in choose.choices(range(1, 201), k=250):
             vm_id = f"{slot:04x}" * 3
             made = slot not in there
+            with contextlib.suppress(OSError):
+                if choose.random() < 0.5:
+                    network.refill(net.world.policy)
             steps: list[privileged.AnyRequest] = [
                 privileged.SetGuestRules(vm_id=vm_id, slot=slot, nat=True, ipv6=slot % 3 == 0),
                 privileged.CreateTap(vm_id=vm_id, slot=slot),
@@ -255,6 +261,7 @@ def test_two_hundred_guests_under_faults_leave_nothing_that_is_not_found_again(
     assert failed > 10
     taps = [link.alias for link in netlink.links() if link.name.startswith("tap-")]
     assert len(set(taps)) == len(taps)
+    assert len([link for link in netlink.links() if spares.is_spare(link)]) <= spares.LIMIT
     wanted = {f"{slot:04x}" * 3 for slot in there}
     assert {alias.removeprefix("banger/") for alias in taps} >= wanted
     assert guest_rules.owners() >= wanted
@@ -267,7 +274,7 @@ def test_two_hundred_guests_under_faults_leave_nothing_that_is_not_found_again(
 
 
 def test_two_hundred_guests_in_random_order_leave_exactly_what_is_wanted(net: Net) -> None:
-    """Taps and rules, acquired and released, some twice and some halfway: no leak, no duplicate."""
+    """Taps and rules, acquired and released, some twice and some halfway, the pool full or not."""
     choose = random.Random(7)
     wanted: dict[int, bool] = {}
     slots = list(range(1, 201))
@@ -282,6 +289,8 @@ def test_two_hundred_guests_in_random_order_leave_exactly_what_is_wanted(net: Ne
             del wanted[slot]
         else:
             nat = choose.random() < 0.5
+            if choose.random() < 0.5:
+                network.refill(net.world.policy)
             net.ask(privileged.CreateTap(vm_id=vm_id, slot=slot))
             net.ask(privileged.SetGuestRules(vm_id=vm_id, slot=slot, nat=nat))
             wanted[slot] = nat

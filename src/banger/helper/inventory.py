@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from banger.contract import names, privileged
-from banger.helper import cgroup, filesystem, guest_rules, network, process, ruleset
+from banger.helper import cgroup, filesystem, guest_rules, network, process, ruleset, spares
 from banger.helper import policy as policies
 from banger.helper.linux import devmapper, loop, netlink
 
@@ -56,7 +56,8 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
         "logs": sorted(logs),
     }
     others = itertools.chain(_misnamed(nameless), _foreign_rules(), _mounts(policy), _half_made(policy))
-    others = itertools.chain(others, _processes(policy))
+    ahead = (privileged.Other("tap", link.name) for link in links if spares.is_spare(link))
+    others = itertools.chain(ahead, others, _processes(policy))
     return privileged.World(
         vms=tuple(vms),
         bridge=any(link.name == policy.bridge and link.alias == network.BRIDGE_ALIAS for link in links),

@@ -8,7 +8,7 @@ import os
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.helper import filesystem, forwarding, ruleset, tables
+from banger.helper import filesystem, forwarding, ruleset, spares, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
@@ -45,9 +45,11 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
 def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) -> privileged.Done:
     bridge = find_bridge(policy)
     if bridge is not None:
-        ports = [link.name for link in netlink.links() if link.master == bridge.number]
-        if ports:
-            raise errors.ConflictError(f"bridge {policy.bridge} still has {', '.join(sorted(ports)[:5])}")
+        ports = [link for link in netlink.links() if link.master == bridge.number]
+        used = sorted(port.name for port in ports if not spares.is_spare(port))
+        if used:
+            raise errors.ConflictError(f"bridge {policy.bridge} still has {', '.join(used[:5])}")
+        spares.drain()
         with ruleset.lock:
             forwarding.sync(policy, set())
             netlink.delete(bridge.number, policy.bridge)
@@ -65,22 +67,23 @@ def create_tap(policy: policies.Policy, request: privileged.CreateTap) -> privil
     old = find_tap(policy, vm_id)
     if old is not None:
         netlink.delete(old.number, name)
-    tap = netlink.open_tap(name, owner=uid)
+    spare = spares.take(bridge) or spares.make(bridge, name)
     try:
-        made = netlink.find(name)
-        if made is None:
-            raise errors.ConflictError(f"tap {name} vanished while it was made", vm=vm_id)
-        netlink.bring_up(
-            made.number,
-            alias=_tap_alias(vm_id),
-            master=bridge.number,
-            group=tables.TAP_GROUP,
-            isolated=not request.peers,
-        )
-        netlink.keep_tap(tap, name)  # last: whatever fails or kills us before leaves no tap
+        netlink.set_tap_owner(spare.fd, uid, name)
+        if request.peers:
+            netlink.set_isolated(spare.number, name, on=False)
+        netlink.bring_up(spare.number, alias=_tap_alias(vm_id), name=name)
+        netlink.keep_tap(spare.fd, name)  # last: whatever fails or kills us before leaves no tap
     finally:
-        os.close(tap)
+        os.close(spare.fd)
     return _DONE
+
+
+def refill(policy: policies.Policy) -> None:
+    """Makes the taps that the next starts will take; nothing to do without a bridge."""
+    bridge = find_bridge(policy)
+    if bridge is not None:
+        spares.refill(bridge)
 
 
 def delete_tap(policy: policies.Policy, request: privileged.DeleteTap) -> privileged.Done:

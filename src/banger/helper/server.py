@@ -17,7 +17,7 @@ import msgspec
 
 from banger.contract import audit as records
 from banger.contract import errors, privileged
-from banger.helper import audit, limits, operations
+from banger.helper import audit, limits, network, operations
 from banger.helper import policy as policies
 
 READ_DEADLINE_S: Final = 5.0
@@ -33,6 +33,8 @@ _PEER: Final = struct.Struct("=iII")
 _LEVELS: Final = {"error": "<3>", "warning": "<4>", "info": "<6>", "debug": "<7>"}
 # What a scan or a look does is of interest to nobody when it went well.
 _QUIET: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
+_TAKES_TAPS: Final = (privileged.EnsureBridge, privileged.CreateTap)
+"""A start ensures the bridge some time before it takes a tap."""
 _REFUSALS: Final = (errors.UnauthorizedError, errors.BadRequestError)
 
 _decoder: Final = msgspec.json.Decoder(privileged.Envelope)
@@ -116,7 +118,17 @@ def exchange(policy: policies.Policy, connection: socket.socket) -> None:
     connection.settimeout(WRITE_DEADLINE_S)
     data = _encoder.encode(reply)
     connection.sendall(_LENGTH.pack(len(data)) + data)
+    if error is None and envelope is not None and isinstance(envelope.request, _TAKES_TAPS):
+        _refill(policy)
     _part(connection)
+
+
+def _refill(policy: policies.Policy) -> None:
+    """In the thread of a request that is answered, beside those of others. A start can do without."""
+    try:
+        network.refill(policy)
+    except (errors.BangerError, OSError) as error:
+        log("warning", "no tap could be made ahead", error=str(error))
 
 
 def _part(connection: socket.socket) -> None:

@@ -169,6 +169,8 @@ class _Judge:
             if row is None:
                 why = f"no VM has slot {each.slot}; it ends by itself, or with `kill`"
             return Thing(kind, each.name, why, owner, row.id if row is not None else "")
+        if kind is Kind.TAP:
+            return Thing(kind, each.name, "made ahead for the next VM; it goes with bangerd-root", _BANGER)
         if kind is Kind.STAGED:
             return Thing(kind, each.name, "root's own; it goes when bangerd-root next starts", _BANGER)
         return Thing(kind, each.name, "named like ours and not made by us", vm_id=each.vm_id, foreign=True)

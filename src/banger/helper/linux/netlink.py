@@ -108,24 +108,36 @@ def add_bridge(name: str, *, alias: str, mac: bytes) -> None:
         raise
 
 
-def bring_up(index: int, *, alias: str, master: int = 0, group: int = 0, isolated: bool = True) -> None:
-    """Labels the link and brings it up, without the IPv6 address by which guests could pass around rules.
+def bring_up(index: int, *, alias: str, name: str = "") -> None:
+    """Labels a link that is down, gives it a name where there is one, and brings it up.
 
-    A port of a bridge (`master`) is isolated from the other isolated ones unless told otherwise.
+    Without the IPv6 address by which guests could pass around rules.
     """
-    mode = _attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
-    attributes = _attribute(IFLA_IFALIAS, alias.encode())
-    attributes += _attribute(IFLA_AF_SPEC | NLA_F_NESTED, _attribute(socket.AF_INET6 | NLA_F_NESTED, mode))
-    if group:
-        # By itself: the group is what packet rules know a port by, so it comes before the bridge does.
-        _request(RTM_SETLINK, 0, _ifinfo(index) + _attribute(IFLA_GROUP, struct.pack("=I", group)), alias)
-    if master:
-        attributes += _attribute(IFLA_MASTER, struct.pack("=I", master))
+    attributes = _attribute(IFLA_IFALIAS, alias.encode()) + _without_ipv6()
+    if name:
+        attributes += _attribute(IFLA_IFNAME, name.encode() + b"\0")
+    _request(RTM_SETLINK, 0, _ifinfo(index) + attributes, name or alias)
+    _request(RTM_SETLINK, 0, _ifinfo(index, flags=IFF_UP, change=IFF_UP), name or alias)
+
+
+def add_port(index: int, *, alias: str, master: int, group: int) -> None:
+    """Labels the link and makes it a port of the bridge `master`, isolated from the other isolated ones."""
+    # By itself: the group is what packet rules know a port by, so it comes before the bridge does.
+    _request(RTM_SETLINK, 0, _ifinfo(index) + _attribute(IFLA_GROUP, struct.pack("=I", group)), alias)
+    attributes = _attribute(IFLA_IFALIAS, alias.encode()) + _without_ipv6()
+    attributes += _attribute(IFLA_MASTER, struct.pack("=I", master))
     _request(RTM_SETLINK, 0, _ifinfo(index) + attributes, alias)
-    if master and isolated:
-        port = _attribute(IFLA_PROTINFO | NLA_F_NESTED, _attribute(IFLA_BRPORT_ISOLATED, b"\1"))
-        _request(RTM_SETLINK, 0, _ifinfo(index, family=AF_BRIDGE) + port, alias)
-    _request(RTM_SETLINK, 0, _ifinfo(index, flags=IFF_UP, change=IFF_UP), alias)
+    set_isolated(index, alias, on=True)
+
+
+def set_isolated(index: int, name: str, *, on: bool) -> None:
+    port = _attribute(IFLA_PROTINFO | NLA_F_NESTED, _attribute(IFLA_BRPORT_ISOLATED, bytes([on])))
+    _request(RTM_SETLINK, 0, _ifinfo(index, family=AF_BRIDGE) + port, name)
+
+
+def _without_ipv6() -> bytes:
+    mode = _attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
+    return _attribute(IFLA_AF_SPEC | NLA_F_NESTED, _attribute(socket.AF_INET6 | NLA_F_NESTED, mode))
 
 
 def delete(index: int, name: str) -> None:
@@ -195,17 +207,22 @@ def set_forwarding(link: Link, *, on: bool) -> None:
     )
 
 
-def open_tap(name: str, *, owner: int) -> int:
-    """A new tap that lives as long as the descriptor, until `keep_tap`."""
+def open_tap(name: str, *, owner: int) -> tuple[int, str]:
+    """A new tap that lives as long as the descriptor, until `keep_tap`; for `%d` a number that is free."""
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL
-        libc.ioctl(fd, TUNSETIFF, struct.pack("=16sH22x", name.encode(), flags), name)
-        libc.ioctl(fd, TUNSETOWNER, owner, name)
+        wanted = bytearray(struct.pack("=16sH22x", name.encode(), flags))
+        libc.ioctl(fd, TUNSETIFF, wanted, name)
+        set_tap_owner(fd, owner, name)
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd, _text(bytes(wanted[:16]).partition(b"\0")[0])
+
+
+def set_tap_owner(fd: int, owner: int, name: str) -> None:
+    libc.ioctl(fd, TUNSETOWNER, owner, name)
 
 
 def keep_tap(fd: int, name: str) -> None:
