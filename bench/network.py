@@ -2,7 +2,8 @@
 """The network on this machine's kernel, in namespaces of its own: what each step of a start costs, and NAT.
 
 The rival of a step is the least that must happen: a tap without rules, by the same system calls. The rival
-of NAT is the same veth, routed by the same kernel without tables, bridge or translation.
+of NAT is a bare tap, routed by a host that has neither tables nor bridge. A process of the same kind carries
+the frames of both guests.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import contextlib
 import fcntl
 import os
 import socket
-import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,17 +22,18 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import names, privileged
-from banger.helper import operations, tables
-from banger.helper.linux import libc, netlink
+from banger.helper import network, operations, spares
+from banger.helper.linux import netlink
 from bench import host, report
 from tests.root import helper_world, network_world
 
 _ROUNDS: Final = 30
 _GUESTS: Final = 200
-_SECONDS: Final = 2.0
+_SECONDS: Final = 1.0
 _CHUNK: Final = 1 << 18
-_SIOCSIFFLAGS: Final = 0x8914
-_SIOCSIFNAME: Final = 0x8923
+_TURNS: Final = 7
+_TUNSETOFFLOAD: Final = 0x400454D0
+_OFFLOADS: Final = 0x01 | 0x02 | 0x04  # TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
 
 
 def run(_: host.Host) -> report.Report:
@@ -42,7 +45,10 @@ def run(_: host.Host) -> report.Report:
         with helper_world.network_namespace():
             rows += _throughput(world)
     return report.Report(
-        name="network", rival="a bare tap; plain routing", rows=tuple(rows), notes=(f"medians of {_ROUNDS}",)
+        name="network",
+        rival="a bare tap, plainly routed",
+        rows=tuple(rows),
+        notes=(f"medians of {_ROUNDS}",),
     )
 
 
@@ -59,19 +65,22 @@ def _steps(world: helper_world.HelperWorld) -> list[report.Row]:
         make = privileged.CreateTap(vm_id=_id(slot), slot=slot)
         rules = privileged.SetGuestRules(vm_id=_id(slot), slot=slot, nat=True)
         timed: dict[str, list[float]] = {}
-        for _ in range(_ROUNDS):
+        for warm in (True, False) * _ROUNDS:
+            if warm:
+                timed.setdefault("pool filled", []).append(_once_ms(lambda: network.refill(world.policy)))
             steps = (
                 ("bridge, there already", ask(privileged.EnsureBridge())),
                 ("packet rules with NAT", ask(rules)),
-                ("tap", ask(make)),
+                (f"tap, pool {'warm' if warm else 'empty'}", ask(make)),
                 ("rules deleted", ask(privileged.DeleteGuestRules(vm_id=_id(slot)))),
                 ("tap deleted", ask(privileged.DeleteTap(vm_id=_id(slot)))),
             )
             for name, step in steps:
                 timed.setdefault(name, []).append(_once_ms(step))
             timed.setdefault("bare tap", []).append(_bare_tap_ms())
-            timed.setdefault("tap from a warm pool", []).append(_pooled_tap_ms(world))
-        rivals = {"tap": report.median(timed.pop("bare tap"))}
+            spares.drain()
+        bare = report.median(timed.pop("bare tap"))
+        rivals = {"tap, pool empty": bare, "tap, pool warm": bare}
         where = f", beside {others} guests"
         rows += [
             report.Row(name + where, report.median(found), "ms", rivals.get(name))
@@ -83,81 +92,106 @@ def _steps(world: helper_world.HelperWorld) -> list[report.Row]:
 def _bare_tap_ms() -> float:
     """Making it; that it goes takes the kernel much longer, and nobody waits for that in a start."""
     began = time.perf_counter()
-    tap = netlink.open_tap("bare0", owner=12345)
+    tap, _ = netlink.open_tap("bare0", owner=12345)
     took = (time.perf_counter() - began) * 1000
     os.close(tap)
     return took
 
 
-def _pooled_tap_ms(world: helper_world.HelperWorld) -> float:
-    """What a pool would leave to do: one that stands ready as a port of the bridge becomes a VM's.
-
-    Name and label, by which it is found after a crash, and the owner come late, as they are the VM's; the
-    kernel renames only a link that is down.
-    """
-    bridge = netlink.find(world.policy.bridge)
-    tap = netlink.open_tap("pool0", owner=world.policy.uid(3001))
-    ready = netlink.find("pool0")
-    if bridge is None or ready is None:
-        raise RuntimeError("the links of this benchmark are not there")
-    netlink.bring_up(ready.number, alias="banger/pool", master=bridge.number, group=tables.TAP_GROUP)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wire:
-        fcntl.ioctl(wire, _SIOCSIFFLAGS, struct.pack("=16sh22x", b"pool0", 0))
-        began = time.perf_counter()
-        libc.ioctl(tap, netlink.TUNSETOWNER, world.policy.uid(3000), "pool0")
-        fcntl.ioctl(wire, _SIOCSIFNAME, struct.pack("=16s16s8x", b"pool0", b"tap-pooled"))
-        netlink.bring_up(ready.number, alias=f"banger/{_id(3000)}")
-        took = (time.perf_counter() - began) * 1000
-    os.close(tap)
-    return took
-
-
 def _throughput(world: helper_world.HelperWorld) -> list[report.Row]:
-    with network_world.networks(world) as net:
-        guest = network_world.Guest(_id(1), 1, network_world.Namespace(), "10.213.240.2")
-        net.guests.append(guest)
-        network_world.run("ip", "link", "add", guest.tap, "type", "veth", "peer", "name", "eth0")
-        network_world.run("ip", "link", "set", "eth0", "netns", f"/proc/{os.getpid()}/fd/{guest.space.fd}")
-        network_world.run("ip", "link", "set", guest.tap, "group", str(tables.TAP_GROUP), "up")
-        network_world.run("ip", "link", "set", guest.tap, "master", "br-fc")
-        guest.space.ip("link", "set", "eth0", "address", guest.mac)
-        guest.space.ip("addr", "add", f"{guest.address}/20", "dev", "eth0")
-        guest.space.ip("link", "set", "eth0", "up")
-        guest.space.ip("route", "add", "default", "via", network_world.BRIDGE)
-        net.rules(guest, nat=True)
-        natted = _gbit_per_s(net, guest)
-        for family in ("bridge", "inet"):
-            network_world.run("nft", "delete", "table", family, "banger")
-        network_world.run("ip", "link", "set", guest.tap, "nomaster")
-        network_world.run("ip", "addr", "flush", "dev", "br-fc")
-        network_world.run("ip", "addr", "add", f"{network_world.BRIDGE}/20", "dev", guest.tap)
-        network_world.run("ip", "link", "set", "br-fc", "down")
-        guest.space.ip("neigh", "flush", "all")
-        network_world.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        plain = _gbit_per_s(net, guest)
-    return [report.Row("guest to internet, TCP, with NAT and rules", natted, "Gbit/s", plain)]
+    """By turns: a guest on a tap of the helper's, with NAT, and one on a bare tap of another host's."""
+    with contextlib.ExitStack() as stack:
+        net = stack.enter_context(network_world.networks(world))
+        ours = network_world.Guest(_id(1), 1, network_world.Namespace(), "10.213.240.2")
+        net.guests.append(ours)
+        net.ask(privileged.CreateTap(vm_id=ours.vm_id, slot=ours.slot))
+        net.rules(ours, nat=True)
+        _plug(stack, ours, ours.tap, network_world.BRIDGE)
+        stack.enter_context(helper_world.network_namespace())
+        bare, internet = _bare_host(stack)
+        rates: dict[str, tuple[list[float], list[float]]] = {}
+        for _ in range(_TURNS):
+            for guest_sends, what in ((True, "guest to internet"), (False, "internet to guest")):
+                found = rates.setdefault(what, ([], []))
+                found[0].append(_gbit_per_s(net.internet, ours.space, guest_sends=guest_sends))
+                found[1].append(_gbit_per_s(internet, bare.space, guest_sends=guest_sends))
+    return [
+        report.Row(
+            f"{what}, TCP, with bridge, rules and NAT", report.median(mine), "Gbit/s", report.median(its)
+        )
+        for what, (mine, its) in rates.items()
+    ]
 
 
-def _gbit_per_s(net: network_world.Net, guest: network_world.Guest) -> float:
-    server = net.tcp_server(network_world.INTERNET, 0, net.internet)
-    wire = net.wire(socket.AF_INET, socket.SOCK_STREAM, space=guest.space)
-    wire.settimeout(network_world.DEADLINE_S)
-    wire.connect(server.getsockname())
-    taken, _ = server.accept()
-    thread = threading.Thread(target=_drain, args=(taken,))
-    thread.start()
-    sent, data, began = 0, bytes(_CHUNK), time.perf_counter()
-    while time.perf_counter() - began < _SECONDS:
-        sent += wire.send(data)
-    wire.close()
-    thread.join()
-    return sent * 8 / (time.perf_counter() - began) / 1e9
+def _bare_host(stack: contextlib.ExitStack) -> tuple[network_world.Guest, network_world.Namespace]:
+    """This thread's network: a tap with the guests' gateway on it, routed to an internet; nothing else."""
+    guest = network_world.Guest(_id(2), 2, network_world.Namespace(), "10.213.240.3")
+    internet = network_world.Namespace()
+    stack.callback(internet.close)
+    stack.callback(guest.space.close)
+    network_world.run("ip", "link", "add", "uplink0", "type", "veth", "peer", "name", "inet0")
+    network_world.run("ip", "link", "set", "inet0", "netns", f"/proc/{os.getpid()}/fd/{internet.fd}")
+    network_world.run("ip", "addr", "add", f"{network_world.UPLINK}/24", "dev", "uplink0")
+    network_world.run("ip", "link", "set", "uplink0", "up")
+    network_world.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    internet.ip("addr", "add", f"{network_world.GATEWAY}/24", "dev", "inet0")
+    internet.ip("addr", "add", f"{network_world.INTERNET}/32", "dev", "lo")
+    internet.ip("link", "set", "inet0", "up")
+    internet.ip("route", "add", "10.213.240.0/20", "via", network_world.UPLINK)
+    network_world.run("ip", "route", "add", "default", "via", network_world.GATEWAY)
+    network_world.run("ip", "tuntap", "add", "bare0", "mode", "tap", "vnet_hdr")
+    network_world.run("ip", "addr", "add", f"{network_world.BRIDGE}/20", "dev", "bare0")
+    network_world.run("ip", "link", "set", "bare0", "up")
+    _plug(stack, guest, "bare0", network_world.BRIDGE)
+    return guest, internet
+
+
+def _plug(stack: contextlib.ExitStack, guest: network_world.Guest, tap: str, gateway: str) -> None:
+    """The guest's `eth0`, and a process that carries its frames to and from the host's tap."""
+    outside = network_world.open_tap(tap)
+    with guest.space.entered():
+        inside = network_world.open_tap("eth0")
+    for fd in (outside, inside):
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _OFFLOADS)
+    argv = [sys.executable, "-m", "bench.pump", str(outside), str(inside)]
+    pump = stack.enter_context(subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=(outside, inside)))
+    os.close(outside)
+    os.close(inside)
+    guest.space.ip("link", "set", "eth0", "address", guest.mac)
+    guest.space.ip("addr", "add", f"{guest.address}/20", "dev", "eth0")
+    guest.space.ip("link", "set", "eth0", "up")
+    guest.space.ip("route", "add", "default", "via", gateway)
+    stack.callback(pump.kill)
+
+
+def _gbit_per_s(
+    internet: network_world.Namespace, guest: network_world.Namespace, *, guest_sends: bool
+) -> float:
+    """One connection that the guest makes, for some seconds."""
+    with internet.entered():
+        server = socket.create_server((network_world.INTERNET, 0))
+    with guest.entered():
+        wire = socket.socket()
+    with server, wire:
+        server.settimeout(network_world.DEADLINE_S)
+        wire.settimeout(network_world.DEADLINE_S)
+        wire.connect(server.getsockname())
+        taken, _ = server.accept()
+        with taken:
+            sender, receiver = (wire, taken) if guest_sends else (taken, wire)
+            thread = threading.Thread(target=_drain, args=(receiver,))
+            thread.start()
+            sent, data, began = 0, bytes(_CHUNK), time.perf_counter()
+            while time.perf_counter() - began < _SECONDS:
+                sent += sender.send(data)
+            sender.shutdown(socket.SHUT_WR)
+            thread.join()
+            return sent * 8 / (time.perf_counter() - began) / 1e9
 
 
 def _drain(wire: socket.socket) -> None:
-    with wire, contextlib.suppress(OSError):
-        while wire.recv(_CHUNK):
-            pass
+    while wire.recv(_CHUNK):
+        pass
 
 
 def _id(slot: int) -> names.VmId:
