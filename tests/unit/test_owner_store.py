@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import random
 import sqlite3
@@ -326,3 +327,41 @@ def test_a_migration_that_fails_leaves_the_version_before(
     assert connection.execute("PRAGMA user_version").fetchone() == (latest + 1,)
     assert connection.execute("SELECT count(*) FROM more").fetchone() == (0,)
     connection.close()
+
+
+def test_a_migration_is_tried_on_a_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.Store(path).close()
+    before = path.read_bytes()
+    more = (*migrations.MIGRATIONS, "CREATE TABLE more (id TEXT) STRICT")
+    monkeypatch.setattr(migrations, "MIGRATIONS", more)  # a newer program's
+    assert migrations.check(path) is migrations.Verdict.WILL_MIGRATE
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*more, "ALTER TABLE none_such ADD x"))
+    with pytest.raises(errors.OperationFailedError, match="cannot be read or migrated: no such table"):
+        migrations.check(path)
+    assert path.read_bytes() == before
+
+
+def test_a_newer_program_s_migration_is_undone(
+    path: Path, empty_store: store.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = empty_store.reserve(draft)
+    empty_store.close()
+    assert not migrations.undo(path)  # nothing to undo
+    ours = migrations.MIGRATIONS
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*ours, "ALTER TABLE vms RENAME TO machines"))
+    store.Store(path).close()
+    monkeypatch.setattr(migrations, "MIGRATIONS", ours)
+    assert migrations.check(path) is migrations.Verdict.TOO_NEW
+    assert migrations.undo(path)
+    with contextlib.closing(store.Store(path)) as again:
+        assert [vm.id for vm in again.list()] == [kept.id]
+    assert migrations.check(path) is migrations.Verdict.CURRENT
+
+
+def test_without_what_was_kept_nothing_is_undone(path: Path) -> None:
+    store.Store(path).close()
+    with contextlib.closing(store.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 1000")
+    with pytest.raises(errors.NotFoundError, match="is not there"):
+        migrations.undo(path)
+    assert migrations.check(path) is migrations.Verdict.TOO_NEW

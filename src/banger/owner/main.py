@@ -89,6 +89,10 @@ def _run(options: argparse.Namespace) -> int:
     paths = _paths(options, installation)
     if options.check_migrations:
         return migrations.check(paths.database)
+    if options.undo_migrations:
+        with _only_daemon(paths.state):
+            migrations.undo(paths.database)
+        return 0
     asyncio.run(
         serve(config.load(options.config), installation, paths, in_process=options.in_process_helper)
     )
@@ -127,7 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-migrations",
         action="store_true",
-        help="only look: exit 0 current, 1 will migrate, 2 newer than this program",
+        help="only look, and migrate a copy: exit 0 current, 1 will migrate, 2 newer than this program",
+    )
+    parser.add_argument(
+        "--undo-migrations",
+        action="store_true",
+        help="put back the database that a newer program kept before it migrated, and exit",
     )
     parser.add_argument(
         "--check-config",

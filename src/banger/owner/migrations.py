@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import sqlite3
 from pathlib import Path
 from typing import Final
@@ -41,20 +42,85 @@ class Verdict(enum.IntEnum):
 
 
 def check(path: Path) -> Verdict:
-    """Looks without changing anything; a file that does not exist yet will be migrated.
+    """Looks without changing anything: what is to be done is done to a copy in memory.
 
-    Raises OperationFailedError for a file that is no database.
+    A file that does not exist yet will be migrated. Raises OperationFailedError for a file that is no
+    database, or that cannot be migrated.
     """
     if not path.exists():
         return Verdict.WILL_MIGRATE
     try:
-        with contextlib.closing(_open_read_only(path)) as connection:
+        with (
+            contextlib.closing(_open_read_only(path)) as connection,
+            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
+        ):
             version = _version(connection)
+            if version >= len(MIGRATIONS):
+                return Verdict.CURRENT if version == len(MIGRATIONS) else Verdict.TOO_NEW
+            connection.backup(copy)
+            migrate(copy)
     except sqlite3.DatabaseError as error:
-        raise errors.OperationFailedError(f"{path} cannot be read: {error}") from error
-    if version == len(MIGRATIONS):
-        return Verdict.CURRENT
-    return Verdict.WILL_MIGRATE if version < len(MIGRATIONS) else Verdict.TOO_NEW
+        raise errors.OperationFailedError(f"{path} cannot be read or migrated: {error}") from error
+    return Verdict.WILL_MIGRATE
+
+
+def keep(connection: sqlite3.Connection, path: Path) -> None:
+    """Before a migration: a copy of the database as its program left it, for `undo`.
+
+    Nobody else writes meanwhile: the daemon is alone, and serves nobody yet.
+    """
+    version = _version(connection)
+    if not 0 < version < len(MIGRATIONS):
+        return
+    kept = _kept(path, version)
+    staged = kept.with_name(f".{kept.name}.new")
+    staged.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(staged, isolation_level=None)) as copy:
+        connection.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")
+    _publish(staged, kept)
+
+
+def undo(path: Path) -> bool:
+    """Puts back what was kept before another program's migrations; False when there is nothing to undo.
+
+    Nobody may use the database meanwhile. Killed at any moment, it is the one or the other, whole. Raises
+    NotFoundError when the database is newer than this program and no copy was kept.
+    """
+    if check(path) is not Verdict.TOO_NEW:
+        return False
+    kept = _kept(path, len(MIGRATIONS))
+    if not kept.exists():
+        raise errors.NotFoundError(
+            f"{path} is newer than this program, and {kept} is not there",
+            hint="install the banger that wrote it, or a newer one",
+        )
+    # A write-ahead log of the newer one beside the older one would be the end of both.
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    staged = kept.with_name(f".{kept.name}.new")
+    staged.write_bytes(kept.read_bytes())
+    _publish(staged, path)
+    return True
+
+
+def _kept(path: Path, version: int) -> Path:
+    return path.with_name(f"{path.name}.v{version}")
+
+
+def _publish(staged: Path, path: Path) -> None:
+    """By rename, and on the disk before it returns."""
+    _sync(staged)
+    staged.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -37,6 +37,7 @@ class Store:
         self._connection = connect(path)
         try:
             with _explained():
+                migrations.keep(self._connection, path)
                 migrations.migrate(self._connection)
         except BaseException:
             self._connection.close()
