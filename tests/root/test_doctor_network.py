@@ -15,15 +15,15 @@ host = scene.Scene()
 host.settings = lambda: scene.Settings(
     owner_uid=0, owner_gid=0, owner_name="root", firecracker_sha256="", jailer_sha256=""
 )
-found = network.prefix(host)
-print(found.status, found.detail)
+found = network.PROBE(host)
+print(f"{found.status} {found.detail}; {found.remedy}")
 """
 _INSTALL = """
 import asyncio
 from banger.contract import errors
 from banger.system import host, install
 host.check = lambda owner: None
-first = install.Install(install.Choices(owner="dev"), print).plan()[0]
+first = install.Install(install.Choices(owner="dev", network6="fd77:1:2:3::/64"), print).plan()[0]
 try:
     asyncio.run(first.run())
     print("it goes on")
@@ -50,7 +50,21 @@ except errors.ConflictError as error:
     ],
 )
 def test_a_route_into_the_vms_network(link: str, address: str, said: str) -> None:
-    assert _where(link, address, _ASK) == said
+    assert _where(link, address, _ASK.replace("PROBE", "prefix")).startswith(f"{said};")
+
+
+@pytest.mark.parametrize(
+    ("link", "address", "said"),
+    [
+        ("other", "fd62:616e:6765::1/48", "overlaps fd62:616e:6765::/48, which this host reaches by other;"),
+        ("other", "fd63::1/48", "pass "),
+        ("br-fc", "fd62:616e:6765:7200::1/64", "pass "),
+    ],
+)
+def test_a_route_into_the_vms_ipv6_network(link: str, address: str, said: str) -> None:
+    found = _where(link, address, _ASK.replace("PROBE", "ipv6"))
+    assert said in found
+    assert ("another one: `--network6 fd" in found) is ("overlaps" in said)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +74,11 @@ def test_a_route_into_the_vms_network(link: str, address: str, said: str) -> Non
             "10.213.241.1/24",
             "network 10.213.240.0/20 overlaps 10.213.241.0/24, which this host reaches by other; "
             "install with another one: `--network 10.255.240.0/20`",
+        ),
+        (
+            "fd77:1:2:3::1/64",
+            "network fd77:1:2:3::/64 overlaps fd77:1:2:3::/64, which this host reaches by other; "
+            "install with another one: `--network6 fdb6:9113:17a6::/64`",
         ),
         ("10.214.0.1/24", "it goes on"),
     ],

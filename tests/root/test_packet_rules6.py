@@ -312,6 +312,18 @@ def test_the_bridge_has_addresses_while_a_guest_has_one(net: Net) -> None:
     assert not [each for each in ruleset.elements() if each.owner]
 
 
+@pytest.mark.parametrize("route", ["fd62:616e:6765::/48", "fd62:616e:6765:7200::9/128"])
+def test_a_prefix_that_leads_elsewhere_is_refused(net: Net, route: str) -> None:
+    network_world.run("ip", "route", "add", route, "via", GATEWAY6)
+    with pytest.raises(errors.ConflictError, match=route):
+        net.guest(1, ipv6=True)
+    network_world.run("ip", "route", "del", route)
+    network_world.run("ip", "route", "add", "fc00::/7", "via", GATEWAY6)
+    network_world.run("ip", "route", "add", "unreachable", route)
+    net.guest(2, ipv6=True)
+    net.guest(3, ipv6=True)
+
+
 def test_a_host_without_ipv6_says_so(net: Net) -> None:
     network_world.run("sysctl", "-qw", "net.ipv6.conf.br-fc.disable_ipv6=1")
     with pytest.raises(errors.ConflictError, match="switched off"):

@@ -306,6 +306,13 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ),
     ("ipv6", writes(f"{IPV6}/forwarding", "1\n"), PASS, "reach the internet by it", ""),
     ("ipv6", writes(f"{IPV6}/forwarding", "0\n"), PASS, "not forwarded by this host", ""),
+    (
+        "ipv6",
+        writes("/proc/net/ipv6_route", f"fd62616e6765{'0' * 20} 30 - 00 - - - - 00000003 eth1\n"),
+        FAIL,
+        "fd62:616e:6765::/48, which this host reaches by eth1",
+        "--network6",
+    ),
     ("ipv6", writes(f"{IPV6}/disable_ipv6", "1\n"), WARN, "no VM can have --ipv6", "disable_ipv6=0"),
     ("ipv6", loses(f"{IPV6}/disable_ipv6"), WARN, "no VM can have --ipv6", "disable_ipv6=0"),
     (

@@ -17,6 +17,7 @@ from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
 _LINK_LOCAL: Final = "fe80::fc:ff:fe00:1"
+_SHORTEST: Final = 16
 _NONE_HERE: Final = (errno.EACCES, errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
 """What the kernel says where IPv6 is switched off, for the link or altogether."""
 
@@ -35,7 +36,8 @@ def set_addresses6(policy: policies.Policy, *, wanted: bool) -> None:
         for address in set(ours) & set(there):
             netlink.delete_address(address, policy.bridge)
         return
-    _refuse_overlap(policy, [each for each in there if each.link != link.number])
+    elsewhere = [each for each in netlink.routes(socket.AF_INET6) if link.number not in each.links]
+    _refuse_overlap(policy, [each for each in there if each.link != link.number], elsewhere)
     for address in ours:
         if address not in there:
             _add(policy, address)
@@ -54,10 +56,19 @@ def _add(policy: policies.Policy, address: netlink.Address) -> None:
         ) from error
 
 
-def _refuse_overlap(policy: policies.Policy, others: list[netlink.Address]) -> None:
+def _refuse_overlap(
+    policy: policies.Policy, others: list[netlink.Address], routes: list[netlink.Route]
+) -> None:
+    """A route for all local prefixes together is none for ours: ours takes precedence, whichever it is."""
+    hint = "`banger doctor` names another one, to install with `--network6`"
     for each in others:
         if ipaddress.IPv6Address(each.local) in policy.prefix6:
             raise errors.ConflictError(
-                f"network {policy.prefix6} is in use: this host has {each.local}",
-                hint="install with another one: `--network6`",
+                f"network {policy.prefix6} is in use: this host has {each.local}", hint=hint
+            )
+    for route in routes:
+        network = ipaddress.IPv6Network((route.destination, route.prefix_length))
+        if route.prefix_length >= _SHORTEST and network.overlaps(policy.prefix6):
+            raise errors.ConflictError(
+                f"network {policy.prefix6} overlaps {network}, which this host already uses", hint=hint
             )

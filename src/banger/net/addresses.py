@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The network that guests get: whether this host routes it already, and which one it does not.
+"""The networks that guests get: whether this host routes them already, and which ones it does not.
 
 Used by installation and doctor, which run without the helper.
 """
@@ -15,23 +15,44 @@ from typing import Final, NamedTuple
 from banger.contract import errors, names
 
 Network = ipaddress.IPv4Network
-_TABLE: Final = Path("/proc/net/route")
+Network6 = ipaddress.IPv6Network
+TABLE: Final = Path("/proc/net/route")
+TABLE6: Final = Path("/proc/net/ipv6_route")
 _PREFIX_LENGTH: Final = 20
+_NO_LINK: Final = "*"
+"""Where a route refuses what it is for."""
+_RTF_REJECT: Final = 0x200
+_SHORTEST6: Final = 16
+"""A shorter route is for all local prefixes together: whatever we choose is within, and takes precedence."""
+_PROPOSALS6: Final = 64
 
 
 class Route(NamedTuple):
     link: str
-    network: Network
+    network: Network | Network6
 
 
-def routes(table: Path = _TABLE) -> list[Route]:
+def routes(table: Path = TABLE) -> list[Route]:
     """What the kernel's main table says, without default routes. Source: Linux, net/ipv4/fib_trie.c."""
     found = []
     for line in table.read_text().splitlines()[1:]:
         link, destination, *rest = line.split()
         mask = rest[5]
         network = Network((_address(destination), str(_address(mask))))
-        if network.prefixlen:
+        if network.prefixlen and link != _NO_LINK:
+            found.append(Route(link, network))
+    return found
+
+
+def routes6(table: Path = TABLE6) -> list[Route]:
+    """What the kernel's tables say; nothing without IPv6. Source: Linux, net/ipv6/route.c."""
+    if not table.exists():
+        return []
+    found = []
+    for line in table.read_text().splitlines():
+        destination, length, *_, flags, link = line.split()
+        network = Network6((bytes.fromhex(destination), int(length, 16)))
+        if network.prefixlen >= _SHORTEST6 and not int(flags, 16) & _RTF_REJECT:
             found.append(Route(link, network))
     return found
 
@@ -41,10 +62,32 @@ def check(network: Network, found: Iterable[Route]) -> None:
     taken = [route for route in found if route.link != names.BRIDGE]
     for route in taken:
         if route.network.overlaps(network):
-            raise errors.ConflictError(
-                f"network {network} overlaps {route.network}, which this host reaches by {route.link}",
-                hint=f"install with another one: `--network {free(taken)}`",
-            )
+            raise _overlap(network, route, f"--network {free(taken)}")
+
+
+def check6(network: Network6, found: Iterable[Route]) -> None:
+    """The same for IPv6."""
+    taken = [route for route in found if route.link != names.BRIDGE]
+    for route in taken:
+        if route.network.overlaps(network):
+            raise _overlap(network, route, f"--network6 {_free6(network, taken)}")
+
+
+def _overlap(network: Network | Network6, route: Route, option: str) -> errors.ConflictError:
+    return errors.ConflictError(
+        f"network {network} overlaps {route.network}, which this host reaches by {route.link}",
+        hint=f"install with another one: `{option}`",
+    )
+
+
+def _free6(network: Network6, found: Iterable[Route]) -> Network6:
+    """Always the same one for the same host."""
+    taken = [route.network for route in found]
+    for number in range(_PROPOSALS6):
+        candidate = names.derived_network6(f"{network} {number}")
+        if not any(candidate.overlaps(each) for each in taken):
+            return candidate
+    raise errors.ConflictError("this host routes every local prefix", hint="name one with --network6")
 
 
 def free(found: Iterable[Route]) -> Network:

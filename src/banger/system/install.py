@@ -89,7 +89,7 @@ class Install:
         self._owner = host.check(self._choices.owner)
         await run.in_thread(ownership.require, Path(sys.prefix))
         addresses.check(_network(self._choices.network), addresses.routes())
-        _network6(self._choices.network6)
+        addresses.check6(_network6(self._choices.network6), addresses.routes6())
 
     async def _make_directories(self) -> None:
         owner = self._found_owner()

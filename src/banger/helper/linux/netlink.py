@@ -184,17 +184,20 @@ def _ifaddr(address: Address) -> bytes:
     return head + _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
 
 
-def routes() -> list[Route]:
-    """IPv4 unicast routes of every table but the local one."""
+def routes(family: int = socket.AF_INET) -> list[Route]:
+    """Unicast routes of every table but the local one; of another family, as with addresses, none."""
     found = []
-    for body in _request(RTM_GETROUTE, NLM_F_DUMP, _RTMSG.pack(socket.AF_INET, *bytes(7), 0)):
-        _, length, _, _, _, _, _, kind, _ = _RTMSG.unpack_from(body)
-        if kind != RTN_UNICAST:
+    for body in _request(RTM_GETROUTE, NLM_F_DUMP, _RTMSG.pack(family, *bytes(7), 0)):
+        family_of, length, _, _, _, _, _, kind, _ = _RTMSG.unpack_from(body)
+        if kind != RTN_UNICAST or family_of != family:
             continue
         attributes = _attributes(body[_RTMSG.size :])
         links = [_u32(attributes[RTA_OIF])] if RTA_OIF in attributes else []
         links += _next_hops(attributes.get(RTA_MULTIPATH, b""))
-        found.append(Route(socket.inet_ntoa(attributes.get(RTA_DST, bytes(4))), length, tuple(links)))
+        destination = socket.inet_ntop(
+            family, attributes.get(RTA_DST, bytes(16 if family != socket.AF_INET else 4))
+        )
+        found.append(Route(destination, length, tuple(links)))
     return found
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 from typing import Final
 
-from banger.contract import errors
+from banger.contract import errors, names
 from banger.net import addresses
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
@@ -30,7 +30,7 @@ def prefix(scene: scenes.Scene) -> report.Finding:
             f"network {text!r} is none: {error}", "sudo banger system install --network CIDR"
         )
     try:
-        addresses.check(ours, addresses.routes(scene.at("/proc/net/route")))
+        addresses.check(ours, addresses.routes(scene.at(str(addresses.TABLE))))
     except errors.ConflictError as error:
         return report.failed(error.message, f"sudo banger system install; {error.hint}")
     return report.passed(f"{ours} is the VMs' alone")
@@ -43,6 +43,12 @@ def ipv6(scene: scenes.Scene) -> report.Finding:
             "switched off on this host: no VM can have --ipv6",
             "sudo sysctl net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0",
         )
+    try:
+        ours = names.parse_network6(scene.settings().network6)
+        addresses.check6(ours, addresses.routes6(scene.at(str(addresses.TABLE6))))
+    except (ValueError, errors.ConflictError) as error:
+        hint = getattr(error, "hint", "with --network6")
+        return report.failed(f"no VM can have --ipv6: {error}", f"sudo banger system install; {hint}")
     if scene.text("/proc/sys/net/ipv6/conf/all/forwarding") == "1":
         return report.passed("forwarded by this host: VMs with --ipv6 and --nat reach the internet by it")
     return report.passed("not forwarded by this host: VMs with --ipv6 reach it and their peers alone by it")

@@ -42,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     owner_gid: int
     owner_name: str
     network: str = names.NETWORK
+    network6: str = names.NETWORK6
     uid_base: int = names.UID_BASE
     uid_count: int = names.MAX_SLOTS
     state_dir: str = str(host.STATE)
