@@ -6,6 +6,9 @@ PY := $(VENV)/bin/python
 PYTEST := $(VENV)/bin/pytest
 HOST ?= lab
 NAME ?= lab
+LIVES ?= 10000
+TARGET ?= all
+SECONDS ?= 60
 
 .DEFAULT_GOAL := help
 
@@ -19,7 +22,7 @@ $(VENV)/ready: requirements/dev.txt
 	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
-.PHONY: run test lint unit contract root lab long guest wheel setup lab-up lab-ssh lab-down bench clean help
+.PHONY: run test lint unit contract root lab long soak fuzz guest wheel setup lab-up lab-ssh lab-down bench clean help
 
 run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
@@ -53,6 +56,12 @@ lab: setup guest  ## Run the tests that boot real microVMs in the lab
 
 long: setup guest  ## Run the lab tests that `make test` leaves out for their time
 	BANGER_LONG=only $(PYTEST) tests/lab
+
+soak: guest  ## Live LIVES (10000) VM lives with faults on the fakes, in a simulated day
+	BANGER_SOAK_LIVES=$(LIVES) $(PYTEST) -s tests/contract/test_soak.py
+
+fuzz: guest  ## Fuzz one parser for longer (TARGET=dns SECONDS=3600)
+	$(PY) -m tests.fuzz $(TARGET) $(SECONDS)
 
 guest: $(VENV)/ready  ## Build the guest binary
 	@$(PY) guest/build_hook.py

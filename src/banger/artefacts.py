@@ -125,7 +125,7 @@ class Artefacts(Generic[R]):
             record = msgspec.json.decode(path.read_bytes(), type=self._type)
         except FileNotFoundError as error:
             raise errors.NotFoundError(f"there is no {self._what} {artefact_id}") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise errors.OperationFailedError(
                 f"the record of {self._what} {artefact_id} cannot be read: {error}",
                 hint=f"delete the {self._what} and make it again",

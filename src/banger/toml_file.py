@@ -28,10 +28,11 @@ def read(path: Path, kind: type[T], *, hint: str) -> T:
 def parse(text: str, kind: type[T], *, what: str, hint: str) -> T:
     try:
         return msgspec.convert(tomllib.loads(text), type=kind)
-    except tomllib.TOMLDecodeError as error:
-        raise errors.BadRequestError(f"{what}: it is not TOML: {error}", hint=hint) from error
     except msgspec.ValidationError as error:
         raise errors.BadRequestError(f"{what}: {_by_key(str(error))}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        # Besides its own error: a number of thousands of digits, or brackets without end.
+        raise errors.BadRequestError(f"{what}: it is not TOML: {error}", hint=hint) from error
 
 
 def _by_key(text: str) -> str:

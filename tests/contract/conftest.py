@@ -58,7 +58,13 @@ def short_path() -> Iterator[Path]:
 @pytest.fixture
 def paths(short_path: Path) -> config.Paths:
     """A state directory with one image and one kernel, both as small as they can be."""
-    state, helper = short_path / "s", short_path / "h"
+    made = laid_out(short_path)
+    furnish(made)
+    return made
+
+
+def furnish(paths: config.Paths) -> None:
+    state, helper = paths.state, paths.helper_dir
     for directory in (state / "images" / IMAGE_ID, state / "kernels" / KERNEL_ID, helper / "logs"):
         directory.mkdir(parents=True)
     common = {"name": "tiny", "arch": "x86_64", "source": "test", "created_at": "2026-01-01T00:00:00Z"}
@@ -72,15 +78,19 @@ def paths(short_path: Path) -> config.Paths:
     )
     (state / "images" / IMAGE_ID / "rootfs.ext4").write_bytes(bytes(1 << 20))
     (state / "kernels" / KERNEL_ID / "vmlinux").write_bytes(b"\x7fELF")
+
+
+def laid_out(top: Path) -> config.Paths:
+    """Where everything is below a directory."""
     return config.Paths(
-        state=state,
-        cache=short_path / "c",
-        run=short_path / "r",
-        helper_socket=short_path / "h.sock",
-        helper_dir=helper,
-        install=short_path / "install.toml",
-        image_catalog=short_path / "images.toml",
-        kernel_catalogs=short_path / "kernels.d",
+        state=top / "s",
+        cache=top / "c",
+        run=top / "r",
+        helper_socket=top / "h.sock",
+        helper_dir=top / "h",
+        install=top / "install.toml",
+        image_catalog=top / "images.toml",
+        kernel_catalogs=top / "kernels.d",
     )
 
 

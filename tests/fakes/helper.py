@@ -120,7 +120,7 @@ async def _receive(reader: asyncio.StreamReader) -> privileged.Envelope:
         return msgspec.json.decode(await reader.readexactly(size), type=privileged.Envelope)
     except asyncio.IncompleteReadError:
         raise errors.BadRequestError("the peer closed before its request was complete") from None
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.BadRequestError(f"the request is not valid: {error}") from None
 
 

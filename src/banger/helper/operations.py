@@ -194,7 +194,7 @@ def operation_name(request: privileged.Request[Any]) -> str:
 
 def _firecracker_version(policy: policies.Policy) -> str:
     """As recorded by the installation beside the files; root wrote it."""
-    with contextlib.suppress(OSError, errors.UnauthorizedError, msgspec.DecodeError):
+    with contextlib.suppress(OSError, errors.UnauthorizedError, msgspec.DecodeError, UnicodeDecodeError):
         fd = policies.open_root_owned(f"{os.path.dirname(policy.firecracker)}/{_RUNTIME_RECORD}")
         with open(fd, "rb") as file:
             record = msgspec.json.decode(file.read(), type=dict[str, dict[str, str]])

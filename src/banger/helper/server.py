@@ -164,7 +164,7 @@ def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> b
 def _decode(data: bytes) -> privileged.Envelope:
     try:
         return _decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.BadRequestError(f"the request is not valid: {error}") from None
 
 

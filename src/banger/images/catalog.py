@@ -122,7 +122,7 @@ def _extension(path: Path, arch: str) -> tuple[Entry, ...]:
 def _parse(data: bytes, what: str, arch: str) -> tuple[Entry, ...]:
     try:
         found = msgspec.toml.decode(data, type=_Catalog).image
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise errors.BadRequestError(f"{what}: {error}", hint="docs/images.md says what it holds") from error
     twice = {entry.name for entry in found if [each.name for each in found].count(entry.name) > 1}
     if len({(entry.name, entry.arch) for entry in found}) != len(found):

@@ -55,7 +55,7 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
     """Publishes a copy of an image directory made by another banger, after looking at what it is."""
     try:
         record = msgspec.json.decode((directory / records.RECORD).read_bytes(), type=records.Image)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.BadRequestError(f"{directory} is not an image directory: {error}") from error
     wanted = names.parse_artefact_name(name or record.name, "an image")
     names.parse_id(record.id, "image id")

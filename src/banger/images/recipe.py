@@ -136,7 +136,7 @@ def parse(text: bytes) -> Recipe:
         raise errors.BadRequestError(f"the recipe is larger than {requests.RECIPE_CHARACTERS >> 10} KiB")
     try:
         return msgspec.convert(_extended(text), type=Recipe)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (ValueError, msgspec.ValidationError, RecursionError) as error:
         raise errors.BadRequestError(
             f"the recipe cannot be read: {error}", hint="docs/images.md says what a recipe holds"
         ) from error

@@ -144,7 +144,7 @@ class _Import:
             return None
         try:
             record = msgspec.json.decode(files.read(found.record, 1 << 20), type=records.Kernel)
-        except (errors.BangerError, msgspec.DecodeError):
+        except (errors.BangerError, msgspec.DecodeError, UnicodeDecodeError):
             return None
         initrd_sha256 = pinned.sha256_of_path(found.initrd) if found.initrd is not None else ""
         same = (sha256, initrd_sha256) == (record.vmlinux_sha256, record.initrd_sha256)

@@ -34,6 +34,16 @@ STATUS: Final = {
 }
 
 
+class _Request(litestar.Request[Any, Any, Any]):
+    """What the framework takes for a fault of the server is one of the client's."""
+
+    async def json(self) -> Any:
+        try:
+            return await super().json()
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise errors.BadRequestError(f"the body is not JSON: {error}") from None
+
+
 def create_app(services: routes.Services) -> litestar.Litestar:
     """One application over these services; nothing global."""
     return litestar.Litestar(
@@ -41,6 +51,7 @@ def create_app(services: routes.Services) -> litestar.Litestar:
         dependencies={"services": di.Provide(lambda: services, sync_to_thread=False)},
         exception_handlers={Exception: _answer},
         openapi_config=None,
+        request_class=_Request,
         request_max_body_size=_MAX_BODY_BYTES,
         logging_config=None,
     )
@@ -76,7 +87,7 @@ def _answer(
 ) -> response.Response[bytes]:
     body = _body(error)
     status = STATUS.get(body.code, 500)
-    fields = {"path": request.url.path, "code": body.code, "error": body.message}
+    fields = {"path": request.scope["path"], "code": body.code, "error": body.message}
     if status == 500:
         _log.error("request failed", exc_info=error, extra=fields)
     else:

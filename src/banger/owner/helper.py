@@ -113,7 +113,7 @@ def _name(request: privileged.Request[Any]) -> str:
 def _result(data: bytes, decoder: msgspec.json.Decoder[privileged.Reply]) -> privileged.AnyResult:
     try:
         reply = decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         hint = "both services must be of one version: run banger system restart"
         raise errors.ProtocolError(f"the root helper's answer is not valid: {error}", hint=hint) from error
     if reply.error is not None:

@@ -28,7 +28,7 @@ def daemon(path: str, kind: type[T], *, at: Path = host.API_SOCKET, timeout_s: f
         connection.sock.connect(str(at))
         connection.request("GET", path)
         return msgspec.json.decode(connection.getresponse().read(), type=kind)
-    except (msgspec.MsgspecError, http.client.HTTPException) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, http.client.HTTPException) as error:
         raise OSError(f"not an answer of bangerd: {error}") from error
     finally:
         connection.close()

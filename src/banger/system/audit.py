@@ -29,7 +29,7 @@ def read(directory: Path = DIRECTORY) -> Iterator[audit.Entry]:
                 for line in lines:
                     try:
                         yield decoder.decode(line)
-                    except msgspec.MsgspecError:
+                    except (msgspec.MsgspecError, UnicodeDecodeError):
                         continue  # a line that a full disk cut short
     except PermissionError:
         raise errors.UnauthorizedError(

@@ -112,7 +112,7 @@ def read_record(directory: Path) -> dict[str, Installed]:
     """An absent record is empty; a broken one is empty too, for every file is then judged by its pin."""
     try:
         return msgspec.json.decode((directory / RECORD).read_bytes(), type=dict[str, Installed])
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
 
 

@@ -29,7 +29,7 @@ def settings(scene: scenes.Scene) -> report.Finding:
         found = msgspec.toml.decode(path.read_bytes(), type=scenes.Settings)
     except FileNotFoundError:
         return report.failed("banger is not installed on this host", _AGAIN)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         return report.failed(f"{host.INSTALL_TOML} is not valid: {error}", _AGAIN)
     try:
         account = pwd.getpwuid(found.owner_uid)

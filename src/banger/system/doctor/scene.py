@@ -185,7 +185,7 @@ class Scene:
             return msgspec.toml.decode(self.at(host.INSTALL_TOML).read_bytes(), type=Settings)
         except FileNotFoundError:
             raise UnseenError("banger is not installed on this host", "sudo banger system install") from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError) as error:
             raise UnseenError(
                 f"{host.INSTALL_TOML} is not valid: {error}", "see the row installed"
             ) from error
