@@ -127,8 +127,7 @@ class Operations:
 
     def start(self, kind: str, target: str, work: Work) -> resources.Operation:
         """Runs `work` as a task of its own and answers at once. Raises UnavailableError while closing."""
-        if self._closing:
-            raise errors.UnavailableError("bangerd is stopping", hint="try again when it is back")
+        self.require_open()
         operation = resources.Operation(
             id=names.new_id(),
             kind=kind,
@@ -141,6 +140,11 @@ class Operations:
         self._entries[operation.id] = entry
         entry.task = asyncio.create_task(_run(entry, work), name=f"{kind}-{operation.id}")
         return operation
+
+    def require_open(self) -> None:
+        """Raises UnavailableError while closing: what is made for an operation must not stay without it."""
+        if self._closing:
+            raise errors.UnavailableError("bangerd is stopping", hint="try again when it is back")
 
     def list(self) -> list[resources.Operation]:
         return [entry.operation for entry in self._entries.values()]

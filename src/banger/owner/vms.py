@@ -150,6 +150,7 @@ class VmService:
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         for each in resolved.publish:
             publish.bound(ports.parse(each)).close()
+        self._operations.require_open()
         return self._store.reserve(
             lambda slot: create.draft(vm_id, name, slot, resolved, now), throw_away=body.remove_on_failure
         )
@@ -414,8 +415,7 @@ class VmService:
                 await steps.finish(self._failed(vm, seen, error, progress.op_id, remove=remove_on_failure))
             raise
         assert pipeline.started is not None  # noqa: S101 - the pipeline sets it or raises
-        started = msgspec.structs.replace(pipeline.started, last_start=tuple(seen.timings))
-        self._store.save(started)
+        started = timeline.kept(self._store, pipeline.started, seen)
         self.live.add(vm.id, pipeline.vmm_pid)
         self.activities.of(vm.id).touch()
         _log.info("vm started", extra={"vm": vm.id, "boot_id": started.boot_id})

@@ -7,8 +7,11 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from banger import steps
-from banger.contract import resources
+from banger.contract import errors, resources
+from banger.vm import host, record
 
 _log = logging.getLogger(__name__)
 
@@ -51,3 +54,13 @@ class Timeline:
         if name == step.name:
             self.failed_step = name
         _log.warning("step failed", extra={**extra, "error": str(error) or type(error).__name__})
+
+
+def kept(records: host.Records, vm: record.VmRecord, seen: Timeline) -> record.VmRecord:
+    """The row of a VM that has started, with its timings: not worth failing a start that is done."""
+    timed = msgspec.structs.replace(vm, last_start=tuple(seen.timings))
+    try:
+        records.save(timed)
+    except errors.BangerError as error:
+        _log.warning("the timings of a start are lost", extra={"vm": vm.id, "error": error.message})
+    return timed

@@ -61,17 +61,18 @@ async def after_start_all(capabilities: Sequence[Capability], context: Context) 
 
 
 async def clean_up_all(capabilities: Sequence[Capability], context: Context) -> None:
-    """Every capability gets its turn; what fails is raised together at the end."""
-    failures: list[Exception] = []
+    """Every capability gets its turn; the first failure is raised at the end, with the others as notes."""
+    first: Exception | None = None
     for capability in reversed(capabilities):
         try:
             await capability.clean_up(context)
         except Exception as error:
-            failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise ExceptionGroup("several capabilities could not be cleaned up", failures)
+            if first is None:
+                first = error
+            else:
+                first.add_note(f"cleaning up {capability.name}: {error}")
+    if first is not None:
+        raise first
 
 
 def _as_step(capability: Capability, context: Context) -> steps.Step:
