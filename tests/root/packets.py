@@ -15,6 +15,8 @@ from tests.root.network_world import BRIDGE, Guest, Net
 Try = tuple[Callable[[], object], Callable[[], bool]]
 """Sends one packet; says whether it arrived."""
 BRIDGE_MAC: Final = bytes.fromhex("02fc00000001")
+FOR_BRIDGES: Final = bytes.fromhex("0180c200000e")
+"""Where LLDP goes."""
 
 
 def packed(mac: str) -> bytes:

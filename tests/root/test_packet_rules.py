@@ -158,6 +158,14 @@ def another_guest_through_the_host(net: Net) -> packets.Try:
     ), packets.sniffed(net, "eth0", b"neighbour", other.space)
 
 
+def a_service_of_the_host_around_the_bridge(net: Net) -> packets.Try:
+    """In a frame for bridges themselves: they neither pass it on nor show it to their rules."""
+    guest, server = net.guest(1), net.udp_server(UPLINK, 7000)
+    head = packets.FOR_BRIDGES + packets.packed(guest.mac) + b"\x08\x00"
+    send = packets.frame(net, guest, head + packets.datagram(guest.address, UPLINK, b"x"))
+    return send, lambda: network_world.received(server) == b"x"
+
+
 CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (a_service_of_the_host, "host_service", ()),
     (a_service_at_the_hosts_other_address, "host_service", ()),
@@ -179,6 +187,7 @@ CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (other_ipv6, "ipv6_frame", ("spoofed",)),
     (another_guest_through_the_bridge, "guest_to_guest", ()),
     (another_guest_through_the_host, "hairpin", ("inbound_new",)),
+    (a_service_of_the_host_around_the_bridge, "around_bridge", ()),
 ]
 """A packet, the reason that counts it, and further rules that would drop it for another reason."""
 
@@ -257,6 +266,29 @@ def test_isolated_ports_keep_guests_apart_even_without_rules(net: Net) -> None:
     network_world.run("ip", "link", "set", one.tap, "type", "bridge_slave", "isolated", "off")
     send()
     network_world.until(seen, "an open port did not pass it")
+
+
+@pytest.mark.parametrize("last", [0x00, 0x01, 0x02, 0x0E])
+def test_the_bridge_learns_from_no_frame_that_rules_do_not_see(net: Net, last: int) -> None:
+    """What is for another guest goes to whom the bridge last saw with that address."""
+    one, two = net.guest(1), net.guest(2)
+
+    def drawn_in() -> bool:
+        return f"{two.mac} dev {one.tap}" in network_world.run("bridge", "fdb", "show", "br", "br-fc")
+
+    target = packets.FOR_BRIDGES[:5] + bytes([last])
+    send = packets.frame(net, one, target + packets.packed(two.mac) + b"\x88\xcc" + bytes(50))
+    head = packets.BRIDGE_MAC + packets.packed(one.mac) + b"\x08\x00"
+    marker = packets.frame(net, one, head + packets.datagram(one.address, BRIDGE, b"marker"))
+    seen = packets.sniffed(net, "br-fc", b"marker")
+    send()
+    marker()  # frames stay in order
+    network_world.until(seen, "the marker was lost")
+    assert not drawn_in()
+    if last >= 2:  # the first two are a bridge's own business: dropped by rule, and by the kernel
+        network_world.run("ip", "link", "set", "br-fc", "type", "bridge", "no_linklocal_learn", "0")
+        send()
+        network_world.until(drawn_in, "the bridge learnt nothing")
 
 
 def test_a_tap_without_rules_passes_nothing(net: Net) -> None:

@@ -172,9 +172,18 @@ def another_guest_through_the_host(net: Net) -> packets.Try:
     return packets.frame(net, one, head + packet), seen
 
 
+def a_service_of_the_host_around_the_bridge(net: Net) -> packets.Try:
+    """A guest that has no IPv6 at all, from an address it made up, in a frame for bridges themselves."""
+    guest, server = net.guest(1), net.udp_server(UPLINK6, 7000)
+    head = packets.FOR_BRIDGES + packets.packed(guest.mac) + b"\x86\xdd"
+    send = packets.frame(net, guest, head + six(OTHER, UPLINK6, b"x"))
+    return send, lambda: network_world.received(server) == b"x"
+
+
 CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (a_service_of_the_host, "host_service", ()),
     (a_service_at_the_hosts_other_address, "host_service", ()),
+    (a_service_of_the_host_around_the_bridge, "around_bridge", ()),
     (the_internet_without_nat, "no_nat", ("egress_policy",)),
     (the_metadata_service, "metadata", ("private_network",)),
     (the_metadata_service_from_everywhere, "metadata", ()),

@@ -31,6 +31,7 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
         bridge = find_bridge(policy)
         if bridge is None:
             raise errors.ConflictError(f"bridge {policy.bridge} vanished while it was made")
+    netlink.learn_from_forwarded_frames(bridge.number, policy.bridge)
     if not bridge.is_up:
         netlink.bring_up(bridge.number, alias=BRIDGE_ALIAS)
     address = netlink.Address(bridge.number, wanted, policy.prefix.prefixlen)

@@ -6,6 +6,9 @@ hardware and IP address, and speak for no other one. nft 1.0.6 has no name for t
 in a neighbour discovery packet: they are bits behind the transport header, and numbers in their sets. The
 inet table sees what is for the host or goes through it. Whatever no element admits is dropped and counted.
 
+A frame for bridges themselves (01:80:c2:00:00:0x) goes past the bridge table, and to the host by the tap
+instead of the bridge: the inet table lets nothing in that comes by a tap. The kernel forwards none.
+
 With br_netfilter loaded (Docker loads it) the inet table also sees frames that the bridge passes between
 peers; `member_macs` tells them from packets that a guest sends through the host to reach its neighbour.
 """
@@ -49,6 +52,7 @@ COUNTERS: Final = {
         "private_network",
         "egress_policy",
         "foreign_transit",
+        "around_bridge",
     ),
 }  # fmt: skip
 """One for each reason to drop."""
@@ -145,6 +149,7 @@ table inet banger {
 
     chain input {
         type filter hook input priority filter - 10; policy accept;
+        iifgroup $group counter name around_bridge drop
         iifname != "$bridge" return
         ct state established,related accept
         ip daddr $address udp dport $dns_port accept

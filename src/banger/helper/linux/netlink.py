@@ -31,6 +31,7 @@ IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_TUN_OWNER: Final = 1
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFLA_BRPORT_ISOLATED: Final = 33
+IFLA_BR_MULTI_BOOLOPT, BR_BOOLOPT_NO_LL_LEARN = 46, 1 << 0
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFA_F_NODAD: Final = 2
 TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
@@ -138,6 +139,15 @@ def set_isolated(index: int, name: str, *, on: bool) -> None:
 def _without_ipv6() -> bytes:
     mode = _attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
     return _attribute(IFLA_AF_SPEC | NLA_F_NESTED, _attribute(socket.AF_INET6 | NLA_F_NESTED, mode))
+
+
+def learn_from_forwarded_frames(index: int, name: str) -> None:
+    """Of a bridge: not from those for bridges themselves (802.1D), which no packet rule sees before."""
+    option = _attribute(
+        IFLA_BR_MULTI_BOOLOPT, struct.pack("=II", BR_BOOLOPT_NO_LL_LEARN, BR_BOOLOPT_NO_LL_LEARN)
+    )
+    info = _attribute(IFLA_INFO_KIND, b"bridge") + _attribute(IFLA_INFO_DATA | NLA_F_NESTED, option)
+    _request(RTM_NEWLINK, 0, _ifinfo(index) + _attribute(IFLA_LINKINFO | NLA_F_NESTED, info), name)
 
 
 def delete(index: int, name: str) -> None:
