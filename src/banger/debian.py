@@ -151,6 +151,6 @@ class Apt:
         return run.run(
             [program, *self._options, *arguments],
             deadline_s=deadline_s,
-            env=run.environment(*APT_ENVIRONMENT),
+            env=run.environment(*APT_ENVIRONMENT, TMPDIR=str(self._directory)),
             cwd=cwd,
         )

