@@ -11,18 +11,19 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
-#include <linux/vm_sockets.h>
-
 #include "agent.h"
 #include "io.h"
+#include "listen.h"
 #include "log.h"
 #include "machine.h"
+#include "pulse.h"
 
 enum {
         CONNECTIONS_MAX = 128,
         PROCESSES_MAX = CONNECTIONS_MAX + 32, /* the rest only says that the agent is busy */
         VSOCK_WAIT_MS = 60 * 1000,
         OPEN_FILES_MAX = 524288,
+        OWN_ITEMS = 3,
 };
 
 struct agent {
@@ -34,6 +35,7 @@ struct agent {
         bool owns_machine;
         bool init_finished;
         unsigned processes;
+        struct pulse pulse;
 };
 
 static int parse_options(struct agent *agent, int argc, char **argv) {
@@ -49,7 +51,9 @@ static int parse_options(struct agent *agent, int argc, char **argv) {
                 if (strcmp(argv[i], "--listen-fd") == 0) {
                         agent->listen_fd = (int) value;
                         agent->listen_fd_given = true;
-                } else if (strcmp(argv[i], "--notify-fd") == 0)
+                } else if (strcmp(argv[i], "--pulse-fd") == 0)
+                        agent->pulse.listen_fd = (int) value;
+                else if (strcmp(argv[i], "--notify-fd") == 0)
                         agent->notify_fd = (int) value;
                 else
                         return -EINVAL;
@@ -96,47 +100,17 @@ static int open_signals(void) {
         return fd < 0 ? -errno : fd;
 }
 
-static int listen_vsock(void) {
-        struct sockaddr_vm address = {
-                .svm_family = AF_VSOCK,
-                .svm_port = VSOCK_PORT,
-                .svm_cid = VMADDR_CID_ANY,
-        };
-        _cleanup_close_ int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-
-        if (fd < 0)
-                return -errno;
-        if (bind(fd, (struct sockaddr *) &address, sizeof address) < 0 || listen(fd, SOMAXCONN) < 0)
-                return -errno;
-        return take_fd(&fd);
-}
-
 /* The driver may be a module that the image's own init loads. */
 static int wait_vsock(void) {
         uint64_t deadline_ms = now_ms() + VSOCK_WAIT_MS;
         int fd;
 
-        while ((fd = listen_vsock()) < 0 && now_ms() < deadline_ms)
+        while ((fd = listen_vsock(VSOCK_PORT)) < 0 && now_ms() < deadline_ms)
                 sleep_ms(100);
         return fd;
 }
 
-static bool peer_is_host(int fd) {
-        struct sockaddr_vm address;
-        socklen_t size = sizeof address;
-
-        return getpeername(fd, (struct sockaddr *) &address, &size) == 0 && address.svm_family == AF_VSOCK &&
-               address.svm_cid == VMADDR_CID_HOST;
-}
-
-static bool peer_is_ourselves(int fd) {
-        struct ucred peer;
-        socklen_t size = sizeof peer;
-
-        return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == geteuid();
-}
-
-static void _Noreturn connection_main(const struct agent *agent, int fd) {
+static void _Noreturn connection_main(struct agent *agent, int fd) {
         struct conn conn = {
                 .fd = fd,
                 .name = agent->name,
@@ -147,6 +121,7 @@ static void _Noreturn connection_main(const struct agent *agent, int fd) {
 
         close(agent->listen_fd);
         close(agent->signal_fd);
+        pulse_close(&agent->pulse);
         if (agent->notify_fd >= 0)
                 close(agent->notify_fd);
         (void) signal(SIGTERM, SIG_DFL);
@@ -156,16 +131,10 @@ static void _Noreturn connection_main(const struct agent *agent, int fd) {
 }
 
 static void accept_connection(struct agent *agent) {
-        _cleanup_close_ int fd = accept4(agent->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        _cleanup_close_ int fd = accept_host(agent->listen_fd, agent->listen_fd_given);
         pid_t pid;
 
-        if (fd < 0)
-                return;
-        if (agent->listen_fd_given ? !peer_is_ourselves(fd) : !peer_is_host(fd)) {
-                log_line(LEVEL_WARNING, "refused a connection that is not the host's");
-                return;
-        }
-        if (agent->processes >= PROCESSES_MAX)
+        if (fd < 0 || agent->processes >= PROCESSES_MAX)
                 return;
         pid = fork();
         if (pid < 0) {
@@ -192,12 +161,13 @@ static void reap_connections(struct agent *agent) {
 
 static int serve(struct agent *agent) {
         for (;;) {
-                struct pollfd items[] = {
+                struct pollfd items[OWN_ITEMS + PULSE_ITEMS] = {
                         { .fd = agent->listen_fd, .events = POLLIN },
                         { .fd = agent->signal_fd, .events = POLLIN },
                         { .fd = agent->notify_fd, .events = POLLIN },
                 };
 
+                pulse_items(&agent->pulse, items + OWN_ITEMS);
                 if (poll(items, ELEMENTSOF(items), -1) < 0 && errno != EINTR)
                         return -errno;
                 if (items[1].revents)
@@ -207,6 +177,7 @@ static int serve(struct agent *agent) {
                         log_line(LEVEL_INFO, "the image's init has finished");
                         close_fdp(&agent->notify_fd);
                 }
+                pulse_serve(&agent->pulse, items + OWN_ITEMS, agent->listen_fd_given);
                 if (items[0].revents)
                         accept_connection(agent);
         }
@@ -217,8 +188,9 @@ int agent_main(int argc, char **argv) {
         char boot_id[BOOT_ID_SIZE];
         int r;
 
+        pulse_init(&agent.pulse, -1);
         if (parse_options(&agent, argc, argv) < 0) {
-                fprintf(stderr, "usage: agent [--listen-fd N [--own-machine]] [--notify-fd N]\n");
+                fprintf(stderr, "usage: agent [--listen-fd N [--pulse-fd N] [--own-machine]] [--notify-fd N]\n");
                 return 2;
         }
         keep_standard_streams();
@@ -234,6 +206,10 @@ int agent_main(int argc, char **argv) {
                 log_line(LEVEL_ERROR, "the agent cannot listen: %s", strerror(-agent.listen_fd));
                 return 1;
         }
+        if (!agent.listen_fd_given)
+                agent.pulse.listen_fd = listen_vsock(PULSE_PORT);
+        if (agent.pulse.listen_fd >= 0)
+                (void) fcntl(agent.pulse.listen_fd, F_SETFD, FD_CLOEXEC);
         (void) fcntl(agent.listen_fd, F_SETFD, FD_CLOEXEC);
         if (agent.notify_fd >= 0)
                 (void) fcntl(agent.notify_fd, F_SETFD, FD_CLOEXEC);

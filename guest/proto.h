@@ -18,6 +18,7 @@ enum {
         REQUEST_SIZE_MAX = 1024 * 1024,
         STDIN_WINDOW = 256 * 1024,
         VSOCK_PORT = 1023,
+        PULSE_PORT = 1021, /* gives back each byte */
 };
 
 enum frame_type {

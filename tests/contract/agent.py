@@ -34,18 +34,24 @@ def running(kind: str) -> Iterator[Path]:
         assert not reports, "\n".join(reports)
 
 
+def pulse_path(path: Path) -> Path:
+    """Where the agent of this socket gives back each byte."""
+    return path.with_name("pulse.sock")
+
+
 @contextmanager
 def _started(program: Path, directory: Path) -> Iterator[Path]:
     path, log = directory / "agent.sock", f"log_path={directory}/report"
     environment = {**os.environ, "ASAN_OPTIONS": log, "UBSAN_OPTIONS": f"{log}:print_stacktrace=1"}
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(64)
-        number = listener.fileno()
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as pulse:
+        for each, place in ((listener, path), (pulse, pulse_path(path))):
+            each.bind(str(place))
+            each.listen(64)
+        numbers = [listener.fileno(), pulse.fileno()]
         agent = subprocess.Popen(
-            ["@banger-guest", "agent", "--listen-fd", str(number)],
+            ["@banger-guest", "agent", "--listen-fd", str(numbers[0]), "--pulse-fd", str(numbers[1])],
             executable=program,
-            pass_fds=[number],
+            pass_fds=numbers,
             stdin=subprocess.DEVNULL,
             env=environment,
         )

@@ -18,9 +18,12 @@ from tests.fakes import world as worlds
 SILENCE_S = 0.2
 
 
-@pytest.fixture
-async def served(paths: config.Paths, world: worlds.World) -> AsyncIterator[api_served.Served]:
+@pytest.fixture(params=[False, True], ids=["an agent", "an old agent"])
+async def served(
+    request: pytest.FixtureRequest, paths: config.Paths, world: worlds.World
+) -> AsyncIterator[api_served.Served]:
     """A daemon that calls an agent silent very soon, with one VM."""
+    world.behaviour.is_old = request.param
     settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=SILENCE_S)
     async with main.compose(settings, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
@@ -90,21 +93,30 @@ async def test_a_silent_vm_is_not_pruned_and_can_be_stopped(served: api_served.S
 
 async def test_a_hundred_guests_are_asked_one_connection_each() -> None:
     """And those that never answer keep nobody from being asked."""
-    asking, most, answered = set[str](), 0, set[str]()
+    asking, most, answered, opened = set[str](), 0, set[str](), set[str]()
 
-    async def probe(vm_id: names.VmId) -> None:
-        nonlocal most
-        assert vm_id not in asking
-        asking.add(vm_id)
-        most = max(most, len(asking))
-        try:
-            if vm_id.endswith("0"):
-                await asyncio.Event().wait()
-            answered.add(vm_id)
-        finally:
-            asking.discard(vm_id)
+    class Probe:
+        def __init__(self, vm_id: names.VmId) -> None:
+            self._vm_id = vm_id
+            assert vm_id not in opened
+            opened.add(vm_id)
 
-    watch = silence.SilenceWatch(probe, silent_after_s=0.3)
+        async def ask(self) -> None:
+            nonlocal most
+            assert self._vm_id not in asking
+            asking.add(self._vm_id)
+            most = max(most, len(asking))
+            try:
+                if self._vm_id.endswith("0"):
+                    await asyncio.Event().wait()
+                answered.add(self._vm_id)
+            finally:
+                asking.discard(self._vm_id)
+
+        def close(self) -> None:
+            opened.remove(self._vm_id)
+
+    watch = silence.SilenceWatch(Probe, silent_after_s=0.3)
     everyone = [names.VmId(f"{n:012d}") for n in range(100)]
     for vm_id in everyone:
         watch.add(vm_id)
@@ -116,5 +128,5 @@ async def test_a_hundred_guests_are_asked_one_connection_each() -> None:
     assert len(answered) == 90
     assert most <= 11, "ten that hang, and the one being asked"
     await watch.close()
-    assert asking == set()
+    assert asking == opened == set()
     assert watch.silent_since(everyone[0]) is None

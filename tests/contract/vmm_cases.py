@@ -15,6 +15,7 @@ import time
 GREETS = re.compile(rb"^OK [0-9]+\n$")
 HANDSHAKES: dict[str, tuple[bytes, bool]] = {
     "the agent's port": (b"CONNECT 1023\n", True),
+    "the port of its pulse": (b"CONNECT 1021\n", True),
     "a port nobody listens on": (b"CONNECT 1022\n", False),
     "no such word": (b"HELLO 1023\n", False),
     "no port": (b"CONNECT\n", False),

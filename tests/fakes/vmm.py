@@ -26,6 +26,8 @@ class Behaviour:
 
     silent: bool = False
     """Nobody ever answers in the guest."""
+    is_old: bool = False
+    """The agent has no port for pulses."""
     panic: str = ""
     """The guest's kernel panics with this reason instead of coming up."""
     ignores_power_off: bool = False
@@ -127,11 +129,19 @@ class FakeVmm:
             if line == b"CONNECT 1023\n" and not nobody:
                 writer.write(b"OK 1073741824\n")
                 await self._agent(reader, writer)
+            elif line == b"CONNECT 1021\n" and not nobody and not self._behaviour.is_old:
+                writer.write(b"OK 1073741825\n")
+                await self._pulse(reader, writer)
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
             self._writers.discard(writer)
             writer.close()
+
+    async def _pulse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while byte := await reader.read(1):
+            if not self._behaviour.silent:
+                writer.write(byte)
 
     async def _agent(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         kind, _ = await _receive(reader)

@@ -39,6 +39,7 @@ NETWORK: Final = "10.213.240.0/20"
 NETWORK6: Final = "fd62:616e:6765:7200::/64"
 """Where an installation names none; `banger system install` names one of the host's own."""
 AGENT_PORT: Final = 1023
+PULSE_PORT: Final = 1021
 DNS_ADDRESS: Final = "127.0.0.1"
 DNS_PORT: Final = 42069
 """Where the daemon answers DNS: for the host at DNS_ADDRESS, for guests at the bridge's address."""

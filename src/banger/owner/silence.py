@@ -8,13 +8,14 @@ one falls silent and one when it answers again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from banger.contract import errors, names
 
@@ -32,11 +33,17 @@ class _Guest:
     task: asyncio.Task[None] | None = None
 
 
+class Probe(Protocol):
+    async def ask(self) -> None:
+        """Once; raises BangerError when no answer comes."""
+
+    def close(self) -> None: ...
+
+
 class SilenceWatch:
     """For showing only: nothing is done to a guest that is silent."""
 
-    def __init__(self, probe: Callable[[names.VmId], Awaitable[object]], *, silent_after_s: float) -> None:
-        """`probe` asks once and raises BangerError when no answer comes."""
+    def __init__(self, probe: Callable[[names.VmId], Probe], *, silent_after_s: float) -> None:
         self._probe = probe
         self._silent_after_s = silent_after_s
         self._guests: dict[names.VmId, _Guest] = {}
@@ -69,14 +76,15 @@ class SilenceWatch:
     async def _watch(self, vm_id: names.VmId, guest: _Guest) -> None:
         pause_s = self._silent_after_s / _ASKED_WITHIN
         await asyncio.sleep(random.uniform(0, pause_s))  # noqa: S311 - spreads those adopted at once
-        while True:
-            await self._ask(vm_id, guest, deadline_s=2 * pause_s)
-            await asyncio.sleep(pause_s)
+        with contextlib.closing(self._probe(vm_id)) as probe:
+            while True:
+                await self._ask(vm_id, guest, probe, deadline_s=2 * pause_s)
+                await asyncio.sleep(pause_s)
 
-    async def _ask(self, vm_id: names.VmId, guest: _Guest, *, deadline_s: float) -> None:
+    async def _ask(self, vm_id: names.VmId, guest: _Guest, probe: Probe, *, deadline_s: float) -> None:
         try:
             async with asyncio.timeout(deadline_s):
-                await self._probe(vm_id)
+                await probe.ask()
         except (errors.BangerError, OSError, TimeoutError) as error:
             if not guest.is_silent and self.silent_since(vm_id) is not None:
                 guest.is_silent = True

@@ -26,6 +26,7 @@ from banger.owner import (
     locks,
     operations,
     publish,
+    pulse,
     silence,
     ssh,
     store,
@@ -95,7 +96,7 @@ class VmService:
         )
         self._lifecycle = locks.Lifecycle()
         agents = silence.SilenceWatch(
-            lambda vm_id: host.agent(vm_id).health(), silent_after_s=host.limits.agent_silence_s
+            lambda vm_id: pulse.of(host, vm_id), silent_after_s=host.limits.agent_silence_s
         )
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone, agents)
 
