@@ -18,7 +18,7 @@ TREE: Final = fake_host.TREE
 END_S: Final = 20.0
 _SCRIPT: Final = """#!{python}
 import sys
-from banger.cli.main import main
+from banger.cli.start import main
 sys.exit(main())
 """
 
@@ -54,7 +54,9 @@ def program(directory: Path) -> str:
 
 
 def environment(socket: Path) -> dict[str, str]:
-    return {**os.environ, "BANGER_SOCKET": str(socket), "LC_ALL": "C.UTF-8"}
+    """A user's: what is said to Python here would have it compile each module anew."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "BANGER_SOCKET": str(socket), "LC_ALL": "C.UTF-8"}
 
 
 async def run(*argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> bytes:

@@ -54,7 +54,7 @@ class Cli:
         }
 
     def argv(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "banger.cli.main", *arguments]
+        return [sys.executable, "-m", "banger.cli.start", *arguments]
 
     def run(
         self,

@@ -18,7 +18,7 @@ from tests.contract import cli_process
 from tests.fakes import daemon
 
 STRANGER = """
-import os, sys
+import locale, os, sys
 from banger.cli import client, exits, main, output, progress, render, vm, vm_look
 os.setgroups([])
 os.setuid(65534)

@@ -115,7 +115,7 @@ def test_the_command_shows_it(helper_world_here: HelperWorld) -> None:
         file.write(b'{"time": "cut sh')
 
     def banger(*words: str) -> str:
-        argv = [sys.executable, "-m", "banger.cli.main", "audit", *words]
+        argv = [sys.executable, "-m", "banger.cli.start", "audit", *words]
         argv += ["--directory", str(directory(helper_world_here))]
         return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout
 

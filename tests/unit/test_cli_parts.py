@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CLI's parts that need no daemon: sizes, what a terminal is shown, WebSocket frames, help, start-up."""
+"""The CLI's parts that need no daemon: sizes, what a terminal is shown, WebSocket frames, help, progress."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import contextlib
 import datetime
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -230,40 +228,7 @@ def test_json_and_socket_are_options_of_every_command(path: str) -> None:
     assert {"--json", "--socket"} <= names
 
 
-# --- start-up ---
-
-
-def imported(*arguments: str) -> set[str]:
-    """Modules that a command line loads, with no daemon there."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "banger.cli.main", *arguments],
-        env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "BANGER_SOCKET": "/nowhere"},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    return {
-        line.rpartition("|")[2].strip()
-        for line in done.stderr.splitlines()
-        if line.startswith("import time")
-    }
-
-
-SLOW = {"rich", "asyncio", "websockets", "litestar", "uvicorn", "httpx", "pyroute2", "ssl"}
-
-
-def test_help_loads_nothing_of_the_daemons() -> None:
-    loaded = imported("--help")
-    assert "click" in loaded
-    assert not loaded & (SLOW | {"msgspec", "http.client", "banger.cli.client"})
-
-
-def test_list_and_exec_load_no_slow_library() -> None:
-    for arguments in (("vm", "list"), ("vm", "exec", "web", "--", "true"), ("vm", "run", "--rm")):
-        loaded = imported(*arguments)
-        assert "msgspec" in loaded
-        assert not loaded & (SLOW - {"ssl"})  # http.client loads ssl by itself
+# --- progress ---
 
 
 def test_layers_are_shown_beside_their_sum() -> None:

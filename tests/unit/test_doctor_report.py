@@ -71,7 +71,7 @@ def test_what_makes_a_report_good(status: report.Status, good: bool, good_when_s
 
 def test_the_command_agrees_with_its_rows() -> None:
     """On this machine, whatever is right or wrong with it."""
-    argv = [sys.executable, "-m", "banger.cli.main", "doctor", "--json", "--production"]
+    argv = [sys.executable, "-m", "banger.cli.start", "doctor", "--json", "--production"]
     done = subprocess.run(argv, capture_output=True, check=False, timeout=60)
     said = msgspec.json.decode(done.stdout)
     assert [row["check"] for row in said["rows"]] == [check.name for check in ALL], done.stderr

@@ -1,65 +1,33 @@
 # SPDX-License-Identifier: MIT
 """The daemon's API over its unix socket, typed: answers are decoded strictly, errors are BangerErrors.
 
-Used by the commands; nothing here prints.
+Used by the commands; nothing here prints. The resources are loaded where they are decoded: completing a name
+needs none of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import os
 import socket
 from collections.abc import Iterator
-from typing import Final, TypeVar
-from urllib import parse
+from typing import TYPE_CHECKING, Final, TypeVar
 
+import httptools
 import msgspec
 
-from banger.contract import errors, resources
+from banger.cli import connection
+from banger.contract import errors
+
+if TYPE_CHECKING:
+    from banger.contract import resources
 
 T = TypeVar("T")
 
 ANSWER_S: Final = 60.0
 CANCEL_S: Final = 600.0
 """A cancelled operation answers when it has been rolled back."""
-_MAX_SOCKET_PATH: Final = 107
+SWITCHING_PROTOCOLS: Final = 101
 _MAX_LINE: Final = 4 << 20
-_START_HINT: Final = "see `systemctl status bangerd`; on a new host run `sudo banger system install`"
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """http.client needs only a connected socket; the host name is for the Host header."""
-
-    def __init__(self, path: str, timeout_s: float | None) -> None:
-        super().__init__("banger", timeout=timeout_s)
-        self._path = path
-        self._limit_s = timeout_s
-
-    def connect(self) -> None:
-        self.sock = connect(self._path, self._limit_s)
-
-
-def connect(path: str, timeout_s: float | None) -> socket.socket:
-    """A connected stream socket, or the error that says why there is none."""
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-        raise errors.BadRequestError(f"socket path {path} is longer than {_MAX_SOCKET_PATH} bytes")
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        made.settimeout(timeout_s)
-        made.connect(path)
-    except OSError as error:
-        made.close()
-        raise _unreachable(path, error) from error
-    return made
-
-
-def _unreachable(path: str, error: OSError) -> errors.BangerError:
-    if isinstance(error, PermissionError):
-        hint = "only the owner that `banger system install` recorded, and root, may use it"
-        return errors.UnauthorizedError(f"you may not use {path}: permission denied", hint=hint)
-    why = "no such socket" if isinstance(error, FileNotFoundError) else str(error.strerror or error)
-    return errors.UnavailableError(f"bangerd does not answer on {path}: {why}", hint=_START_HINT)
 
 
 def failure(body: errors.ErrorBody) -> errors.BangerError:
@@ -70,11 +38,15 @@ def failure(body: errors.ErrorBody) -> errors.BangerError:
 
 
 def query(path: str, **parameters: str) -> str:
+    from urllib import parse
+
     return f"{path}?{parse.urlencode(parameters)}" if parameters else path
 
 
 def segment(ref: str) -> str:
     """A reference as one segment of a path, whatever it holds."""
+    from urllib import parse
+
     quoted = parse.quote(ref, safe="")
     if quoted in {"", ".", ".."}:
         raise errors.BadRequestError(f"{ref!r} is not a name")
@@ -99,7 +71,7 @@ class Client:
         return [item.name for item in self.get(path, list[_Named], timeout_s=timeout_s)]
 
     def post(self, path: str, body: resources.Body | None = None) -> resources.Operation:
-        return decode(self._ask("POST", path, body, ANSWER_S), resources.Operation)
+        return _operation(self._ask("POST", path, body, ANSWER_S))
 
     def ask(self, path: str, body: resources.Body, kind: type[T]) -> T:
         """A POST that answers at once."""
@@ -111,68 +83,62 @@ class Client:
     def delete(self, path: str, *, timeout_s: float = ANSWER_S) -> resources.Operation | None:
         """None when there was nothing long to do."""
         data = self._ask("DELETE", path, None, timeout_s)
-        return decode(data, resources.Operation) if data.strip() not in {b"", b"null"} else None
+        return _operation(data) if data.strip() not in {b"", b"null"} else None
 
     def cancel(self, operation_id: str) -> resources.Operation:
         """Answers when the operation has ended and everything it made is taken back."""
         data = self._ask("DELETE", f"/v1/operations/{operation_id}", None, CANCEL_S)
-        return decode(data, resources.Operation)
+        return _operation(data)
 
     def events(self, operation_id: str, *, cancel_on_disconnect: bool = False) -> Iterator[resources.Event]:
         """Every event of an operation from its first; ends after the one of kind `end`."""
+        from banger.contract import resources
+
         path = f"/v1/operations/{operation_id}/events"
         if cancel_on_disconnect:
             path = query(path, cancel_on_disconnect="true")
-        with self.stream(path) as response:
-            for data in _sse(response):
+        with self.stream(path) as answer:
+            for data in _sse(answer):
                 event = decode(data, resources.Event)
                 yield event
                 if event.kind == "end":
                     return
 
     @contextlib.contextmanager
-    def stream(self, path: str) -> Iterator[http.client.HTTPResponse]:
+    def stream(self, path: str) -> Iterator[connection.Answer]:
         """An answer of unknown length, read as it comes and without a deadline."""
-        connection = _UnixConnection(self.path, ANSWER_S)
-        with contextlib.closing(connection):
+        with contextlib.ExitStack() as held:
             with _spoken():
-                response = _send(connection, "GET", path, None)
-                _check(response)
-            connection.sock.settimeout(None)
+                answer = held.enter_context(self._answer("GET", path, {}, b"", ANSWER_S))
+            answer.wait_without_limit()
             with _spoken(reading=True):
-                yield response
+                yield answer
 
     def upgrade(self, path: str, headers: dict[str, str]) -> tuple[socket.socket, dict[str, str], bytes]:
         """The socket of an accepted protocol upgrade, the answer's headers, and what was read too far."""
-        connection = _UnixConnection(self.path, ANSWER_S)
-        with contextlib.ExitStack() as undo, _spoken():
-            undo.callback(connection.close)
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            if response.status != http.client.SWITCHING_PROTOCOLS:
-                _check(response)
-                raise errors.ProtocolError(f"bangerd answered {response.status} instead of an upgrade")
-            taken = connection.sock
+        with _spoken(), self._answer("GET", path, headers, b"", ANSWER_S) as answer:
+            if answer.status != SWITCHING_PROTOCOLS:
+                raise errors.ProtocolError(f"bangerd answered {answer.status} instead of an upgrade")
+            taken, ahead = answer.taken()
             taken.setblocking(False)
-            ahead = response.fp.peek()
-            undo.pop_all()
-        connection.sock = None  # http.client's own word for "not connected"
-        return taken, {name.lower(): value for name, value in response.getheaders()}, ahead
+            return taken, answer.headers, ahead
 
     def _ask(self, method: str, path: str, body: resources.Body | None, timeout_s: float) -> bytes:
-        with contextlib.closing(_UnixConnection(self.path, timeout_s)) as connection, _spoken():
-            response = _send(connection, method, path, body)
-            _check(response)
-            return response.read()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        data = b"" if body is None else msgspec.json.encode(body)
+        with _spoken(), self._answer(method, path, headers, data, timeout_s) as answer:
+            return answer.whole()
 
-
-def _send(
-    connection: _UnixConnection, method: str, path: str, body: resources.Body | None
-) -> http.client.HTTPResponse:
-    data = None if body is None else msgspec.json.encode(body)
-    headers = {"Content-Type": "application/json"} if body is not None else {}
-    connection.request(method, path, body=data, headers=headers)
-    return connection.getresponse()
+    @contextlib.contextmanager
+    def _answer(
+        self, method: str, path: str, headers: dict[str, str], body: bytes, timeout_s: float
+    ) -> Iterator[connection.Answer]:
+        """One that is no error."""
+        asked = connection.asked(self.path, method, path, headers=headers, body=body, timeout_s=timeout_s)
+        with asked as answer:
+            if answer.status >= 400:
+                raise _refusal(answer)
+            yield answer
 
 
 @contextlib.contextmanager
@@ -183,23 +149,19 @@ def _spoken(*, reading: bool = False) -> Iterator[None]:
     except TimeoutError as error:
         text = "bangerd took the request and did not answer in time"
         raise errors.DeadlineError(text, hint="see `journalctl -u bangerd`") from error
-    except (http.client.HTTPException, ConnectionError) as error:
+    except (httptools.HttpParserError, ConnectionError) as error:
         if reading and isinstance(error, BrokenPipeError):
             raise  # who reads does not write to the daemon: it is our own output that is gone
         text = f"the connection to bangerd was lost: {str(error) or type(error).__name__}"
-        raise errors.UnavailableError(text, hint=_START_HINT) from error
+        raise errors.UnavailableError(text, hint=connection.START_HINT) from error
 
 
-def _check(response: http.client.HTTPResponse) -> None:
-    if response.status < 400:
-        return
-    data = response.read()
+def _refusal(answer: connection.Answer) -> errors.BangerError:
     try:
-        body = msgspec.json.decode(data, type=errors.ErrorBody)
+        return failure(msgspec.json.decode(answer.whole(), type=errors.ErrorBody))
     except msgspec.DecodeError:
-        text = f"bangerd answered {response.status} {response.reason}"
-        raise errors.ProtocolError(text, hint="does something else listen on this socket?") from None
-    raise failure(body)
+        text = f"bangerd answered {answer.status} {answer.reason}"
+        return errors.ProtocolError(text, hint="does something else listen on this socket?")
 
 
 def decode(data: bytes, kind: type[T]) -> T:
@@ -210,10 +172,16 @@ def decode(data: bytes, kind: type[T]) -> T:
         raise errors.ProtocolError(f"bangerd's answer makes no sense: {error}", hint=hint) from error
 
 
-def _sse(response: http.client.HTTPResponse) -> Iterator[bytes]:
+def _operation(data: bytes) -> resources.Operation:
+    from banger.contract import resources
+
+    return decode(data, resources.Operation)
+
+
+def _sse(answer: connection.Answer) -> Iterator[bytes]:
     """The `data` of each server-sent event; comments, ids and event names are not used."""
     data: list[bytes] = []
-    while line := response.readline(_MAX_LINE):
+    for line in answer.lines(_MAX_LINE):
         text = line.rstrip(b"\r\n")
         if not text and data:
             yield b"\n".join(data)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
@@ -24,12 +23,12 @@ DEFAULT_SOCKET: Final = "/run/banger/bangerd.sock"
 _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@dataclass(slots=True)
 class Settings:
     """The root's options. Given anywhere on the command line they mean the same."""
 
-    json: bool = False
-    socket: str = ""
+    def __init__(self) -> None:
+        self.json = False
+        self.socket = ""
 
     def client(self) -> client.Client:
         from banger.cli import client
@@ -37,8 +36,7 @@ class Settings:
         return client.Client(self.socket or os.environ.get("BANGER_SOCKET") or DEFAULT_SOCKET)
 
 
-@dataclass(frozen=True, slots=True)
-class Noun:
+class Noun(NamedTuple):
     """A command or group that is imported when it is used. `summary` is the first line of its help."""
 
     module: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Entry point of `banger`: the table of nouns, and the edge where errors become messages and statuses."""
+"""The root of `banger`: the table of nouns, and the edge where errors become messages and statuses."""
 
 from __future__ import annotations
 
@@ -47,21 +47,6 @@ root = command.LazyGroup(
         ("banger vm list --json", "every command speaks JSON"),
     ],
 )
-
-
-def main() -> None:
-    """Console script."""
-    _fill_standard_descriptors()
-    sys.exit(run(sys.argv[1:]))
-
-
-def _fill_standard_descriptors() -> None:
-    """One that the caller closed would become the number of our next socket, and be read as input."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -139,7 +124,3 @@ def _broken_pipe() -> int:
     """Whoever read our output has gone; as if SIGPIPE had ended us. Nothing may be flushed any more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 141
-
-
-if __name__ == "__main__":
-    main()

@@ -111,9 +111,9 @@ def _total_ms(steps: tuple[resources.StepTiming, ...]) -> float:
 
 
 def _console(api: client.Client, vm: resources.Vm) -> Iterator[str]:
-    with api.stream(f"/v1/vms/{client.segment(vm.id)}/logs") as response:
+    with api.stream(f"/v1/vms/{client.segment(vm.id)}/logs") as answer:
         kept = b""
-        while data := response.read1(_TAIL_BYTES):
+        for data in answer.pieces():
             kept = (kept + data)[-_TAIL_BYTES:]
     lines = [line for line in kept.decode(errors="replace").splitlines() if line.strip()]
     yield from (render.safe_log(line) for line in lines[-_TAIL_LINES:])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import http.client
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import Final
 
 import click
 
-from banger.cli import client, command, lifetime, output, params, render
+from banger.cli import client, command, connection, lifetime, output, params, render
 from banger.contract import egress, errors, resources, sizes
 
 _CHUNK: Final = 1 << 16
@@ -229,8 +228,8 @@ def logs(settings: command.Settings, name: str, follow: bool, source: str) -> No
     In a pipe it is written as it is; on a terminal control characters are shown, not obeyed.
     """
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
-    with settings.client().stream(asked) as response:
-        _show(response)
+    with settings.client().stream(asked) as answer:
+        _show(answer)
 
 
 @command.make("console", examples=[("banger vm console web", "what the guest prints, until Ctrl-C")])
@@ -244,24 +243,22 @@ def console(settings: command.Settings, name: str) -> None:
     if sys.stderr.isatty():
         render.note(f"watching the console of {name}, which takes no input; Ctrl-C ends it")
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source="console", follow="true")
-    with settings.client().stream(asked) as response:
-        _show(response)
+    with settings.client().stream(asked) as answer:
+        _show(answer)
 
 
-def _show(response: http.client.HTTPResponse) -> None:
-    for data in _pieces(response, by_line=sys.stdout.isatty()):
+def _show(answer: connection.Answer) -> None:
+    for data in _pieces(answer, by_line=sys.stdout.isatty()):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
 
-def _pieces(response: http.client.HTTPResponse, *, by_line: bool) -> Iterator[bytes]:
+def _pieces(answer: connection.Answer, *, by_line: bool) -> Iterator[bytes]:
     """Lines made safe for a terminal, or whatever comes as it comes."""
-    if by_line:
-        while line := response.readline(_CHUNK):
-            yield render.safe_log(line.decode(errors="replace")).encode()
-    else:
-        while data := response.read1(_CHUNK):
-            yield data
+    if not by_line:
+        return answer.pieces()
+    lines = answer.lines(_CHUNK)
+    return (render.safe_log(line.decode(errors="replace")).encode() for line in lines)
 
 
 @command.make(

@@ -23,7 +23,7 @@ _GLOBAL6: Final = ipaddress.IPv6Network("2000::/3")
 _UNIQUE_LOCAL6: Final = ipaddress.IPv6Network("fc00::/7")
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 """0 means any."""
-_NAME: Final = re.compile(
+_NAME: Final = (
     r"^(?=.{1,253}$)(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"
 )
 _HINT: Final = (
@@ -69,7 +69,7 @@ def parse(text: str) -> Destination | NamedDestination:
             return Destination(str(ipaddress.IPv4Network(host)), port)
         except ValueError as error:
             raise errors.BadRequestError(f"{text!r} is not a destination: {error}", hint=_HINT) from None
-    if not _NAME.fullmatch(host.rstrip(".")):
+    if not re.fullmatch(_NAME, host.rstrip(".")):
         raise errors.BadRequestError(f"{text!r} is not a destination", hint=_HINT)
     return NamedDestination(host.rstrip("."), port)
 

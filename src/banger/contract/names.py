@@ -6,7 +6,6 @@ Each process uses this; the helper validates again whatever the daemon sends.
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import os
 import re
@@ -49,9 +48,6 @@ GUEST_BINARY: Final = "/.banger/guest"
 
 DEFAULT_NETWORK6: Final = ipaddress.IPv6Network(NETWORK6)
 _UNIQUE_LOCAL: Final = ipaddress.IPv6Network("fc00::/7")
-_ID = re.compile(ID_PATTERN)
-_VM_NAME = re.compile(VM_NAME_PATTERN)
-_ARTEFACT_NAME = re.compile(ARTEFACT_NAME_PATTERN)
 
 
 def new_id() -> str:
@@ -61,18 +57,18 @@ def new_id() -> str:
 
 def parse_id(text: str, what: str = "id") -> str:
     """Raises BadRequestError unless `text` is 12 lower-case hex digits."""
-    if not _ID.fullmatch(text):
+    if not re.fullmatch(ID_PATTERN, text):
         raise errors.BadRequestError(f"{what} {text!r} is not 12 hex digits")
     return text
 
 
 def is_id(text: str) -> bool:
-    return _ID.fullmatch(text) is not None
+    return re.fullmatch(ID_PATTERN, text) is not None
 
 
 def parse_vm_name(text: str) -> VmName:
     """Raises BadRequestError unless `text` is 1–63 characters of a-z, 0-9 and inner hyphens."""
-    if not _VM_NAME.fullmatch(text):
+    if not re.fullmatch(VM_NAME_PATTERN, text):
         raise errors.BadRequestError(
             f"{text!r} is not a VM name",
             hint="use 1 to 63 lower-case letters, digits and hyphens, with no hyphen at the ends",
@@ -82,7 +78,7 @@ def parse_vm_name(text: str) -> VmName:
 
 def parse_artefact_name(text: str, what: str) -> str:
     """A name for an image or kernel: like a VM's, dots and underscores inside allowed."""
-    if not _ARTEFACT_NAME.fullmatch(text):
+    if not re.fullmatch(ARTEFACT_NAME_PATTERN, text):
         raise errors.BadRequestError(
             f"{text!r} is not a name for {what}",
             hint="use 1 to 63 lower-case letters, digits, dots, underscores and hyphens",
@@ -142,6 +138,8 @@ def bridge_address(network: ipaddress.IPv4Network) -> ipaddress.IPv4Address:
 
 def derived_network6(seed: str) -> ipaddress.IPv6Network:
     """A unique local prefix (RFC 4193) that is always the same for the same seed."""
+    import hashlib  # only an installation asks, and it takes as long to load as all of this module
+
     global_id = hashlib.sha256(f"banger {seed}".encode()).digest()[:5]
     return ipaddress.IPv6Network((b"\xfd" + global_id + bytes(10), 64))
 

@@ -15,13 +15,13 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
 _SHIFT: Final = {"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(?:([KMGT])(?:i?B)?|(B))?", re.IGNORECASE)
+_SIZE: Final = r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(?:([KMGT])(?:i?B)?|(B))?"
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def parse_bytes(text: str) -> int:
     """`2G`, `512M`, `1.5GiB`, `300` (MiB). Raises BadRequestError for anything else."""
-    found = _SIZE.fullmatch(text.strip())
+    found = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if found is None:
         raise errors.BadRequestError(
             f"{text!r} is not a size", hint="write a number and K, M, G or T, such as 512M or 2G"
