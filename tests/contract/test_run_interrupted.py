@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from banger.contract import privileged, resources
+from banger.vm import start
 from tests.contract import api_served, cli_process, conftest
 
 # What root is asked for in each stage, while the start stands still.
@@ -21,12 +22,21 @@ REQUESTS: dict[resources.Stage, type[privileged.Request[Any]]] = {
     resources.Stage.BOOT_FIRECRACKER: privileged.LaunchVmm,
     resources.Stage.WAIT_VSOCK_AGENT: privileged.GrantVsock,
 }
+# In the last two it is asked for nothing: there a step of ours stands still, the first one with its work done.
+STEPS = {resources.Stage.WAIT_GUEST_READY: "_after_start", resources.Stage.FINALIZE: "_persist"}
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
 
 ENDS = [
-    *((stage, number) for stage in REQUESTS for number in (signal.SIGINT, signal.SIGKILL)),
+    *(
+        (stage, number)
+        for stage in resources.Stage
+        if stage in {*REQUESTS, *STEPS}
+        for number in (signal.SIGINT, signal.SIGKILL)
+    ),
     (resources.Stage.PREPARE_ROOTFS, signal.SIGTERM),
     (resources.Stage.WAIT_VSOCK_AGENT, signal.SIGHUP),
+    (resources.Stage.WAIT_GUEST_READY, signal.SIGTERM),
+    (resources.Stage.FINALIZE, signal.SIGHUP),
 ]
 
 
@@ -39,19 +49,35 @@ async def served(daemon: conftest.Daemon) -> AsyncIterator[api_served.Served]:
 @pytest.mark.parametrize("remove", [True, False], ids=["rm", "kept"])
 @pytest.mark.parametrize(("stage", "number"), ENDS)
 async def test_an_end_in_any_stage_of_the_start(
-    served: api_served.Served, stage: resources.Stage, number: signal.Signals, *, remove: bool
+    served: api_served.Served,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: resources.Stage,
+    number: signal.Signals,
+    *,
+    remove: bool,
 ) -> None:
     world, operations = served.daemon.world, served.daemon.services.operations
     reached, cancelled = asyncio.Event(), asyncio.Event()
 
     async def stand_still(request: privileged.Request[Any]) -> None:
-        if isinstance(request, REQUESTS[stage]) and not reached.is_set():
+        if isinstance(request, REQUESTS.get(stage, ())) and not reached.is_set():
             # From there on the guest says nothing: the last of these stages waits for it.
             world.behaviour.silent = True
             reached.set()
             await cancelled.wait()
 
     world.before = stand_still
+    if stage in STEPS:
+        step = getattr(start.Start, STEPS[stage])
+
+        async def hold(plan: start.Start) -> None:
+            if stage is resources.Stage.WAIT_GUEST_READY:
+                await step(plan)
+            reached.set()
+            await cancelled.wait()
+            pytest.fail("the step went on")
+
+        monkeypatch.setattr(start.Start, STEPS[stage], hold)
     words = ("vm", "run", "--name", "shop", *(["--rm"] if remove else []), "--", "true")
     with cli_process.Cli(served.path).started(*words) as process:
         assert process.stderr is not None
@@ -79,9 +105,11 @@ async def test_an_end_in_any_stage_of_the_start(
         assert number is signal.SIGKILL or "shop is kept, error" in said
 
 
-async def test_the_next_start_of_one_that_was_kept_works(served: api_served.Served) -> None:
+async def test_the_next_start_of_one_that_was_kept_works(
+    served: api_served.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await test_an_end_in_any_stage_of_the_start(
-        served, resources.Stage.BOOT_FIRECRACKER, signal.SIGINT, remove=False
+        served, monkeypatch, resources.Stage.BOOT_FIRECRACKER, signal.SIGINT, remove=False
     )
     served.daemon.world.behaviour.silent = False
     assert (await served.done("POST", "/v1/vms/shop/start")).status is resources.OperationStatus.SUCCEEDED
