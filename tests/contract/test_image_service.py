@@ -8,14 +8,15 @@ import base64
 import json
 import logging
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from banger.contract import resources
-from banger.images import credentials
+from banger.contract import errors, resources
+from banger.images import blobs, connections, credentials, publish, pull, reference
 from tests import oci_make
 from tests.contract import api_served, conftest
 from tests.fakes import registry as registries
@@ -230,6 +231,47 @@ async def test_the_cache_is_pruned(served: Served, registry: registries.Registry
     assert (await served.http.post("/v1/images/cache/prune", json={})).json()["blobs"] == []
 
 
+async def test_the_packages_of_recipes_are_pruned_unless_something_is_built(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that has found its packages must not lose them before it reads them."""
+    kept = served.daemon.paths.cache / "recipes" / "mine-0123.tar"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(4096))
+    found, go_on = threading.Event(), threading.Event()
+
+    def build(*_: object, **__: object) -> None:
+        found.set()
+        go_on.wait(20)
+        raise errors.BadRequestError("built")
+
+    monkeypatch.setattr(publish, "build", build)
+    operation = await served.begin("POST", "/v1/images/build", {"recipe": "busybox"})
+    assert await asyncio.to_thread(found.wait, 20)
+    assert (await served.http.post("/v1/images/cache/prune", json={})).json()["packages"] == []
+    go_on.set()
+    await served.daemon.services.operations.wait(operation.id)
+    looked = (await served.http.post("/v1/images/cache/prune", json={"dry_run": True})).json()
+    assert (looked["packages"], looked["size_bytes"], kept.exists()) == ([kept.name], 4096, True)
+    assert (await served.http.post("/v1/images/cache/prune", json={})).json()["packages"] == [kept.name]
+    assert not kept.exists()
+
+
+async def test_an_image_deleted_while_it_is_looked_into_makes_no_vm(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = served.daemon.services
+
+    def deleted(image_id: str, program: str) -> bool:
+        services.images.delete(image_id)
+        return True
+
+    monkeypatch.setattr(services.images, "may_have", deleted)
+    body = {"name": "web", "kernel": "tiny", "needs_git": True}
+    assert (await served.error("POST", "/v1/vms", 404, body)).code == "not_found"
+    assert await served.get("/v1/vms", list[resources.Vm]) == []
+
+
 async def test_importing_a_layout_and_a_root_file_system(served: Served, tmp_path: Path) -> None:
     oci_make.layout(tmp_path / "layout", "v1", [BASE, TOP], RUN)
     body = {"path": str(tmp_path / "layout"), "name": "laid"}
@@ -288,3 +330,33 @@ async def test_secrets_are_nowhere(
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace")
+
+
+class Deaf:
+    """Hears how a pull goes and keeps nothing."""
+
+    def progress(self, current: int, total: int, detail: str = "") -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("insecure", "spoken"), [((), False), (("near.invalid",), False), (("far.invalid",), True)]
+)
+async def test_plain_http_is_spoken_only_where_it_is_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, insecure: tuple[str, ...], spoken: bool
+) -> None:
+    """The proxy is for plain http alone, and sees all that is sent without TLS."""
+    with registries.serving() as proxy:
+        monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+        settings, store = (
+            pull.Settings(insecure=insecure, limits=connections.Limits(attempts=1)),
+            blobs.Blobs(tmp_path / "blobs"),
+        )
+        wanted = reference.parse("far.invalid/app")
+        with pytest.raises(errors.BangerError):
+            async with pull.opened(wanted, settings, store, Deaf()) as puller:
+                await puller.digest()
+        assert bool(proxy.asked) == spoken

@@ -240,7 +240,10 @@ class FakeDaemon:
             case "POST", ["images", "cache", "prune"]:
                 pruning = msgspec.json.decode(body, type=requests.PruneCache)
                 blobs = ("sha256:" + "ab" * 32,)
-                return 200, requests.PrunedCache(blobs=blobs, size_bytes=1 << 20, dry_run=pruning.dry_run)
+                packages = ("mine-0123.tar",)
+                return 200, requests.PrunedCache(
+                    blobs=blobs, packages=packages, size_bytes=1 << 20, dry_run=pruning.dry_run
+                )
             case "POST", ["images", ref, "promote"]:
                 self._image(ref)
                 promoted = msgspec.json.decode(body, type=requests.PromoteImage)

@@ -277,7 +277,7 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 
 cache = command.Group(
     "cache",
-    help="Layers that were fetched, kept for the next pull.",
+    help="Layers and packages that were fetched, kept for the next pull or build.",
     no_args_is_help=True,
     examples=[("banger image cache prune --dry-run", "what it would free")],
 )
@@ -295,9 +295,10 @@ group.add_command(cache)
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.pass_obj
 def prune(settings: command.Settings, dry_run: bool) -> None:
-    """Remove layers that no pull is using.
+    """Remove layers that no pull is using, and the packages of recipes.
 
-    Images and VMs do not need them; only the next pull of something like them takes longer.
+    Images and VMs do not need them. The next pull of something like them takes longer; the next build of a
+    recipe takes today's packages.
     """
     asked = requests.PruneCache(dry_run=dry_run)
     found = settings.client().ask("/v1/images/cache/prune", asked, requests.PrunedCache)
@@ -305,4 +306,5 @@ def prune(settings: command.Settings, dry_run: bool) -> None:
         output.json(found)
     else:
         verb = "would free" if dry_run else "freed"
-        output.text(f"{len(found.blobs)} blobs, {verb} {sizes.text_of_bytes(found.size_bytes)}")
+        what = f"{len(found.blobs)} blobs, packages of {len(found.packages)} recipes"
+        output.text(f"{what}, {verb} {sizes.text_of_bytes(found.size_bytes)}")

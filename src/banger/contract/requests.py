@@ -42,9 +42,10 @@ class PruneCache(resources.Body, frozen=True, kw_only=True):
 
 
 class PrunedCache(resources.Resource, frozen=True, kw_only=True):
-    """What was removed, or would be."""
+    """What was removed, or would be: layers by digest, and packages that recipes were built of."""
 
     blobs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     size_bytes: int = 0
     dry_run: bool = False
 

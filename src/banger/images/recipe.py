@@ -32,6 +32,8 @@ _LEAST_ROOM_BYTES: Final = 256 << 20
 # fakeroot tries the real chown first; in a user namespace (PrivateUsers=) that fails as it does not expect.
 _FAKEROOT: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
 _SYSTEMD_UNITS: Final = "/etc/systemd/system"
+_KEPT: Final = "recipes"
+_ARCHIVE: Final = ".tar"
 _EXTENDS: Final = "extends"
 _MORE_PACKAGES: Final = "more_packages"
 
@@ -176,7 +178,7 @@ def base_archive(
     on_line: Callable[[str], None] | None = None,
 ) -> Path:
     """The root file system as a tar, from the cache or made now; owners in it are right whoever we are."""
-    kept = cache_dir / "recipes" / f"{recipe.name}-{recipe.base_key(arch, mirror)}.tar"
+    kept = cache_dir / _KEPT / f"{recipe.name}-{recipe.base_key(arch, mirror)}{_ARCHIVE}"
     if kept.exists():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +199,11 @@ def base_archive(
         artefacts.sync(made)  # nothing looks at it again: half of one would be built from for ever
         made.replace(kept)
     return kept
+
+
+def kept_archives(cache_dir: Path) -> list[Path]:
+    """What builds of the same packages begin with."""
+    return sorted((cache_dir / _KEPT).glob(f"*{_ARCHIVE}"))
 
 
 def _require_room(directory: Path) -> None:

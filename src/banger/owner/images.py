@@ -40,6 +40,7 @@ class ImageService:
         self._store = store
         self._operations = operations
         self._making: locks.Shared[records.Image] = locks.Shared()
+        self._builds = 0
 
     def list(self, ref: str = "") -> list[resources.Image]:
         """All of them, or the one that `ref` means, if there is one."""
@@ -95,16 +96,20 @@ class ImageService:
         async def make(progress: operations.Progress) -> records.Image:
             progress.stage(resources.Stage.BUILD_IMAGE, f"building {name}")
             arch = platform.machine()
-            return await run.in_thread(
-                publish.build,
-                self.records,
-                wanted,
-                arch=arch,
-                cache_dir=self._cache,
-                guest_binary=guest_binary.path(arch),
-                name=name,
-                on_line=progress.line(),
-            )
+            self._builds += 1
+            try:
+                return await run.in_thread(
+                    publish.build,
+                    self.records,
+                    wanted,
+                    arch=arch,
+                    cache_dir=self._cache,
+                    guest_binary=guest_binary.path(arch),
+                    name=name,
+                    on_line=progress.line(),
+                )
+            finally:
+                self._builds -= 1
 
         return self.making("image.build", name, wanted, make, kernel=wanted.kernel)
 
@@ -156,6 +161,10 @@ class ImageService:
                 f"image {image.name} is used by {', '.join(users)}", hint="delete these VMs first"
             )
         self.records.delete(image.id)
+
+    def prunable(self) -> tuple[Path, ...]:
+        """What packages recipes were built of. Nothing during a build, which may be about to read it."""
+        return () if self._builds else tuple(recipe.kept_archives(self._cache))
 
     def _view(self, image: records.Image) -> resources.Image:
         return resources.Image(

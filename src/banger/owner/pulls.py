@@ -90,9 +90,18 @@ class PullService:
         return self._pulling(requests.PullImage(reference=ref))
 
     def prune(self, *, dry_run: bool) -> requests.PrunedCache:
-        """Runs in the loop: no pull may take a blob into use meanwhile."""
+        """Runs in the loop: no pull or build may take something into use meanwhile."""
         found = self._blobs.prune(dry_run=dry_run)
-        return requests.PrunedCache(blobs=found.names, size_bytes=found.size_bytes, dry_run=dry_run)
+        packages = self._images.prunable()
+        size_bytes = found.size_bytes + sum(path.stat().st_blocks * 512 for path in packages)
+        for path in () if dry_run else packages:
+            path.unlink()
+        return requests.PrunedCache(
+            blobs=found.names,
+            packages=tuple(path.name for path in packages),
+            size_bytes=size_bytes,
+            dry_run=dry_run,
+        )
 
     def _pull(self, wanted: reference.Reference, name: str, disk_size_mib: int | None) -> images.Making:
         async def make(progress: operations.Progress) -> records.Image:

@@ -148,6 +148,7 @@ class VmService:
         resolved = self._resolver.resolve(body)
         if body.needs_git:
             await self._resolver.require_git(resolved.image_id)
+            resolved = self._resolver.resolve(body)  # it may have been deleted meanwhile
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         for each in resolved.publish:
             publish.bound(ports.parse(each)).close()
