@@ -213,7 +213,7 @@ def _rules(sources: Sources) -> Iterator[Case]:
             done(DeleteGuestRules(vm_id=VM)),
         ),
     )
-    for address in ("127.0.0.1", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254"):
+    for address in ("127.0.0.1", "169.254.169.254", "100.100.100.200", "::1", "fe80::1", "fd00:ec2::254"):
         inside = AllowAddresses(vm_id=VM, slot=SLOT, addresses=(address,), ttl_s=60)
         yield Case(
             f"a name that stands for {address}",

@@ -18,7 +18,7 @@ from banger.net import dns, forwarder, upstream
 from tests.contract import dns_served
 
 NETWORK = ipaddress.IPv4Network("10.213.240.0/20")
-NEVER_OPENED = ("169.254.169.254", "127.0.0.1", "10.213.240.1", "0.0.0.0", "224.0.0.1")  # noqa: S104
+NEVER_OPENED = ("169.254.169.254", "168.63.129.16", "127.0.0.1", "10.213.240.1", "0.0.0.0", "224.0.0.1")  # noqa: S104
 NEVER_OPENED6 = ("::1", "fe80::1", "fd62:616e:6765:7200::1", "fd00:ec2::254", "::ffff:10.0.0.1")
 RECORDS = {
     "example.org.": "example.org. 300 A 192.0.2.7",

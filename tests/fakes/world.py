@@ -261,10 +261,7 @@ async def _allow_addresses(world: World, request: privileged.AllowAddresses) -> 
         raise errors.ConflictError("the VM has no NAT")
     for text in request.addresses:
         address = ipaddress.ip_address(text)
-        special = address.is_loopback or address.is_link_local or address.is_multicast
-        if isinstance(address, ipaddress.IPv6Address):
-            special = special or not egress.is_nameable6(address)
-        _need(not special, f"a name may not stand for {text}", errors.BadRequestError)
+        _need(egress.is_nameable(address), f"a name may not stand for {text}", errors.BadRequestError)
         _need(address.version == 4 or vm.rules.ipv6, "the VM has no IPv6")
     vm.names |= dict.fromkeys(request.addresses, request.ttl_s)
     return privileged.Done()

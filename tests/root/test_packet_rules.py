@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -42,6 +43,12 @@ def the_internet_without_nat(net: Net) -> packets.Try:
 
 def the_metadata_service(net: Net) -> packets.Try:
     return packets.udp(net, net.guest(1, nat=True), METADATA, at=net.internet)
+
+
+def the_metadata_service_at_a_public_address(net: Net) -> packets.Try:
+    """Azure's."""
+    net.internet.ip("addr", "add", "168.63.129.16/32", "dev", "lo")
+    return packets.udp(net, net.guest(1, nat=True), "168.63.129.16", at=net.internet)
 
 
 def the_metadata_service_from_everywhere(net: Net) -> packets.Try:
@@ -158,6 +165,30 @@ def another_guest_through_the_host(net: Net) -> packets.Try:
     ), packets.sniffed(net, "eth0", b"neighbour", other.space)
 
 
+def a_service_of_the_host_by_a_tap_without_bridge(net: Net) -> packets.Try:
+    """Somebody deleted the bridge, or took the tap off it."""
+    guest, server = net.guest(1), net.udp_server(UPLINK, 7000)
+    return packets.frame(
+        net, guest, past_the_bridge(net, guest, UPLINK)
+    ), lambda: network_world.received(server) == b"x"
+
+
+def the_internet_by_a_tap_without_bridge(net: Net) -> packets.Try:
+    """Where the host forwards for others too."""
+    network_world.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    guest, server = net.guest(1), net.udp_server(INTERNET, 7000, net.internet)
+    return packets.frame(
+        net, guest, past_the_bridge(net, guest, INTERNET)
+    ), lambda: network_world.received(server) == b"x"
+
+
+def past_the_bridge(net: Net, guest: network_world.Guest, to: str) -> bytes:
+    network_world.run("ip", "link", "set", guest.tap, "nomaster")
+    (link,) = json.loads(network_world.run("ip", "-j", "link", "show", guest.tap))
+    head = packets.packed(link["address"]) + packets.packed(guest.mac) + b"\x08\x00"
+    return head + packets.datagram(guest.address, to, b"x")
+
+
 def a_service_of_the_host_around_the_bridge(net: Net) -> packets.Try:
     """In a frame for bridges themselves: they neither pass it on nor show it to their rules."""
     guest, server = net.guest(1), net.udp_server(UPLINK, 7000)
@@ -171,6 +202,7 @@ CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (a_service_at_the_hosts_other_address, "host_service", ()),
     (the_internet_without_nat, "no_nat", ("egress_policy",)),
     (the_metadata_service, "metadata", ()),
+    (the_metadata_service_at_a_public_address, "metadata", ()),
     (the_metadata_service_from_everywhere, "metadata", ()),
     (a_private_network, "private_network", ()),
     (what_is_not_allowed, "egress_policy", ()),
@@ -188,6 +220,8 @@ CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (another_guest_through_the_bridge, "guest_to_guest", ()),
     (another_guest_through_the_host, "hairpin", ("inbound_new",)),
     (a_service_of_the_host_around_the_bridge, "around_bridge", ()),
+    (a_service_of_the_host_by_a_tap_without_bridge, "around_bridge", ()),
+    (the_internet_by_a_tap_without_bridge, "around_bridge", ()),
 ]
 """A packet, the reason that counts it, and further rules that would drop it for another reason."""
 

@@ -14,6 +14,12 @@ from banger.contract import errors
 
 MAX_RULES: Final = 64
 CIDR_PATTERN: Final = r"^([0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}|[0-9a-f:]{2,39}/[0-9]{1,3})$(?!\n)"
+LINK_LOCAL: Final = ipaddress.IPv4Network("169.254.0.0/16")
+METADATA: Final = (
+    LINK_LOCAL,
+    *map(ipaddress.IPv4Network, ("168.63.129.16", "100.100.100.200", "192.0.0.192")),
+)
+"""Where most clouds, then Azure, Alibaba and Oracle, keep what belongs to the host."""
 LINK_LOCAL6: Final = ipaddress.IPv6Network("fe80::/10")
 METADATA6: Final = tuple(map(ipaddress.IPv6Network, ("fd00:ec2::254", "fd20:ce::254", "fd00:42::42")))
 """Where AWS, Google and Scaleway keep what belongs to the host."""
@@ -33,7 +39,7 @@ _HINT: Final = (
 
 
 class Egress(enum.StrEnum):
-    """Where a guest with NAT may go. Link-local addresses (cloud metadata) are in neither."""
+    """Where a guest with NAT may go. The clouds' metadata is in neither."""
 
     NONE = "none"
     """Nowhere but to what is allowed by name or network."""
@@ -95,8 +101,16 @@ def named(rules: tuple[str, ...]) -> tuple[NamedDestination, ...]:
     return tuple(found for found in map(parse, rules) if isinstance(found, NamedDestination))
 
 
-def is_nameable6(address: ipaddress.IPv6Address) -> bool:
+def is_nameable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether a name that a policy allows may stand for it: whoever answers could name anything."""
+    if isinstance(address, ipaddress.IPv4Address):
+        here = address.is_loopback or address.is_unspecified
+        return (
+            not here
+            and not address.is_multicast
+            and not address.is_reserved
+            and not any(address in network for network in METADATA)
+        )
     refused = any(address in network for network in (*METADATA6, *WRAPPED6))
     return not refused and (address in _GLOBAL6 or address in _UNIQUE_LOCAL6)
 

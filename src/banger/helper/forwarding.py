@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
-from banger.contract import errors
+from banger.contract import egress, errors
 from banger.helper import bridge, program, ruleset, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink, nftables
@@ -26,7 +26,7 @@ _LEGACY: Final = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6
 """The programs, and where the kernel says below /proc/thread-self/net that something has used each."""
 _FAMILIES: Final = ("ip", "ip6", "inet")
 _DEADLINE_S: Final = 20.0
-_PRIVATE: Final = tuple(map(ipaddress.IPv4Network, (*tables.PRIVATE, tables.LINK_LOCAL)))
+_PRIVATE: Final = (*map(ipaddress.IPv4Network, tables.PRIVATE), egress.LINK_LOCAL)
 _FIRST_PRIORITY: Final = 0
 """Chains before `filter` mangle or track; accepting at their head would skip that and gain nothing."""
 

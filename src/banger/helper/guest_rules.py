@@ -138,8 +138,6 @@ def _public(text: str) -> IpAddress:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise errors.BadRequestError(f"{text!r} is not an address") from None
-    if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
-        raise errors.BadRequestError(f"a name may not stand for {text}")
-    if isinstance(address, ipaddress.IPv6Address) and not egress.is_nameable6(address):
+    if not egress.is_nameable(address):
         raise errors.BadRequestError(f"a name may not stand for {text}")
     return address

@@ -7,7 +7,7 @@ in a neighbour discovery packet: they are bits behind the transport header, and 
 inet table sees what is for the host or goes through it. Whatever no element admits is dropped and counted.
 
 A frame for bridges themselves (01:80:c2:00:00:0x) goes past the bridge table, and to the host by the tap
-instead of the bridge: the inet table lets nothing in that comes by a tap. The kernel forwards none.
+instead of the bridge, as everything does where somebody took the bridge away: the inet table drops it.
 
 With br_netfilter loaded (Docker loads it) the inet table also sees frames that the bridge passes between
 peers; `member_macs` tells them from packets that a guest sends through the host to reach its neighbour.
@@ -26,7 +26,6 @@ TABLE: Final = "banger"
 TAP_GROUP: Final = 0xFC0213
 """Interface group of every tap of ours: a rule that names it holds for a tap from its first frame."""
 BRIDGE_MAC: Final = "02:fc:00:00:00:01"
-LINK_LOCAL: Final = "169.254.0.0/16"
 PRIVATE6: Final = ("::/3", *map(str, egress.WRAPPED6), "4000::/2", "8000::/1")
 """All but global unicast (RFC 4291)."""
 PRIVATE: Final = (
@@ -162,6 +161,7 @@ table inet banger {
 
     chain forward {
         type filter hook forward priority filter - 10; policy accept;
+        iifgroup $group counter name around_bridge drop
         oifname "$bridge" jump to_guest
         iifname "$bridge" jump from_guest
         meta nfproto ipv4 iifname @opened counter name foreign_transit drop
@@ -183,7 +183,7 @@ table inet banger {
         meta l4proto { tcp, udp } ip saddr . ip daddr . th dport @allowed_ports accept
         ip saddr . ip daddr @named accept
         meta l4proto { tcp, udp } ip saddr . ip daddr . th dport @named_ports accept
-        ip daddr $link_local counter name metadata drop
+        ip daddr { $metadata } counter name metadata drop
         ip saddr @everywhere accept
         ip daddr @private counter name private_network drop
         ip saddr @internet accept
@@ -239,5 +239,5 @@ def _filled(policy: policies.Policy, name: str) -> str:
         private=", ".join(PRIVATE),
         private6=", ".join(PRIVATE6),
         metadata6=", ".join(map(str, (egress.LINK_LOCAL6, *egress.METADATA6))),
-        link_local=LINK_LOCAL,
+        metadata=", ".join(map(str, egress.METADATA)),
     )

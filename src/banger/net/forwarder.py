@@ -166,15 +166,8 @@ class Forwarder:
         address = ipaddress.ip_address(text)
         if isinstance(address, ipaddress.IPv6Address):
             is_ours = address in self._network6
-            return guest.address6 is not None and egress.is_nameable6(address) and not is_ours
-        return not (
-            address.is_loopback
-            or address.is_link_local
-            or address.is_multicast
-            or address.is_unspecified
-            or address.is_reserved
-            or address in self._network
-        )
+            return guest.address6 is not None and egress.is_nameable(address) and not is_ours
+        return egress.is_nameable(address) and address not in self._network
 
 
 def zone_of(
