@@ -22,7 +22,7 @@ REQUESTS: dict[resources.Stage, type[privileged.Request[Any]]] = {
     resources.Stage.BOOT_FIRECRACKER: privileged.LaunchVmm,
     resources.Stage.WAIT_VSOCK_AGENT: privileged.GrantVsock,
 }
-# In the last two it is asked for nothing: there a step of ours stands still, the first one with its work done.
+# In the last two it is asked for nothing: there a step of ours stands still, the first one after its work.
 STEPS = {resources.Stage.WAIT_GUEST_READY: "_after_start", resources.Stage.FINALIZE: "_persist"}
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
 

@@ -126,7 +126,9 @@ def _text(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             text = file.read(requests.RECIPE_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.BadRequestError(f"the recipe {path} cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        hint = "`banger image list --available` names the recipes that come with banger"
+        raise errors.BadRequestError(f"the recipe {path} cannot be read: {why}", hint=hint) from error
     if len(text) > requests.RECIPE_CHARACTERS:
         raise errors.BadRequestError(f"{path} is too large to be a recipe")
     return text

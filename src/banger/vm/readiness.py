@@ -73,8 +73,8 @@ def _ended(host: hosts.Host, vm: record.VmRecord) -> errors.BangerError:
     why = f": {said}" if said else ""
     return errors.OperationFailedError(
         f"the VMM of {vm.name} ended before the guest's agent answered{why}",
-        hint=f"`banger vm logs {vm.name}` shows the guest's console, `banger vm logs --vmm {vm.name}` "
-        "what Firecracker said",
+        hint=f"`banger vm logs {vm.name}` shows the guest's console, "
+        f"`banger vm logs --source vmm {vm.name}` what Firecracker said",
     )
 
 
