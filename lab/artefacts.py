@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds what the lab is handed: Firecracker and its jailer, both kernels, the default image.
+"""Builds what the lab is handed: Firecracker and its jailer, two kernels, the default image, the smallest.
 
 All of it is made by banger's own code, from its own catalogs and recipes, into one cache entry keyed by that
 code and the guest binary. Downloads and the unpacked distribution are kept apart, so a change in the guest
@@ -27,7 +27,7 @@ log = logging.getLogger("lab")
 
 TREE = Path(__file__).resolve().parent.parent
 PACKAGE = TREE / "src" / "banger"
-IMAGE = "debian-bookworm"
+IMAGES = ("debian-bookworm", "busybox")
 KERNELS = ("generic-6.12", "debian-6.1")
 ARCH = "x86_64"
 KEPT = 3
@@ -46,8 +46,9 @@ def ensure(root: Path) -> cache.Entry:
         for name in KERNELS:
             with _timed(f"kernel {name}"):
                 _kernel(stage / "kernels", name, downloads, guest)
-        with _timed(f"image {IMAGE}"):
-            _image(stage / "images", downloads, guest)
+        for name in IMAGES:
+            with _timed(f"image {name}"):
+                _image(stage / "images", name, downloads, guest)
 
     return cache.Cache(root, "made", KEPT).ensure(cache.key_of(_key_parts(guest)), build)
 
@@ -69,14 +70,14 @@ def _kernel(target: Path, name: str, downloads: Path, guest: Path) -> None:
     kernels.path(made.id).rename(target / name)
 
 
-def _image(target: Path, downloads: Path, guest: Path) -> None:
+def _image(target: Path, name: str, downloads: Path, guest: Path) -> None:
     images = records.Images(target)
-    recipe = recipes.load(IMAGE)
+    recipe = recipes.load(name)
     made = publish.build(
         images, recipe, arch=ARCH, cache_dir=downloads, guest_binary=guest, on_line=log.info
     )
-    images.path(made.id).rename(target / IMAGE)
-    for path in (target / IMAGE).iterdir():  # its maker's alone; in the lab, the owner's there reads it
+    images.path(made.id).rename(target / name)
+    for path in (target / name).iterdir():  # its maker's alone; in the lab, the owner's there reads it
         path.chmod(0o644)
 
 

@@ -22,14 +22,12 @@ log = logging.getLogger("lab")
 
 VENV = "/usr/local/lib/banger"
 OWNER = "dev"
-IMAGE = "debian-bookworm"
-KERNELS = ("generic-6.12", "debian-6.1")
 PIP = (f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index")
 INSTALL_LIMIT_S = 600
 
 
 def bundle(root: Path) -> cache.Entry:
-    """Open the directory that is handed to the lab: wheels, runtime files, kernels and the default image."""
+    """Open the directory that is handed to the lab: wheels, runtime files, kernels and images."""
     fetched, made, files = wheels.pinned(root), wheels.own(root), artefacts.ensure(root)
     key = cache.key_of(
         [fetched.path.name, made.path.name, files.path.name, wheels.REQUIREMENTS.read_bytes()]
@@ -66,7 +64,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def installed(name: str, *, detached: bool = False, root: Path | None = None) -> session.Lab:
-    """Bring up a lab with banger installed, its kernels imported and its default image registered.
+    """Bring up a lab with banger installed, its kernels imported and its images registered.
 
     Installs on the first call for this content, and starts from the kept layer after that.
     """
@@ -181,11 +179,12 @@ def install_banger(machine: Machine, parcel: Path, owner: str = OWNER) -> None:
         "banger system install",
         [f"{VENV}/bin/banger", "system", "install", "--owner", owner, *runtime],
     )
-    for kernel in KERNELS:
+    for kernel in artefacts.KERNELS:
         import_kernel = ["banger", "kernel", "import", f"{parcel}/kernels/{kernel}", "--name", kernel]
         _step(machine, f"importing kernel {kernel}", import_kernel, user=owner)
-    register = ["banger", "image", "register", f"{parcel}/images/{IMAGE}", "--name", IMAGE]
-    _step(machine, f"registering image {IMAGE}", register, user=owner)
+    for image_name in artefacts.IMAGES:
+        register = ["banger", "image", "register", f"{parcel}/images/{image_name}", "--name", image_name]
+        _step(machine, f"registering image {image_name}", register, user=owner)
 
 
 def _step(machine: Machine, title: str, argv: Sequence[str], *, user: str = "root") -> None:

@@ -127,7 +127,7 @@ def prepared_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator
 
 @pytest.fixture(scope="session")
 def installed_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterator[Lab]:
-    """A host with banger, both kernels and the default image; shared, so clean up what you make."""
+    """A host with banger, its kernels and images; shared, so clean up what you make."""
     from lab import provision
 
     with provision.installed(new_name("installed")) as lab:

@@ -7,16 +7,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from banger import guest_binary
-from banger.images import publish, recipe, records
-from lab import cache
 from lab.session import Lab
 from tests.lab import user
 
@@ -24,30 +20,17 @@ KILLS = int(os.environ.get("BANGER_DRILL_KILLS", "25"))
 SEED = int(os.environ.get("BANGER_DRILL_SEED") or random.SystemRandom().randrange(10**6))
 DRIVER = "/root/crash_walk.py"
 IMAGE = "busybox"
-HOME = f"/home/{user.NAME}"
 _S_PER_KILL = 30
 
 pytestmark = pytest.mark.timeout(300 + KILLS * _S_PER_KILL)
 
 
-@pytest.fixture(scope="module")
-def drilled(installed_host: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """The installed host with the smallest image there is: a kill is worth more than a boot."""
-    images = records.Images(tmp_path_factory.mktemp("images"))
-    made = publish.build(
-        images,
-        recipe.load(IMAGE),
-        arch=platform.machine(),
-        cache_dir=cache.default_root() / "downloads",
-        guest_binary=guest_binary.path(platform.machine()),
-    )
-    installed_host.put(images.path(made.id), f"{HOME}/{IMAGE}", owner="1000:1000")
-    user.banger(installed_host, "image", "register", f"{HOME}/{IMAGE}")
+@pytest.fixture
+def drilled(installed_host: Lab) -> Iterator[Lab]:
+    """With the smallest image there is: a kill is worth more than a boot."""
     yield installed_host
     for vm in ("one", "two", "web"):
         user.banger(installed_host, "vm", "delete", vm, check=False)
-    user.banger(installed_host, "image", "delete", IMAGE)
-    installed_host.run(["rm", "-r", f"{HOME}/{IMAGE}"])
 
 
 def test_a_random_walk_of_kills(drilled: Lab) -> None:
@@ -63,7 +46,7 @@ def test_a_random_walk_of_kills(drilled: Lab) -> None:
 
 def test_what_was_flushed_is_there_after_a_kill(drilled: Lab) -> None:
     """Of the VMM, in the middle of the guest's life: nobody was asked to stop."""
-    user.banger(drilled, "vm", "create", "web", "--image", IMAGE, "--memory", "64M", "--disk-size", "16M")
+    user.banger(drilled, "vm", "create", "web", *user.TINY)
     script = "echo flushed > /root/kept; echo flushed > /kept; sync"
     user.banger(drilled, "vm", "exec", "web", "--", "sh", "-c", script)
     drilled.run(["kill", "-KILL", str(user.shown(drilled, "web")["pid"])])

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import pytest
 
 from banger.kernels import elf
-from lab import provision
+from lab import artefacts
 from lab.session import Lab
 from tests.lab import user
 
 pytestmark = pytest.mark.timeout(300)
-GOOD_KERNEL, INITRD_KERNEL = provision.KERNELS
+GOOD_KERNEL, INITRD_KERNEL = artefacts.KERNELS
 STATE = "/var/lib/banger"
 BARE_KERNEL = f"/artefacts/kernels/{INITRD_KERNEL}/vmlinux"
 HUNG_KERNEL = "/home/dev/hung-vmlinux"
@@ -39,12 +39,12 @@ def idle_host(installed_host: Lab) -> Iterator[Lab]:
 def test_no_space_on_the_host(idle_host: Lab) -> None:
     try:
         _as_owner(idle_host, FILL)
-        said = _fails(idle_host, "vm", "create", "web", *user.SMALL, step="preflight")
+        said = _fails(idle_host, "vm", "create", "web", *user.TINY, step="preflight")
         assert f"no space left in {STATE}" in said
         assert "delete VMs or images" in said
         _expect_row(idle_host, "web", step="preflight", code="no_space")
         _as_owner(idle_host, FILL_UP)
-        said = user.banger(idle_host, "vm", "create", "other", *user.SMALL, check=False).error_text
+        said = user.banger(idle_host, "vm", "create", "other", *user.TINY, check=False).error_text
         assert "no space left for banger's database" in said
         assert _names(idle_host) == ["web"]
     finally:
@@ -53,7 +53,7 @@ def test_no_space_on_the_host(idle_host: Lab) -> None:
 
 
 def test_deleting_a_vm_helps_when_the_host_has_no_space_at_all(idle_host: Lab) -> None:
-    user.banger(idle_host, "vm", "create", "old", *user.SMALL)
+    user.banger(idle_host, "vm", "create", "old", *user.TINY)
     user.banger(idle_host, "vm", "stop", "old")
     try:
         _as_owner(idle_host, FILL + FILL_UP)
@@ -67,11 +67,11 @@ def test_deleting_a_vm_helps_when_the_host_has_no_space_at_all(idle_host: Lab) -
 def test_missing_kernel_file(idle_host: Lab) -> None:
     path = f"{STATE}/kernels/{_kernel_id(idle_host, GOOD_KERNEL)}/vmlinux"
     with _aside(idle_host, path):
-        said = _fails(idle_host, "vm", "create", "web", *user.SMALL, step="preflight")
+        said = _fails(idle_host, "vm", "create", "web", *user.TINY, step="preflight")
         assert path in said
         assert "import the kernel again" in said
         _expect_row(idle_host, "web", step="preflight", code="not_found")
-        words = ("vm", "run", "--rm", "--name", "gone", *user.SMALL, "--", "true")
+        words = ("vm", "run", "--rm", "--name", "gone", *user.TINY, "--", "true")
         said = _fails(idle_host, *words, step="preflight", status=125)
         assert "nothing is left of gone" in said
         assert _names(idle_host) == ["web"]
@@ -82,16 +82,16 @@ def test_image_cut_short(idle_host: Lab) -> None:
     path = _rootfs(idle_host)
     with _aside(idle_host, path):
         _as_owner(idle_host, f"head -c 32M {path}.aside > {path}")
-        said = _fails(idle_host, "vm", "create", "web", *user.SMALL, step="preflight")
+        said = _fails(idle_host, "vm", "create", "web", *user.TINY, step="preflight")
         assert f"{path} has {32 << 20} bytes" in said
         _expect_row(idle_host, "web", step="preflight", code="operation_failed")
     _expect_start(idle_host, "web")
 
 
 def test_foreign_link_with_the_tap_s_name_is_left_alone(idle_host: Lab) -> None:
-    user.banger(idle_host, "vm", "create", "web", *user.SMALL)
+    user.banger(idle_host, "vm", "create", "web", *user.TINY)
     user.banger(
-        idle_host, "vm", "exec", "web", "--", "sh", "-c", "echo mine > /root/kept; echo mine > /srv/kept"
+        idle_host, "vm", "exec", "web", "--", "sh", "-c", "echo mine > /root/kept; echo mine > /kept"
     )
     user.banger(idle_host, "vm", "stop", "web")
     tap = f"tap-{user.shown(idle_host, 'web')['id'][:8]}"
@@ -107,7 +107,7 @@ def test_foreign_link_with_the_tap_s_name_is_left_alone(idle_host: Lab) -> None:
             idle_host.run(["ip", "link", "delete", tap])
         _expect_row(idle_host, "web", step="tap", code="conflict")
     _expect_start(idle_host, "web")
-    kept = user.banger(idle_host, "vm", "exec", "web", "--", "cat", "/root/kept", "/srv/kept").text
+    kept = user.banger(idle_host, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept").text
     assert kept == "mine\nmine\n"
 
 
@@ -123,7 +123,7 @@ def test_kernel_that_cannot_boot_is_refused_at_import(idle_host: Lab) -> None:
 def test_kernel_that_panics(idle_host: Lab) -> None:
     """What cannot boot is refused at import, so it takes the place of one that can."""
     with _in_place(idle_host, BARE_KERNEL, "bare"):
-        words = ("vm", "create", "web", "--kernel", "bare", *user.SMALL)
+        words = ("vm", "create", "web", "--kernel", "bare", *user.TINY)
         said = _fails(idle_host, *words, step="wait_vsock_agent")
         assert "the guest kernel of web panicked: VFS: Unable to mount root fs" in said
         assert "does the kernel suit the image?" in said
@@ -138,7 +138,7 @@ def test_image_without_our_init(idle_host: Lab) -> None:
     path = _rootfs(idle_host)
     _move_in_image(idle_host, path, "/.banger/guest", "/.banger/aside")
     try:
-        words = ("vm", "create", "web", "--kernel", INITRD_KERNEL, *user.SMALL)
+        words = ("vm", "create", "web", "--kernel", INITRD_KERNEL, *user.TINY)
         said = _fails(idle_host, *words, step="wait_vsock_agent")
         assert "cannot execute /.banger/guest of the root disk" in said
         _expect_row(idle_host, "web", step="wait_vsock_agent", code="operation_failed")
@@ -154,7 +154,7 @@ def test_agent_that_never_answers(idle_host: Lab) -> None:
     idle_host.write(HUNG_KERNEL, image)
     with _in_place(idle_host, HUNG_KERNEL, "hung"):
         with user.configured(idle_host, "agent_deadline_s = 5"):
-            words = ("vm", "create", "web", "--kernel", "hung", *user.SMALL)
+            words = ("vm", "create", "web", "--kernel", "hung", *user.TINY)
             said = _fails(idle_host, *words, step="wait_vsock_agent")
         assert "the agent of web did not answer within 5 s" in said
         assert "agent_deadline_s" in said
@@ -198,7 +198,8 @@ def _as_owner(host: Lab, script: str) -> str:
 
 
 def _rootfs(host: Lab) -> str:
-    return _as_owner(host, f"echo {STATE}/images/*/rootfs.ext4").strip()
+    image = json.loads(user.banger(host, "image", "show", "busybox", "--json").text)
+    return f"{STATE}/images/{image['id']}/rootfs.ext4"
 
 
 @contextmanager

@@ -52,5 +52,5 @@ def test_a_package_is_imported_and_boots(host: Lab) -> None:
     kernel = json.loads(user.banger(host, "kernel", "show", "mine", "--json").text)
     assert (kernel["kind"], kernel["checked_by"]) == ("initrd", "config file")
     assert (kernel["lacks"], kernel["unknown"]) == ([], [])
-    words = ("--rm", "--kernel", "mine", *user.SMALL, "--", "uname", "-r")
+    words = ("--rm", "--kernel", "mine", *user.TINY, "--", "uname", "-r")
     assert user.banger(host, "vm", "run", *words).text == f"{kernel['version']}\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab import provision
+from lab import artefacts
 from lab.session import Lab
 from tests.lab import user
 
@@ -23,7 +23,7 @@ def web(installed_host: Lab) -> Iterator[Lab]:
     user.banger(installed_host, "vm", "delete", "web", check=False)
 
 
-@pytest.mark.parametrize("kernel", provision.KERNELS)
+@pytest.mark.parametrize("kernel", artefacts.KERNELS)
 def test_vm_run_gives_the_command_s_output_and_status(installed_host: Lab, kernel: str) -> None:
     script = "cat /etc/os-release; uname -r; exit 7"
     words = ("--rm", "--kernel", kernel, "--memory", "256M", "--disk-size", "256M")

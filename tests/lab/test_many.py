@@ -14,6 +14,7 @@ from tests.lab import user
 pytestmark = pytest.mark.timeout(600)
 VMS = 10
 COMMANDS = 20
+WHO = "hostname; ip -4 -o address show dev eth0 | awk '{print $4}' | cut -d/ -f1"
 BLOB = "/home/dev/blob"
 MANY_S = 400.0
 # All guests share the lab's two processors.
@@ -32,7 +33,7 @@ def test_ten_creates_at_once(installed_host: Lab) -> None:
     names = [f"many-{number}" for number in range(VMS)]
     # Ten guests share two emulated processors here: their agents answer late, and together.
     with user.configured(installed_host, f"agent_deadline_s = {MANY_S:g}"):
-        creates = [("vm", "create", name, *ONE_CPU, *user.SMALL) for name in names]
+        creates = [("vm", "create", name, *ONE_CPU, *user.TINY) for name in names]
         made = user.at_once(installed_host, creates, timeout_s=MANY_S)
         try:
             assert [(each.status, each.text) for each in made] == [(0, f"{name}\n") for name in names], made
@@ -41,7 +42,7 @@ def test_ten_creates_at_once(installed_host: Lab) -> None:
             addresses = {row["name"]: row["address"] for row in rows}
             assert len(set(addresses.values())) == VMS
             assert len({row["image_id"] for row in rows}) == 1
-            ask = [("vm", "exec", name, "--", "sh", "-c", "hostname; hostname -I") for name in names]
+            ask = [("vm", "exec", name, "--", "sh", "-c", WHO) for name in names]
             told = user.at_once(installed_host, ask, timeout_s=MANY_S)
             assert [each.text.split() for each in told] == [[name, addresses[name]] for name in names], told
         finally:

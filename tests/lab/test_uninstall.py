@@ -67,7 +67,7 @@ def test_purge_leaves_the_host_as_it_was(prepared_host: Lab) -> None:
     }
     assert len(before["failed units"]) == 1
     provision.install_banger(host, Path("/artefacts"))
-    user.banger(host, "vm", "create", "web", *user.SMALL)
+    user.banger(host, "vm", "create", "web", *user.TINY)
     assert user.banger(host, "vm", "exec", "web", "--", "echo", "alive").text == "alive\n"
     assert _differences(before, _inventory(host)).keys() >= SEEN
 
@@ -83,8 +83,8 @@ def test_purge_leaves_the_host_as_it_was(prepared_host: Lab) -> None:
 
 def test_without_purge_everything_is_found_again(fresh_installed_host: Lab) -> None:
     host = fresh_installed_host
-    user.banger(host, "vm", "create", "web", *user.SMALL)
-    user.banger(host, "vm", "exec", "web", "--", "sh", "-c", "echo mine > /root/kept; echo mine > /srv/kept")
+    user.banger(host, "vm", "create", "web", *user.TINY)
+    user.banger(host, "vm", "exec", "web", "--", "sh", "-c", "echo mine > /root/kept; echo mine > /kept")
     user.banger(host, "vm", "stop", "web")
     disks = "cd /var/lib/banger && find images kernels vms -type f -printf '%p %s %T@\\n' | sort"
     before = host.run(["sh", "-c", disks]).text
@@ -102,7 +102,7 @@ def test_without_purge_everything_is_found_again(fresh_installed_host: Lab) -> N
     host.run([BANGER, "system", "install", "--owner", user.NAME, *runtime], timeout_s=120)
     assert user.shown(host, "web")["state"] == "stopped"
     user.banger(host, "vm", "start", "web")
-    kept = user.banger(host, "vm", "exec", "web", "--", "cat", "/root/kept", "/srv/kept").text
+    kept = user.banger(host, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept").text
     assert kept == "mine\nmine\n"
     user.banger(host, "vm", "stop", "web")
 
