@@ -14,7 +14,7 @@ import pytest
 from banger.contract import errors, names, privileged
 from banger.helper import ext4, filesystem, operations, program, storage
 from banger.helper.linux import loop
-from banger.storage import workdisk
+from banger.storage import grow, workdisk
 from tests.root import helper_world
 from tests.root.helper_world import VM, HelperWorld
 
@@ -266,7 +266,7 @@ def test_a_work_disk_grows_with_what_is_on_it(
 ) -> None:
     path, content = _made_work_disk(helper_world_here, tmp_path, size_mib=16)
     before = _dumped(path)
-    workdisk.grow(path, size_mib=grown_mib)
+    grow.grow(path, size_mib=grown_mib)
     for _ in range(2):  # the second finds nothing to do
         _attach_work(helper_world_here)
         _detach_work(helper_world_here)
@@ -297,7 +297,7 @@ def test_a_work_disk_whose_growth_was_cut_short_is_grown_by_the_next(
 
 def test_a_work_disk_is_never_made_smaller(helper_world_here: HelperWorld, tmp_path: Path) -> None:
     path, _ = _made_work_disk(helper_world_here, tmp_path, size_mib=64)
-    workdisk.grow(path, size_mib=16)
+    grow.grow(path, size_mib=16)
     assert path.stat().st_size == 64 << 20
 
 

@@ -18,18 +18,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from banger import artefacts, run
 from banger.contract import errors, sizes
-from banger.images import reference, registry
+from banger.images import reference
+
+if TYPE_CHECKING:
+    from banger.images import registry
 
 PRUNE_HINT: Final = "free some space; `banger image cache prune` removes what no pull needs"
 _PARTIAL: Final = "partial"
 _BATCH: Final = 1 << 20
 _RESERVE_BYTES: Final = 64 << 20
 
-Open = Callable[[int], AbstractAsyncContextManager[registry.Body]]
+Open = Callable[[int], AbstractAsyncContextManager["registry.Body"]]
 """The blob from an offset on."""
 
 

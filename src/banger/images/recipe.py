@@ -16,14 +16,15 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 
-from banger import artefacts, debian, run, workers
+from banger import artefacts, run
 from banger.contract import errors, names, requests, sizes
-from banger.images import edit
-from banger.images.mkfs import filesystem
+
+if TYPE_CHECKING:
+    from banger.images import edit
 
 BUILDER_VERSION: Final = 1
 _BUILD_DEADLINE_S: Final = 1800.0
@@ -88,6 +89,8 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mask: tuple[Unit, ...] = ()
 
     def apply(self, edits: edit.Edits) -> None:
+        from banger.images.mkfs import filesystem
+
         for pattern in self.remove:
             edits.remove(pattern)
         for directory in self.directory:
@@ -178,6 +181,8 @@ def base_archive(
     on_line: Callable[[str], None] | None = None,
 ) -> Path:
     """The root file system as a tar, from the cache or made now; owners in it are right whoever we are."""
+    from banger import debian, workers
+
     kept = cache_dir / _KEPT / f"{recipe.name}-{recipe.base_key(arch, mirror)}{_ARCHIVE}"
     if kept.exists():
         return kept
@@ -230,6 +235,8 @@ def mode() -> Mode:
 
 
 def _command(recipe: Recipe, arch: str) -> list[str]:
+    from banger import debian
+
     paths = [f"--dpkgopt=path-exclude={path}" for path in recipe.exclude_paths]
     paths += [f"--dpkgopt=path-include={path}" for path in recipe.include_paths]
     how = mode()

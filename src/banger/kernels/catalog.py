@@ -11,13 +11,16 @@ import hashlib
 import importlib.resources
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 
-from banger import artefacts, debian, pinned, toml_file
+from banger import artefacts, pinned, toml_file
 from banger.contract import errors, names
-from banger.kernels import elf, importer, records
+from banger.kernels import records
+
+if TYPE_CHECKING:
+    from banger import debian
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
 # They become part of a line of apt's source list, and an argument.
@@ -124,6 +127,8 @@ def pull(
     on_line: Callable[[str], None] | None = None,
 ) -> records.Kernel:
     """Fetches, verifies, unpacks and publishes a kernel of the catalog under its name."""
+    from banger.kernels import importer
+
     with artefacts.scratch_directory(cache_dir) as scratch:
         match entry.source:
             case Library(library=library):
@@ -163,6 +168,8 @@ def _pinned(entry: Entry, file: File) -> pinned.PinnedFile:
 
 def extract(embedded: Library, library: bytes) -> bytes:
     """The vmlinux around the image in the library; its sha256 is pinned too."""
+    from banger.kernels import elf
+
     bundle = elf.parse(library).symbol(embedded.symbol)
     image = bundle[: len(bundle) - embedded.trailing_bytes]
     vmlinux = elf.wrap(image, load_address=embedded.load_address, entry_address=embedded.entry_address)
@@ -183,6 +190,8 @@ def download(
     on_line: Callable[[str], None] | None = None,
 ) -> debian.Package:
     """The package itself or, for a package that only depends on the newest kernel, that kernel's package."""
+    from banger import debian
+
     say = on_line or _silent
     say(f"reading the archive's index of {package.suite}")
     apt = debian.Apt(scratch / "apt", debian.sources(package.suite, mirror=mirror), arch)

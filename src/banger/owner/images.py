@@ -12,7 +12,7 @@ from typing import Final
 
 from banger import guest_binary, run
 from banger.contract import errors, names, requests, resources
-from banger.images import ext4, lookup, publish, recipe, records
+from banger.images import ext4, lookup, recipe, records
 from banger.owner import locks, operations, store
 
 _PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
@@ -93,6 +93,8 @@ class ImageService:
         wanted = recipe.load(body.recipe) if own is None else recipe.parse(own.encode())
         name = names.parse_artefact_name(body.name or wanted.name, "an image")
 
+        from banger.images import publish
+
         async def make(progress: operations.Progress) -> records.Image:
             progress.stage(resources.Stage.BUILD_IMAGE, f"building {name}")
             arch = platform.machine()
@@ -118,6 +120,8 @@ class ImageService:
         if body.name is not None:
             names.parse_artefact_name(body.name, "an image")
 
+        from banger.images import publish
+
         async def make(progress: operations.Progress) -> records.Image:
             progress.stage(resources.Stage.BUILD_IMAGE, f"copying {body.path}")
             path = Path(body.path)
@@ -130,6 +134,8 @@ class ImageService:
         """A copy under a name of its own: the blocks are shared where the file system can do that."""
         image = self.find(ref)
         name = names.parse_artefact_name(body.name, "an image")
+
+        from banger.images import publish
 
         async def make(progress: operations.Progress) -> records.Image:
             progress.stage(resources.Stage.BUILD_IMAGE, f"copying {image.name}")

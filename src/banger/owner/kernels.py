@@ -12,7 +12,7 @@ from typing import Final
 
 from banger import guest_binary, run
 from banger.contract import errors, names, requests, resources
-from banger.kernels import catalog, importer, records
+from banger.kernels import catalog, records
 from banger.owner import locks, operations, store
 
 # What an entry's file turns out to be is known when it is here.
@@ -112,6 +112,8 @@ class KernelService:
 
         if not body.path.startswith("/") or "\0" in body.path:
             raise errors.BadRequestError(f"{body.path!r} is not an absolute path")
+
+        from banger.kernels import importer
 
         async def make(progress: operations.Progress) -> records.Kernel:
             return await run.in_thread(

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import datetime
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import logging
@@ -18,14 +19,14 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import msgspec
 
 import banger
 from banger import guest_binary
 from banger.contract import errors, names, privileged, resources
-from banger.images import catalog, credentials, pull
+from banger.images import catalog
 from banger.owner import (
     activity,
     app,
@@ -57,6 +58,9 @@ from banger.owner import network as network_keeper
 from banger.vm import host, record
 from banger.vm.capabilities import dns, file_sync, packet_rules, work_disk
 from banger.vm.capabilities import publish as publishing
+
+if TYPE_CHECKING:
+    from banger.images import pull
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +191,12 @@ async def serve(
         )
 
 
+def _registries(settings: config.Config) -> pull.Settings:
+    from banger.images import credentials, pull
+
+    return pull.Settings(insecure=settings.insecure_registries, login_files=credentials.own_files())
+
+
 def _stop_signal() -> asyncio.Event:
     """Set by the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -230,7 +240,7 @@ async def compose(
     pull_service = pulls.PullService(
         image_service,
         paths.cache,
-        pull.Settings(insecure=settings.insecure_registries, login_files=credentials.own_files()),
+        functools.partial(_registries, settings),
         catalog.Catalog(paths.image_catalog),
     )
     pull_service.sweep()

@@ -10,12 +10,15 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from banger import guest_binary, pinned, run
 from banger.contract import errors, names, requests, resources
-from banger.images import assemble, blobs, bundle, catalog, pull, records, reference, sources
+from banger.images import blobs, bundle, catalog, records, reference
 from banger.owner import images, operations
+
+if TYPE_CHECKING:
+    from banger.images import pull
 
 DEFAULT_KERNEL: Final = "generic-6.12"
 _HEADROOM_MIB: Final = 1024
@@ -30,7 +33,7 @@ class PullService:
         self,
         images: images.ImageService,
         cache: Path,
-        settings: pull.Settings,
+        settings: Callable[[], pull.Settings],
         catalog: catalog.Catalog,
     ) -> None:
         self._images = images
@@ -118,8 +121,10 @@ class PullService:
         disk_size_mib: int | None,
         progress: operations.Progress,
     ) -> records.Image:
+        from banger.images import pull
+
         guest = guest_binary.path(platform.machine())
-        async with pull.opened(wanted, self._settings, self._blobs, progress) as puller:
+        async with pull.opened(wanted, self._settings(), self._blobs, progress) as puller:
             digest = await puller.digest()
             here = await run.in_thread(self._unchanged, wanted, name, digest, disk_size_mib, guest)
             if here is not None:
@@ -156,6 +161,8 @@ class PullService:
     def _import(
         self, path: Path, name: str, body: requests.ImportImage, on_line: Callable[[str], None]
     ) -> records.Image:
+        from banger.images import sources
+
         arch = platform.machine()
         scratch = self._cache / _IMPORTS
         with sources.opened(path, arch=arch, scratch=scratch, wanted=body.image) as found:
@@ -174,6 +181,8 @@ class PullService:
         *,
         source: str = "",
     ) -> records.Image:
+        from banger.images import assemble
+
         return assemble.assemble(
             self._images.records,
             found,

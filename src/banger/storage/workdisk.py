@@ -51,19 +51,6 @@ def create(path: Path, *, size_mib: int, seed: Path | None = None, authorized_ke
         staged.unlink(missing_ok=True)
 
 
-def grow(path: Path, *, size_mib: int) -> None:
-    """The file has at least this size, sparse; the file system in it grows when it is attached. Never less:
-    what a guest wrote stays.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if os.fstat(fd).st_size < size_mib * MIB:
-            os.ftruncate(fd, size_mib * MIB)
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _make(staged: Path, size_bytes: int, seed: Path | None, authorized_key: str) -> None:
     limits = filesystem.Limits(max_bytes=size_bytes)
     with filesystem.Filesystem(staged, limits=limits) as made:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 
 from banger.contract import privileged
-from banger.storage import workdisk
+from banger.storage import grow
 from banger.vm import capabilities
 
 
@@ -27,6 +27,8 @@ class WorkDisk:
         vm, layout = context.vm, context.host.layout
         path = layout.work_disk(vm.id)
         if not path.exists():
+            from banger.storage import workdisk  # much, and for new disks alone
+
             context.created.add(self.name)
             key = await asyncio.to_thread(self._authorized_key)
             await asyncio.to_thread(
@@ -37,7 +39,7 @@ class WorkDisk:
                 authorized_key=key,
             )
         else:
-            await asyncio.to_thread(workdisk.grow, path, size_mib=vm.disk_size_mib)
+            await asyncio.to_thread(grow.grow, path, size_mib=vm.disk_size_mib)
         await context.host.privileged(privileged.AttachWorkDisk(vm_id=vm.id, slot=vm.slot))
 
     async def after_start(self, context: capabilities.Context) -> None:
