@@ -79,7 +79,7 @@ def test_missing_kernel_file(idle_host: Lab) -> None:
 
 
 def test_image_cut_short(idle_host: Lab) -> None:
-    path = _rootfs(idle_host)
+    path = _rootfs(idle_host, "busybox")
     with _aside(idle_host, path):
         _as_owner(idle_host, f"head -c 32M {path}.aside > {path}")
         said = _fails(idle_host, "vm", "create", "web", *user.TINY, step="preflight")
@@ -135,10 +135,10 @@ def test_kernel_that_panics(idle_host: Lab) -> None:
 
 def test_image_without_our_init(idle_host: Lab) -> None:
     """The image still says that it holds the guest binary, so the start does not put it there."""
-    path = _rootfs(idle_host)
+    path = _rootfs(idle_host, "debian-bookworm")
     _move_in_image(idle_host, path, "/.banger/guest", "/.banger/aside")
     try:
-        words = ("vm", "create", "web", "--kernel", INITRD_KERNEL, *user.TINY)
+        words = ("vm", "create", "web", "--kernel", INITRD_KERNEL, *user.SMALL)
         said = _fails(idle_host, *words, step="wait_vsock_agent")
         assert "cannot execute /.banger/guest of the root disk" in said
         _expect_row(idle_host, "web", step="wait_vsock_agent", code="operation_failed")
@@ -197,8 +197,8 @@ def _as_owner(host: Lab, script: str) -> str:
     return host.run(["sh", "-c", script], user=user.NAME).text
 
 
-def _rootfs(host: Lab) -> str:
-    image = json.loads(user.banger(host, "image", "show", "busybox", "--json").text)
+def _rootfs(host: Lab, name: str) -> str:
+    image = json.loads(user.banger(host, "image", "show", name, "--json").text)
     return f"{STATE}/images/{image['id']}/rootfs.ext4"
 
 
