@@ -45,6 +45,11 @@ except errors.ConflictError as error:
             "10.213.0.1/16",
             "fail network 10.213.240.0/20 overlaps 10.213.0.0/16, which this host reaches by other",
         ),
+        (
+            "other",
+            "10.99.0.1/24",
+            "fail network 10.213.240.0/20 overlaps 10.213.0.0/16, which this host reaches by table 52",
+        ),
         ("other", "10.214.0.1/24", "pass 10.213.240.0/20 is the VMs' alone"),
         ("br-fc", "10.213.240.1/20", "pass 10.213.240.0/20 is the VMs' alone"),
     ],
@@ -88,10 +93,12 @@ def test_an_installation_is_refused_before_anything_is_made(address: str, said: 
 
 
 def _where(link: str, address: str, program: str) -> str:
-    """What it prints on a host with this address."""
+    """What it prints on a host with this address; that of a VPN has a table of its own besides."""
     script = (
         'ip link add "$1" type bridge && ip addr add "$2" dev "$1" && ip link set "$1" up '
-        '&& ip route add default dev "$1" && exec "$3" -c "$4"'
+        '&& ip route add default dev "$1" && ip route add unreachable 10.0.0.0/8 table 52 '
+        '&& if [ "$2" = 10.99.0.1/24 ]; then ip route add 10.213.0.0/16 dev "$1" table 52; fi '
+        '&& exec "$3" -c "$4"'
     )
     argv = ["unshare", "--net", "sh", "-ec", script, "sh", link, address, sys.executable, program]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)

@@ -17,6 +17,7 @@ from banger.contract import errors, names
 Network = ipaddress.IPv4Network
 Network6 = ipaddress.IPv6Network
 TABLE: Final = Path("/proc/net/route")
+TABLES: Final = Path("/proc/net/fib_trie")
 TABLE6: Final = Path("/proc/net/ipv6_route")
 _PREFIX_LENGTH: Final = 20
 _NO_LINK: Final = "*"
@@ -29,6 +30,7 @@ _PROPOSALS6: Final = 64
 
 class Route(NamedTuple):
     link: str
+    """Or the table, where the kernel does not say which link."""
     network: Network | Network6
 
 
@@ -41,6 +43,22 @@ def routes(table: Path = TABLE) -> list[Route]:
         network = Network((_address(destination), str(_address(mask))))
         if network.prefixlen and link != _NO_LINK:
             found.append(Route(link, network))
+    return found
+
+
+def policy_routes(tables: Path = TABLES) -> list[Route]:
+    """Those of tables that rules lead to, such as a VPN's. Source: Linux, net/ipv4/fib_trie.c."""
+    if not tables.exists():
+        return []
+    found, table, leaf = [], "", ""
+    for line in tables.read_text().splitlines():
+        first, *rest = line.split()
+        if not line.startswith(" "):
+            table = f"table {rest[0].rstrip(':')}" if first == "Id" else ""
+        elif first == "|--":
+            leaf = rest[0]
+        elif table and first.startswith("/") and first != "/0" and rest[1] == "UNICAST":
+            found.append(Route(table, Network(f"{leaf}{first}")))
     return found
 
 

@@ -88,7 +88,8 @@ class Install:
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
         await run.in_thread(ownership.require, Path(sys.prefix))
-        addresses.check(_network(self._choices.network), addresses.routes())
+        found = [*addresses.routes(), *addresses.policy_routes()]
+        addresses.check(_network(self._choices.network), found)
         addresses.check6(_network6(self._choices.network6), addresses.routes6())
 
     async def _make_directories(self) -> None:

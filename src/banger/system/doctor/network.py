@@ -30,7 +30,8 @@ def prefix(scene: scenes.Scene) -> report.Finding:
             f"network {text!r} is none: {error}", "sudo banger system install --network CIDR"
         )
     try:
-        addresses.check(ours, addresses.routes(scene.at(str(addresses.TABLE))))
+        found = addresses.routes(scene.at(addresses.TABLE))
+        addresses.check(ours, [*found, *addresses.policy_routes(scene.at(addresses.TABLES))])
     except errors.ConflictError as error:
         return report.failed(error.message, f"sudo banger system install; {error.hint}")
     return report.passed(f"{ours} is the VMs' alone")
@@ -45,7 +46,7 @@ def ipv6(scene: scenes.Scene) -> report.Finding:
         )
     try:
         ours = names.parse_network6(scene.settings().network6)
-        addresses.check6(ours, addresses.routes6(scene.at(str(addresses.TABLE6))))
+        addresses.check6(ours, addresses.routes6(scene.at(addresses.TABLE6)))
     except (ValueError, errors.ConflictError) as error:
         hint = getattr(error, "hint", "with --network6")
         return report.failed(f"no VM can have --ipv6: {error}", f"sudo banger system install; {hint}")
