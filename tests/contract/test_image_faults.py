@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -24,7 +25,7 @@ import pytest
 
 from banger import artefacts, run
 from banger.contract import resources
-from banger.images import ext4, records
+from banger.images import ext4, publish, records
 from banger.owner import config
 from tests import oci_make
 from tests.contract import api_served, conftest
@@ -151,25 +152,53 @@ async def test_an_import_cancelled_at_any_stage(served: Served, layout: Path) ->
 async def test_cancelled_before_it_is_published(
     served: Served, layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that takes its time to be sure of everything, which no real one can be told to."""
-    syncing, loop, really = asyncio.Event(), asyncio.get_running_loop(), artefacts.sync
-
-    def slowly(path: Path) -> None:
-        loop.call_soon_threadsafe(syncing.set)
-        deadline = time.monotonic() + 10
-        with contextlib.suppress(Exception):
-            while time.monotonic() < deadline:
-                run.check_cancelled()
-                time.sleep(0.01)
-        really(path)
-
-    monkeypatch.setattr(artefacts, "sync", slowly)
+    """While the disk takes its time to be sure of everything."""
+    syncing = _slow_down(monkeypatch, artefacts, "sync")
     operation = await served.begin("POST", "/v1/images/import", {"path": str(layout), "name": "laid"})
     await asyncio.wait_for(syncing.wait(), 20)
     ended = (await served.http.delete(f"/v1/operations/{operation.id}")).json()
     assert ended["status"] == "cancelled"
     assert _left(served.daemon.paths) == []
     assert len((await served.http.get("/v1/images")).json()) == 1
+
+
+@pytest.mark.parametrize("way", ["register", "promote"])
+async def test_a_copy_cancelled_in_the_middle(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+) -> None:
+    """Of an image that is here, or of a directory."""
+    oci_make.layout(tmp_path / "small", "v1", [BASE], {})
+    made = await served.done("POST", "/v1/images/import", {"path": str(tmp_path / "small"), "name": "laid"})
+    assert made.image is not None, made.error
+    path, body = "/v1/images/laid/promote", {"name": "other"}
+    if way == "register":
+        shutil.move(served.daemon.paths.state / "images" / made.image.id, tmp_path / "elsewhere")
+        path, body = "/v1/images/register", {"path": str(tmp_path / "elsewhere")}
+    before = await served.get("/v1/images", list[resources.Image])
+    copying = _slow_down(monkeypatch, publish, "_copy_some")
+    operation = await served.begin("POST", path, body)
+    await asyncio.wait_for(copying.wait(), 20)
+    ended = (await served.http.delete(f"/v1/operations/{operation.id}")).json()
+    assert ended["status"] == "cancelled"
+    assert _left(served.daemon.paths) == []
+    assert await served.get("/v1/images", list[resources.Image]) == before
+
+
+def _slow_down(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> asyncio.Event:
+    """Work that goes on until it is cancelled, which no real disk can be told; set when it has begun."""
+    begun, loop, really = asyncio.Event(), asyncio.get_running_loop(), getattr(module, name)
+
+    def slowly(*arguments: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        deadline = time.monotonic() + 10
+        with contextlib.suppress(Exception):
+            while time.monotonic() < deadline:
+                run.check_cancelled()
+                time.sleep(0.01)
+        return really(*arguments)
+
+    monkeypatch.setattr(module, name, slowly)
+    return begun
 
 
 # --- killed ---

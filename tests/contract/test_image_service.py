@@ -127,8 +127,9 @@ async def test_a_pull_says_how_far_it_is(served: Served, registry: registries.Re
 
 
 async def test_a_name_of_ones_own_and_a_size(served: Served, registry: registries.Registry) -> None:
-    made = _image(await _pull(served, f"{registry.host}/team/app:v1", name="mine", disk_size_mib=64))
-    assert (made.name, made.size_bytes) == ("mine", 64 << 20)
+    ref = f"{registry.host}/team/app:v1"
+    made = _image(await _pull(served, ref, name="mine", disk_size_mib=64))
+    assert (made.name, made.tags, made.size_bytes) == ("mine", (ref,), 64 << 20)
 
 
 @pytest.mark.parametrize("body", [{"reference": "Not/A/Reference"}, {"reference": "a", "name": "../x"}, {}])

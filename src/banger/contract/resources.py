@@ -312,6 +312,7 @@ class Image(Resource, frozen=True, kw_only=True):
     id: str
     name: str
     tags: tuple[str, ...] = ()
+    """What it was pulled by, with its tag."""
     arch: str
     size_bytes: int
     """Of the root disk; what it takes here is `stored_bytes`."""

@@ -34,7 +34,7 @@ def _by_id(text: str) -> Callable[[records.Image], bool]:
 
 
 def _by_name(text: str) -> Callable[[records.Image], bool]:
-    return lambda image: text == image.name or text in image.tags
+    return lambda image: text == image.name
 
 
 def _by_reference(text: str) -> Callable[[records.Image], bool]:

@@ -28,6 +28,8 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`size_bytes` is the root disk's, `stored_bytes` what it takes here; `kernel` is a kernel's name.
 
+    `tags` are what it was pulled by, as people write it; where one leads today is the registry's to say.
+
     What stands behind `created_at` is only said of images that came as OCI images or root file systems.
     """
 

@@ -134,8 +134,9 @@ class PullService:
             async with puller.bundle(platform.machine(), digest) as found:
                 progress.stage(resources.Stage.BUILD_IMAGE, f"making {name}")
                 try:
+                    tags = (wanted.familiar,) if wanted.tag else ()
                     return await run.in_thread(
-                        self._assemble, found, name, disk_size_mib, guest, progress.line()
+                        self._assemble, found, name, disk_size_mib, guest, progress.line(), tags=tags
                     )
                 except errors.BadRequestError:
                     self._blobs.forget(reference.Digest(layer.digest) for layer in found.layers)
@@ -180,6 +181,7 @@ class PullService:
         on_line: Callable[[str], None],
         *,
         source: str = "",
+        tags: tuple[str, ...] = (),
     ) -> records.Image:
         from banger.images import assemble
 
@@ -192,6 +194,7 @@ class PullService:
             headroom_mib=_HEADROOM_MIB,
             size_bytes=disk_size_mib * _MIB if disk_size_mib is not None else None,
             source=source or found.reference,
+            tags=tags,
             on_line=on_line,
         )
 
