@@ -212,9 +212,15 @@ async def test_ten_creates_at_once(daemon: conftest.Daemon) -> None:
     assert len({vm.address for vm in vms}) == 10
 
 
-async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(daemon: conftest.Daemon) -> None:
+@pytest.mark.parametrize("memory", ["", "Killed process 93 (cc1plus)"])
+async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
+    daemon: conftest.Daemon, memory: str
+) -> None:
     created = (await daemon.create()).vm
     assert created is not None
+    console = daemon.paths.layout.logs / created.id / "console.log"
+    if memory:
+        console.write_text(f"[    9.1] Out of memory: {memory}, UID 0 total-vm:9kB\n")
     fake = daemon.world.vm(created.id).vmm
     assert fake is not None
     await fake.kill()
@@ -226,6 +232,8 @@ async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(daemon: conftest
     assert vm.state is resources.VmState.ERROR
     assert vm.last_error is not None
     assert "ended unexpectedly" in vm.last_error.message
+    assert (f"ran out of memory ({memory})" in vm.last_error.message) == bool(memory)
+    assert ("vm set web --memory 256M" in vm.last_error.hint) == bool(memory)
     assert daemon.world.leftovers() == {}
 
 

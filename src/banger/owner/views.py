@@ -119,10 +119,15 @@ class Views:
         if not panic and _ORDERLY_END in readiness.console_tail(logs / "vmm.log"):
             return _ended(vm, resources.VmState.STOPPED, None)
         why = f"its kernel panicked: {panic}" if panic else "its VMM ended unexpectedly"
+        hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
+        memory = readiness.memory_line(logs / "console.log")
+        if memory:
+            why = f"{why}, after it ran out of memory ({memory})"
+            hint = f"`banger vm set {vm.name} --memory {2 * vm.memory_mib}M` gives it more; {hint}"
         body = errors.ErrorBody(
             code=errors.OperationFailedError.code,
             message=f"{vm.name} is no longer running: {why}",
-            hint=f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again",
+            hint=hint,
         )
         return _ended(vm, resources.VmState.ERROR, body)
 

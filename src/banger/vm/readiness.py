@@ -98,6 +98,12 @@ def panic_line(console: Path) -> str:
     return ""
 
 
+def memory_line(console: Path) -> str:
+    """What a guest kernel that ran out of memory last ended for it; empty when it did not."""
+    _, found, rest = console_tail(console).rpartition("Out of memory: ")
+    return rest.partition(",")[0].partition("\n")[0].strip() if found else ""
+
+
 def guest_line(console: Path) -> str:
     """The last line of our own init in a guest, which is quiet unless it gives up; empty without one."""
     lines = [line.partition("banger-guest: ")[2] for line in console_tail(console).splitlines()]
