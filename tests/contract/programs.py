@@ -35,18 +35,26 @@ class Programs:
     async def start(self) -> None:
         """Returns when it says that it is ready. Connecting would prove nothing: a program that the last one
         had just forked may hold its socket open for a moment longer."""
-        where = self.paths
-        with _notified(where.run.with_name("notify")) as ready:
-            self.daemon = await _program(
-                "banger.owner.main",
-                *("--install", str(where.install), "--config", str(where.install.with_name("config.toml"))),
-                *("--state-dir", str(where.state), "--cache-dir", str(where.cache)),
-                *("--run-dir", str(where.run), "--helper-socket", str(where.helper_socket)),
-                *("--log-level", "error"),
-                NOTIFY_SOCKET=ready.getsockname(),
-            )
+        with _notified(self.paths.run.with_name("notify")) as ready:
+            self.daemon = await _program(*self._command(), NOTIFY_SOCKET=ready.getsockname())
             async with asyncio.timeout(20):
                 assert await asyncio.get_running_loop().sock_recv(ready, 64) == b"READY=1"
+
+    def _command(self) -> tuple[str, ...]:
+        where = self.paths
+        return (
+            "banger.owner.main",
+            *("--install", str(where.install), "--config", str(where.install.with_name("config.toml"))),
+            *("--state-dir", str(where.state), "--cache-dir", str(where.cache)),
+            *("--run-dir", str(where.run), "--helper-socket", str(where.helper_socket)),
+            *("--log-level", "error"),
+        )
+
+    async def second(self) -> tuple[int | None, str]:
+        """Another daemon beside the one that runs: how it ends, and what it says."""
+        other = await _program(*self._command(), stderr=asyncio.subprocess.PIPE)
+        _, said = await other.communicate()
+        return other.returncode, said.decode()
 
     async def end(self, number: signal.Signals) -> None:
         if self.daemon is not None:
@@ -95,10 +103,12 @@ def _notified(path: Path) -> Iterator[socket.socket]:
             path.unlink()
 
 
-async def _program(module: str, *arguments: str, **extra: str) -> asyncio.subprocess.Process:
+async def _program(
+    module: str, *arguments: str, stderr: int | None = None, **extra: str
+) -> asyncio.subprocess.Process:
     environment = {**os.environ, "PYTHONPATH": str(_TREE), **extra}
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *arguments, cwd=_TREE, env=environment
+        sys.executable, "-m", module, *arguments, cwd=_TREE, env=environment, stderr=stderr
     )
 
 

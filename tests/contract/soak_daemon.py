@@ -43,7 +43,7 @@ class Clock:
         return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=self.ahead_s)
 
     def put_on(self) -> None:
-        for module in (activity, lifetimes, lifetime):
+        for module in (activity, lifetimes, lifetime, operations):
             module.time = self  # type: ignore[attr-defined]
         operations._now = self.now
         lifetimes._LOOK_S = _LOOK_S  # type: ignore[misc]

@@ -28,6 +28,8 @@ class Behaviour:
     """Nobody ever answers in the guest."""
     is_old: bool = False
     """The agent has no port for pulses."""
+    hangs: bool = False
+    """Connections are taken, and nothing is ever said on them."""
     panic: str = ""
     """The guest's kernel panics with this reason instead of coming up."""
     ignores_power_off: bool = False
@@ -125,6 +127,9 @@ class FakeVmm:
             return
         try:
             line = await reader.readline()
+            if self._behaviour.hangs:
+                await reader.read()
+                return
             nobody = self._behaviour.silent or self._behaviour.panic
             if line == b"CONNECT 1023\n" and not nobody:
                 writer.write(b"OK 1073741824\n")

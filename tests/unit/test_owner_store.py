@@ -224,7 +224,7 @@ def test_a_file_that_is_no_database_is_refused_with_what_to_do(path: Path) -> No
     path.write_bytes(b"not a database, but long enough to look at" * 100)
     with pytest.raises(errors.OperationFailedError) as caught:
         store.Store(path)
-    assert "move banger.db" in caught.value.hint
+    assert "put banger.db back" in caught.value.hint
     with pytest.raises(errors.OperationFailedError):
         migrations.check(path)
 

@@ -12,7 +12,7 @@
     ├── DeadlineError            timed_out
     ├── NoSpaceError             no_space
     ├── MissingToolError         missing_tool      a program or kernel feature the host lacks
-    ├── UnavailableError         unavailable       the process on the other side does not answer
+    ├── UnavailableError         unavailable       the other side does not answer, or has nothing left
     ├── RefusedError             refused           nothing listens on that port of the guest
     ├── ProtocolError            protocol          the process on the other side does not speak as agreed
     └── OperationFailedError     operation_failed
@@ -22,6 +22,8 @@ A message says what failed, on which object, and why: lower case, no full stop. 
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import ClassVar
 
 import msgspec
@@ -131,17 +133,59 @@ _BY_CODE: dict[str, type[BangerError]] = {
 CODES = frozenset(_BY_CODE)
 
 
+_OUT_OF: dict[int, tuple[type[BangerError], str, str]] = {
+    errno.EMFILE: (
+        UnavailableError,
+        "this service may open no more files",
+        "end terminals, tunnels and copies that nobody needs, or raise LimitNOFILE= of its unit",
+    ),
+    errno.ENFILE: (UnavailableError, "the host may open no more files", "raise fs.file-max with sysctl"),
+    errno.ENOMEM: (
+        UnavailableError,
+        "the host has no memory left",
+        "stop a VM that nobody needs, or give the host more memory or swap",
+    ),
+    errno.EAGAIN: (
+        UnavailableError,
+        "the host has no room for another process or thread",
+        "stop a VM that nobody needs, or raise TasksMax= of the unit",
+    ),
+    errno.ENOSPC: (
+        NoSpaceError,
+        "no space left",
+        "free space, or files when there is space: `df -h` and `df -i` show where",
+    ),
+}
+_OUT_OF[errno.EDQUOT] = _OUT_OF[errno.ENOSPC]
+_NO_THREAD = "can't start new thread"
+
+
+def exhausted(error: BaseException) -> BangerError | None:
+    """What the host or this service has run out of; None for an error of any other kind."""
+    number = error.errno if isinstance(error, OSError) and not isinstance(error, BlockingIOError) else None
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        number = errno.EAGAIN
+    if number not in _OUT_OF:
+        return None
+    kind, said, hint = _OUT_OF[number]
+    where = f": {os.fsdecode(error.filename)}" if isinstance(error, OSError) and error.filename else ""
+    return kind(f"{said}{where}", hint=hint)
+
+
 def to_body(error: BaseException, *, op_id: str = "", step: str = "") -> ErrorBody:
     """Describes any exception for a wire; notes added to it (failed undos) become `also`."""
     also = tuple(getattr(error, "__notes__", ()))
-    if isinstance(error, BangerError):
+    known = error if isinstance(error, BangerError) else exhausted(error)
+    if known is not None:
         return ErrorBody(
-            code=error.code,
-            message=error.message,
-            hint=error.hint,
+            code=known.code,
+            message=known.message,
+            hint=known.hint,
             op_id=op_id,
             step=step,
-            fields=error.fields,
+            fields=known.fields,
             also=also,
         )
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

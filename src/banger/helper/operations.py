@@ -177,8 +177,8 @@ def _explained(request: privileged.Request[Any], error: Exception) -> errors.Ban
     number = error.errno if isinstance(error, OSError) else None
     what = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
     message = f"{operation_name(request)}{what}: {os.strerror(number) if number else error}"
-    if number in {errno.ENOSPC, errno.EDQUOT}:
-        return errors.NoSpaceError(message, hint="free some space on the host")
+    if (known := errors.exhausted(error)) is not None:
+        return type(known)(message, hint=known.hint)
     if number == errno.ENOENT and isinstance(error, OSError) and str(error.filename).startswith("/dev/"):
         return errors.MissingToolError(
             message, hint="load the kernel modules loop, dm_snapshot, tun and kvm"

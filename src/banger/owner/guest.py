@@ -68,6 +68,8 @@ def vsock_connector(socket: Path, port: int = names.AGENT_PORT) -> Connector:
                     writer.close()
                     raise
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError) as error:
+            if (ours := errors.exhausted(error)) is not None:
+                raise ours from error
             raise errors.UnavailableError(f"the guest's agent does not answer: {_reason(error)}") from error
         if not line.startswith(_ACCEPTED) or len(line) > _LINE_BYTES:
             writer.close()

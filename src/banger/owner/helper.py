@@ -81,6 +81,8 @@ class Client:
             message = f"the root helper did not answer {_name(request)} within {deadline_s:g} s"
             raise errors.DeadlineError(message, hint=_HINT) from None
         except (OSError, asyncio.IncompleteReadError) as error:
+            if (ours := errors.exhausted(error)) is not None:
+                raise ours from error
             raise errors.UnavailableError(f"the root helper does not answer: {error}", hint=_HINT) from error
         finally:
             slow.cancel()

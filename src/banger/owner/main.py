@@ -231,6 +231,7 @@ async def compose(
     bridge: str = names.BRIDGE,
 ) -> AsyncIterator[routes.Services]:
     """Everything behind the routes, reconciled with the world; ended in reverse order."""
+    store.require_rows_for(paths.database, paths.state / "vms")
     rows = store.Store(paths.database)
     running = operations.Operations()
     image_service = images.ImageService(paths.state / "images", paths.cache, rows, running)

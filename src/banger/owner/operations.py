@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import datetime
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 Outcome = resources.Vm | resources.Image | resources.Kernel | None
 _KEPT: Final = 200
-_KEPT_FOR: Final = datetime.timedelta(hours=1)
+_KEPT_FOR_S: Final = 3600.0
 _CLOSE_S: Final = 45.0
 
 current_op_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_op_id", default="")
@@ -37,6 +38,8 @@ class _Entry:
     has_begun: bool = False
     cancel_requested: bool = False
     task: asyncio.Task[None] | None = None
+    ended_at: float = math.inf
+    """On the monotonic clock: setting the host's clock makes no operation unknown that just ended."""
 
     @property
     def is_final(self) -> bool:
@@ -194,12 +197,12 @@ class Operations:
 
     def _forget_old(self) -> None:
         """Ended ones are kept for an hour, and at most so many."""
-        ended = [entry.operation for entry in self._entries.values() if entry.is_final]
-        long_ago = _now() - _KEPT_FOR
+        ended = [entry for entry in self._entries.values() if entry.is_final]
+        long_ago = time.monotonic() - _KEPT_FOR_S
         surplus = len(ended) - _KEPT
-        for number, operation in enumerate(ended):
-            if number < surplus or (operation.ended_at or long_ago) <= long_ago:
-                del self._entries[operation.id]
+        for number, entry in enumerate(ended):
+            if number < surplus or entry.ended_at <= long_ago:
+                del self._entries[entry.operation.id]
 
 
 def _request_cancel(entry: _Entry) -> None:
@@ -249,6 +252,7 @@ async def _run(entry: _Entry, work: Work) -> None:
                 "elapsed_ms": round((time.monotonic() - entry.zero) * 1000, 1),
             },
         )
+        entry.ended_at = time.monotonic()
         progress.end(ended)
 
 

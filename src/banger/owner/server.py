@@ -24,6 +24,7 @@ from banger.owner import operations, peers
 _log = logging.getLogger(__name__)
 
 _SHUTDOWN_S: Final = 5
+_QUIET_S: Final = 60.0
 _BACKLOG: Final = 256
 _MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
@@ -41,8 +42,25 @@ async def serve(
     before_shutdown: Callable[[], Awaitable[None]],
 ) -> None:
     """Until `stop` is set. `before_shutdown` runs when nobody may connect any more; the rest is served."""
+    asyncio.get_running_loop().set_exception_handler(_SaidOnce())
     server = _Server(_config(_Guard(application)), stop, before_shutdown)
     await server.serve(sockets=[listener])
+
+
+class _SaidOnce:
+    """asyncio tries a whole backlog whenever it may open no more files, and says so for each connection."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        known = errors.exhausted(error) if isinstance(error, OSError) else None
+        if known is None:
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._quiet_until:
+            self._quiet_until = loop.time() + _QUIET_S
+            _log.error("cannot take connections", extra={"error": known.message, "hint": known.hint})
 
 
 def _config(application: Application) -> uvicorn.Config:

@@ -23,6 +23,10 @@ _log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_MS: Final = 5000
 _SHORTEST_PREFIX: Final = 4
+_DAMAGED: Final = (
+    "stop bangerd, then put banger.db back from a copy, or move it, its -wal and vms/ aside;"
+    " no disk was touched"
+)
 Row = tuple[str, str, int, str, str, str, str, str]
 Rows = list[record.VmRecord]
 _COLUMNS: Final = "id, name, slot, state, image_id, kernel_id, created_at, record"
@@ -37,6 +41,7 @@ class Store:
         self._connection = connect(path)
         try:
             with _explained():
+                _require_whole(self._connection, path)
                 migrations.keep(self._connection, path)
                 migrations.migrate(self._connection)
         except BaseException:
@@ -170,9 +175,30 @@ def _explained() -> Iterator[None]:
                 "no space left for banger's database", hint="free space in the state directory"
             ) from error
         if name.startswith("SQLITE_CORRUPT") or name == "SQLITE_NOTADB":
-            hint = "stop bangerd, move banger.db and its -wal aside, or restore them; disks are untouched"
-            raise errors.OperationFailedError(f"banger's database is damaged: {error}", hint=hint) from error
-        raise errors.OperationFailedError(f"banger's database cannot be used: {error}") from error
+            message = f"banger's database is damaged: {error}"
+            raise errors.OperationFailedError(message, hint=_DAMAGED) from error
+        hint = "is its disk there, writable, and with free inodes? `df -i` shows those"
+        raise errors.OperationFailedError(f"banger's database cannot be used: {error}", hint=hint) from error
+
+
+def require_rows_for(path: Path, disks: Path) -> None:
+    """Without its rows no VM's disk has an owner, and what has none is deleted. Raises ConflictError."""
+    has_rows = any(each.exists() and each.stat().st_size > 0 for each in (path, Path(f"{path}-wal")))
+    if not has_rows and disks.is_dir() and any(disks.iterdir()):
+        raise errors.ConflictError(
+            f"{path} is missing or empty, and {disks} holds disks of VMs",
+            hint=f"put the database back; or move {disks} away to begin without these VMs",
+        )
+
+
+def _require_whole(connection: sqlite3.Connection, path: Path) -> None:
+    """SQLite takes what is missing at the end of a file for rows of nothing, and would go on."""
+    [(said,)] = connection.execute("PRAGMA quick_check(1)").fetchall()
+    [(page_bytes,)] = connection.execute("PRAGMA page_size").fetchall()
+    if said == "ok" and path.stat().st_size % page_bytes:
+        said = "its last page is not whole"
+    if said != "ok":
+        raise errors.OperationFailedError(f"banger's database is damaged: {said}", hint=_DAMAGED)
 
 
 def connect(path: Path) -> sqlite3.Connection:
