@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Boundaries:
             os.kill(os.getpid(), signal.SIGKILL)
         self.passed.append(name)
 
-    def watch_steps(self) -> None:
+    def watch_steps(self, database: Path) -> None:
         """Before each step and undo, each request to the helper and each change of a row.
 
         After one is before the next; after the last is the end of the operation.
@@ -102,6 +103,15 @@ class Boundaries:
         helper.Client.call = called  # type: ignore[method-assign]
         for name in ("reserve", "save", "delete", "set_throw_away"):
             setattr(store.Store, name, self._around(name, getattr(store.Store, name)))
+        lasting = store.Store._lasting
+
+        @contextlib.contextmanager
+        def copied(rows: store.Store) -> Iterator[None]:
+            with lasting(rows):
+                yield
+            keep_what_lasts(database)
+
+        store.Store._lasting = copied  # type: ignore[method-assign, assignment]
 
     def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **more: Any) -> Any:
@@ -126,6 +136,23 @@ class Boundaries:
         sys.addaudithook(heard)
 
 
+def keep_what_lasts(database: Path) -> None:
+    """A copy of what a power cut leaves of the database in the worst case: nothing after this moment."""
+    for end in ("", "-wal"):
+        source, target = Path(f"{database}{end}"), Path(f"{database}{end}.lasting")
+        if source.exists():
+            shutil.copyfile(source, target)
+
+
+def lose_what_does_not_last(database: Path) -> None:
+    """The database as the last `keep_what_lasts` saw it."""
+    for end in ("", "-wal", "-shm"):
+        kept, lost = Path(f"{database}{end}.lasting"), Path(f"{database}{end}")
+        lost.unlink(missing_ok=True)
+        if kept.exists():
+            shutil.copyfile(kept, lost)
+
+
 def _is_below(path: Any, tops: tuple[str, ...]) -> bool:
     """A name relative to a descriptor may be anywhere."""
     text = os.fsdecode(path)
@@ -141,7 +168,7 @@ def live(paths: config.Paths, at: int, files: bool, pipe: connection.Connection)
     if files:
         boundaries.watch_files(paths.state, paths.cache)
     else:
-        boundaries.watch_steps()
+        boundaries.watch_steps(paths.database)
     asyncio.run(_live(paths, boundaries, pipe))
 
 

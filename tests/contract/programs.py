@@ -31,6 +31,7 @@ class Programs:
     paths: config.Paths
     helper: asyncio.subprocess.Process
     daemon: asyncio.subprocess.Process | None = None
+    module: str = "banger.owner.main"
 
     async def start(self) -> None:
         """Returns when it says that it is ready. Connecting would prove nothing: a program that the last one
@@ -43,7 +44,7 @@ class Programs:
     def _command(self) -> tuple[str, ...]:
         where = self.paths
         return (
-            "banger.owner.main",
+            self.module,
             *("--install", str(where.install), "--config", str(where.install.with_name("config.toml"))),
             *("--state-dir", str(where.state), "--cache-dir", str(where.cache)),
             *("--run-dir", str(where.run), "--helper-socket", str(where.helper_socket)),
@@ -125,8 +126,10 @@ async def _answers(path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(paths: config.Paths) -> AsyncIterator[Programs]:
-    """Both run; the daemon has started for the first time."""
+async def running(
+    paths: config.Paths, *, agent: Path | None = None, module: str = "banger.owner.main"
+) -> AsyncIterator[Programs]:
+    """Both run; the daemon has started for the first time. `agent` is what answers in all guests."""
     owner = {"owner_uid": os.getuid(), "helper_dir": str(paths.helper_dir)}
     paths.install.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in owner.items()))
     paths.install.with_name("config.toml").write_text(_CONFIG)
@@ -134,8 +137,9 @@ async def running(paths: config.Paths) -> AsyncIterator[Programs]:
         "tests.fakes.helper",
         *("--socket", str(paths.helper_socket), "--state", str(paths.state)),
         *("--helper-dir", str(paths.helper_dir)),
+        *(() if agent is None else ("--agent", str(agent))),
     )
-    made = Programs(paths, helper)
+    made = Programs(paths, helper, module=module)
     try:
         await _answers(paths.helper_socket)
         await made.start()

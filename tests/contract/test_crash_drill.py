@@ -268,6 +268,20 @@ async def test_a_daemon_killed_while_root_works(survivors: Host, act: str, both:
             await survivors.judge_living(life, where)
 
 
+@pytest.mark.parametrize("act", ["create", "start", "stop", "restart", "delete"])
+async def test_a_host_that_loses_its_power(survivors: Host, act: str) -> None:
+    """Before every change of a row, and at the end; the database is then as old as it can be."""
+    whole = await survivors.act(act)
+    assert whole is not None
+    await survivors.judge(f"{act}, not killed")
+    where = [at for at, name in enumerate(whole.passed) if name.startswith("row") or name == "end"]
+    for at in where:
+        assert await survivors.act(act, at) is None
+        await survivors.world.lose_power()
+        crash_daemon.lose_what_does_not_last(survivors.paths.database)
+        await survivors.judge(f"{act}, no power before {whole.passed[at]}")
+
+
 async def _parts(host: Host, act: str) -> list[tuple[int, str]]:
     """Every request of an operation, as it begins, between its parts, and as it ends."""
     whole = await host.act(act)

@@ -354,3 +354,35 @@ async def test_a_database_cut_short_is_said_and_nothing_is_deleted(
     assert "back" in caught.value.hint
     assert sorted((paths.state / "vms").rglob("*")) == disks
     assert names.VmId(next(iter(world.leftovers())))
+
+
+async def test_what_a_starting_daemon_cannot_clean_up_it_cleans_up_later(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """Else its row would say for ever that it runs."""
+    composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+    async with composed as services:
+        await conftest.Daemon(services, paths, world).create()
+    for vm in world.vms.values():
+        assert vm.vmm is not None
+        await vm.vmm.kill()
+    failures, cleaned = 2, asyncio.Event()
+
+    async def done(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.TearDown):
+            cleaned.set()
+
+    async def refuse(request: privileged.Request[Any]) -> None:
+        nonlocal failures
+        if isinstance(request, privileged.TearDown) and failures:
+            failures -= 1
+            raise errors.OperationFailedError("the device is busy")
+
+    world.before, world.after = refuse, done
+    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        async with asyncio.timeout(20):
+            await cleaned.wait()
+            async with services.vms._lifecycle.hold((await services.vms.get("web")).id, ""):
+                pass  # what goes on under this lock is over
+        assert (await services.vms.get("web")).state is not resources.VmState.RUNNING
+        assert world.leftovers() == {}

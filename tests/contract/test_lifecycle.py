@@ -264,6 +264,8 @@ async def test_a_daemon_that_starts_again_adopts_what_runs(paths: config.Paths, 
 async def test_a_daemon_that_starts_again_collects_what_no_row_owns(
     paths: config.Paths, world: worlds.World
 ) -> None:
+    async with _composed(paths, world):
+        pass  # there is a database: without one these would be taken for VMs that have lost theirs
     world.vm("ffffffffffff").tap = True
     (paths.state / "vms" / "ffffffffffff").mkdir(parents=True)
     async with _composed(paths, world):

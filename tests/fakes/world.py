@@ -112,6 +112,13 @@ class World:
     def asked(self, kind: type[privileged.Request[Any]]) -> int:
         return sum(isinstance(request, kind) for request in self.requests)
 
+    async def lose_power(self) -> None:
+        """What lies on the disk is left: jails' files and logs."""
+        await self.close()
+        self.bridge = self.tables = self.routed = False
+        for vm_id, vm in list(self.vms.items()):
+            self.vms[vm_id] = VmState(jail=vm.jail, jail_slot=vm.jail_slot, logs=vm.logs)
+
     async def close(self) -> None:
         for vm in self.vms.values():
             if vm.vmm is not None:

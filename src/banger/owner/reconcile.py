@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Coroutine
 from typing import Protocol
 
-from banger.contract import names, privileged, resources
+from banger.contract import errors, names, privileged, resources
 from banger.owner import inventory
 from banger.owner import store as stores
 from banger.vm import host as hosts
@@ -62,10 +62,19 @@ async def _reconcile_row(
             _log.info("vm adopted", extra={"vm": vm.id, "pid": vmm.pid})
             return
     if vm.state is resources.VmState.RUNNING:
-        await vms.collect(vm)
+        await _collect(vm, vms)
     elif seen is not None and not seen.is_empty:
         _log.info("tearing down what an interrupted operation left", extra={"vm": vm.id})
         await host.privileged(privileged.TearDown(vm_id=vm.id))
+
+
+async def _collect(vm: record.VmRecord, vms: Vms) -> None:
+    """What cannot be cleaned up now is watched like one that runs: that tries again until it is done."""
+    try:
+        await vms.collect(vm)
+    except errors.BangerError:
+        vms.adopt(vm, privileged.Vmm(pid=0))
+        raise
 
 
 async def _collect_orphan(vm_id: names.VmId, host: hosts.Host) -> None:
@@ -78,14 +87,3 @@ async def _guarded(vm_id: str, work: Coroutine[None, None, None]) -> None:
         await work
     except Exception as error:
         _log.error("could not reconcile", extra={"vm": vm_id, "error": str(error)})
-
-
-def _collect_files(layout: hosts.Layout, known: set[names.VmId]) -> None:
-    """Directories of VMs that were deleted half way."""
-    parent = layout.state / "vms"
-    if not parent.is_dir():
-        return
-    for path in parent.iterdir():
-        if path.name not in known and path.is_dir() and not path.is_symlink():
-            _log.warning("deleting files that no row owns", extra={"vm": path.name})
-            shutil.rmtree(path)
