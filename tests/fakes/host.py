@@ -25,7 +25,7 @@ import banger
 from banger.contract import names, privileged
 from banger.images import records as images
 from banger.kernels import records as kernels
-from banger.system import host
+from banger.system import host, releases
 from banger.system.doctor import report, scene, table
 from tests.fakes import daemon
 
@@ -200,11 +200,13 @@ class FakeHost:
         self.program(f"{PREFIX}/bin/banger")
         self.says("/usr/bin/python3.11", json.dumps([LIBC]))
         self.at(PREFIX / "bin/python").symlink_to("../../../../bin/python3.11")
-        self.at(host.BIN).mkdir(parents=True)
-        for name in host.COMMANDS:
-            self.at(host.BIN / name).symlink_to(PREFIX / "bin" / name)
-        for name in host.UNITS:
-            self.write(host.UNIT_DIR / name, host.unit_text(name, self.account.pw_name, PREFIX))
+        laid = releases.Releases(self.root)
+        laid.write_units(self.at(PREFIX), self.account.pw_name, host.unit_sources())
+        for link, target in laid.links().items():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            laid.lead(link, target)
+        laid.top.mkdir()
+        laid.switch(self.at(PREFIX))
         hashes, record = {}, {}
         for name, said in (("firecracker", "Firecracker"), ("jailer", "Jailer")):
             path = self.program(str(host.RUNTIME / name), f"echo '{said} v1.12.1'")

@@ -30,7 +30,7 @@ SLEEPS: dict[str, str] = {
     "owner/claims.py": "a client that is gone announces nothing; others are heard of at once",
     "owner/lifetimes.py": "time itself is what is waited for",
     "owner/silence.py": "a guest that has fallen silent announces nothing: it is asked now and then",
-    "system/install.py": "a service that starts is asked until it answers, or a deadline is over",
+    "system/machine.py": "a service that starts is asked until it answers, or a deadline is over",
     "owner/tunnels.py": "nothing announces that a service in the guest listens",
     "vm/readiness.py": "a guest cannot announce itself to an unprivileged process of the host",
 }

@@ -112,6 +112,10 @@ def names_at(endpoint: str, *, problem: str = "") -> Break:
     return change
 
 
+def writable_drop_in(host: fakes.FakeHost) -> None:
+    host.write(f"{ETC}/bangerd-root.service.d/own.conf", "[Service]\n", mode=0o666)
+
+
 def foreign_command(host: fakes.FakeHost) -> None:
     host.at(hosts.BIN / "banger").unlink()
     host.write(hosts.BIN / "banger", "")
@@ -174,6 +178,7 @@ LIBRARY = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
 MOUNTS = "/proc/self/mountinfo"
 ROUTES = "/proc/net/route"
 IPV6 = "/proc/sys/net/ipv6/conf/all"
+ETC = "/etc/systemd/system"
 MODULES_DEP = f"/lib/modules/{fakes.RELEASE}/modules.dep"
 
 BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
@@ -219,13 +224,7 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("jailer", newer_firecracker, WARN, "Firecracker is 1.13.0", "system install"),
     ("root's code", mode(HELPER_MODULE, 0o664), FAIL, str(HELPER_MODULE), f"chmod go-w {HELPER_MODULE}"),
     ("root's code", mode("/usr/local", 0o777), FAIL, "/usr/local can be", "chmod go-w /usr/local"),
-    (
-        "root's code",
-        mode("/usr/bin/python3.11", 0o775),
-        FAIL,
-        "/usr/bin/python3.11 can",
-        "chmod go-w",
-    ),
+    ("root's code", mode("/usr/bin/python3.11", 0o775), FAIL, "python3.11 can", "chmod go-w"),
     ("root's interpreter", mode("/usr/lib/python3.11/os.py", 0o666), FAIL, "os.py can be", "chmod go-w"),
     ("root's interpreter", mode(fakes.LIBC, 0o666), FAIL, "libc.so.6 can be", "chmod go-w"),
     ("root's interpreter", mode(HELPER_MODULE, 0o664), SKIP, "others could change", "root's code"),
@@ -234,7 +233,8 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("root's runtime", mode(hosts.RUNTIME / "runtime.json", 0o666), FAIL, "runtime.json", "chmod go-w"),
     ("root's settings", mode(hosts.INSTALL_TOML, 0o666), FAIL, "install.toml", "chmod go-w"),
     ("root's units", mode(hosts.UNIT_DIR / "bangerd.service", 0o666), FAIL, "bangerd.service", "chmod go-w"),
-    ("commands", foreign_command, FAIL, "not a link", "move away"),
+    ("root's units", writable_drop_in, FAIL, "own.conf can be", "chmod go-w"),
+    ("commands", foreign_command, FAIL, "does not lead to", "move away"),
     ("commands", mode(hosts.BIN, 0o777), FAIL, "/usr/local/bin can be", "chmod go-w"),
     (
         "units as shipped",
@@ -250,9 +250,10 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
         "bangerd-root.service",
         "system install",
     ),
+    ("units as shipped", writes(f"{ETC}/bangerd.service", ""), FAIL, "instead of ours", "delete it"),
     (
         "units as shipped",
-        writes(hosts.UNIT_DIR / "bangerd.service.d/own.conf", "[Service]\n"),
+        writes(f"{ETC}/bangerd.service.d/own.conf", "[Service]\n"),
         WARN,
         "own.conf",
         "daemon-reload",

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, names, resources
-from banger.owner import migrations, store
+from banger.owner import main, migrations, store
 from banger.vm import record
 
 IMAGE, OTHER_IMAGE = names.ImageId("aaaaaaaaaaaa"), names.ImageId("bbbbbbbbbbbb")
@@ -356,6 +356,13 @@ def test_a_newer_program_s_migration_is_undone(
     with contextlib.closing(store.Store(path)) as again:
         assert [vm.id for vm in again.list()] == [kept.id]
     assert migrations.check(path) is migrations.Verdict.CURRENT
+
+
+def test_rows_are_looked_at_also_where_nothing_is_installed(path: Path) -> None:
+    asked = ["--check-migrations", f"--state-dir={path.parent}", f"--install={path.parent / 'gone.toml'}"]
+    assert main.main(asked) == 1
+    store.Store(path).close()
+    assert main.main(asked) == 0
 
 
 def test_without_what_was_kept_nothing_is_undone(path: Path) -> None:

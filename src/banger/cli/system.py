@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from banger.cli import command, output, render
-from banger.contract import names, resources
+from banger.contract import errors, names, resources
 
 group = command.Group(
     "system",
@@ -35,10 +35,20 @@ group = command.Group(
 @click.option("--network6", metavar="CIDR", default="", help="Those in IPv6 [default: the host's own].")
 @click.option("--firecracker", type=click.Path(exists=True, path_type=Path), help="Use this file.")
 @click.option("--jailer", type=click.Path(exists=True, path_type=Path), help="Use this file.")
+@click.option(
+    "--signers",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Who may sign releases: ssh-keygen's allowed signers.",
+)
 def install(
-    owner: str | None, network: str, network6: str, firecracker: Path | None, jailer: Path | None
+    owner: str | None,
+    network: str,
+    network6: str,
+    firecracker: Path | None,
+    jailer: Path | None,
+    signers: Path | None,
 ) -> None:
-    """Set up both services on this host. Run again to upgrade: VMs go on running."""
+    """Set up both services on this host. Run again to mend or change it: VMs go on running."""
     from banger.system import install
 
     given = {"firecracker": firecracker, "jailer": jailer}
@@ -47,10 +57,36 @@ def install(
         network=network,
         network6=network6,
         programs={name: path.resolve() for name, path in given.items() if path is not None},
+        signers=signers,
     )
     asyncio.run(install.Install(choices, render.note).run())
     render.note(f"banger is installed for {choices.owner}; next, as {choices.owner}:")
     render.note("  banger kernel pull generic-6.12 && banger image build debian-bookworm && banger vm run")
+
+
+@command.make(
+    "upgrade",
+    group=group,
+    examples=[("sudo banger system upgrade ./banger-1.3.0", "a release's directory; VMs go on running")],
+)
+@click.argument("release", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def upgrade(release: Path) -> None:
+    """Install a signed release beside this version, then switch to it. VMs go on running.
+
+    What is not signed by one of this host's signers is refused, and so is what is older. Whatever fails, the
+    version before comes back with its rows.
+    """
+    from banger.system import machine, upgrade
+
+    if os.geteuid() != 0:
+        raise errors.UnauthorizedError("upgrading needs root", hint="run it with sudo")
+    try:
+        asyncio.run(upgrade.Upgrade(release.resolve(), machine.Machine(), render.note).run())
+    except asyncio.CancelledError as error:
+        ended = errors.CancelledError("the upgrade was ended by a signal")
+        for note in getattr(error, "__notes__", ()):
+            ended.add_note(note)
+        raise ended from None
 
 
 @command.make("status", group=group, examples=[("banger system status", "do both services answer")])

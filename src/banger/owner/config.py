@@ -20,6 +20,8 @@ from banger.vm.capabilities import file_sync
 CONFIG_PATH: Final = Path("/etc/banger/config.toml")
 CATALOG_NAME: Final = "images.toml"
 """Beside config.toml: images that this host adds to the catalog."""
+DATABASE: Final = "banger.db"
+"""In the state directory."""
 INSTALL_PATH: Final = Path("/etc/banger/install.toml")
 
 T = TypeVar("T")
@@ -157,7 +159,7 @@ class Paths:
 
     @property
     def database(self) -> Path:
-        return self.state / "banger.db"
+        return self.state / DATABASE
 
     @property
     def layout(self) -> hosts.Layout:

@@ -89,6 +89,9 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.check_config:
         return _check_config(options.config)
+    if options.check_migrations and options.state_dir:
+        # Rows that an installation left which is gone.
+        return migrations.check(options.state_dir / config.DATABASE)
     installation = config.load_installation(options.install)
     paths = _paths(options, installation)
     if options.check_migrations:

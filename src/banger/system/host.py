@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +20,14 @@ STATE: Final = Path("/var/lib/banger")
 CACHE: Final = Path("/var/cache/banger")
 HELPER: Final = Path("/var/lib/banger-root")
 RUNTIME: Final = HELPER / "runtime"
-UNIT_DIR: Final = Path("/etc/systemd/system")
+UNIT_DIR: Final = Path("/usr/local/lib/systemd/system")
+OWN_UNITS: Final = "units"
+"""In a virtual environment: its version's units, for this host's owner. Those in UNIT_DIR lead there."""
 PREFIX: Final = Path("/usr/local/lib/banger")
 """Of the virtual environment, unless it was installed from another."""
+RELEASES: Final = Path("/usr/local/lib/banger-releases")
+"""Of the virtual environments that upgrades make, and of the link to what is installed."""
+SIGNERS: Final = ETC / "release-signers"
 BIN: Final = Path("/usr/local/bin")
 MODULES: Final = Path("/etc/modules-load.d/banger.conf")
 API_SOCKET: Final = Path("/run/banger/bangerd.sock")
@@ -38,10 +45,10 @@ def unit_sources() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "units"
 
 
-def unit_text(name: str, owner: str, prefix: Path) -> str:
+def unit_text(source: Path, owner: str, prefix: Path) -> str:
     """A unit as it is installed for this owner, from a virtual environment at `prefix`."""
-    text = (unit_sources() / name).read_text().replace("@OWNER@", owner)
-    return text.replace(str(PREFIX), str(prefix))
+    text = source.read_text().replace("@OWNER@", owner)
+    return re.sub(rf"{re.escape(str(PREFIX))}(?=/)", str(prefix), text)
 
 
 def systemctl(*arguments: str) -> None:
@@ -73,3 +80,9 @@ def find_owner(owner: str) -> pwd.struct_passwd:
             "the owner must not be root", hint="name an ordinary user: --owner USER"
         )
     return found
+
+
+def as_user(user: pwd.struct_passwd, argv: Sequence[str]) -> list[str]:
+    """The command, run by root as that user with its groups and no way back."""
+    who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--no-new-privs"]
+    return [run.require("setpriv", "util-linux"), *who, *argv]

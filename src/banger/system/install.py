@@ -3,30 +3,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import os
 import pwd
 import shutil
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+import banger
 from banger import pinned, run, steps
-from banger.contract import errors, names, resources
+from banger.contract import errors, names
 from banger.net import addresses
-from banger.system import asking, host, ownership, runtime
+from banger.system import environment, host, machine, ownership, releases, runtime, versions
 
 MANIFEST: Final = host.HELPER / "install-manifest.json"
 MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
-_ANSWER_S: Final = 60.0
-_POLL_S: Final = 0.2
+_CHECK_S: Final = 60.0
+_TOO_NEW: Final = 2
+"""What `bangerd --check-migrations` says of rows of a newer program."""
 _CONFIG: Final = """\
 # What `banger` uses where a command says nothing. Every key is optional.
 # image = "debian-bookworm"
@@ -34,6 +34,10 @@ _CONFIG: Final = """\
 # memory_mib = 1024
 # disk_size_mib = 8192
 # agent_deadline_s = 60
+"""
+_SIGNERS: Final = """\
+# Who may sign releases for `banger system upgrade`, as ssh-keygen(1) says under ALLOWED SIGNERS:
+# NAME namespaces="banger-release" ssh-ed25519 KEY
 """
 
 
@@ -47,6 +51,8 @@ class Choices:
     """Empty: derived from this host's machine id, and so always the same."""
     programs: dict[str, Path] = field(default_factory=dict)
     """Own files for `firecracker` and `jailer`; absent ones come from the catalog."""
+    signers: Path | None = None
+    """Who may sign releases, as ssh-keygen's allowed signers; None keeps what is there."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -54,6 +60,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     files: tuple[str, ...] = ()
     directories: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    """Directories that others may use by now: they go when they are empty."""
 
 
 class Install:
@@ -65,21 +73,30 @@ class Install:
         self._owner: pwd.struct_passwd | None = None
         self._files: list[Path] = []
         self._directories: list[Path] = []
+        self._shared: list[Path] = []
         self._before = read_manifest()
+        self._releases = releases.Releases()
+        self._old = self._releases.installed()
+        self._older = self._releases.previous()
 
     def plan(self) -> list[steps.Step]:
         step = steps.Step
         return [
             step("check", self._check, detail="checking this host"),
+            step("own", self._check_own, detail="looking at the code that root would execute"),
             step("directories", self._make_directories, self._take_back, detail="making directories"),
             step("runtime", self._install_runtime, detail="installing Firecracker and its jailer"),
             step("settings", self._write_settings, detail="writing /etc/banger"),
-            step("commands", self._link_commands, detail="linking the commands"),
+            step("signers", self._write_signers, detail="writing who may sign releases"),
             step("modules", self._load_modules, detail="loading kernel modules"),
             step("units", self._write_units, detail="writing the units"),
+            step("links", self._link, detail="linking commands and units"),
+            step("back", self._nothing, self._start_old, detail="looking what was installed before"),
+            step("switch", self._switch, self._switch_back, detail="making this version the installed one"),
+            step("trust", self._check_all, detail="looking at all that root executes"),
             step("manifest", self._write_manifest, detail="recording what was made"),
             step("services", self._start, self._stop, detail="starting the services"),
-            step("answer", self._wait_answer, detail="waiting until the daemon answers"),
+            step("answer", self._answer, detail="waiting until both answer"),
         ]
 
     async def run(self) -> None:
@@ -87,22 +104,29 @@ class Install:
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
-        await run.in_thread(ownership.require, Path(sys.prefix))
+        if self._old is not None:
+            versions.refuse_older(banger.__version__, environment.version(self._old) or banger.__version__)
+        _refuse_newer_rows(self._owner)
         found = [*addresses.routes(), *addresses.policy_routes()]
         addresses.check(_network(self._choices.network), found)
         addresses.check6(_network6(self._choices.network6), addresses.routes6())
+
+    async def _check_own(self) -> None:
+        await run.in_thread(ownership.require, Path(sys.prefix))
 
     async def _make_directories(self) -> None:
         owner = self._found_owner()
         self._directory(host.ETC, 0, 0o755)
         self._directory(host.HELPER, 0, 0o711)
         self._directory(host.RUNTIME, 0, 0o755)
+        self._directory(host.RELEASES, 0, 0o755)
         self._directory(host.STATE, owner.pw_uid, 0o700)
         self._directory(host.CACHE, owner.pw_uid, 0o700)
 
     async def _install_runtime(self) -> None:
         pins = {file.name: file.sha256 for file in runtime.catalog()}
         own = self._choices.programs
+        before = set(host.RUNTIME.iterdir())
         verified = {n: p for n, p in own.items() if pinned.sha256_of_path(p) == pins.get(n)}
         user = {n: p for n, p in own.items() if n not in verified}
         if set(own) < {"firecracker", "jailer"}:
@@ -110,7 +134,7 @@ class Install:
             verified = {name: file.path for name, file in fetched.items() if name not in user} | verified
         await run.in_thread(runtime.install_runtime, host.RUNTIME, verified, user_files=user)
         shutil.rmtree(host.HELPER / "downloads", ignore_errors=True)
-        self._files += [path for path in host.RUNTIME.iterdir() if path.is_file()]
+        self._files += [path for path in host.RUNTIME.iterdir() if path.is_file() and path not in before]
 
     async def _write_settings(self) -> None:
         owner = self._found_owner()
@@ -130,15 +154,24 @@ class Install:
         if not host.CONFIG_TOML.exists():
             self._write(host.CONFIG_TOML, _CONFIG)
 
-    async def _link_commands(self) -> None:
-        for name in host.COMMANDS:
-            link, target = host.BIN / name, Path(sys.prefix) / "bin" / name
+    async def _link(self) -> None:
+        """All that leads into what is installed; it leads somewhere once `current` does."""
+        for link, target in self._releases.links().items():
             if link.is_symlink() and link.readlink() == target:
                 continue
             if link.exists() or link.is_symlink():
                 raise errors.AlreadyExistsError(f"{link} is there and not ours", hint="move it away first")
-            link.symlink_to(target)
+            self._shared_directory(link.parent)
+            self._releases.lead(link, target)
             self._files.append(link)
+
+    async def _write_signers(self) -> None:
+        """Who may sign releases. Once there it is changed by root's own hand, and by no upgrade."""
+        given = self._choices.signers
+        if given is not None:
+            self._write(host.SIGNERS, given.read_text())
+        elif not host.SIGNERS.exists():
+            self._write(host.SIGNERS, _SIGNERS)
 
     async def _load_modules(self) -> None:
         self._write(host.MODULES, "\n".join(MODULES) + "\n")
@@ -148,48 +181,57 @@ class Install:
                 run.run(["modprobe", "-q", name], deadline_s=30)
 
     async def _write_units(self) -> None:
-        owner = self._found_owner()
-        for name in host.UNITS:
-            self._write(host.UNIT_DIR / name, host.unit_text(name, owner.pw_name, Path(sys.prefix)))
+        prefix = Path(sys.prefix)
+        directory = prefix / host.OWN_UNITS
+        if not directory.exists():
+            self._directories.append(directory)
+        self._releases.write_units(prefix, self._found_owner().pw_name, host.unit_sources())
+
+    async def _switch(self) -> None:
+        for pin in self._releases.pins():
+            pin.unlink()
+        self._releases.switch(Path(sys.prefix))
+        if self._old is None:
+            self._files.append(self._releases.top / releases.CURRENT)
+
+    async def _switch_back(self) -> None:
+        if self._old is not None:
+            self._releases.switch_back(self._old, self._older)
 
     async def _write_manifest(self) -> None:
         files = {*self._before.files, *map(str, self._files)}
         directories = {*self._before.directories, *map(str, self._directories)}
-        made = Manifest(tuple(sorted(files)), tuple(sorted(directories)))
+        shared = {*self._before.shared, *map(str, self._shared)}
+        made = Manifest(tuple(sorted(files)), tuple(sorted(directories)), tuple(sorted(shared)))
         MANIFEST.write_bytes(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
 
     async def _start(self) -> None:
         host.systemctl("daemon-reload")
-        host.systemctl("enable", "-q", "bangerd-root.socket", "bangerd.service")
         host.systemctl("start", "banger-vms.service", "bangerd-root.socket")
         # A stopped helper starts with the next request, in its new version; VMs do not notice.
         host.systemctl("stop", "bangerd-root.service")
         host.systemctl("restart", "bangerd.service")
 
     async def _stop(self) -> None:
-        host.systemctl(
-            "disable", "-q", "--now", "bangerd.service", "bangerd-root.socket", "bangerd-root.service"
-        )
+        host.systemctl("stop", "bangerd.service", "bangerd-root.service")
+        if self._old is None:
+            host.systemctl("disable", "-q", "--now", "bangerd.service", "bangerd-root.socket")
 
-    async def _wait_answer(self) -> None:
-        deadline = time.monotonic() + _ANSWER_S
-        while True:
-            try:
-                info = await asyncio.to_thread(asking.daemon, "/v1/info", resources.DaemonInfo)
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise errors.DeadlineError(
-                        f"the daemon did not answer within {_ANSWER_S:g} s: {error}",
-                        hint="see: journalctl -u bangerd -u bangerd-root",
-                    ) from error
-                # It is being started by systemd, whose own notice came when it was ready; this is the proof.
-                await asyncio.sleep(_POLL_S)
-                continue
-            if not info.helper_version:
-                raise errors.UnavailableError(
-                    "the daemon answers, the root helper does not", hint="see: journalctl -u bangerd-root"
-                )
-            return
+    async def _answer(self) -> None:
+        await machine.wait_answer(banger.__version__)
+
+    async def _nothing(self) -> None:
+        """What is acquired here is the duty to start again what was."""
+
+    async def _start_old(self) -> None:
+        if self._old is not None:
+            await self._start()
+
+    async def _check_all(self) -> None:
+        units = [host.UNIT_DIR / name for name in host.UNITS]
+        await run.in_thread(
+            ownership.require, Path(sys.prefix), [*units, host.ETC, host.MODULES, host.RUNTIME]
+        )
 
     def _found_owner(self) -> pwd.struct_passwd:
         assert self._owner is not None  # noqa: S101 - the first step finds it or ends the pipeline
@@ -201,6 +243,14 @@ class Install:
             self._directories.append(path)
         os.chown(path, uid, self._found_owner().pw_gid if uid else 0, follow_symlinks=False)
         path.chmod(mode)
+
+    def _shared_directory(self, path: Path) -> None:
+        """Of the host's, with all above it; what is made here is remembered."""
+        missing = [each for each in (path, *path.parents) if not each.is_dir()]
+        for each in reversed(missing):
+            each.mkdir()
+            each.chmod(0o755)
+            self._shared.append(each)
 
     def _write(self, path: Path, text: str) -> None:
         existed = path.exists()
@@ -218,6 +268,7 @@ class Install:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
             shutil.rmtree(path, ignore_errors=True)
+        remove_empty(self._shared)
 
 
 def _network6(text: str) -> ipaddress.IPv6Network:
@@ -253,6 +304,25 @@ class _Said:
 
     def ended(self, step: steps.Step, name: str, elapsed_s: float, error: BaseException | None) -> None:
         del step, name, elapsed_s, error
+
+
+def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:
+    """Raises ConflictError when a newer banger wrote this host's database: this one could not read it."""
+    if not (host.STATE / "banger.db").exists():
+        return
+    asked = [str(Path(sys.prefix) / "bin/bangerd"), "--check-migrations", f"--state-dir={host.STATE}"]
+    if run.run(host.as_user(owner, asked), deadline_s=_CHECK_S, ok=(0, 1, 2)).status == _TOO_NEW:
+        raise errors.ConflictError(
+            f"the database in {host.STATE} was written by a newer banger than {banger.__version__}",
+            hint="install that version or a newer one; or move the directory away, with all VMs and images",
+        )
+
+
+def remove_empty(directories: Iterable[Path]) -> None:
+    """The innermost first; one that somebody uses stays."""
+    for path in sorted(directories, reverse=True):
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def read_manifest() -> Manifest:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.system import asking, host, install
+from banger.system import asking, host, install, releases
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -63,9 +63,15 @@ def _remove(manifest: install.Manifest, *, purge: bool) -> None:
     for name in manifest.files:
         if purge or Path(name) != host.CONFIG_TOML:
             Path(name).unlink(missing_ok=True)
+    for link in releases.Releases().links():  # an upgrade's, of what the first installation did not have
+        if link.is_symlink():
+            link.unlink()
+    (host.RELEASES / releases.PREVIOUS).unlink(missing_ok=True)
+    install.remove_empty(map(Path, manifest.shared))
     if not purge:
         return
     for name in sorted(manifest.directories, reverse=True):
         shutil.rmtree(name, ignore_errors=True)
-    if Path(sys.prefix) == Path("/usr/local/lib/banger"):
-        shutil.rmtree(sys.prefix)
+    # Of banger itself what lies in places that are its alone, whichever version takes it off.
+    if Path(sys.prefix) == host.PREFIX or host.RELEASES in Path(sys.prefix).parents:
+        shutil.rmtree(host.PREFIX, ignore_errors=True)

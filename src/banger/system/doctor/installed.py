@@ -13,11 +13,13 @@ from typing import Final
 
 import msgspec
 
-from banger.system import host, ownership, runtime
+from banger.system import host, ownership, releases, runtime
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
 
 _AGAIN: Final = "sudo banger system install"
+_UNIT_DIRS: Final = (Path("/etc/systemd/system"), Path("/run/systemd/system"), host.UNIT_DIR)
+"""Where systemd looks, the first first; ours are in the last."""
 _SHOWN: Final = 3
 _MOST: Final = 100
 
@@ -130,7 +132,7 @@ class RootOwned:
     def _tops(self, scene: scenes.Scene) -> list[Path]:
         match self.what:
             case "code":
-                return [scene.at(scene.prefix())]
+                return [scene.at(scene.prefix()), scene.at(host.RELEASES / releases.CURRENT)]
             case "interpreter":
                 return _interpreter(scene)
             case "programs":
@@ -140,7 +142,8 @@ class RootOwned:
             case "runtime":
                 return [scene.at(host.RUNTIME)]
             case _:
-                return [scene.at(host.UNIT_DIR / name) for name in host.UNITS]
+                units = [directory / name for directory in _UNIT_DIRS for name in host.UNITS]
+                return [*map(scene.at, units), *_drop_ins(scene)]
 
     def _complaints(self, scene: scenes.Scene, tops: list[Path]) -> Iterator[ownership.Complaint]:
         eye = _eye(scene)
@@ -177,13 +180,20 @@ def commands(scene: scenes.Scene) -> report.Finding:
     scene.settings()
     for name in host.COMMANDS:
         link, target = scene.at(host.BIN / name), scene.prefix() / "bin" / name
-        if not link.is_symlink() or link.readlink() != target:
+        if not _leads(scene, link, scene.at(target)):
             return report.failed(
-                f"{scene.shown(link)} is not a link to {target}", f"move away what is there, then {_AGAIN}"
+                f"{scene.shown(link)} does not lead to {target}", f"move away what is there, then {_AGAIN}"
             )
         if unsafe := list(_shown(scene, _eye(scene).complaints([link]))):
             return report.failed(_some(unsafe), _give_to_root(unsafe[0]))
     return report.passed(", ".join(str(host.BIN / name) for name in host.COMMANDS))
+
+
+def _leads(scene: scenes.Scene, link: Path, target: Path) -> bool:
+    try:
+        return link.is_symlink() and _eye(scene).resolve(link) == _eye(scene).resolve(target)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,22 +239,34 @@ def units(scene: scenes.Scene) -> report.Finding:
         text = scene.text_or_none(host.UNIT_DIR / name)
         if text is None:
             return report.failed(f"{host.UNIT_DIR / name} does not exist", _AGAIN)
-        if text != host.unit_text(name, given.owner_name, scene.prefix()).rstrip("\n"):
+        if text != host.unit_text(host.unit_sources() / name, given.owner_name, scene.prefix()).rstrip("\n"):
             changed.append(str(host.UNIT_DIR / name))
     if changed:
         return report.failed(f"not as this version ships it: {_some(changed)}", _AGAIN)
-    dropped = sorted(
+    instead = [
         scene.shown(path)
-        for directory in ("/etc/systemd/system", "/run/systemd/system")
-        for name in (*host.UNITS, host.SLICE)
-        for path in scene.at(directory).glob(f"{name}.d/*.conf")
-    )
+        for directory in _UNIT_DIRS[:2]
+        for path in (scene.at(directory) / name for name in host.UNITS)
+        if path.exists() and not _leads(scene, path, scene.at(host.UNIT_DIR / path.name))
+    ]
+    if instead:
+        return report.failed(f"instead of ours systemd reads {_some(instead)}", f"delete it, then {_AGAIN}")
+    dropped = sorted(map(scene.shown, _drop_ins(scene)))
     if dropped:
         return report.warned(
             f"changed by {_some(dropped)}",
             "if that is not meant: delete the file, sudo systemctl daemon-reload",
         )
     return report.passed(f"{len(host.UNITS)} units as shipped")
+
+
+def _drop_ins(scene: scenes.Scene) -> list[Path]:
+    return [
+        path
+        for directory in _UNIT_DIRS
+        for name in (*host.UNITS, host.SLICE)
+        for path in scene.at(directory).glob(f"{name}.d/*.conf")
+    ]
 
 
 def _some(texts: list[str]) -> str:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Run in a namespace by test_installation.py: one history of an installation, and whether it was exact."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import banger
+from banger import run
+from banger.contract import errors, privileged
+from banger.system import asking, host, install, machine, ownership, releases, uninstall
+
+PLACES = ("/etc", "/usr/local", "/var/lib", "/var/cache")
+PREFIX = Path("/usr/local/lib/banger")
+OWNER = "nobody"
+SYSTEMCTL = """\
+#!/bin/sh
+verb=$1; shift; [ "$2" != --now ] || { first=$1; shift 2; set -- "$first" "$@"; }
+case $verb in disable|is-enabled) SYSTEMD_OFFLINE=1 exec /usr/bin/systemctl "$verb" "$@";; esac
+"""
+"""What it would do with processes, there is none to do with."""
+
+
+def seen() -> set[str]:
+    """Every path, its kind, mode, owner and target, where an installation may make something."""
+    found = set()
+    for place in PLACES:
+        for directory, names, files in os.walk(place):
+            for name in (*names, *files):
+                path = Path(directory, name)
+                stat = path.lstat()
+                target = str(path.readlink()) if path.is_symlink() else ""
+                found.add(f"{path} {stat.st_mode:o} {stat.st_uid}:{stat.st_gid} {target}")
+    return found
+
+
+def furnish() -> None:
+    """What is there before: a virtual environment, the tools' names, no service."""
+    (PREFIX / "bin").mkdir(parents=True)
+    site = PREFIX / "lib/python3.11/site-packages"
+    (site / f"banger-{banger.__version__}.dist-info").mkdir(parents=True)
+    for name in host.COMMANDS:
+        (PREFIX / "bin" / name).write_text("#!/bin/sh\nexit 0\n")
+        (PREFIX / "bin" / name).chmod(0o755)
+    for name, script in {
+        "systemctl": SYSTEMCTL,
+        "modprobe": "#!/bin/sh\n",
+        "firecracker": "#!/bin/sh\necho 'Firecracker v1.12.1'\n",
+        "jailer": "#!/bin/sh\necho 'Jailer v1.12.1'\n",
+    }.items():
+        path = Path("/usr/local/sbin") / name
+        path.write_text(script)
+        path.chmod(0o755)
+
+
+@contextlib.contextmanager
+def played() -> Iterator[None]:
+    """Of this machine what an installation cannot have here: systemd, cgroup v2, services that answer."""
+    with contextlib.ExitStack() as stack:
+        for place, name, instead in (
+            (sys, "prefix", str(PREFIX)),
+            (host, "check", pwd.getpwnam),
+            (ownership, "require", lambda prefix, others=(): None),
+            (machine, "wait_answer", answer),
+            (asking, "helper", lambda request: privileged.World(vms=(), bridge=False)),
+        ):
+            stack.enter_context(mock.patch.object(place, name, instead))
+        yield
+
+
+async def answer(version: str) -> None:
+    if failing:
+        raise errors.DeadlineError("the daemon did not answer")
+
+
+failing: list[str] = []
+
+
+def installed() -> None:
+    sbin = Path("/usr/local/sbin")
+    choices = install.Choices(
+        owner=OWNER, programs={name: sbin / name for name in ("firecracker", "jailer")}
+    )
+    asyncio.run(install.Install(choices, print).run())
+
+
+def check_installed() -> None:
+    laid = releases.Releases()
+    assert laid.current() == PREFIX
+    for link in laid.links():
+        assert link.is_symlink(), link
+        assert link.resolve().is_relative_to(PREFIX), link
+    text = (host.UNIT_DIR / "bangerd.service").read_text()
+    assert f"ExecStart={PREFIX}/bin/bangerd" in text
+    assert f"User={OWNER}" in text
+    asked = ["/usr/local/sbin/systemctl", "is-enabled", "bangerd.service", "bangerd-root.socket"]
+    states = run.run(asked, deadline_s=30).text
+    assert states == "enabled\nenabled\n", states
+
+
+def main(act: str) -> None:
+    os.umask(0o022)
+    furnish()
+    before = seen()
+    with played():
+        if act == "fails":
+            failing.append("it")
+            with pytest.raises(errors.DeadlineError):
+                installed()
+            assert seen() == before, seen() ^ before
+            return
+        installed()
+        check_installed()
+        made = seen()
+        if act == "mend-fails":
+            failing.append("it")
+            with pytest.raises(errors.DeadlineError) as raised:
+                installed()
+            assert not hasattr(raised.value, "__notes__"), raised.value.__notes__
+            assert seen() == made, seen() ^ made
+            check_installed()
+            return
+        installed()
+        assert seen() == made, seen() ^ made
+        uninstall.uninstall(purge=act == "purge", force=False, say=print)
+        if act == "purge":
+            assert {line for line in before if str(PREFIX) not in line} == seen(), seen() ^ before
+            return
+        assert not [link for link in releases.Releases().links() if link.is_symlink()]
+        installed()
+        check_installed()
+        assert seen() == made, seen() ^ made
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
