@@ -47,22 +47,26 @@ def helper_host(
 @pytest.fixture
 def empty_host(helper_host: HelperHost) -> Iterator[HelperHost]:
     """No VM is on the host, and none is left on it."""
-    helper_host.do(privileged.TearDown(vm_id=VM), privileged.TearDown(vm_id=OTHER))
     yield helper_host
     helper_host.sh("systemctl reset-failed; systemctl start bangerd-root.socket")
     helper_host.do(privileged.TearDown(vm_id=VM), privileged.TearDown(vm_id=OTHER))
     assert_nothing_left(helper_host)
 
 
+_LEFT = f"""
+dmsetup ls | grep fc-rootfs
+losetup -l -n | grep banger
+ls /sys/class/net | grep tap-
+ls {ROOT}/jails/firecracker 2>/dev/null
+cd {CGROUP} && find . -mindepth 1 -type d ! -path ./consoles ! -path ./holder
+pgrep -a -x firecracker
+true
+"""
+
+
 def assert_nothing_left(host: HelperHost) -> None:
     assert [vm for vm in host.world().vms if not vm.is_empty] == []
-    assert host.sh("dmsetup ls | grep fc-rootfs || true") == ""
-    assert host.sh("losetup -l -n | grep banger || true") == ""
-    assert host.sh("ls /sys/class/net | grep tap- || true") == ""
-    assert host.sh(f"ls {ROOT}/jails/firecracker 2>/dev/null || true") == ""
-    leaves = set(host.sh(f"cd {CGROUP} && find . -mindepth 1 -type d || true").split())
-    assert leaves <= {"./consoles", "./holder"}
-    assert host.sh("pgrep -x firecracker || true") == ""
+    assert host.sh(_LEFT) == ""
     assert wait_until(lambda: host.sh("pgrep banger-console || true") == "")
 
 
