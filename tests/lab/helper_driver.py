@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Runs inside the lab as the owner: asks the helper what stands on stdin, one JSON request a line.
+"""Runs inside the lab as the owner: asks the helper what stands on stdin, a JSON list of requests a line.
 
-Prints one reply a line, as it came from the helper, and ends at the first error.
+Prints a line for each: the list of the replies as they came from the helper, up to the first error.
 """
 
 import asyncio
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -13,17 +15,17 @@ from banger.contract import errors, privileged
 from banger.owner import helper
 
 
-async def main() -> int:
+async def batch(requests: Sequence[privileged.Request[Any]]) -> list[privileged.Reply]:
     client = helper.Client(op_id=lambda: "lab-test")
-    for line in sys.stdin:
-        request = msgspec.json.decode(line, type=privileged.AnyRequest)
+    replies: list[privileged.Reply] = []
+    for request in requests:
         try:
-            result = await client.call(request)
+            replies.append(privileged.Reply(result=await client.call(request)))
         except errors.BangerError as error:
-            print(msgspec.json.encode(privileged.Reply(error=errors.to_body(error))).decode(), flush=True)
-            return 1
-        print(msgspec.json.encode(privileged.Reply(result=result)).decode(), flush=True)
-    return 0
+            return [*replies, privileged.Reply(error=errors.to_body(error))]
+    return replies
 
 
-sys.exit(asyncio.run(main()))
+for line in sys.stdin:
+    asked = msgspec.json.decode(line, type=list[privileged.AnyRequest])
+    print(msgspec.json.encode(asyncio.run(batch(asked))).decode(), flush=True)

@@ -14,6 +14,7 @@ import msgspec
 from banger.contract import errors, names, privileged
 from lab import artefacts, cache
 from lab.session import Lab
+from tests.lab import helper_asked
 
 TREE = Path(__file__).parents[2]
 SITE = "/usr/local/lib/banger/lib/python3.11/site-packages"
@@ -47,7 +48,7 @@ python3 -m venv --without-pip /usr/local/lib/banger
 tar -x -m -C {SITE} -f /root/site.tar
 # As pip does. Neither the helper nor who asks it may keep what it compiled, and that takes seconds here.
 {PYTHON} -m compileall -q -l {SITE}/banger
-{PYTHON} -m compileall -q {SITE}/banger/contract {SITE}/banger/helper {SITE}/msgspec
+{PYTHON} -m compileall -q {SITE}/banger/contract {SITE}/banger/helper {SITE}/banger/owner {SITE}/msgspec
 chown -R root:root /usr/local/lib/banger
 chmod -R go-w /usr/local/lib/banger
 install -d -m 0711 {ROOT}
@@ -87,18 +88,19 @@ systemctl start bangerd-root.socket
 class HelperHost:
     """A lab whose helper is installed; its daemon is this test."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, asks: helper_asked.Ask) -> None:
         self.lab = lab
+        self._asks = asks
 
     def sh(self, script: str, *, check: bool = True, timeout_s: float = 60) -> str:
         return self.lab.run(["sh", "-c", script], check=check, timeout_s=timeout_s).stdout.decode().strip()
 
     def ask(self, *requests: privileged.Request[Any], user: str = "dev") -> list[privileged.Reply]:
         """The replies, up to the first error."""
-        lines = b"".join(msgspec.json.encode(request) + b"\n" for request in requests)
-        driver = [PYTHON, "-I", "/usr/local/lib/banger/helper_driver.py"]
-        done = self.lab.run(driver, stdin=lines, user=user, check=False, timeout_s=200)
-        return [msgspec.json.decode(line, type=privileged.Reply) for line in done.stdout.splitlines()]
+        if user == "dev":
+            return self._asks(requests)
+        with helper_asked.asked(self.lab, user) as ask:
+            return ask(requests)
 
     def do(self, *requests: privileged.Request[Any]) -> list[privileged.AnyResult]:
         """The results; every request must succeed."""
@@ -192,8 +194,8 @@ def installed(name: str, scratch: Path) -> Iterator[HelperHost]:
             for unit in (TREE / "units").iterdir():
                 lab.write(f"/etc/systemd/system/{unit.name}", unit.read_bytes().replace(b"@OWNER@", b"dev"))
             lab.run(["sh", "-c", INSTALL], timeout_s=120)
-            driver = Path(__file__).with_name("helper_driver.py").read_bytes()
-            lab.write("/usr/local/lib/banger/helper_driver.py", driver)
-            yield HelperHost(lab)
+            helper_asked.bring(lab)
+            with helper_asked.asked(lab) as asks:
+                yield HelperHost(lab, asks)
     finally:
         parcel.close()

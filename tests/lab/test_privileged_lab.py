@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from banger.contract import privileged
 from lab import provision
 from lab.session import Lab
 from tests.contract import privileged_cases, vmm_cases
+from tests.lab import helper_asked
 
 pytestmark = pytest.mark.without_rows
 STATE = "/var/lib/banger"
 PLACEHOLDER_IMAGE, PLACEHOLDER_KERNEL = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-DRIVER = "/usr/local/lib/banger/helper_driver.py"
 DISKS = """
 set -eu
 for id in "$@"; do
@@ -43,23 +43,22 @@ class Sources:
 
 
 @pytest.fixture(scope="module")
-def ask(installed_host: Lab) -> Callable[[Sequence[privileged.Request[Any]]], list[privileged.Reply]]:
-    """Asks the installed helper as the owner, by the daemon's own client; ends at the first error."""
+def ask(installed_host: Lab) -> Iterator[helper_asked.Ask]:
+    """Asks the installed helper as the owner."""
     lab = installed_host
     image = lab.run(["sh", "-c", f"ls {STATE}/images"]).stdout.decode().split()[0]
     found = f'grep -lE \'"kind": *"direct"\' {STATE}/kernels/*/kernel.json'
     kernel = Path(lab.run(["sh", "-c", found]).stdout.decode().split()[0]).parent.name
-    lab.write(DRIVER, Path(__file__).with_name("helper_driver.py").read_bytes())
+    helper_asked.bring(lab)
+    with helper_asked.asked(lab) as there:
 
-    def batch(requests: Sequence[privileged.Request[Any]]) -> list[privileged.Reply]:
-        lines = b"".join(msgspec.json.encode(request) + b"\n" for request in requests)
-        lines = lines.replace(PLACEHOLDER_IMAGE.encode(), image.encode())
-        lines = lines.replace(PLACEHOLDER_KERNEL.encode(), kernel.encode())
-        python = f"{provision.VENV}/bin/python"
-        done = lab.run([python, "-I", DRIVER], stdin=lines, user=provision.OWNER, check=False, timeout_s=240)
-        return [msgspec.json.decode(line, type=privileged.Reply) for line in done.stdout.splitlines()]
+        def batch(requests: Sequence[privileged.Request[Any]]) -> list[privileged.Reply]:
+            said = msgspec.json.encode(requests)
+            said = said.replace(PLACEHOLDER_IMAGE.encode(), image.encode())
+            said = said.replace(PLACEHOLDER_KERNEL.encode(), kernel.encode())
+            return there(msgspec.json.decode(said, type=list[privileged.AnyRequest]))
 
-    return batch
+        yield batch
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def disks(installed_host: Lab) -> Iterator[None]:
 @pytest.mark.parametrize("case", privileged_cases.cases(Sources()), ids=str)
 def test_case(
     disks: None,
-    ask: Callable[[Sequence[privileged.Request[Any]]], list[privileged.Reply]],
+    ask: helper_asked.Ask,
     case: privileged_cases.Case,
 ) -> None:
     privileged_cases.judge(case, ask)
@@ -83,7 +82,7 @@ def test_case(
 
 def test_firecracker_behaves_at_its_sockets_as_the_fake_does(
     disks: None,
-    ask: Callable[[Sequence[privileged.Request[Any]]], list[privileged.Reply]],
+    ask: helper_asked.Ask,
     installed_host: Lab,
 ) -> None:
     vm_id, jails = privileged_cases.VM, "/var/lib/banger-root/jails"
