@@ -27,7 +27,6 @@ LONG = {
     "test_layer_carries_on_where_it_was_kept[False]",
     "test_power_cut_keeps_what_was_flushed",
     "test_reboot_and_artefacts",
-    "test_ten_creates_at_once",
     "test_the_page_about_workspaces_is_true",
     "test_twenty_commands_at_once_keep_their_outputs_and_statuses_apart",
     "test_what_was_flushed_is_there_after_a_kill",
