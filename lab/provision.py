@@ -63,16 +63,20 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def installed(name: str, *, detached: bool = False, root: Path | None = None) -> session.Lab:
+def installed(
+    name: str, *, detached: bool = False, artefacts: Path | None = None, root: Path | None = None
+) -> session.Lab:
     """Bring up a lab with banger installed, its kernels imported and its images registered.
 
-    Installs on the first call for this content, and starts from the kept layer after that.
+    Installs on the first call for this content, and starts from the kept layer after that. What it was
+    installed from lies at /artefacts, unless it is handed something else.
     """
     root = root or cache.default_root()
     parcel = bundle(root)
     try:
         key = _installed_layer(root, parcel.path)
-        return session.Lab.up(name, layer_key=key, artefacts=parcel.path, detached=detached, root=root)
+        handed = artefacts or parcel.path
+        return session.Lab.up(name, layer_key=key, artefacts=handed, detached=detached, root=root)
     finally:
         parcel.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images that are no machines: each boots, answers the agent and runs what it was made for, without network.
+"""Images of every kind: each boots, answers the agent and runs what it was made for, without network.
 
 The default image, with systemd, boots in every other test here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from banger import guest_binary
 from banger.images import publish
 from banger.images import recipe as recipes
 from banger.images import records as image_records
-from lab import cache
+from lab import cache, provision
 from lab.session import Lab
 from tests import oci_make
 from tests.lab import user
@@ -106,21 +106,23 @@ def layout(busybox: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def _build(images: image_records.Images, recipe: recipes.Recipe) -> image_records.Image:
+    """Here and not in the lab, where it would take ten times as long."""
+    arch = platform.machine()
+    return publish.build(
+        images,
+        recipe,
+        arch=arch,
+        cache_dir=cache.default_root() / "downloads",
+        guest_binary=guest_binary.path(arch),
+    )
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Image directories by name: that of a recipe of one's own, with OpenRC."""
     images = image_records.Images(tmp_path_factory.mktemp("images"))
-    arch = platform.machine()
-    made = [
-        publish.build(
-            images,
-            recipe,
-            arch=arch,
-            cache_dir=cache.default_root() / "downloads",
-            guest_binary=guest_binary.path(arch),
-        )
-        for recipe in (recipes.parse(OPENRC),)
-    ]
+    made = [_build(images, recipes.parse(OPENRC))]
     return {image.name: images.path(image.id) for image in made}
 
 
@@ -166,3 +168,31 @@ def test_openrc_takes_over(machine: Lab) -> None:
     """It is process 1 after the hand-over, reaches its last runlevel and starts what belongs there."""
     script = "until [ -s /run/greeting ]; do sleep 0.2; done; cat /run/greeting /proc/1/comm; rc-status -r"
     assert _told(machine, "openrc", script) == "greeter in default\ninit\ndefault\n"
+
+
+# --- Debian 13 ---
+
+BOOTED = """
+until [ -S /run/systemd/private ]; do sleep 0.2; done
+systemctl is-system-running --wait
+systemctl --failed --no-legend
+systemctl list-jobs --no-legend
+. /etc/os-release
+echo $ID $VERSION_ID
+"""
+"""The agent answers before the image's init has made a bus to ask."""
+
+
+@pytest.fixture
+def handed_trixie(new_name: Callable[[str], str], tmp_path: Path, no_lab_left: None) -> Iterator[Lab]:
+    """An installed host of the test's own, with an image of Debian 13 at /artefacts."""
+    images = image_records.Images(tmp_path)
+    made = _build(images, recipes.load("debian-trixie"))
+    with provision.installed(new_name("trixie"), artefacts=images.path(made.id)) as lab:
+        yield lab
+
+
+def test_debian_13_reaches_its_target(handed_trixie: Lab) -> None:
+    """With no unit that failed and no job that waits."""
+    user.banger(handed_trixie, "image", "register", "/artefacts")
+    assert _told(handed_trixie, "debian-trixie", BOOTED) == "running\ndebian 13\n"
