@@ -22,7 +22,7 @@ import pytest
 from banger import guest_binary, workers
 from banger.contract import requests
 from banger.images import ext4, recipe
-from banger.owner import config, main, operations
+from banger.owner import main, operations
 from tests.contract import conftest
 from tests.fakes import world as worlds
 from tests.root import test_image_build as builds
@@ -96,16 +96,7 @@ async def _live(home: Path, definition: str, last_stage: str) -> None:
         return heard
 
     operations.Progress.line = line  # type: ignore[method-assign, assignment]
-    paths = config.Paths(
-        state=home / "s",
-        cache=home / "c",
-        run=home / "r",
-        helper_socket=home / "h.sock",
-        helper_dir=home / "h",
-        install=home / "install.toml",
-        image_catalog=home / "images.toml",
-        kernel_catalogs=home / "kernels.d",
-    )
+    paths = conftest.laid_out(home)
     paths.state.mkdir(exist_ok=True)
     world = worlds.World(state=paths.state, jails=home / "h" / "jails", logs=home / "h" / "logs")
     async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:

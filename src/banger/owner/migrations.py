@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 import sqlite3
 from pathlib import Path
 from typing import Final
 
+from banger import artefacts
 from banger.contract import errors
 
 # Append only: a migration that has shipped never changes.
@@ -110,17 +110,9 @@ def _kept(path: Path, version: int) -> Path:
 
 def _publish(staged: Path, path: Path) -> None:
     """By rename, and on the disk before it returns."""
-    _sync(staged)
+    artefacts.sync(staged)
     staged.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    artefacts.sync(path.parent)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -100,7 +100,7 @@ class Install:
         ]
 
     async def run(self) -> None:
-        await steps.run(self.plan(), _Said(self._say))
+        await steps.run(self.plan(), machine.Said(self._say))
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
@@ -291,19 +291,6 @@ def _network(text: str) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(text)
     except ValueError as error:
         raise errors.BadRequestError(f"{text!r} is not an IPv4 network: {error}") from None
-
-
-class _Said:
-    """Tells the user of each step as it begins."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def began(self, step: steps.Step, name: str) -> None:
-        self._say(step.detail if name == step.name else f"taking back: {step.detail}")
-
-    def ended(self, step: steps.Step, name: str, elapsed_s: float, error: BaseException | None) -> None:
-        del step, name, elapsed_s, error
 
 
 def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:

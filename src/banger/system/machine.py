@@ -7,13 +7,13 @@ import asyncio
 import pwd
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from banger import run
+from banger import run, steps
 from banger.contract import errors, resources
 from banger.system import asking, environment, host, ownership, releases
 
@@ -93,3 +93,16 @@ def _check(info: resources.DaemonInfo, version: str) -> None:
         if found != version:
             said = f"answers in version {found}, and not {version}" if found else "does not answer"
             raise errors.UnavailableError(f"{name} {said}", hint=f"see: journalctl -u {name}")
+
+
+class Said:
+    """Tells the user of each step as it begins."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def began(self, step: steps.Step, name: str) -> None:
+        self._say(step.detail if name == step.name else f"taking back: {step.detail}")
+
+    def ended(self, step: steps.Step, name: str, elapsed_s: float, error: BaseException | None) -> None:
+        del step, name, elapsed_s, error

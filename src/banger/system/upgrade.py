@@ -86,7 +86,7 @@ class Upgrade:
 
     async def _drive(self, plan: list[steps.Step]) -> None:
         try:
-            await steps.run(plan, _Said(self._say), undo_timeout_s=_UNDO_S)
+            await steps.run(plan, machine.Said(self._say), undo_timeout_s=_UNDO_S)
         except BaseException as error:
             wholly = not getattr(error, "__notes__", ())
             error.add_note(
@@ -226,16 +226,3 @@ def _cancelled_by_signals() -> Iterator[None]:
     finally:
         for number in _ENDING:
             loop.remove_signal_handler(number)
-
-
-class _Said:
-    """Tells the user of each step as it begins."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def began(self, step: steps.Step, name: str) -> None:
-        self._say(step.detail if name == step.name else f"taking back: {step.detail}")
-
-    def ended(self, step: steps.Step, name: str, elapsed_s: float, error: BaseException | None) -> None:
-        del step, name, elapsed_s, error
