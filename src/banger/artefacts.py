@@ -204,3 +204,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises NotFoundError and UnauthorizedError for what cannot be read inside, by name.
+
+    The daemon reads as its owner: what root, or another user, made may be closed to it.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise errors.NotFoundError(f"there is no {error.filename or path}") from error
+    except PermissionError as error:
+        raise errors.UnauthorizedError(
+            f"the daemon's owner may not read {error.filename or path}",
+            hint="give it to the owner, or make it readable: `chmod a+r`, and a+x for the directories above",
+        ) from error

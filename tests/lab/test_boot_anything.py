@@ -188,6 +188,8 @@ def handed_trixie(new_name: Callable[[str], str], tmp_path: Path, no_lab_left: N
     """An installed host of the test's own, with an image of Debian 13 at /artefacts."""
     images = image_records.Images(tmp_path)
     made = _build(images, recipes.load("debian-trixie"))
+    for part in images.path(made.id).iterdir():
+        part.chmod(0o644)  # the lab's owner is another user
     with provision.installed(new_name("trixie"), artefacts=images.path(made.id)) as lab:
         yield lab
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors
-from banger.images import blobs, bundle, connections, decompress, pull, reference, sources
+from banger.images import blobs, bundle, connections, decompress, publish, pull, reference, sources
 from tests import oci_make
 from tests.fakes import registry as fake_registry
 from tests.root import registry_server
@@ -263,6 +263,8 @@ def test_a_file_of_somebody_else_says_so(layout: Path, tmp_path: Path) -> None:
     with _as_nobody(), pytest.raises(errors.UnauthorizedError, match="may not read") as caught, opened:
         pass
     assert "chmod" in caught.value.hint
+    with _as_nobody(), pytest.raises(errors.UnauthorizedError, match=f"may not read {path}"):
+        publish.copy_sparse(path, tmp_path / "copied")
 
 
 @contextlib.contextmanager

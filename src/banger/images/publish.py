@@ -53,6 +53,10 @@ def build(
 
 def register(images: records.Images, directory: Path, *, name: str = "") -> records.Image:
     """Publishes a copy of an image directory made by another banger, after looking at what it is."""
+    parts = (records.ROOTFS, records.WORK_SEED)
+    for path in (directory / part for part in (records.RECORD, *parts)):
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise errors.BadRequestError(f"{directory} is not an image directory: {path.name} is not a file")
     try:
         record = msgspec.json.decode((directory / records.RECORD).read_bytes(), type=records.Image)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -60,7 +64,7 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
     wanted = names.parse_artefact_name(name or record.name, "an image")
     names.parse_id(record.id, "image id")
     with images.stage(record.id) as staged:
-        for part in (records.ROOTFS, records.WORK_SEED):
+        for part in parts:
             copy_sparse(directory / part, staged / part)
         rootfs = staged / records.ROOTFS
         _verify(rootfs, record)
@@ -90,14 +94,11 @@ def promote(images: records.Images, image: records.Image, *, name: str) -> recor
 
 def copy_sparse(source: Path, target: Path) -> None:
     """Copies only what is written: an image is mostly holes."""
-    try:
-        with source.open("rb") as read, target.open("xb") as write:
-            size = os.fstat(read.fileno()).st_size
-            write.truncate(size)
-            for start, end in _extents(read.fileno(), size):
-                _copy_range(read.fileno(), write.fileno(), start, end)
-    except FileNotFoundError as error:
-        raise errors.NotFoundError(f"there is no file {source}") from error
+    with artefacts.readable(source), source.open("rb") as read, target.open("xb") as write:
+        size = os.fstat(read.fileno()).st_size
+        write.truncate(size)
+        for start, end in _extents(read.fileno(), size):
+            _copy_range(read.fileno(), write.fileno(), start, end)
 
 
 def _extents(descriptor: int, size: int) -> list[tuple[int, int]]:

@@ -62,7 +62,7 @@ def opened(path: Path, *, arch: str, scratch: Path, wanted: str = "") -> Iterato
 
 
 def _read(path: Path, arch: str, scratch: Path, wanted: str) -> bundle.Bundle:
-    with _readable(path):
+    with artefacts.readable(path):
         kind = path.stat().st_mode
         files: _Files
         if stat.S_ISDIR(kind):
@@ -252,17 +252,3 @@ def _reference(name: str) -> str:
         with contextlib.suppress(errors.BadRequestError):
             return str(reference.parse(name))
     return ""
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """The daemon reads as its owner: what root, or another user, made may be closed to it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise errors.NotFoundError(f"there is no {error.filename or path}") from error
-    except PermissionError as error:
-        raise errors.UnauthorizedError(
-            f"the daemon's owner may not read {error.filename or path}",
-            hint="give it to the owner, or make it readable: `chmod a+r`, and a+x for the directories above",
-        ) from error
