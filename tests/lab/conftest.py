@@ -66,8 +66,8 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed and report.when in ("setup", "call"):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", item.nodeid.partition("::")[2])
-        labs = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Lab)]
-        for lab in labs:
+        used = (getattr(value, "lab", value) for value in getattr(item, "funcargs", {}).values())
+        for lab in (value for value in used if isinstance(value, Lab)):
             directory = TREE / "build" / "evidence" / name / lab.name
             lab.evidence(directory)
             report.sections.append(("evidence", str(directory)))

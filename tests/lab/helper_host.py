@@ -135,7 +135,20 @@ class HelperHost:
         assert found.pid > 0
         return found
 
-    def agent_listens(self, vm_id: str = VM, *, user: str = "dev", timeout_s: float = 60) -> bool:
+    def await_agent(self, vm_id: str = VM) -> None:
+        """Fails with what the VM's logs and processor time tell, twice: does it still do something?"""
+        if self.agent_listens(vm_id):
+            return
+        tell = (
+            f"tail -n 20 {ROOT}/logs/{vm_id}/*; cd {CGROUP}/{vm_id}; cat cpu.stat memory.events;"
+            "sleep 2; cat /proc/loadavg; top -b -n 1 -H -w 120 | head -n 25"
+        )
+        seen = [
+            self.sh(f"{tell}; ls -l {ROOT}/jails/firecracker/{vm_id}/root", check=False) for _ in range(2)
+        ]
+        raise AssertionError("no agent answers:\n" + "\n\n".join(seen))
+
+    def agent_listens(self, vm_id: str = VM, *, user: str = "dev", timeout_s: float = 120) -> bool:
         path = privileged.vsock_socket(f"{ROOT}/jails", vm_id)
         done = self.lab.run(
             ["python3", "-c", AGENT, path, str(timeout_s)], user=user, check=False, timeout_s=timeout_s + 30

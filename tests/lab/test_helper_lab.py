@@ -81,7 +81,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 15) -> bool:
 
 def test_vm_boots_and_its_agent_listens(empty_host: HelperHost) -> None:
     vmm = empty_host.start()
-    assert empty_host.agent_listens()
+    empty_host.await_agent()
     (usage,) = empty_host.do(privileged.GetUsage(vm_id=VM))
     assert isinstance(usage, privileged.Usage)
     assert usage.cpu_usec > 0
@@ -108,7 +108,7 @@ def test_kernel_with_initrd_boots_too_and_its_console_is_kept(empty_host: Helper
         VM, 1, kernel_id=INITRD_KERNEL, initrd=True, memory_mib=256, boot_args=arguments
     )
     empty_host.do(*requests)
-    assert empty_host.agent_listens()
+    empty_host.await_agent()
     console = empty_host.lab.run(["cat", f"{ROOT}/logs/{VM}/console.log"], user="dev").stdout
     assert b"Linux version 6.1" in console
 
@@ -168,7 +168,7 @@ def test_vmm_is_confined(empty_host: HelperHost) -> None:
 
 def test_others_cannot_reach_a_vm(empty_host: HelperHost) -> None:
     empty_host.start()
-    assert empty_host.agent_listens()
+    empty_host.await_agent()
     assert empty_host.lab.run(["id", "-un"], user="stranger").text.strip() == "stranger"
     assert not empty_host.agent_listens(user="stranger", timeout_s=2)
     logs = empty_host.lab.run(["cat", f"{ROOT}/logs/{VM}/vmm.log"], user="stranger", check=False)
@@ -193,7 +193,7 @@ def test_another_uid_cannot_even_connect(helper_host: HelperHost) -> None:
 
 def test_guest_survives_restart_and_kill_of_the_helper(empty_host: HelperHost) -> None:
     vmm = empty_host.start()
-    assert empty_host.agent_listens()
+    empty_host.await_agent()
     for end in (
         "systemctl restart bangerd-root",
         "kill -9 $(systemctl show bangerd-root -p MainPID --value)",
@@ -203,7 +203,7 @@ def test_guest_survives_restart_and_kill_of_the_helper(empty_host: HelperHost) -
         empty_host.sh(end)
         assert wait_until(lambda: empty_host.ask(privileged.GetHost())[0].error is None)
         assert empty_host.do(privileged.FindVmm(vm_id=VM)) == [vmm]
-        assert empty_host.agent_listens(timeout_s=10)
+        empty_host.await_agent()
     assert "left-over" not in empty_host.sh("journalctl -u bangerd-root -o cat")
 
 
@@ -219,8 +219,8 @@ def test_stopping_the_cgroups_unit_ends_every_vm(empty_host: HelperHost) -> None
 def test_a_vmm_out_of_memory_takes_nobody_along(empty_host: HelperHost) -> None:
     victim = empty_host.start()
     other = empty_host.start(OTHER, 2)
-    assert empty_host.agent_listens()
-    assert empty_host.agent_listens(OTHER)
+    empty_host.await_agent()
+    empty_host.await_agent(OTHER)
     empty_host.sh(f"echo 0 > {CGROUP}/{VM}/memory.max")
     assert wait_until(lambda: empty_host.do(privileged.FindVmm(vm_id=VM)) == [privileged.Vmm(pid=0)]), victim
     assert empty_host.do(privileged.FindVmm(vm_id=OTHER)) == [other]
@@ -292,7 +292,7 @@ def test_a_launch_that_fails_says_why_and_leaves_the_next_one_free(empty_host: H
     empty_host.sh(f"kill {holder}")
     assert empty_host.do(privileged.FindVmm(vm_id=VM)) == [privileged.Vmm(pid=0)]
     empty_host.do(launch_request(VM, 1), *requests[10:])
-    assert empty_host.agent_listens()
+    empty_host.await_agent()
 
 
 def test_a_kernel_that_is_none_is_told_by_the_log(empty_host: HelperHost) -> None:
