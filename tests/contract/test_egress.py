@@ -55,7 +55,7 @@ async def test_ipv6_is_the_guests_from_row_to_rules_name_and_command_line(daemon
     four = await made(daemon, name="four")
     assert four.address6 == ""
     with pytest.raises(errors.BadRequestError, match="without IPv6"):
-        await daemon.services.vms.set("four", resources.SetVm(allow=("2001:db8::/32",)))
+        await daemon.services.alterations.set("four", resources.SetVm(allow=("2001:db8::/32",)))
 
 
 async def test_a_vm_without_network_has_no_rules(daemon: conftest.Daemon) -> None:
@@ -66,7 +66,7 @@ async def test_a_vm_without_network_has_no_rules(daemon: conftest.Daemon) -> Non
 async def test_nat_is_switched_on_a_running_vm(daemon: conftest.Daemon) -> None:
     vm = await made(daemon, name="web")
     for on in (True, False, True):
-        changed = await daemon.services.vms.set("web", resources.SetVm(nat=on))
+        changed = await daemon.services.alterations.set("web", resources.SetVm(nat=on))
         found = rules(daemon, vm.id)
         assert found is not None
         assert (changed.nat, found.nat) == (on, on)
@@ -77,7 +77,7 @@ async def test_nat_is_switched_on_a_running_vm(daemon: conftest.Daemon) -> None:
 async def test_other_changes_of_a_running_vm_are_refused_whole(daemon: conftest.Daemon) -> None:
     await made(daemon, name="web")
     with pytest.raises(errors.ConflictError):
-        await daemon.services.vms.set("web", resources.SetVm(nat=True, vcpus=2))
+        await daemon.services.alterations.set("web", resources.SetVm(nat=True, vcpus=2))
     assert not (await daemon.services.vms.get("web")).nat
 
 
@@ -90,7 +90,7 @@ async def test_a_change_that_the_helper_refuses_is_not_remembered(daemon: confte
 
     daemon.world.before = refuse
     with pytest.raises(errors.OperationFailedError):
-        await daemon.services.vms.set("web", NAT)
+        await daemon.services.alterations.set("web", NAT)
     assert not (await daemon.services.vms.get("web")).nat
 
 

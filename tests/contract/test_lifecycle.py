@@ -152,14 +152,15 @@ async def test_a_second_start_checks_the_overlay_and_keeps_it(daemon: conftest.D
 async def test_a_work_disk_grows_while_the_vm_is_stopped_and_never_shrinks(daemon: conftest.Daemon) -> None:
     created = (await daemon.create()).vm
     assert created is not None
+    alterations = daemon.services.alterations
     vms, path = daemon.services.vms, daemon.paths.layout.work_disk(names.VmId(created.id))
     with pytest.raises(errors.ConflictError, match="while it runs") as refused:
-        await vms.set("web", resources.SetVm(disk_size_mib=64))
+        await alterations.set("web", resources.SetVm(disk_size_mib=64))
     assert "vm stop web" in refused.value.hint
     await daemon.done(await vms.stop("web"))
     with pytest.raises(errors.BadRequestError, match="can only grow"):
-        await vms.set("web", resources.SetVm(disk_size_mib=15, memory_mib=256))
-    changed = await vms.set("web", resources.SetVm(disk_size_mib=64))
+        await alterations.set("web", resources.SetVm(disk_size_mib=15, memory_mib=256))
+    changed = await alterations.set("web", resources.SetVm(disk_size_mib=64))
     assert (changed.disk_size_mib, changed.memory_mib) == (64, 128)
     assert path.stat().st_size == 16 << 20, "until it is started"
     operation = await daemon.done(await vms.start("web"))
@@ -169,8 +170,8 @@ async def test_a_work_disk_grows_while_the_vm_is_stopped_and_never_shrinks(daemo
 
 async def test_a_vm_that_has_no_work_disk_yet_may_have_a_smaller_one(daemon: conftest.Daemon) -> None:
     await daemon.create(start=False)
-    await daemon.services.vms.set("web", resources.SetVm(disk_size_mib=20))
-    changed = await daemon.services.vms.set("web", resources.SetVm(disk_size_mib=16))
+    await daemon.services.alterations.set("web", resources.SetVm(disk_size_mib=20))
+    changed = await daemon.services.alterations.set("web", resources.SetVm(disk_size_mib=16))
     assert changed.disk_size_mib == 16
 
 
@@ -281,7 +282,7 @@ async def test_the_vm_of_a_command_goes_when_its_daemon_dies(
     async with _composed(paths, world) as services:
         await conftest.Daemon(services, paths, world).create()
         request = resources.ExecRequest(argv=("cat",), remove=remove)
-        async with services.vms.exec("web", request):
+        async with services.sessions.exec("web", request):
             pass
         # exec_finished is never called: a daemon that is killed finishes nothing
     async with _composed(paths, world) as services:
@@ -296,9 +297,9 @@ async def test_a_daemon_that_is_stopped_leaves_the_deletion_to_the_next(
     request = resources.ExecRequest(argv=("cat",), remove=True)
     async with _composed(paths, world) as services:
         await conftest.Daemon(services, paths, world).create()
-        async with services.vms.exec("web", request):
+        async with services.sessions.exec("web", request):
             await services.operations.close()
-        await services.vms.exec_finished("web", request)
+        await services.sessions.finished("web", request)
         assert [vm.name for vm in await services.vms.list()] == ["web"]
     async with _composed(paths, world) as services:
         assert await services.vms.list() == []
@@ -341,7 +342,7 @@ async def test_exec_echoes_what_it_is_sent(daemon: conftest.Daemon) -> None:
     sent = bytes(range(256)) * 4096
     request = resources.ExecRequest(argv=("cat",))
     got = bytearray()
-    async with daemon.services.vms.exec("web", request) as running:
+    async with daemon.services.sessions.exec("web", request) as running:
 
         async def feed() -> None:
             await running.write(sent)
@@ -360,7 +361,7 @@ async def test_exec_echoes_what_it_is_sent(daemon: conftest.Daemon) -> None:
 async def test_exec_in_a_stopped_vm_says_how_to_start_it(daemon: conftest.Daemon) -> None:
     await daemon.create(start=False)
     with pytest.raises(errors.NotRunningError, match="web is not running"):
-        async with daemon.services.vms.exec("web", resources.ExecRequest(argv=("true",))):
+        async with daemon.services.sessions.exec("web", resources.ExecRequest(argv=("true",))):
             pass
 
 

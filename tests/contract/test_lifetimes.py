@@ -163,13 +163,13 @@ async def test_commands_are_activity_while_they_run_and_terminals_when_they_are_
 ) -> None:
     await banger(served, "vm", "create", "web", "--idle-stop", "1h")
     used = _used(served, await shown(served))
-    vms = served.daemon.services.vms
-    async with vms.exec("web", resources.ExecRequest(argv=("cat",))):
+    sessions = served.daemon.services.sessions
+    async with sessions.exec("web", resources.ExecRequest(argv=("cat",))):
         assert _is_busy(used)
         assert (await shown(served)).idle_stop_at is None
         assert "in use now" in (await banger(served, "vm", "show", "web")).text
     assert not _is_busy(used)
-    async with vms.exec("web", resources.ExecRequest(argv=("cat",), tty=True)) as running:
+    async with sessions.exec("web", resources.ExecRequest(argv=("cat",), tty=True)) as running:
         assert not _is_busy(used)
         before = used.last_used_s
         await running.write(b"typed")
@@ -182,7 +182,7 @@ async def test_commands_are_activity_while_they_run_and_terminals_when_they_are_
 async def test_tunnels_are_activity_when_bytes_go_through(served: api_served.Served) -> None:
     await banger(served, "vm", "create", "web", "--idle-stop", "1h")
     used = _used(served, await shown(served))
-    async with served.daemon.services.vms.connect("web", reach.ConnectRequest(port=22)) as tunnel:
+    async with served.daemon.services.sessions.connect("web", reach.ConnectRequest(port=22)) as tunnel:
         before = used.last_used_s
         await tunnel.write(b"ping")
         assert used.last_used_s > before

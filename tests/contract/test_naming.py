@@ -65,7 +65,7 @@ async def test_a_name_lives_as_long_as_its_vm_runs(
         assert await ask(services, "x.web.vm") == "10.213.240.2"
         await daemon.done(await services.vms.stop("web"))
         assert await ask(services, "web.vm") == "NXDOMAIN"
-        await services.vms.set("web", resources.SetVm(name="shop"))
+        await services.alterations.set("web", resources.SetVm(name="shop"))
         await daemon.done(await services.vms.start("shop"))
         assert [await ask(services, name) for name in ("web.vm", "shop.vm")] == ["NXDOMAIN", "10.213.240.2"]
         await daemon.done(await services.vms.delete("shop"))

@@ -184,10 +184,10 @@ async def test_ports_live_with_their_vm_and_outlive_the_daemon(
         daemon = conftest.Daemon(services, paths, world)
         body = resources.CreateVm(name="web", publish=(f"{one}:80",))
         assert (await daemon.done(await services.vms.create(body))).error is None
-        changed = await services.vms.change_ports("web", ports.ChangePorts(publish=(f"{two}:81",)))
+        changed = await services.alterations.change_ports("web", ports.ChangePorts(publish=(f"{two}:81",)))
         assert changed.publish == (f"127.0.0.1:{one}:80/tcp", f"127.0.0.1:{two}:81/tcp")
         assert not await refuses(two)
-        await services.vms.change_ports("web", ports.ChangePorts(unpublish=(f"{one}:80",)))
+        await services.alterations.change_ports("web", ports.ChangePorts(unpublish=(f"{one}:80",)))
         assert await refuses(one)
     assert await refuses(two)
     async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:

@@ -120,14 +120,14 @@ async def test_a_vm_whose_client_is_gone_before_it_watches_goes_too(
     served: api_served.Served, *, comes: bool
 ) -> None:
     """It was killed between asking for the VM and hearing of it, so no connection of its own ever ends."""
-    vms = served.daemon.services.vms
-    vms.claims.within_s = 0.0 if not comes else 3600.0
+    vms, sessions = served.daemon.services.vms, served.daemon.services.sessions
+    sessions.claims.within_s = 0.0 if not comes else 3600.0
     body = {"name": "shop", "remove_on_failure": True, "for_command": True}
     await served.done("POST", "/v1/vms", body)
     if comes:
-        async with vms.exec("shop", resources.ExecRequest(argv=("true",), remove=True)):
+        async with sessions.exec("shop", resources.ExecRequest(argv=("true",), remove=True)):
             pass
-        assert vms.claims._waiting == {}
+        assert sessions.claims._waiting == {}
         assert [vm.name for vm in await vms.list()] == ["shop"]
         return
     async with asyncio.timeout(cli_process.DEADLINE_S):

@@ -314,6 +314,8 @@ async def compose(
         await zone.ensure_routed()
         yield routes.Services(
             vms=vm_service,
+            alterations=vm_service.alterations,
+            sessions=vm_service.sessions,
             workspaces=workspaces.WorkspaceService(rows, connect),
             images=image_service,
             pulls=pull_service,

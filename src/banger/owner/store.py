@@ -110,6 +110,14 @@ class Store:
         hint = f"did you mean {', '.join(close)}?" if close else "`banger vm list` shows what there is"
         raise errors.NotFoundError(f"there is no VM {ref!r}", hint=hint)
 
+    def find_running(self, ref: str) -> record.VmRecord:
+        """As `find`. Raises NotRunningError for one that the row does not call running."""
+        vm = self.find(ref)
+        if vm.state is not resources.VmState.RUNNING:
+            hint = f"start it: `banger vm start {vm.name}`"
+            raise errors.NotRunningError(f"{vm.name} is not running", hint=hint)
+        return vm
+
     def list(self) -> list[record.VmRecord]:
         """All rows, the oldest first."""
         return self._select("ORDER BY created_at, id")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The VM service: turns API requests into operations on rows, under each VM's lifecycle lock."""
+"""The VM service: turns API requests into operations on rows, under each VM's lifecycle lock.
+
+Here VMs come, start, end and go. What changes one that stays as it is, is in `alterations.py`; what is done
+inside one that runs, in `sessions.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +18,27 @@ from typing import Final, Protocol
 import msgspec
 
 from banger import steps
-from banger.contract import errors, names, ports, privileged, reach, resources
+from banger.contract import errors, names, ports, privileged, resources
 from banger.images import bundle
 from banger.owner import (
     activity,
+    alterations,
     changes,
-    claims,
     lifetimes,
-    listeners,
     live,
     locks,
     operations,
     publish,
     pulse,
+    sessions,
     silence,
     ssh,
     store,
-    tunnels,
     views,
 )
 from banger.owner import guest as guests
-from banger.vm import capabilities, command, create, host, lifetime, record, start, stop, timeline
-from banger.vm.capabilities import dns, packet_rules
+from banger.vm import capabilities, create, host, record, start, stop, timeline
+from banger.vm.capabilities import dns
 
 _log = logging.getLogger(__name__)
 
@@ -82,11 +85,8 @@ class VmService:
         self._views = views
         self._connect = connect
         self._features = features
-        self._publisher = publisher
         self._keys = keys
-        self._zone = zone
         self.activities = activities
-        self.claims = claims.Claims(self.delete)
         self._notices = lifetimes.Notices()
         self.lifetimes = lifetimes.Lifetimes(
             lambda: [vm for vm in store.list() if vm.state is resources.VmState.RUNNING],
@@ -95,6 +95,18 @@ class VmService:
             self.stop_when_due,
         )
         self._lifecycle = locks.Lifecycle()
+        self.sessions = sessions.Sessions(store, connect, resolver.run_config, self._notices, self.delete)
+        self.alterations = alterations.Alterations(
+            host=host,
+            rows=store,
+            lifecycle=self._lifecycle,
+            view=self._view,
+            kernel_id=resolver.kernel_id,
+            publisher=publisher,
+            keys=keys,
+            zone=zone,
+            activities=activities,
+        )
         agents = silence.SilenceWatch(
             lambda vm_id: pulse.of(host, vm_id), silent_after_s=host.limits.agent_silence_s
         )
@@ -110,7 +122,7 @@ class VmService:
         return self._view(self._store.find(ref), with_timings=True)
 
     async def stats(self, ref: str) -> resources.VmStats:
-        vm = self._running(ref)
+        vm = self._store.find_running(ref)
         usage = await self._host.privileged(privileged.GetUsage(vm_id=vm.id))
         health = await self._connect(vm.id).health()
         return self._views.stats(vm, self.live.pid(vm.id), usage, health)
@@ -165,7 +177,7 @@ class VmService:
             if body.start:
                 view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
             if body.for_command:
-                self.claims.expect(vm.id)
+                self.sessions.claims.expect(vm.id)
             elif body.remove_on_failure:
                 self._store.set_throw_away(vm.id, throw_away=False)
             return view
@@ -214,51 +226,6 @@ class VmService:
 
         return self._lifecycle_operation("vm.delete", ref, work, cancels=_STARTING | {"vm.stop", "vm.kill"})
 
-    async def set(self, ref: str, body: resources.SetVm) -> resources.Vm:
-        """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
-        vm = self._store.find(ref)
-        runs = vm.state is resources.VmState.RUNNING
-        if runs and body.needs_no_stop and not self._lifecycle.holder(vm.id):
-            return await self._set_at_once(vm.id, body)
-        if runs or self._lifecycle.holder(vm.id):
-            raise errors.ConflictError(
-                f"{vm.name} cannot be changed while it runs",
-                hint=f"stop it first: `banger vm stop {vm.name}`",
-            )
-        has_disk = self._host.layout.work_disk(vm.id).exists()
-        changed = changes.applied(vm, body, self._resolver.kernel_id, has_disk=has_disk)
-        self._store.save(changed)
-        if changed.name != vm.name:
-            self._keys.forget(vm.name)
-        return self._view(changed)
-
-    async def _set_at_once(self, vm_id: names.VmId, body: resources.SetVm) -> resources.Vm:
-        """The row first: if we die in between, the next daemon does what it says."""
-        async with self._lifecycle.hold(vm_id, ""):
-            vm = self._store.get(vm_id)
-            changed = changes.at_once(vm, body)
-            self._store.save(changed)
-            self.activities.of(vm_id).touch()
-            if changed.state is resources.VmState.RUNNING and body.changes_egress:
-                try:
-                    await self._host.privileged(packet_rules.request(changed))
-                except errors.BangerError:
-                    self._store.save(vm)
-                    raise
-                self._zone.add(changed)
-            return self._view(changed)
-
-    async def extend(self, ref: str, body: resources.ExtendVm) -> resources.Vm:
-        """Raises ConflictError while it is being stopped or changed."""
-        found = self._running(ref)
-        if self._lifecycle.holder(found.id):
-            raise errors.ConflictError(f"{found.name} is being stopped or changed now")
-        async with self._lifecycle.hold(found.id, ""):
-            vm = lifetime.extended(self._running(found.id), body.by_s)
-            self._store.save(vm)
-            self.activities.of(vm.id).touch()
-            return self._view(vm)
-
     async def stop_when_due(self, vm: record.VmRecord, why: str, is_due: lifetimes.IsDue) -> None:
         """Time has stopped it, unless somebody came in between."""
 
@@ -272,67 +239,6 @@ class VmService:
 
         operation = self._lifecycle_operation("vm.stop", vm.id, work)
         await self._operations.wait(operation.id)
-
-    async def listening(self, ref: str) -> Sequence[ports.GuestPort]:
-        vm = self._running(ref)
-        return await listeners.look(self._connect(vm.id), vm)
-
-    async def change_ports(self, ref: str, body: ports.ChangePorts) -> resources.Vm:
-        """Raises AlreadyExistsError for a port in use; nothing has changed then."""
-        gone = set(ports.parse_all(body.unpublish))
-        found = self._store.find(ref)
-        if self._lifecycle.holder(found.id):
-            raise errors.ConflictError(f"{found.name} is being changed", hint="wait until that has ended")
-        async with self._lifecycle.hold(found.id, ""):
-            vm = self._store.get(found.id)
-            kept = [each for each in ports.parse_all(vm.publish) if each not in gone]
-            fresh = [each for each in ports.parse_all(body.publish) if each not in kept]
-            wanted = ports.parse_all(tuple(map(str, (*kept, *fresh))))
-            changed = msgspec.structs.replace(vm, publish=tuple(map(str, wanted)))
-            if vm.state is resources.VmState.RUNNING:
-                await self._publisher.serve(changed)
-            else:
-                for each in fresh:
-                    publish.bound(each).close()
-            self._store.save(changed)
-            return self._view(changed)
-
-    # --- in the guest ---
-
-    def notices(self, ref: str) -> contextlib.AbstractContextManager[asyncio.Queue[str]]:
-        """What the VM's users are told, from now on."""
-        return self._notices.heard(self._running(ref).id)
-
-    @contextlib.asynccontextmanager
-    async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
-        self.exec_announced(ref, request)
-        vm = self._running(ref)
-        spec = command.exec_spec(request, self._resolver.run_config(vm.image_id), _workspace_of(vm))
-        async with self._connect(vm.id).exec(spec) as running:
-            yield running
-
-    def connect(
-        self, ref: str, request: reach.ConnectRequest
-    ) -> contextlib.AbstractAsyncContextManager[guests.Tunnel]:
-        """A port of a running VM. Raises RefusedError when nobody listens there in time."""
-        vm = self._running(ref)
-        return tunnels.opened(self._connect(vm.id), vm.name, request)
-
-    def exec_announced(self, ref: str, request: resources.ExecRequest) -> None:
-        """From here on the VM goes with its client, whatever becomes of this daemon."""
-        if request.remove:
-            vm_id = self._running(ref).id
-            self._store.set_throw_away(vm_id, throw_away=True)
-            self.claims.claimed(vm_id)
-
-    async def exec_finished(self, ref: str, request: resources.ExecRequest) -> None:
-        """A VM of one command goes with it, however the command or its client ended.
-
-        A daemon that is stopping leaves that to the next one.
-        """
-        if request.remove:
-            with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
-                await self.delete(ref)
 
     # --- the daemon's start ---
 
@@ -363,7 +269,7 @@ class VmService:
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
         await self.lifetimes.close()
-        await self.claims.close()
+        await self.sessions.claims.close()
         await self.live.close()
 
     # --- inside ---
@@ -375,14 +281,6 @@ class VmService:
         used = self.activities.of(vm.id)
         silent_since = self.live.agents.silent_since(vm.id)
         return views.Seen(self.live.pid(vm.id), silent_since, None if used.is_busy else used.idle_s)
-
-    def _running(self, ref: str) -> record.VmRecord:
-        vm = self._store.find(ref)
-        if vm.state is not resources.VmState.RUNNING:
-            raise errors.NotRunningError(
-                f"{vm.name} is not running", hint=f"start it: `banger vm start {vm.name}`"
-            )
-        return vm
 
     def _lifecycle_operation(
         self, kind: str, ref: str, work: Work, *, cancels: frozenset[str] = frozenset()
@@ -494,7 +392,3 @@ class VmService:
         ended = self._views.ended(vm)
         self._store.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
-
-
-def _workspace_of(vm: record.VmRecord) -> str:
-    return vm.workspace.path if vm.workspace is not None else ""

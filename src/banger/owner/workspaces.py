@@ -50,7 +50,7 @@ class Peer(Protocol):
 class Rows(Protocol):
     """What is needed of the store."""
 
-    def find(self, ref: str, /) -> record.VmRecord: ...
+    def find_running(self, ref: str, /) -> record.VmRecord: ...
 
     def get(self, vm_id: names.VmId, /) -> record.VmRecord: ...
 
@@ -69,9 +69,9 @@ class WorkspaceService:
         """Takes a repository in. One at a time for each VM; the others wait."""
         request = await peer.hear(transfers.PrepareRequest)
         path = workspace.clean_path(request.path)
-        found = self._running(ref)
+        found = self._store.find_running(ref)
         async with self._locks.hold(found.id, operations.current_op_id.get()):
-            vm = self._running(found.id)
+            vm = self._store.find_running(found.id)
             inside = _Guest(vm.name, self._connect(vm.id))
             await self._make_writable(inside, vm, path)
             state = await self._inspect(inside, vm, path, request)
@@ -88,7 +88,7 @@ class WorkspaceService:
     async def export(self, ref: str, peer: Peer) -> resources.Resource:
         """Gives out what changed since `base`; the guest's repository and index stay as they are."""
         request = await peer.hear(transfers.ExportRequest)
-        vm = self._running(ref)
+        vm = self._store.find_running(ref)
         path = workspace.clean_path(request.path) if request.path else _path_of(vm)
         output = _Headed(peer)
         await _Guest(vm.name, self._connect(vm.id)).run(
@@ -105,26 +105,19 @@ class WorkspaceService:
     async def put(self, ref: str, peer: Peer) -> resources.Resource:
         request = await peer.hear(transfers.PutRequest)
         spec = guest.PutSpec(request.path, uid=request.uid, gid=request.gid, make_directory=True)
-        done = await self._connect(self._running(ref).id).put(spec, peer.pieces())
+        done = await self._connect(self._store.find_running(ref).id).put(spec, peer.pieces())
         return transfers.Transferred(entries=done.entries, content_bytes=done.content_bytes)
 
     async def get(self, ref: str, peer: Peer) -> resources.Resource:
         request = await peer.hear(transfers.GetRequest)
         spec = guest.GetSpec(request.path, follow_link=request.follow_link)
         count = 0
-        async with self._connect(self._running(ref).id).get(spec) as archive:
+        async with self._connect(self._store.find_running(ref).id).get(spec) as archive:
             async for piece in archive:
                 count += len(piece)
                 await peer.send(piece)
         await peer.end()
         return transfers.Transferred(content_bytes=count)
-
-    def _running(self, ref: str) -> record.VmRecord:
-        vm = self._store.find(ref)
-        if vm.state is not resources.VmState.RUNNING:
-            hint = f"start it: `banger vm start {vm.name}`"
-            raise errors.NotRunningError(f"{vm.name} is not running", hint=hint)
-        return vm
 
     async def _make_writable(self, inside: _Guest, vm: record.VmRecord, path: str) -> None:
         known = vm.workspace

@@ -11,7 +11,20 @@ from litestar import di
 from litestar.openapi import datastructures
 
 from banger.contract import privileged
-from banger.owner import images, inventory, kernels, naming, operations, pulls, runtime, ssh, vms, workspaces
+from banger.owner import (
+    alterations,
+    images,
+    inventory,
+    kernels,
+    naming,
+    operations,
+    pulls,
+    runtime,
+    sessions,
+    ssh,
+    vms,
+    workspaces,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +32,8 @@ class Services:
     """What the routes may call; made in `main.py`."""
 
     vms: vms.VmService
+    alterations: alterations.Alterations
+    sessions: sessions.Sessions
     workspaces: workspaces.WorkspaceService
     images: images.ImageService
     pulls: pulls.PullService

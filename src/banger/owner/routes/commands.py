@@ -29,7 +29,7 @@ async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services
     began, end = time.monotonic(), None
     try:
         request = msgspec.json.decode(await socket.receive_text(), type=resources.ExecRequest)
-        services.vms.exec_announced(ref, request)
+        services.sessions.announced(ref, request)
         if request.hold:
             await _until_told(socket)
         end = await _run(socket, ref, request, services)
@@ -42,7 +42,7 @@ async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services
     finally:
         _log_end(ref, end, time.monotonic() - began)
         if request is not None:
-            await services.vms.exec_finished(ref, request)
+            await services.sessions.finished(ref, request)
     if end is not None:
         await sockets.say_goodbye(socket, end)
 
@@ -77,8 +77,8 @@ async def _run(
     socket: sockets.Socket, ref: str, request: resources.ExecRequest, services: routes.Services
 ) -> resources.ExecEnd:
     async with contextlib.AsyncExitStack() as stack:
-        running = await stack.enter_async_context(services.vms.exec(ref, request))
-        heard = stack.enter_context(services.vms.notices(ref))
+        running = await stack.enter_async_context(services.sessions.exec(ref, request))
+        heard = stack.enter_context(services.sessions.notices(ref))
         telling = asyncio.create_task(_tell(socket, heard if request.notices else asyncio.Queue()))
         sending = asyncio.create_task(_send_output(socket, running))
         receiving = asyncio.create_task(_receive_input(socket, running))

@@ -63,7 +63,7 @@ async def _run(
 async def _connect(
     socket: sockets.Socket, ref: str, request: reach.ConnectRequest, services: routes.Services
 ) -> None:
-    async with services.vms.connect(ref, request) as tunnel:
+    async with services.sessions.connect(ref, request) as tunnel:
         sending = asyncio.create_task(_to_client(socket, tunnel))
         receiving = asyncio.create_task(_to_guest(socket, tunnel))
         try:

@@ -44,7 +44,7 @@ async def set_vm(
     ref: params.FromPath[str], data: params.JSONBody[resources.SetVm], services: routes.Injected
 ) -> resources.Vm:
     """Changes a VM; one that runs only in what it reaches and how long it lives."""
-    return await services.vms.set(ref, data)
+    return await services.alterations.set(ref, data)
 
 
 @litestar.delete("/v1/vms/{ref:str}", status_code=202)
@@ -74,7 +74,7 @@ async def extend_vm(
     ref: params.FromPath[str], data: params.JSONBody[resources.ExtendVm], services: routes.Injected
 ) -> resources.Vm:
     """Lets a running VM live on, and begins its idleness anew."""
-    return await services.vms.extend(ref, data)
+    return await services.alterations.extend(ref, data)
 
 
 @litestar.get("/v1/vms/{ref:str}/stats")
@@ -86,7 +86,7 @@ async def get_stats(ref: params.FromPath[str], services: routes.Injected) -> res
 @litestar.get("/v1/vms/{ref:str}/ports")
 async def list_ports(ref: params.FromPath[str], services: routes.Injected) -> list[ports.GuestPort]:
     """The ports on which a running VM listens."""
-    return list(await services.vms.listening(ref))
+    return list(await services.sessions.listening(ref))
 
 
 @litestar.patch("/v1/vms/{ref:str}/ports")
@@ -94,7 +94,7 @@ async def change_ports(
     ref: params.FromPath[str], data: params.JSONBody[ports.ChangePorts], services: routes.Injected
 ) -> resources.Vm:
     """Publishes ports of a VM on the host, and takes back others."""
-    return await services.vms.change_ports(ref, data)
+    return await services.alterations.change_ports(ref, data)
 
 
 @litestar.get("/v1/vms/{ref:str}/logs", responses=routes.answer(str, "text/plain"))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""What changes a VM without starting or ending it: its sizes, its name, what it reaches, its time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from banger.contract import errors, names, ports, resources
+from banger.owner import activity, changes, locks, publish, ssh, store
+from banger.vm import host, lifetime, record
+from banger.vm.capabilities import dns, packet_rules
+
+
+class Alterations:
+    """Each is over at once, and is refused while an operation holds the VM."""
+
+    def __init__(
+        self,
+        *,
+        host: host.Host,
+        rows: store.Store,
+        lifecycle: locks.Lifecycle,
+        view: Callable[[record.VmRecord], resources.Vm],
+        kernel_id: Callable[[str], names.KernelId],
+        publisher: publish.Publisher,
+        keys: ssh.SshKeys,
+        zone: dns.Zone,
+        activities: activity.Activities,
+    ) -> None:
+        self._host = host
+        self._rows = rows
+        self._lifecycle = lifecycle
+        self._view = view
+        self._kernel_id = kernel_id
+        self._publisher = publisher
+        self._keys = keys
+        self._zone = zone
+        self._activities = activities
+
+    async def set(self, ref: str, body: resources.SetVm) -> resources.Vm:
+        """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
+        vm = self._rows.find(ref)
+        runs = vm.state is resources.VmState.RUNNING
+        if runs and body.needs_no_stop and not self._lifecycle.holder(vm.id):
+            return await self._set_at_once(vm.id, body)
+        if runs or self._lifecycle.holder(vm.id):
+            raise errors.ConflictError(
+                f"{vm.name} cannot be changed while it runs",
+                hint=f"stop it first: `banger vm stop {vm.name}`",
+            )
+        has_disk = self._host.layout.work_disk(vm.id).exists()
+        changed = changes.applied(vm, body, self._kernel_id, has_disk=has_disk)
+        self._rows.save(changed)
+        if changed.name != vm.name:
+            self._keys.forget(vm.name)
+        return self._view(changed)
+
+    async def _set_at_once(self, vm_id: names.VmId, body: resources.SetVm) -> resources.Vm:
+        """The row first: if we die in between, the next daemon does what it says."""
+        async with self._lifecycle.hold(vm_id, ""):
+            vm = self._rows.get(vm_id)
+            changed = changes.at_once(vm, body)
+            self._rows.save(changed)
+            self._activities.of(vm_id).touch()
+            if changed.state is resources.VmState.RUNNING and body.changes_egress:
+                try:
+                    await self._host.privileged(packet_rules.request(changed))
+                except errors.BangerError:
+                    self._rows.save(vm)
+                    raise
+                self._zone.add(changed)
+            return self._view(changed)
+
+    async def extend(self, ref: str, body: resources.ExtendVm) -> resources.Vm:
+        """Raises ConflictError while it is being stopped or changed."""
+        found = self._rows.find_running(ref)
+        if self._lifecycle.holder(found.id):
+            raise errors.ConflictError(f"{found.name} is being stopped or changed now")
+        async with self._lifecycle.hold(found.id, ""):
+            vm = lifetime.extended(self._rows.find_running(found.id), body.by_s)
+            self._rows.save(vm)
+            self._activities.of(vm.id).touch()
+            return self._view(vm)
+
+    async def change_ports(self, ref: str, body: ports.ChangePorts) -> resources.Vm:
+        """Raises AlreadyExistsError for a port in use; nothing has changed then."""
+        gone = set(ports.parse_all(body.unpublish))
+        found = self._rows.find(ref)
+        if self._lifecycle.holder(found.id):
+            raise errors.ConflictError(f"{found.name} is being changed", hint="wait until that has ended")
+        async with self._lifecycle.hold(found.id, ""):
+            vm = self._rows.get(found.id)
+            kept = [each for each in ports.parse_all(vm.publish) if each not in gone]
+            fresh = [each for each in ports.parse_all(body.publish) if each not in kept]
+            wanted = ports.parse_all(tuple(map(str, (*kept, *fresh))))
+            changed = msgspec.structs.replace(vm, publish=tuple(map(str, wanted)))
+            if vm.state is resources.VmState.RUNNING:
+                await self._publisher.serve(changed)
+            else:
+                for each in fresh:
+                    publish.bound(each).close()
+            self._rows.save(changed)
+            return self._view(changed)
