@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from banger.contract import names, privileged, resources
-from banger.owner import config, helper, main, routes
+from banger.owner import composition, config, helper, routes
 
 TREE: Final = Path(__file__).resolve().parent.parent
 IMAGE_ID: Final = "0123456789ab"
@@ -69,7 +69,7 @@ async def running(*, agent: Path | None = None) -> AsyncIterator[FakeHost]:
         network = ipaddress.IPv4Network(names.NETWORK)
         async with _helper(paths, agent):
             ops = Recorder(helper.Client(paths.helper_socket))
-            async with main.compose(SETTINGS, network, paths, ops, "0" * 64) as services:
+            async with composition.compose(SETTINGS, network, paths, ops, "0" * 64) as services:
                 yield FakeHost(services, paths, ops)
 
 

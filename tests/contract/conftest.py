@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import names, resources
-from banger.owner import config, main, routes
+from banger.owner import composition, config, routes
 from tests.contract import agent, workspaces
 from tests.fakes import world as worlds
 
@@ -105,7 +105,7 @@ async def world(paths: config.Paths) -> AsyncIterator[worlds.World]:
 @pytest.fixture
 async def daemon(paths: config.Paths, world: worlds.World) -> AsyncIterator[Daemon]:
     """A daemon that has started and reconciled."""
-    async with main.compose(SETTINGS, NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(SETTINGS, NETWORK, paths, world, "0" * 64) as services:
         yield Daemon(services, paths, world)
 
 

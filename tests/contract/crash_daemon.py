@@ -24,7 +24,7 @@ import msgspec
 
 from banger import steps
 from banger.contract import inventory, requests, resources
-from banger.owner import config, helper, main, operations, routes, store
+from banger.owner import composition, config, helper, operations, routes, store
 from tests.contract import conftest
 
 NAME = "web"
@@ -174,7 +174,7 @@ def live(paths: config.Paths, at: int, files: bool, pipe: connection.Connection)
 
 async def _live(paths: config.Paths, boundaries: Boundaries, pipe: connection.Connection) -> None:
     client = helper.Client(paths.helper_socket, operations.current_op_id.get, deadline_s=10)
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services:
         with contextlib.suppress(EOFError):
             while True:
                 order = msgspec.json.decode(await asyncio.to_thread(pipe.recv_bytes), type=Order)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from banger.contract import errors
-from banger.owner import activity, config, lifetimes, main, operations, store
+from banger.owner import activity, composition, config, lifetimes, operations, store
 from banger.vm import lifetime
 from tests.contract import conftest
 from tests.contract.soak_control import Order, Start, control_socket, held
@@ -86,7 +86,7 @@ async def _daemon(start: Start) -> None:
     path.unlink(missing_ok=True)
     installation = config.Installation(owner_uid=os.getuid(), helper_dir=str(top / "h"))
     async with await asyncio.start_unix_server(obey, str(path)):
-        await main.serve(conftest.SETTINGS, installation, conftest.laid_out(top), in_process=False)
+        await composition.serve(conftest.SETTINGS, installation, conftest.laid_out(top), in_process=False)
 
 
 if __name__ == "__main__":

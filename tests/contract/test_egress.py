@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from banger.contract import egress, errors, names, privileged, resources
-from banger.owner import config, main
+from banger.owner import composition, config
 from tests.contract import conftest
 from tests.fakes import world as worlds
 
@@ -95,12 +95,12 @@ async def test_a_change_that_the_helper_refuses_is_not_remembered(daemon: confte
 
 
 async def test_a_daemon_that_starts_sets_what_rows_want(paths: config.Paths, world: worlds.World) -> None:
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         vm = await made(conftest.Daemon(services, paths, world), name="web", nat=True)
     world.vm(vm.id).rules = None
     orphan = "feed00000000"
     world.vm(orphan).rules = privileged.SetGuestRules(vm_id=orphan, slot=9, nat=True)
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
         found = world.vm(vm.id).rules
         assert found is not None
         assert found.nat

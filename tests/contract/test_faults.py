@@ -22,7 +22,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, names, privileged, resources
-from banger.owner import config, helper, main, operations, store
+from banger.owner import composition, config, helper, operations, store
 from banger.storage import overlay
 from banger.vm import record
 from tests.contract import conftest
@@ -223,7 +223,7 @@ async def test_a_slow_disk_holds_up_its_own_vm_and_no_other(
     )
     async with (
         helpers.FakeHelper(world).serving(paths.helper_socket),
-        main.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services,
+        composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services,
     ):
         daemon = conftest.Daemon(services, paths, world)
         world.before = slow
@@ -304,7 +304,7 @@ async def test_a_daemon_restarted_in_a_loop_leaves_guests_and_host_as_they_are(
     first: resources.Vm | None = None
     descriptors: set[int] = set()
     for _ in range(12):
-        composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+        composed = composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
         async with composed as services:
             if first is None:
                 await conftest.Daemon(services, paths, world).create()
@@ -334,7 +334,7 @@ async def test_a_database_cut_short_is_said_and_nothing_is_deleted(
     paths: config.Paths, world: worlds.World, kept: float
 ) -> None:
     """The daemon starts on what is left of the rows, or says what to do; disks stay in either case."""
-    composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+    composed = composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
     async with composed as services:
         daemon = conftest.Daemon(services, paths, world)
         for number in range(12):
@@ -347,7 +347,7 @@ async def test_a_database_cut_short_is_said_and_nothing_is_deleted(
     os.truncate(paths.database, int(size * kept))
     async with contextlib.AsyncExitStack() as stack:
         caught = stack.enter_context(pytest.raises(errors.BangerError))
-        again = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+        again = composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
         await stack.enter_async_context(again)
     assert ("is missing or empty" if kept == 0 else "is damaged") in caught.value.message
     assert "put" in caught.value.hint
@@ -360,7 +360,7 @@ async def test_what_a_starting_daemon_cannot_clean_up_it_cleans_up_later(
     paths: config.Paths, world: worlds.World
 ) -> None:
     """Else its row would say for ever that it runs."""
-    composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+    composed = composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
     async with composed as services:
         await conftest.Daemon(services, paths, world).create()
     for vm in world.vms.values():
@@ -379,7 +379,7 @@ async def test_what_a_starting_daemon_cannot_clean_up_it_cleans_up_later(
             raise errors.OperationFailedError("the device is busy")
 
     world.before, world.after = refuse, done
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         async with asyncio.timeout(20):
             await cleaned.wait()
             async with services.vms._lifecycle.hold((await services.vms.get("web")).id, ""):

@@ -12,7 +12,7 @@ import pytest
 
 from banger.contract import errors, inventory, privileged, resources
 from banger.contract.inventory import Kind
-from banger.owner import config, main
+from banger.owner import composition, config
 from tests.contract import api_served, cli_process, conftest
 from tests.fakes import world as worlds
 
@@ -166,7 +166,7 @@ async def test_one_that_cannot_be_taken_away_keeps_no_other_and_is_said(daemon: 
 async def test_a_daemon_that_starts_sweeps_what_was_half_made(
     paths: config.Paths, world: worlds.World
 ) -> None:
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64):
         pass  # there is a database: without one these would be taken for VMs that have lost theirs
     half = [
         paths.cache / ".work-1",
@@ -175,7 +175,7 @@ async def test_a_daemon_that_starts_sweeps_what_was_half_made(
     ]
     for path in half:
         path.mkdir(parents=True)
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         assert not any(path.exists() for path in half)
         assert (await services.inventory.take()).leftovers == ()
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, guest, names, privileged, resources
-from banger.owner import config, main, routes, store
+from banger.owner import composition, config, routes, store
 from tests.contract import conftest
 from tests.fakes import world as worlds
 
@@ -51,7 +51,7 @@ STAGES = [
 def _composed(
     paths: config.Paths, world: worlds.World
 ) -> contextlib.AbstractAsyncContextManager[routes.Services]:
-    return main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+    return composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
 
 
 CAPABILITIES = {"prepare_work_disk", "prepare_packet_rules", "prepare_publish", "prepare_dns"}

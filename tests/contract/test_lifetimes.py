@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from banger.contract import names, reach, resources
-from banger.owner import activity, config, main
+from banger.owner import activity, composition, config
 from tests.contract import api_served, cli_process, conftest
 from tests.fakes import world as worlds
 
@@ -135,7 +135,7 @@ def _cat_until_the_end(cli: cli_process.Cli) -> str:
 
 async def test_a_time_to_live_survives_its_daemon(paths: config.Paths, world: worlds.World) -> None:
     async def looked_at(*, make: bool) -> datetime.datetime | None:
-        composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+        composed = composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
         async with composed as services:
             if make:
                 body = resources.CreateVm(name="web", ttl_s=3600, idle_stop_s=1800)

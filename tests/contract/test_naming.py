@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, names, privileged, resources
-from banger.owner import config, main, naming, routes
+from banger.owner import composition, config, naming, routes
 from tests.contract import conftest, dns_served
 from tests.fakes import world as worlds
 
@@ -35,7 +35,7 @@ def settings() -> config.Config:
 async def running(
     settings: config.Config, paths: config.Paths, world: worlds.World
 ) -> AsyncIterator[conftest.Daemon]:
-    composed = main.compose(settings, conftest.NETWORK, paths, world, "0" * 64, bridge="lo")
+    composed = composition.compose(settings, conftest.NETWORK, paths, world, "0" * 64, bridge="lo")
     async with composed as services:
         yield conftest.Daemon(services, paths, world)
 

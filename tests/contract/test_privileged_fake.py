@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, names, privileged, resources
-from banger.owner import config, helper, main, operations, store
+from banger.owner import composition, config, helper, operations, store
 from tests.contract import conftest, privileged_cases
 from tests.fakes import helper as fakes
 from tests.fakes import world as worlds
@@ -113,7 +113,7 @@ async def wired(fake: fakes.FakeHelper, paths: config.Paths) -> AsyncIterator[co
     """A daemon whose root is at the other end of a real socket."""
     store.Store(paths.database).close()  # no daemon begins without rows where disks are
     client = helper.Client(paths.helper_socket, operations.current_op_id.get, deadline_s=10)
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services:
         yield conftest.Daemon(services, paths, fake.world)
 
 

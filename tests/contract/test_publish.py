@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors, guest, ports, resources
-from banger.owner import config, listeners, main, publish
+from banger.owner import composition, config, listeners, publish
 from banger.owner import guest as guests
 from tests.contract import agent, conftest, publishing
 from tests.fakes import world as worlds
@@ -180,7 +180,7 @@ async def test_ports_live_with_their_vm_and_outlive_the_daemon(
     paths: config.Paths, world: worlds.World
 ) -> None:
     one, two = publishing.free_port(), publishing.free_port()
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
         body = resources.CreateVm(name="web", publish=(f"{one}:80",))
         assert (await daemon.done(await services.vms.create(body))).error is None
@@ -190,7 +190,7 @@ async def test_ports_live_with_their_vm_and_outlive_the_daemon(
         await services.alterations.change_ports("web", ports.ChangePorts(unpublish=(f"{one}:80",)))
         assert await refuses(one)
     assert await refuses(two)
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
         assert not await refuses(two)
         await daemon.done(await services.vms.stop("web"))

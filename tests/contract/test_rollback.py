@@ -11,7 +11,7 @@ import pytest
 
 from banger import steps
 from banger.contract import errors, privileged, resources
-from banger.owner import config, helper, main, operations
+from banger.owner import composition, config, helper, operations
 from banger.vm import start
 from tests.contract import conftest
 from tests.contract.test_lifecycle import STEPS
@@ -193,7 +193,7 @@ async def test_a_helper_that_hangs_holds_an_undo_no_longer_than_its_limit(
     client = helper.Client(paths.helper_socket, op_id, tell=tell, take_back_s=1, slow_s=0.2)
     async with (
         helpers.FakeHelper(world).serving(paths.helper_socket),
-        main.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services,
+        composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, client, "0" * 64) as services,
     ):
         operation = await conftest.Daemon(services, paths, world).create()
         notes = [e.detail async for e in services.operations.events(operation.id) if e.kind == "note"]

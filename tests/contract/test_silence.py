@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from banger.contract import names, resources
-from banger.owner import config, main, silence
+from banger.owner import composition, config, silence
 from tests.contract import api_served, cli_process, conftest
 from tests.fakes import world as worlds
 
@@ -25,7 +25,7 @@ async def served(
     """A daemon that calls an agent silent very soon, with one VM."""
     world.behaviour.is_old = request.param
     settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=SILENCE_S)
-    async with main.compose(settings, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(settings, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
         await daemon.create()
         async with api_served.serving(daemon) as made:

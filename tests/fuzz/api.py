@@ -17,7 +17,7 @@ from urllib import parse
 import msgspec
 
 from banger.contract import errors
-from banger.owner import app, main
+from banger.owner import app, composition
 from tests.contract import conftest
 from tests.fakes import world as worlds
 from tests.fuzz.engine import Target
@@ -42,7 +42,7 @@ class _Served:
         conftest.furnish(paths)
         helper = paths.helper_dir
         world = worlds.World(state=paths.state, jails=helper / "jails", logs=helper / "logs")
-        composed = main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+        composed = composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
         services = await self._stack.enter_async_context(composed)
         services.operations._closing = True
         return app.create_app(services)

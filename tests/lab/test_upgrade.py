@@ -23,7 +23,7 @@ LAST = "json_set(record, '$.ttl_s', 0) WHERE json_valid(record)\","
 MORE = f'{LAST}\n    "CREATE TABLE later (id TEXT) STRICT",'
 LISTEN = "listener = stack.enter_context(server.listening(paths.socket))"
 MIGRATES = {"banger/owner/migrations.py": (LAST, MORE)}
-FAILS = {"banger/owner/main.py": (LISTEN, "raise OSError('no good')")}
+FAILS = {"banger/owner/composition.py": (LISTEN, "raise OSError('no good')")}
 """After the rows were migrated and the VMs adopted: as late as it can be."""
 
 

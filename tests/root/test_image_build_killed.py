@@ -22,7 +22,7 @@ import pytest
 from banger import guest_binary, workers
 from banger.contract import requests
 from banger.images import ext4, recipe
-from banger.owner import main, operations
+from banger.owner import composition, operations
 from tests.contract import conftest
 from tests.fakes import world as worlds
 from tests.root import test_image_build as builds
@@ -99,7 +99,7 @@ async def _live(home: Path, definition: str, last_stage: str) -> None:
     paths = conftest.laid_out(home)
     paths.state.mkdir(exist_ok=True)
     world = worlds.World(state=paths.state, jails=home / "h" / "jails", logs=home / "h" / "logs")
-    async with main.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         assert services.images.list() == []
         assert (await services.inventory.take()).leftovers == ()
         assert [path.name for path in paths.cache.glob("recipes/.*")] == []

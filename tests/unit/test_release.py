@@ -256,6 +256,7 @@ def test_an_environment_is_made_and_compiled(tmp_path: Path) -> None:
     """What did not change is not compiled again, and what changed is."""
     files: dict[str, str | bytes] = {"banger/__init__.py": ""}
     files |= {f"banger/{part}/__init__.py": "" for part in ("cli", "owner", "helper")}
+    files["banger/owner/composition.py"] = ""
     files |= {f"banger/{part}/main.py": "def main(): return 3" for part in ("cli", "owner", "helper")}
     files["banger-1.3.0.dist-info/entry_points.txt"] = ENTRY
     first, second = tmp_path / "1.3.0", tmp_path / "1.4.0"
@@ -271,4 +272,4 @@ def test_an_environment_is_made_and_compiled(tmp_path: Path) -> None:
     environment.make(second, [releases.wheel(wheel, files)], Path(sys.executable), like=first)
     assert command.run([str(second / "bin/bangerd")], timeout_s=30, check=False).returncode == 4
     assert (second / marked.relative_to(first)).read_bytes().endswith(b"marked")
-    assert len([*environment.packages(second).glob("banger/**/*.pyc")]) == 7
+    assert len([*environment.packages(second).glob("banger/**/*.pyc")]) == 8

@@ -25,7 +25,7 @@ from banger.contract import errors
 
 _MAKE_S: Final = 120.0
 _COMPILE_S: Final = 600.0
-_LOAD: Final = "import banger.cli.main, banger.owner.main, banger.helper.main"
+_LOAD: Final = "import banger.cli.main, banger.owner.composition, banger.helper.main"
 _COMMAND: Final = """\
 #!{python} -I
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Pluggable features of a VM: each joins the start pipeline at two places and cleans up after itself.
 
-The order of the tuple in `owner/main.py` is the order of preparation; clean-up runs in reverse. Preparing is
-itself a pipeline, so a capability that fails takes back the ones before it.
+The order of the tuple in `owner/composition.py` is that of preparation; clean-up runs in reverse. Preparing
+is itself a pipeline, so a capability that fails takes back the ones before it.
 """
 
 from __future__ import annotations
