@@ -19,7 +19,7 @@ TREE = SOURCES.parent
 OUTPUT = TREE / "src" / "banger" / "_guest"
 ARCHITECTURES = ("x86_64", "aarch64")
 # Each a program of the host's; all other sources make the guest binary.
-HOST_PROGRAMS = ("console.c", "enter.c")
+HOST_PROGRAMS = ("console.c",)
 NOT_SHIPPED = ("fuzz",)
 LANGUAGE = ("-std=c11", "-D_GNU_SOURCE")
 WARNINGS = (

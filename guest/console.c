@@ -1,20 +1,34 @@
 /* SPDX-License-Identifier: MIT */
-/* banger-console: runs on the host as a VM's uid and keeps what its VMM writes, at most twice LIMIT bytes a stream.
+/* banger-console: starts a VM's jailer on the host, keeps what its VMM writes, at most twice LIMIT bytes a stream,
+ * and says how the VMM ended.
  *
- * usage: banger-console LIMIT IN:CURRENT:OLD...    (descriptor numbers; the first IN ends the program at its end)
+ * usage: banger-console UID GROUP STARTED EVENTS LIMIT IN:CURRENT:OLD... -- GROUP PROGRAM [ARGUMENT...]
  *
- * It names no file and opens none. When CURRENT is full its content moves to OLD and CURRENT starts anew. What
- * cannot be written is dropped: a full disk must not stop a VM. */
+ * All but UID, LIMIT and the program are numbers of descriptors. Both GROUPs are cgroup.procs: ours, and that of the
+ * program, which is in its group before its first instruction. It stays what we are, root; we become UID, whose gid is
+ * the same number. The jailer ends at once and leaves its VMM, an orphan: orphans below us become our children,
+ * so only we are told how it ends. A byte goes to STARTED when the jailer has ended well, its end is seen there when it
+ * has not. The last line of the second log says how the VMM ended, and what EVENTS, its memory.events (-1: none),
+ * says then.
+ *
+ * We name no file and open none. When CURRENT is full its content moves to OLD and CURRENT starts anew. What cannot be
+ * written is dropped: a full disk must not stop a VM. */
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-#define STREAMS_MAX 8
+enum { FAILED = 126, STREAMS_MAX = 8, FIXED = 6 };
 
 struct stream {
         int in;
@@ -23,7 +37,12 @@ struct stream {
         size_t size;
 };
 
+static struct stream streams[STREAMS_MAX];
+static int stream_count;
+static size_t limit;
 static char buffer[16 * 1024];
+
+/* --- logs --- */
 
 static void write_all(int fd, const char *data, size_t size) {
         while (size > 0) {
@@ -53,27 +72,152 @@ static void start_anew(struct stream *stream) {
                 stream->size = 0;
 }
 
-/* Returns false at the end of the stream. */
-static bool take(struct stream *stream, size_t limit) {
-        ssize_t n = read(stream->in, buffer, sizeof buffer);
-
-        if (n < 0)
-                return errno == EINTR || errno == EAGAIN;
-        if (n == 0)
-                return false;
-        if (stream->size + (size_t) n > limit)
+static void keep(struct stream *stream, const char *data, size_t size) {
+        if (stream->size + size > limit)
                 start_anew(stream);
-        if (stream->size + (size_t) n <= limit) {
-                write_all(stream->current, buffer, (size_t) n);
-                stream->size += (size_t) n;
+        if (stream->size + size <= limit) {
+                write_all(stream->current, data, size);
+                stream->size += size;
         }
-        return true;
 }
 
-static bool parse(const char *text, struct stream *ret) {
+/* Returns false at the end of the stream. */
+static bool take(struct stream *stream) {
+        ssize_t n = read(stream->in, buffer, sizeof buffer);
+
+        if (n > 0)
+                keep(stream, buffer, (size_t) n);
+        return n > 0 || (n < 0 && (errno == EINTR || errno == EAGAIN));
+}
+
+/* What is there now: those who wrote have ended. */
+static void drain(struct stream *stream) {
+        ssize_t n;
+
+        while ((n = read(stream->in, buffer, sizeof buffer)) > 0 || (n < 0 && errno == EINTR))
+                if (n > 0)
+                        keep(stream, buffer, (size_t) n);
+}
+
+static void tell_end(struct stream *log, int status, int events) {
+        char line[512];
+        ssize_t n;
+        size_t size;
+
+        if (WIFSIGNALED(status))
+                size = (size_t) sprintf(line, "banger-console: the VMM ended by signal %d;", WTERMSIG(status));
+        else
+                size = (size_t) sprintf(line, "banger-console: the VMM ended with status %d;", WEXITSTATUS(status));
+        n = events < 0 ? 0 : pread(events, line + size, sizeof line - size - 1, 0);
+        for (ssize_t i = 0; i < n; i++, size++)
+                if (line[size] == '\n')
+                        line[size] = ' ';
+        line[size++] = '\n';
+        keep(log, line, size);
+}
+
+/* --- processes --- */
+
+static int fail(const char *what) {
+        dprintf(STDERR_FILENO, "banger-console: %s: %s\n", what, strerror(errno));
+        return FAILED;
+}
+
+static int become(unsigned long id) {
+        if (setgroups(0, NULL) < 0 || setresgid((gid_t) id, (gid_t) id, (gid_t) id) < 0 ||
+            setresuid((uid_t) id, (uid_t) id, (uid_t) id) < 0)
+                return -1;
+        return 0;
+}
+
+static int enter(int procs) {
+        if (write(procs, "0", 1) != 1)
+                return -1;
+        return close(procs);
+}
+
+static int run(int procs, char **argv) {
+        if (setsid() < 0 || enter(procs) < 0)
+                return fail("cannot enter the control group");
+        (void) execv(argv[0], argv);
+        return fail(argv[0]);
+}
+
+/* Reaps all that ended. Returns false when nobody is left; *started is -1 once the jailer's end was told. */
+static bool reap(int *started, int *ret_status) {
+        for (;;) {
+                int status;
+                pid_t pid = waitpid(-1, &status, WNOHANG | __WALL);
+
+                if (pid == 0)
+                        return true;
+                if (pid < 0)
+                        return false;
+                if (*started < 0) {
+                        *ret_status = status;
+                        continue;
+                }
+                /* The oldest child comes first: the VMM becomes ours only by the jailer's end. */
+                if (status == 0)
+                        (void) !write(*started, "0", 1);
+                close(*started);
+                *started = -1;
+        }
+}
+
+/* Until every process of the VM has ended. Returns how the VMM did, -1 when there was none. */
+static int keep_until_end(int children, int started) {
+        struct pollfd polled[STREAMS_MAX + 1];
+        int status = -1;
+
+        for (int i = 0; i < stream_count; i++)
+                polled[i] = (struct pollfd) { .fd = streams[i].in, .events = POLLIN };
+        polled[stream_count] = (struct pollfd) { .fd = children, .events = POLLIN };
+        while (reap(&started, &status)) {
+                struct signalfd_siginfo info;
+
+                if (poll(polled, (nfds_t) stream_count + 1, -1) < 0)
+                        continue;
+                for (int i = 0; i < stream_count; i++)
+                        if (polled[i].revents != 0 && !take(streams + i))
+                                polled[i].fd = -1;
+                if (polled[stream_count].revents != 0)
+                        (void) !read(children, &info, sizeof info);
+        }
+        return status;
+}
+
+/* --- arguments --- */
+
+static bool parse_number(const char *text, unsigned long *ret) {
+        char *end;
+
+        if (*text < '0' || *text > '9')
+                return false;
+        errno = 0;
+        *ret = strtoul(text, &end, 10);
+        return errno == 0 && *end == 0 && *ret < UINT32_MAX;
+}
+
+/* What the program does not get. */
+static bool is_ours(int fd) {
+        return fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
+}
+
+static bool parse_fd(const char *text, int *ret) {
+        unsigned long number;
+
+        if (!parse_number(text, &number) || number > INT32_MAX)
+                return false;
+        *ret = (int) number;
+        return is_ours(*ret);
+}
+
+static bool parse_stream(const char *text, struct stream *ret) {
         off_t end;
 
-        if (sscanf(text, "%d:%d:%d", &ret->in, &ret->current, &ret->old) != 3)
+        if (sscanf(text, "%d:%d:%d", &ret->in, &ret->current, &ret->old) != 3 || !is_ours(ret->in) ||
+            !is_ours(ret->current) || !is_ours(ret->old))
                 return false;
         end = lseek(ret->current, 0, SEEK_END);
         ret->size = end < 0 ? 0 : (size_t) end;
@@ -81,28 +225,46 @@ static bool parse(const char *text, struct stream *ret) {
 }
 
 int main(int argc, char **argv) {
-        struct stream streams[STREAMS_MAX];
-        struct pollfd polled[STREAMS_MAX];
-        int count = argc - 2;
-        size_t limit = argc > 2 ? strtoul(argv[1], NULL, 10) : 0;
+        int group, started, events = -1, its_group, at = FIXED, children, status;
+        unsigned long id, limit_bytes;
+        sigset_t child;
+        pid_t pid;
 
-        if (count < 1 || count > STREAMS_MAX || limit < sizeof buffer)
+        if (argc < FIXED + 1 || !parse_number(argv[1], &id) || id == 0 || !parse_fd(argv[2], &group) ||
+            !parse_fd(argv[3], &started) || (strcmp(argv[4], "-1") != 0 && !parse_fd(argv[4], &events)) ||
+            !parse_number(argv[5], &limit_bytes) || limit_bytes < sizeof buffer)
                 return 2;
-        for (int i = 0; i < count; i++) {
-                if (!parse(argv[2 + i], streams + i))
+        limit = limit_bytes;
+        for (; at < argc && strcmp(argv[at], "--") != 0; at++)
+                if (stream_count == STREAMS_MAX || !parse_stream(argv[at], streams + stream_count++))
                         return 2;
-                polled[i] = (struct pollfd) { .fd = streams[i].in, .events = POLLIN };
-        }
-        while (polled[0].fd >= 0) {
-                if (poll(polled, (nfds_t) count, -1) < 0 && errno != EINTR)
-                        return 1;
-                /* The first stream is last: when it ends, the others have been read as far as they went. */
-                for (int i = count - 1; i >= 0; i--)
-                        if (polled[i].revents != 0 && !take(streams + i, limit))
-                                polled[i].fd = -1;
-        }
-        for (int i = 1; i < count; i++)
-                if (polled[i].fd >= 0)
-                        (void) take(streams + i, limit);
+        if (stream_count < 2 || at + 2 >= argc || !parse_fd(argv[at + 1], &its_group))
+                return 2;
+
+        if (enter(group) < 0)
+                return fail("cannot enter our control group");
+        if (prctl(PR_SET_CHILD_SUBREAPER, 1) < 0)
+                return fail("cannot become the parent of orphans");
+        pid = fork();
+        if (pid < 0)
+                return fail("cannot fork");
+        if (pid == 0)
+                _exit(run(its_group, argv + at + 2));
+        close(its_group);
+        if (become(id) < 0)
+                return fail("cannot become the user");
+        (void) signal(SIGPIPE, SIG_IGN);
+        sigemptyset(&child);
+        sigaddset(&child, SIGCHLD);
+        if (sigprocmask(SIG_BLOCK, &child, NULL) < 0 || (children = signalfd(-1, &child, SFD_CLOEXEC)) < 0)
+                return fail("cannot watch what ends");
+        /* The first stream ends when nobody holds its other end. */
+        if (dup2(STDIN_FILENO, STDOUT_FILENO) < 0 || dup2(STDIN_FILENO, STDERR_FILENO) < 0)
+                return FAILED;
+        status = keep_until_end(children, started);
+        for (int i = 0; i < stream_count; i++)
+                drain(streams + i);
+        if (status >= 0)
+                tell_end(streams + 1, status, events);
         return 0;
 }

@@ -68,6 +68,22 @@ async def test_a_panic_is_quoted_from_the_console(served: api_served.Served) -> 
     assert "Kernel panic - not syncing: out of luck" in shown.partition("the last it printed:")[2]
 
 
+async def test_the_signal_that_ended_a_vmm_is_named(served: api_served.Served) -> None:
+    created = (await served.daemon.create()).vm
+    assert created is not None
+    log = served.daemon.paths.layout.logs / created.id / "vmm.log"
+    log.write_text("banger-console: the VMM ended by signal 9;low 0 oom 0 oom_kill 0 \n")
+    fake = served.daemon.world.vm(created.id).vmm
+    assert fake is not None
+    await fake.kill()
+    async with asyncio.timeout(5):
+        # Nothing announces that the daemon noticed.
+        while (await served.get("/v1/vms/web", resources.Vm)).state is resources.VmState.RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert shown.startswith("web does not run: web is no longer running: its VMM was ended by SIGKILL\n")
+
+
 async def test_those_that_never_ran_or_were_stopped(served: api_served.Served) -> None:
     await served.daemon.create("new", start=False)
     assert "has never been started" in (await banger(served, "vm", "explain", "new")).text

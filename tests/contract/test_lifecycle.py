@@ -213,15 +213,30 @@ async def test_ten_creates_at_once(daemon: conftest.Daemon) -> None:
     assert len({vm.address for vm in vms}) == 10
 
 
+@pytest.mark.parametrize(
+    ("seen", "why"),
+    [
+        ("", "its VMM ended unexpectedly"),
+        ("by signal 9;", "its VMM was ended by SIGKILL"),
+        ("by signal 99;", "its VMM was ended by signal 99"),
+        ("by signal x;", "its VMM ended unexpectedly"),
+        ("by signal 9; oom 2 oom_kill 1 ", "for want of memory: its control group was full"),
+        ("with status 150;", "its VMM ended on SIGSEGV (status 150)"),
+        ("with status 0;", ""),
+        ("by signal 9;\n[main] starts anew", "its VMM ended unexpectedly"),
+    ],
+)
 @pytest.mark.parametrize("memory", ["", "Killed process 93 (cc1plus)"])
 async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
-    daemon: conftest.Daemon, memory: str
+    daemon: conftest.Daemon, memory: str, seen: str, why: str
 ) -> None:
     created = (await daemon.create()).vm
     assert created is not None
-    console = daemon.paths.layout.logs / created.id / "console.log"
+    logs = daemon.paths.layout.logs / created.id
     if memory:
-        console.write_text(f"[    9.1] Out of memory: {memory}, UID 0 total-vm:9kB\n")
+        (logs / "console.log").write_text(f"[    9.1] Out of memory: {memory}, UID 0 total-vm:9kB\n")
+    if seen:
+        (logs / "vmm.log").write_text(f"[main] said\nbanger-console: the VMM ended {seen}\n")
     fake = daemon.world.vm(created.id).vmm
     assert fake is not None
     await fake.kill()
@@ -230,9 +245,12 @@ async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
         while vm.state is resources.VmState.RUNNING:
             await asyncio.sleep(0.01)  # nothing announces it: that the daemon noticed is what is tested
             vm = await daemon.services.vms.get("web")
+    if not why:
+        assert vm.state is resources.VmState.STOPPED
+        return
     assert vm.state is resources.VmState.ERROR
     assert vm.last_error is not None
-    assert "ended unexpectedly" in vm.last_error.message
+    assert why in vm.last_error.message
     assert (f"ran out of memory ({memory})" in vm.last_error.message) == bool(memory)
     assert ("vm set web --memory 256M" in vm.last_error.hint) == bool(memory)
     assert daemon.world.leftovers() == {}

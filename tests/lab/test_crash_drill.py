@@ -51,6 +51,7 @@ def test_what_was_flushed_is_there_after_a_kill(drilled: Lab) -> None:
     user.banger(drilled, "vm", "exec", "web", "--", "sh", "-c", script)
     drilled.run(["kill", "-KILL", str(user.shown(drilled, "web")["pid"])])
     assert user.unowned(drilled) == ""
+    assert "its VMM was ended by SIGKILL" in user.banger(drilled, "vm", "explain", "web").text
     user.banger(drilled, "vm", "start", "web")
     read = user.banger(drilled, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept")
     assert read.text == "flushed\nflushed\n"

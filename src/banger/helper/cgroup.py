@@ -67,6 +67,14 @@ def open_procs(policy: policies.Policy, vm_id: names.VmId) -> int:
     return os.open(f"{_path(policy, vm_id)}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
 
 
+def open_memory_events(policy: policies.Policy, vm_id: names.VmId) -> int:
+    """Counts what was ended in the VM's cgroup for want of memory; -1 where the kernel does not."""
+    try:
+        return os.open(f"{_path(policy, vm_id)}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+
+
 def open_console_procs(policy: policies.Policy) -> int:
     """The log writer outlives us as the VMM does, but is not the VMM: it has a cgroup elsewhere."""
     path = f"{policy.cgroup_mount}/{names.CGROUP_PARENT}/{CONSOLES}/cgroup.procs"

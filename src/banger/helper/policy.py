@@ -71,10 +71,6 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return f"{self.guest_dir}/banger-console-{os.uname().machine}"
 
     @property
-    def enter(self) -> str:
-        return f"{self.guest_dir}/banger-enter-{os.uname().machine}"
-
-    @property
     def guest(self) -> str:
         return f"{self.guest_dir}/banger-guest-{os.uname().machine}"
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Privileged operations on VMMs: jail, launch, find, signal, measure. A VMM is what runs in its VM's cgroup.
 
-Firecracker is started by its jailer as init of a pid namespace: the jailer's first process ends at once, so
-that the VMM is a child of systemd's and neither service's end touches it. Only root can put a process into
-the cgroup, so no pidfile is needed, and none is believed.
+Firecracker is started by its jailer as init of a pid namespace, and the jailer by the log writer. The
+jailer's first process ends at once: the VMM is then a child of the log writer, which sees how it ends, and
+neither service's end touches them. Only root can put a process into the cgroup, so no pidfile is needed, and
+none is believed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final, NamedTuple, NoReturn
 
 import msgspec
@@ -47,8 +48,8 @@ def prepare_jail(policy: policies.Policy, request: privileged.PrepareJail) -> pr
 def delete_jail(policy: policies.Policy, request: privileged.DeleteJail) -> privileged.Done:
     if find(policy, request.vm_id).pid:
         raise errors.ConflictError(f"VM {request.vm_id} is running", hint="kill it first", vm=request.vm_id)
+    _await_console(request.vm_id, deadline_s=1.0)  # it reads the cgroup's last words
     cgroup.delete(policy, names.VmId(request.vm_id), deadline=time.monotonic() + END_DEADLINE_S)
-    _await_console(request.vm_id, deadline_s=1.0)
     filesystem.remove_tree(filesystem.jail(policy, request.vm_id))
     return _DONE
 
@@ -79,10 +80,9 @@ def launch(policy: policies.Policy, request: privileged.LaunchVmm) -> privileged
         on_failure.callback(_end, policy, vm_id)
         cgroup.create(policy, vm_id, vcpus=request.vcpus, memory_mib=request.memory_mib)
         with _streams(policy, vm_id, root) as streams:
-            jailer = _start_jailer(policy, vm_id, uid, streams.output)
-            undo.callback(_reap, jailer)
-            _start_console(policy, vm_id, uid, streams)
-        _await_jailer(policy, vm_id, jailer, deadline)
+            started = _start(policy, vm_id, uid, streams)
+            undo.callback(os.close, started)
+        _await_jailer(policy, vm_id, started, deadline)
         vmm = _await_vmm(policy, vm_id, root, deadline)
         if _consoles[vm_id].poll() is not None:
             raise errors.OperationFailedError(f"the log writer of VM {vm_id} ended at once", vm=vm_id)
@@ -168,68 +168,56 @@ def _streams(policy: policies.Policy, vm_id: names.VmId, root: int) -> Iterator[
         yield _Streams(output, tuple(logs))
 
 
-def _start_console(policy: policies.Policy, vm_id: names.VmId, uid: int, streams: _Streams) -> None:
-    """Starts the program that keeps the logs bounded, as the VM's uid with these descriptors alone."""
-    os.close(policies.open_root_owned(policy.console))
-    groups = [":".join(map(str, streams.logs[at : at + 3])) for at in range(0, len(streams.logs), 3)]
-    argv = [policy.console, str(LOG_LIMIT_BYTES), *groups]
-    _await_console(vm_id, deadline_s=0)
-    procs = cgroup.open_console_procs(policy)
-    _consoles[vm_id] = _enter(policy, procs, argv, uid=uid, fds=streams.logs, output=subprocess.DEVNULL)
+def _start(policy: policies.Policy, vm_id: names.VmId, uid: int, streams: _Streams) -> int:
+    """Starts the log writer as the VM's uid with these descriptors alone, and through it the jailer.
 
-
-def _start_jailer(
-    policy: policies.Policy, vm_id: names.VmId, uid: int, output: int
-) -> subprocess.Popen[bytes]:
-    """In the VM's cgroup already: the jailer's own way there costs it half of its time."""
-    argv = [policy.jailer, "--id", vm_id, "--exec-file", policy.firecracker, "--new-pid-ns"]
-    argv += ["--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", policy.jails]
-    # No file in the jail grows but the jailer's pidfile: logs are pipes, disks are block devices.
-    argv += ["--resource-limit", "fsize=4096"]
-    argv += ["--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
-    return _enter(policy, cgroup.open_procs(policy, vm_id), argv, uid=0, fds=(), output=output)
-
-
-def _enter(
-    policy: policies.Policy, procs: int, argv: list[str], *, uid: int, fds: Sequence[int], output: int
-) -> subprocess.Popen[bytes]:
-    """Starts a program of ours in the cgroup that `procs` leads to, and closes that.
-
-    A user for Popen would have it fork this whole process; without one it borrows its memory (vfork).
+    The jailer is in the VM's cgroup already: its own way there costs it half of its time. Returns the
+    descriptor where a byte comes when the jailer has ended well.
     """
-    try:
-        os.close(policies.open_root_owned(policy.enter))
-        return subprocess.Popen(
-            [policy.enter, str(procs), str(uid), *argv],
+    os.close(policies.open_root_owned(policy.console))
+    _await_console(vm_id, deadline_s=0)
+    with contextlib.ExitStack() as opened:
+
+        def held(fd: int) -> int:
+            if fd >= 0:
+                opened.callback(os.close, fd)
+            return fd
+
+        started, telling = os.pipe2(os.O_CLOEXEC)
+        on_failure = opened.enter_context(contextlib.ExitStack())
+        on_failure.callback(os.close, started)
+        group, its_group = held(cgroup.open_console_procs(policy)), held(cgroup.open_procs(policy, vm_id))
+        fds = (group, held(telling), held(cgroup.open_memory_events(policy, vm_id)))
+        argv = [policy.console, str(uid), *map(str, fds), str(LOG_LIMIT_BYTES)]
+        argv += [":".join(map(str, streams.logs[at : at + 3])) for at in range(0, len(streams.logs), 3)]
+        argv += ["--", str(its_group), *_jailer(policy, vm_id, uid)]
+        # A user for Popen would have it fork this whole process; without one it borrows its memory (vfork).
+        _consoles[vm_id] = subprocess.Popen(
+            argv,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[procs, *fds],
+            stdout=streams.output,
+            stderr=streams.output,
+            pass_fds=[fd for fd in (*fds, its_group, *streams.logs) if fd >= 0],
             env={},
             cwd="/",
             start_new_session=True,
         )
-    finally:
-        os.close(procs)
+        on_failure.pop_all()
+    return started
 
 
-def _await_jailer(
-    policy: policies.Policy, vm_id: names.VmId, jailer: subprocess.Popen[bytes], deadline: float
-) -> None:
+def _jailer(policy: policies.Policy, vm_id: names.VmId, uid: int) -> list[str]:
+    argv = [policy.jailer, "--id", vm_id, "--exec-file", policy.firecracker, "--new-pid-ns"]
+    argv += ["--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", policy.jails]
+    # No file in the jail grows but the jailer's pidfile: logs are pipes, disks are block devices.
+    argv += ["--resource-limit", "fsize=4096"]
+    return [*argv, "--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
+
+
+def _await_jailer(policy: policies.Policy, vm_id: names.VmId, started: int, deadline: float) -> None:
     """Returns when the jailer's first process has ended, once the VMM's exists."""
-    held = os.pidfd_open(jailer.pid)
-    try:
-        pidfd.wait(held, deadline=deadline)
-    finally:
-        os.close(held)
-    if jailer.poll() != 0:
+    if not pidfd.wait(started, deadline=deadline) or not os.read(started, 1):
         _fail_launch(policy, vm_id, "the jailer failed")
-
-
-def _reap(jailer: subprocess.Popen[bytes]) -> None:
-    if jailer.poll() is None:
-        jailer.kill()
-        jailer.wait()
 
 
 def _await_vmm(policy: policies.Policy, vm_id: names.VmId, root: int, deadline: float) -> privileged.Vmm:
@@ -251,7 +239,9 @@ def _fail_launch(policy: policies.Policy, vm_id: names.VmId, what: str) -> NoRet
     """With the end of the VMM's log, once it is written: the log writer ends after the VMM."""
     cgroup.delete(policy, vm_id, deadline=time.monotonic() + END_DEADLINE_S)
     _await_console(vm_id, deadline_s=1.0)
-    said = filesystem.log_tail(policy, vm_id, "vmm") or filesystem.log_tail(policy, vm_id, "console")
+    said = filesystem.log_tail(policy, vm_id, "vmm")
+    if "\n" not in said:  # its log writer's line at the most
+        said = f"{filesystem.log_tail(policy, vm_id, 'console')} {said}".strip()
     raise errors.OperationFailedError(f"{what}, for VM {vm_id}: {said}", vm=vm_id, log=said)
 
 

@@ -9,15 +9,9 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import msgspec
 
 from banger.contract import errors, guest, names, privileged, resources
-from banger.vm import host, lifetime, readiness, record
-
-# What Firecracker 1.12 logs when the guest reset or powered off by itself.
-_ORDERLY_END: Final = "exit_code=0"
+from banger.vm import host, lifetime, record
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +25,7 @@ class Seen:
 
 
 class Views:
-    """Pure, but for reading sizes of the owner's files and tails of logs."""
+    """Pure, but for reading sizes of the owner's files."""
 
     def __init__(
         self,
@@ -112,25 +106,6 @@ class Views:
             work_disk_bytes=_allocated(self._layout.work_disk(vm.id)),
         )
 
-    def ended(self, vm: record.VmRecord) -> record.VmRecord:
-        """The row of a VM whose VMM ended without our doing, with the reason as far as its logs tell."""
-        logs = self._layout.logs / vm.id
-        panic = readiness.panic_line(logs / "console.log")
-        if not panic and _ORDERLY_END in readiness.console_tail(logs / "vmm.log"):
-            return _ended(vm, resources.VmState.STOPPED, None)
-        why = f"its kernel panicked: {panic}" if panic else "its VMM ended unexpectedly"
-        hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
-        memory = readiness.memory_line(logs / "console.log")
-        if memory:
-            why = f"{why}, after it ran out of memory ({memory})"
-            hint = f"`banger vm set {vm.name} --memory {2 * vm.memory_mib}M` gives it more; {hint}"
-        body = errors.ErrorBody(
-            code=errors.OperationFailedError.code,
-            message=f"{vm.name} is no longer running: {why}",
-            hint=hint,
-        )
-        return _ended(vm, resources.VmState.ERROR, body)
-
 
 def _in(seconds: float) -> datetime.datetime:
     """A moment of the wall clock as it is set now, to the second."""
@@ -145,10 +120,6 @@ def _silent(vm: record.VmRecord, since: datetime.datetime) -> errors.ErrorBody:
         message=f"the agent of {vm.name} has been silent since {since:%Y-%m-%d %H:%M:%S} UTC",
         hint=f"see `banger vm logs {vm.name}`; `banger vm restart {vm.name}` begins anew",
     )
-
-
-def _ended(vm: record.VmRecord, state: resources.VmState, error: errors.ErrorBody | None) -> record.VmRecord:
-    return msgspec.structs.replace(vm, state=state, boot_id="", last_error=error)
 
 
 def _allocated(path: Path) -> int:

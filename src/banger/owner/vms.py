@@ -37,7 +37,7 @@ from banger.owner import (
     views,
 )
 from banger.owner import guest as guests
-from banger.vm import capabilities, create, host, record, start, stop, timeline
+from banger.vm import capabilities, create, ending, host, record, start, stop, timeline
 from banger.vm.capabilities import dns
 
 _log = logging.getLogger(__name__)
@@ -389,6 +389,6 @@ class VmService:
     async def collect(self, vm: record.VmRecord) -> None:
         """Takes away what a dead VMM left and says in the row how it ended."""
         await stop.release(self._host, vm, self._features)
-        ended = self._views.ended(vm)
+        ended = ending.ended(vm, self._host.layout.logs / vm.id)
         self._store.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})

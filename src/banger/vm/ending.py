@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""How a VMM ended that nobody had asked to: as its logs tell, into the row."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger.contract import errors, resources
+from banger.vm import readiness, record
+
+_SAID: Final = "banger-console: the VMM ended "
+"""The helper's log writer, its parent, writes this last; see guest/console.c."""
+# What Firecracker 1.12 logs when the guest reset or powered off by itself.
+_ORDERLY_END: Final = "exit_code=0"
+# Exit statuses of Firecracker for signals that it catches: FcExitCode in its src/vmm/src/lib.rs.
+_CAUGHT: Final = {
+    148: "SIGSYS",
+    149: "SIGBUS",
+    150: "SIGSEGV",
+    151: "SIGXFSZ",
+    154: "SIGXCPU",
+    155: "SIGPIPE",
+    156: "SIGHUP",
+    157: "SIGILL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Of a process, as its parent saw it."""
+
+    signal: int = 0
+    """0 when it ended by itself, with this status."""
+    status: int = 0
+    limit_hits: int = 0
+    """How often its control group was out of memory."""
+    memory_kills: int = 0
+    """How many processes in it the kernel ended for want of memory, the group's or the host's."""
+
+    def __str__(self) -> str:
+        if self.memory_kills:
+            whose = "its control group was full" if self.limit_hits else "the host had none left"
+            return f"the kernel ended its VMM for want of memory: {whose}"
+        if self.signal:
+            return f"its VMM was ended by {_name(self.signal)}"
+        if self.status in _CAUGHT:
+            return f"its VMM ended on {_CAUGHT[self.status]} (status {self.status})"
+        return f"its VMM ended unexpectedly, with status {self.status}"
+
+
+def read(vmm_log: Path) -> Ending | None:
+    """None where nobody saw the end: the log writer was killed, or was started by an earlier version."""
+    lines = readiness.console_tail(vmm_log).splitlines()
+    _, found, said = lines[-1].rpartition(_SAID) if lines else ("", "", "")
+    how, _, events = said.partition(";")
+    kind, _, number = how.rpartition(" ")
+    if not found or not number.isdecimal():
+        return None
+    words = iter(events.split())
+    counts = {name: int(count) for name, count in zip(words, words, strict=False) if count.isdecimal()}
+    return Ending(
+        signal=int(number) if kind == "by signal" else 0,
+        status=int(number) if kind == "with status" else 0,
+        limit_hits=counts.get("oom", 0),
+        memory_kills=counts.get("oom_kill", 0),
+    )
+
+
+def ended(vm: record.VmRecord, logs: Path) -> record.VmRecord:
+    """The row of a VM whose VMM ended without our doing, with the reason as far as its logs tell."""
+    panic = readiness.panic_line(logs / "console.log")
+    seen = read(logs / "vmm.log")
+    if seen is not None:
+        orderly = seen == Ending()
+    else:
+        orderly = _ORDERLY_END in readiness.console_tail(logs / "vmm.log")
+    if not panic and orderly:
+        return msgspec.structs.replace(vm, state=resources.VmState.STOPPED, boot_id="", last_error=None)
+    why = str(seen or "its VMM ended unexpectedly")
+    if panic:
+        why = f"its kernel panicked: {panic}"
+    hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
+    memory = readiness.memory_line(logs / "console.log")
+    if memory:
+        why = f"{why}, after it ran out of memory ({memory})"
+        hint = f"`banger vm set {vm.name} --memory {2 * vm.memory_mib}M` gives it more; {hint}"
+    body = errors.ErrorBody(
+        code=errors.OperationFailedError.code,
+        message=f"{vm.name} is no longer running: {why}",
+        hint=hint,
+    )
+    return msgspec.structs.replace(vm, state=resources.VmState.ERROR, boot_id="", last_error=body)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
