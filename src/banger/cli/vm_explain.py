@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import click
@@ -139,18 +140,24 @@ def _lines(found: Explanation) -> Iterator[str]:
 def _timeline(found: Explanation) -> Iterator[str]:
     """Stage by stage, step by step; the bar shows when in the start a step ran."""
     width = max(len(step.name) for step in found.steps)
-    stage = None
-    for step in found.steps:
-        if step.stage != stage:
-            stage = step.stage
-            took = sum(each.elapsed_ms for each in found.steps if each.stage == stage)
-            yield f"  {render.safe(stage or 'unnamed')}: {render.elapsed(took)}"
-        share = 100 * step.elapsed_ms / found.total_ms if found.total_ms else 0.0
-        name = render.safe(step.name).ljust(width)
-        yield f"    {name}  {step.elapsed_ms:9.1f} ms  {share:4.0f} %  {_bar(step, found.total_ms)}".rstrip()
+    for stage, group in itertools.groupby(_staged(found.steps), key=lambda each: each[0]):
+        steps = [step for _, step in group]
+        yield f"  {render.safe(stage)}: {render.elapsed(sum(step.elapsed_ms for step in steps))}"
+        for step in steps:
+            share = 100 * step.elapsed_ms / found.total_ms if found.total_ms else 0.0
+            figures = f"{step.elapsed_ms:9.1f} ms  {share:4.0f} %  {_bar(step, found.total_ms)}"
+            yield f"    {render.safe(step.name).ljust(width)}  {figures}".rstrip()
     between = found.total_ms - sum(step.elapsed_ms for step in found.steps)
     if between > 0:
         yield f"  between steps: {render.elapsed(between)}"
+
+
+def _staged(steps: Iterable[resources.StepTiming]) -> Iterator[tuple[str, resources.StepTiming]]:
+    """Each step with its stage: one that has none is part of what was shown last, as in the progress."""
+    stage = resources.Stage.PREFLIGHT.value
+    for step in steps:
+        stage = step.stage or stage
+        yield stage, step
 
 
 def _bar(step: resources.StepTiming, total_ms: float) -> str:
