@@ -136,6 +136,7 @@ def test_jail_path_by_path(empty_host: HelperHost) -> None:
             "root/run d 711 0:0",
             f"root/run/api.sock s 660 {uid}:{dev.split(':')[1]}",
             f"root/run/vsock.sock s 660 {uid}:{dev.split(':')[1]}",
+            "root/cpu.json f 644 0:0",
             "root/vm.json f 644 0:0",
             "root/vmlinux f 444 0:0",
             f"root/vmm.log p 600 {uid}:{uid}",

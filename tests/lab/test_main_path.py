@@ -25,12 +25,13 @@ def web(installed_host: Lab) -> Iterator[Lab]:
 
 @pytest.mark.parametrize("kernel", artefacts.KERNELS)
 def test_vm_run_gives_the_command_s_output_and_status(installed_host: Lab, kernel: str) -> None:
-    script = "cat /etc/os-release; uname -r; exit 7"
+    script = "cat /etc/os-release; uname -r; grep -cwE 'svm|vmx' /proc/cpuinfo; exit 7"
     words = ("--rm", "--kernel", kernel, "--memory", "256M", "--disk-size", "256M")
     result = user.banger(installed_host, "vm", "run", *words, "--", "sh", "-c", script, check=False)
     assert result.status == 7, result.error_text
     assert "Debian GNU/Linux 12" in result.text
     assert kernel.partition("-")[2] in result.text
+    assert result.text.endswith("\n0\n"), "the lab's processor has SVM, and guests are not given it"
     assert "wait_vsock_agent" in result.error_text
     assert user.leftovers(installed_host) == ""
     assert json.loads(user.banger(installed_host, "vm", "list", "--json").text) == []
