@@ -130,7 +130,12 @@ def _path(policy: policies.Policy, vm_id: str) -> str:
 
 
 def _enable(path: str) -> None:
-    """Missing controllers are left out: a host without one of them still runs VMs, with fewer limits."""
+    """Missing controllers are left out: a host without one of them still runs VMs, with fewer limits.
+
+    Above the slice all is read-only to the service: there systemd has enabled what it delegates.
+    """
+    if not os.access(f"{path}/cgroup.subtree_control", os.W_OK):
+        return
     offered = _read(f"{path}/cgroup.controllers").split()
     enabled = _read(f"{path}/cgroup.subtree_control").split()
     for controller in CONTROLLERS:

@@ -16,7 +16,6 @@ CAPABILITIES: Final = {
     "setuid": 7,
     "net_admin": 12,  # bridge, taps, packet rules, forwarding
     "net_raw": 13,  # iptables-legacy, which speaks with the kernel through a raw socket
-    "sys_chroot": 18,  # the jailer
     "sys_admin": 21,  # loop, device-mapper; the jailer's mount and pid namespaces
     "mknod": 27,  # the jail's device nodes
 }

@@ -14,7 +14,7 @@ from banger.system.doctor import installed, report
 from banger.system.doctor import scene as scenes
 
 _SHOWN: Final = 5
-EXPOSURE_LIMITS: Final = {"bangerd.service": 1.5, "bangerd-root.service": 4.5}
+EXPOSURE_LIMITS: Final = {"bangerd.service": 1.3, "bangerd-root.service": 4.0}
 """docs/privileges.md promises them."""
 _RESTART: Final = "sudo banger system restart"
 _EXPOSURE: Final = re.compile(r": ([0-9]+(?:\.[0-9]+)?) ")
