@@ -16,29 +16,6 @@ from lab.session import Lab
 
 TREE = Path(__file__).parents[2]
 TEST_LIMIT_S = 300
-LONG = {
-    "test_a_lot_goes_in_and_comes_out_unchanged",
-    "test_a_new_vm_of_an_old_name_is_no_stranger",
-    "test_a_package_is_imported_and_boots",
-    "test_a_random_walk_of_kills",
-    "test_an_upgrade_over_a_running_vm",
-    "test_configured_files_of_the_home_are_in_every_vm",
-    "test_debian_13_reaches_its_target",
-    "test_doctor_sees_what_is_wrong_and_says_what_mends_it",
-    "test_layer_carries_on_where_it_was_kept[False]",
-    "test_power_cut_keeps_what_was_flushed",
-    "test_reboot_and_artefacts",
-    "test_the_page_about_workspaces_is_true",
-    "test_twenty_commands_at_once_keep_their_outputs_and_statuses_apart",
-    "test_what_was_flushed_is_there_after_a_kill",
-    "test_who_follows_the_tutorial_gets_what_it_shows",
-}
-"""Tests that `make test` leaves out for their time; they have passed, and `make long` runs them.
-Those of the upgrade and of Debian 13 have not passed yet: they wait for a machine with time.
-
-The suite has half an hour on two processors. The closing line counts them as deselected. Most of what they
-hold is held natively too: by the crash drill, creates and streams on the fakes, and the documents' examples.
-"""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             limit_s = limit.args[0] if limit else TEST_LIMIT_S
             item.add_marker(pytest.mark.timeout(limit_s, func_only=True), append=False)
     wanted = os.environ.get("BANGER_LONG", "")
-    long = [item for item in items if here in item.path.parents and item.name in LONG]
+    long = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if item not in long]
     chosen, left_out = {"": (others, long), "only": (long, others)}.get(wanted, (items, []))
     config.hook.pytest_deselected(items=left_out)

@@ -194,6 +194,7 @@ def handed_trixie(new_name: Callable[[str], str], tmp_path: Path, no_lab_left: N
         yield lab
 
 
+@pytest.mark.long
 def test_debian_13_reaches_its_target(handed_trixie: Lab) -> None:
     """With no unit that failed and no job that waits."""
     user.banger(handed_trixie, "image", "register", "/artefacts")

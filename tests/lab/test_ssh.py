@@ -121,7 +121,7 @@ def test_without_an_ssh_server_the_error_says_what_else_there_is(hidden: Lab) ->
 
 def test_a_new_vm_of_an_old_name_is_no_stranger(web: Lab) -> None:
     """The last one: it deletes the VM."""
-    assert web.run(["ls", HOST_KEYS]).text.split()[-1] == "web.vm"
+    run(web, "ssh", "web.vm", "true")
     pinned = web.run(["cat", f"{HOST_KEYS}/web.vm"]).text
     user.banger(web, "vm", "delete", "web")
     assert "web.vm" not in web.run(["ls", HOST_KEYS]).text.split()

@@ -15,6 +15,7 @@ OUTPUT = "/tmp/tutorial"
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.long
 def test_who_follows_the_tutorial_gets_what_it_shows(installed_host: Lab) -> None:
     pages = [
         (line, shown)

@@ -133,6 +133,7 @@ def test_a_workspace_survives_a_stop_and_can_be_read_only(work: Lab) -> None:
     in_guest(work, "touch", "/root/repo/x")
 
 
+@pytest.mark.long
 def test_the_page_about_workspaces_is_true(repository: Lab) -> None:
     """Its commands, in its order; of what it shows, the lines in theirs."""
     work = "/home/dev/page"

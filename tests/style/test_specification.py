@@ -14,7 +14,7 @@ from tests.style import tree
 _ROW = re.compile(r"^\| (?P<promise>[^|]+) \| (?P<proof>[^|]+) \|$", re.MULTILINE)
 _TEST = re.compile(r"`([^`]+\.py)::(\w+)`")
 _HEAD = ("promise", "---")
-UNPROVEN = 1
+UNPROVEN = 0
 """Fewer is the aim: lower it with every promise that gets its test."""
 
 
