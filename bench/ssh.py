@@ -3,6 +3,9 @@
 
 Ours is the CLI, the real daemon and the real agent; the rival ssh, an sshd of its own on the loopback, git
 and rsync. No machine is between either pair, so both are measured at their best.
+
+A file system goes on with what it was told long after that, above all with deleting. So nothing is deleted
+between measurements, each waits until everything is on the disk, and the two take turns at being first.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from lab import errors
 from tests.contract import agent
 
 FILES: Final = 10_000
-ROUNDS: Final = 5
+ROUNDS: Final = 6
 TRIPS: Final = 30
 CHANGED: Final = 10
 READY_S: Final = 20.0
@@ -59,13 +62,13 @@ async def measure(*, files: int, rounds: int, trips: int) -> report.Report:
             await daemon.start("bench")
             pair = _Pair(top, served.program(top), served.environment(address), options)
             await _make(pair.repository, files)
-            true = [await _by_turns(pair.ours_true, pair.rival_true) for _ in range(trips)]
+            true = [await _by_turns(n, pair.ours_true, pair.rival_true) for n in range(trips)]
             first, again = [], []
             for number in range(rounds):
-                await pair.forget()
-                first.append(await _by_turns(pair.ours_in, pair.rival_first))
+                pair.number = number
+                first.append(await _by_turns(number, pair.ours_in, pair.rival_first))
                 _change(pair.repository, number)
-                again.append(await _by_turns(pair.ours_in, pair.rival_again))
+                again.append(await _by_turns(number, pair.ours_in, pair.rival_again))
                 await pair.compare()
     rows = (
         _row("`vm exec -- true`, whole process", "ms", true, 1000, "≤ 1"),
@@ -85,14 +88,15 @@ def _row(what: str, unit: str, pairs: list[tuple[float, float]], scale: int, aim
     return report.Row(what, ours, unit, theirs, aim)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pair:
-    """Both ways from one repository to a directory each."""
+    """Both ways from one repository to a directory each, other ones in each round."""
 
     top: Path
     banger: str
     env: dict[str, str]
     ssh: tuple[str, ...]
+    number: int = 0
 
     @property
     def repository(self) -> Path:
@@ -100,11 +104,11 @@ class _Pair:
 
     @property
     def target(self) -> Path:
-        return self.top / "ours" / "repo"
+        return self.top / "ours" / str(self.number)
 
     @property
     def rival(self) -> Path:
-        return self.top / "rival"
+        return self.top / "rivals" / str(self.number)
 
     async def ours_true(self) -> None:
         await served.run(self.banger, "vm", "exec", "--cwd", "/", "bench", "--", "true", env=self.env)
@@ -128,23 +132,22 @@ class _Pair:
         source = f"{self.repository}/"
         await served.run("rsync", "-a", "--exclude=.git", "-e", shell, source, f"127.0.0.1:{self.rival}/")
 
-    async def forget(self) -> None:
-        for path in (self.target.parent, self.rival):
-            await served.run("rm", "-rf", str(path))
-
     async def compare(self) -> None:
         """A rival that does less would be no rival."""
         await served.run("diff", "-r", "--exclude=.git", str(self.target), str(self.rival))
 
 
-async def _by_turns(*works: Callable[[], Awaitable[None]]) -> tuple[float, float]:
-    took = []
-    for work in works:
+async def _by_turns(
+    number: int, ours: Callable[[], Awaitable[None]], theirs: Callable[[], Awaitable[None]]
+) -> tuple[float, float]:
+    """How long each took. Who is first changes with the number."""
+    took = {}
+    for work in (ours, theirs) if number % 2 == 0 else (theirs, ours):
+        await asyncio.to_thread(os.sync)
         began = time.perf_counter()
         await work()
-        took.append(time.perf_counter() - began)
-    ours, theirs = took
-    return ours, theirs
+        took[work] = time.perf_counter() - began
+    return took[ours], took[theirs]
 
 
 @contextlib.asynccontextmanager
