@@ -15,7 +15,8 @@ import pytest
 
 from banger.contract import names, resources
 from banger.owner import composition, config, routes
-from tests.contract import agent, workspaces
+from tests.contract import agent, cli_process, workspaces
+from tests.fakes import daemon as fakes
 from tests.fakes import world as worlds
 
 IMAGE_ID = "0123456789ab"
@@ -46,6 +47,20 @@ class Daemon:
     async def done(self, operation: resources.Operation) -> resources.Operation:
         async with asyncio.timeout(20):
             return await self.services.operations.wait(operation.id)
+
+
+@pytest.fixture
+def fake() -> Iterator[fakes.FakeDaemon]:
+    """A daemon that only looks like one, with one running VM, `web`."""
+    with cli_process.fake_daemon() as made:
+        made.add_vm("web")
+        yield made
+
+
+@pytest.fixture
+def cli(fake: fakes.FakeDaemon) -> cli_process.Cli:
+    """`banger`, which talks to that daemon."""
+    return cli_process.Cli(fake.path)
 
 
 @pytest.fixture

@@ -35,11 +35,6 @@ def fake() -> Iterator[daemon.FakeDaemon]:
         yield made
 
 
-@pytest.fixture
-def cli(fake: daemon.FakeDaemon) -> cli_process.Cli:
-    return cli_process.Cli(fake.path)
-
-
 def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     done = cli.run(
         "vm", "create", "mine", "--vcpu", "2", "--memory", "2G", "--disk-size", "10G", "--no-network"

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,6 @@ print("ready", flush=True)
 while True:
     signal.pause()
 """
-
-
-@pytest.fixture
-def fake() -> Iterator[daemon.FakeDaemon]:
-    """A daemon with one running VM, `web`."""
-    with cli_process.fake_daemon() as made:
-        made.add_vm("web")
-        yield made
-
-
-@pytest.fixture
-def cli(fake: daemon.FakeDaemon) -> cli_process.Cli:
-    return cli_process.Cli(fake.path)
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 125, 255])
@@ -124,7 +110,12 @@ def test_reader_that_leaves_ends_it_like_sigpipe(cli: cli_process.Cli) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 )
-def test_signals_are_passed_on(cli: cli_process.Cli, number: signal.Signals) -> None:
+def test_signals_are_passed_on(
+    cli: cli_process.Cli, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    # Who runs the suite may ignore some, as nohup does, and what is ignored stays so in every program below.
+    before = signal.signal(number, lambda *_: None)
+    request.addfinalizer(lambda: signal.signal(number, before))
     script = f"trap 'echo got; exit 7' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"
     with cli.started("vm", "exec", "web", "--", "bash", "-c", script) as process:
         assert process.stdout is not None

@@ -6,12 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-
-import pytest
 
 from tests.contract import cli_process
-from tests.fakes import daemon
 
 COMPLETING = {"_BANGER_COMPLETE": "bash_complete", "COMP_WORDS": "banger vm stop ", "COMP_CWORD": "3"}
 # A module that only stands in for another has no spec.
@@ -39,18 +35,6 @@ DAEMONS = {
 }
 SLOW = DAEMONS | {"rich", "http.client", "email", "ssl", "h11", "inspect", "typing_extensions", "platform"}
 DATA = {"msgspec", "httptools", "socket", "banger.cli.client", "banger.contract.resources"}
-
-
-@pytest.fixture
-def fake() -> Iterator[daemon.FakeDaemon]:
-    with cli_process.fake_daemon() as made:
-        made.add_vm("web")
-        yield made
-
-
-@pytest.fixture
-def cli(fake: daemon.FakeDaemon) -> cli_process.Cli:
-    return cli_process.Cli(fake.path)
 
 
 def loaded(cli: cli_process.Cli, *arguments: str, says: str, **env: str) -> set[str]:
