@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -93,26 +93,26 @@ class Cli:
             finally:
                 process.kill()
 
-    @contextlib.contextmanager
-    def on_terminal(self, *arguments: str, **env: str) -> Iterator[Terminal]:
+    def on_terminal(self, *arguments: str, **env: str) -> contextlib.AbstractContextManager[Terminal]:
         """Running as the foreground process of a terminal."""
-        parent, child = pty.openpty()
-        process = subprocess.Popen(
-            self.argv(*arguments),
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            env=self.environment(TERM="xterm", **env),
-            start_new_session=True,
-        )
-        terminal = Terminal(process, parent, child)
-        try:
-            yield terminal
-        finally:
-            process.kill()
-            process.wait()
-            os.close(parent)
-            os.close(child)
+        return on_terminal(self.argv(*arguments), self.environment(TERM="xterm", **env))
+
+
+@contextlib.contextmanager
+def on_terminal(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[Terminal]:
+    """A program in a session of its own, on a terminal."""
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        argv, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True
+    )
+    terminal = Terminal(process, parent, child)
+    try:
+        yield terminal
+    finally:
+        process.kill()
+        process.wait()
+        os.close(parent)
+        os.close(child)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ _VARIABLE: Final = "_BANGER_COMPLETE"
     "completion",
     examples=[
         ('eval "$(banger completion bash)"', "in ~/.bashrc"),
-        ('eval "$(banger completion zsh)"', "in ~/.zshrc"),
+        ('eval "$(banger completion zsh)"', "in ~/.zshrc, after compinit"),
         ("banger completion fish > ~/.config/fish/completions/banger.fish", "for fish"),
     ],
 )
