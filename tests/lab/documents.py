@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The commands of a page, and whether what it shows came: in `console` blocks, `…` stands for any lines."""
+"""The commands of a page, and whether what it shows came: in `console` blocks, `…` stands for any lines, and
+within a line for anything.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,12 @@ def is_shown(shown: list[str], text: str) -> bool:
     """Whether the output is what is shown; a page that shows nothing promises nothing."""
     if not shown:
         return True
-    parts = ("(.*\n)*" if line == _ANYTHING else re.escape(line) + "\n" for line in shown)
+    parts = ("(.*\n)*" if line == _ANYTHING else _line(line) for line in shown)
     return re.fullmatch("".join(parts), text) is not None
+
+
+def _line(line: str) -> str:
+    return ".*".join(map(re.escape, line.split(_ANYTHING))) + "\n"
 
 
 def session(lines: Sequence[str], output: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tutorial and the pages about agents and the network, line by line in one shell, with a repository.
+"""The tutorial and pages about agents, network and lifetimes, line by line in one shell, with a repository.
 
 CLI, daemon and agent are the real ones. Only the machine is missing: the agent has a mount namespace for its
 `/root`, and a name.
@@ -65,7 +65,7 @@ async def _follow(script: str, top: Path, agent: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_the_tutorial_and_the_pages_about_agents_and_the_network_are_true() -> None:
+def test_the_tutorial_and_other_pages_are_true() -> None:
     lines = [
         (line, shown)
         for name in ("tutorial.md", "agents.md")
@@ -81,6 +81,8 @@ def test_the_tutorial_and_the_pages_about_agents_and_the_network_are_true() -> N
             (f"rm -rf {guest}/repo && printf 'test:\\n\\t@echo fine\\n' >Makefile && git add Makefile", [])
         ]
         lines += [(line, ["fine"]) for line, _ in documents.console(DOCS / "network.md")]
+        lines += [(f"rm -rf {guest}/repo && banger vm prune --force && banger vm create shop", [])]
+        lines += documents.console(DOCS / "lifetime.md")
         # There is one guest behind all VMs here, so what a new VM would not have is taken away.
         renewed = [f"{line}\nrm -rf {guest}/repo" if "vm delete" in line else line for line, _ in lines]
         with _agent(top, guest) as agent:
