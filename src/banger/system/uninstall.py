@@ -30,23 +30,22 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
             f"{len(running)} VMs are running", hint="stop them first, or add --force to end them"
         )
     say("stopping the daemon")
-    host.systemctl("disable", "-q", "--now", "bangerd.service")
+    host.systemctl("stop", "bangerd.service")
     say("taking down what VMs left on this host")
     host.systemctl("start", "bangerd-root.socket")
     _take_down_vms()
     say("stopping the root helper")
-    host.systemctl("disable", "-q", "--now", "bangerd-root.socket")
     # systemd made the slice for banger-vms.service and would keep it until the next boot.
-    host.systemctl("stop", "bangerd-root.service", "banger-vms.service", host.SLICE)
+    host.systemctl("stop", "bangerd-root.socket", "bangerd-root.service", "banger-vms.service", host.SLICE)
+    host.systemctl("disable", "-q", "--no-reload", "bangerd.service", "bangerd-root.socket")
     say("removing files")
     _remove(manifest, purge=purge)
     with contextlib.suppress(FileNotFoundError):
         host.HELPER_SOCKET.parent.rmdir()
     host.systemctl("daemon-reload")
-    for unit in (*host.UNITS, host.SLICE):
-        # A unit that never failed is not known any more, which is what was wanted.
-        with contextlib.suppress(errors.BangerError):
-            host.systemctl("reset-failed", unit)
+    # A unit that never failed is not known any more, which is what was wanted.
+    with contextlib.suppress(errors.BangerError):
+        host.systemctl("reset-failed", *host.UNITS, host.SLICE)
     if not purge:
         say(f"kept: VMs, images and kernels in {host.STATE}, logs in {host.HELPER}, settings in {host.ETC}")
         say(f"a new installation finds them again: {sys.prefix}/bin/banger system install")
