@@ -110,12 +110,7 @@ def test_reader_that_leaves_ends_it_like_sigpipe(cli: cli_process.Cli) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 )
-def test_signals_are_passed_on(
-    cli: cli_process.Cli, number: signal.Signals, request: pytest.FixtureRequest
-) -> None:
-    # Who runs the suite may ignore some, as nohup does, and what is ignored stays so in every program below.
-    before = signal.signal(number, lambda *_: None)
-    request.addfinalizer(lambda: signal.signal(number, before))
+def test_signals_are_passed_on(cli: cli_process.Cli, number: signal.Signals) -> None:
     script = f"trap 'echo got; exit 7' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"
     with cli.started("vm", "exec", "web", "--", "bash", "-c", script) as process:
         assert process.stdout is not None
