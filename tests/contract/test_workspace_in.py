@@ -13,6 +13,8 @@ import pytest
 from websockets.asyncio import client as websockets
 
 from banger.contract import resources
+from banger.workspace import repository
+from banger.workspace import snapshot as snapshots
 from tests.contract import cli_process, repositories, workspaces
 
 Guest = workspaces.Guest
@@ -38,6 +40,29 @@ async def test_a_repository_arrives_exactly(guest: Guest, state: str) -> None:
     assert repositories.status(guest.source, untracked=True) == before
     assert (index.read_bytes() if index.exists() else b"") == index_before
     assert git(guest.repo, "stash", "list") == b""
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2])
+def test_what_the_guest_has_in_its_commits_is_not_even_named(tmp_path: Path, commits: int) -> None:
+    source = tmp_path / "source"
+    repositories.plain(source)
+    for number in range(50):
+        (source / f"file-{number}").write_text(f"{number}\n")
+    sent = repositories.commit(source)
+    for number in range(commits):
+        (source / "README").write_text(f"commit {number}\n")
+        repositories.commit(source)
+    (source / "file-7").write_text("changed\n")
+    with snapshots.scratch(repository.find(source)) as scratch:
+        ids = scratch.objects_since(scratch.take(), [sent])
+        asked = "".join(f"{each}\n" for each in ids).encode()
+        named = scratch.git("cat-file", "--batch-check", stdin=asked)
+    kinds = [line.split()[1] for line in named.splitlines()]
+    assert {kind: kinds.count(kind) for kind in (b"commit", b"tree", b"blob")} == {
+        b"commit": commits,
+        b"tree": commits + 1,
+        b"blob": commits + 1,
+    }
 
 
 async def test_untracked_files_enter_only_when_asked_and_ignored_ones_never(guest: Guest) -> None:

@@ -250,11 +250,17 @@ class Scratch:
     # --- objects ---
 
     def objects_since(self, snapshot: Snapshot, known: Iterable[str]) -> list[str]:
-        """Ids of what the snapshot needs beyond commits that the other side has."""
+        """Ids of what the snapshot needs beyond commits that the other side has, with what is in them.
+
+        git leaves out the commits themselves. Their files, which are nearly all, it leaves out only of trees
+        that it is told: those that new commits grew from, and that of the commit which both are at.
+        """
         ours = gits.present(self.git, list(known))
-        asked = "".join([*(f"{tip}\n" for tip in snapshot.tips), *(f"^{each}\n" for each in sorted(ours))])
-        listed = self.git("rev-list", "--objects", "--stdin", stdin=asked.encode())
-        return [os.fsdecode(line.split(b" ", 1)[0]) for line in listed.splitlines()]
+        theirs = [*sorted(ours), *([f"{snapshot.head}^{{tree}}"] if snapshot.head in ours else [])]
+        asked = "".join([*(f"{tip}\n" for tip in snapshot.tips), *(f"^{each}\n" for each in theirs)])
+        listed = self.git("rev-list", "--objects-edge", "--stdin", stdin=asked.encode())
+        lines = (line for line in listed.splitlines() if not line.startswith(b"-"))
+        return [os.fsdecode(line.split(b" ", 1)[0]) for line in lines]
 
     @contextlib.contextmanager
     def pack_of_all(self, snapshot: Snapshot) -> Iterator[IO[bytes]]:
