@@ -7,8 +7,8 @@ import signal
 
 import hypothesis
 
-# nohup and a shell in the background ignore some; what is ignored stays so in every program that a test starts,
-# what is handled does not.
+# nohup, and a shell in the background, ignore some. What is ignored stays so in every program that a test
+# starts; what is handled does not.
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
