@@ -25,7 +25,7 @@ LABEL = names.loop_label(names.VmId(VM), "work")
 @pytest.fixture(autouse=True)
 def no_loop_left() -> Iterator[None]:
     yield
-    left = loop.scan("banger/")
+    left = loop.scan(f"banger/{VM}/")
     for each in left:
         loop.detach(each.label, deadline=time.monotonic() + 1)
     assert not left

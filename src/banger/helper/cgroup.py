@@ -46,6 +46,10 @@ def create(policy: policies.Policy, vm_id: names.VmId, *, vcpus: int, memory_mib
     ensure_parent(policy)
     path = _path(policy, vm_id)
     _make(path)
+    _limit(path, vcpus=vcpus, memory_mib=memory_mib)
+
+
+def _limit(path: str, *, vcpus: int, memory_mib: int) -> None:
     _write(f"{path}/cpu.max", f"{(vcpus + 1) * _PERIOD_US} {_PERIOD_US}")
     _write(f"{path}/memory.max", str((memory_mib + OVERHEAD_MIB) << 20))
     _write(f"{path}/pids.max", str(vcpus + _OVERHEAD_PIDS))

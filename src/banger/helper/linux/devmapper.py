@@ -28,6 +28,7 @@ _UDEV_LEAVE_ALONE: Final = 0x2F << 16
 _IOCTL: Final = struct.Struct("=3I 2I I i 3I Q 128s 129s 7x")
 _TARGET: Final = struct.Struct("=QQiI16s")
 _REPLY_BYTES: Final = 64 * 1024
+_CONTROL: Final = "/dev/mapper/control"
 
 
 class _Header(NamedTuple):
@@ -146,7 +147,7 @@ def _call(
     )
     _IOCTL.pack_into(request, 0, *header)
     request[_IOCTL.size : _IOCTL.size + len(payload)] = payload
-    control = os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)
+    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
         libc.ioctl(control, 0xC138FD00 | command, request, name)
     finally:

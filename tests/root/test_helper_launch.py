@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""A VMM's life, request by request: real cgroups, processes, jails and sockets; jailer and VMM are a script.
+
+The script does what the helper relies on: the jailer's first process ends at once, the VMM runs as the VM's
+uid in the VM's cgroup, makes its sockets, and ends on SIGHUP. The real ones run in the lab.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from banger.contract import errors, names, privileged
+from banger.helper import cgroup, filesystem, operations, process
+from banger.helper.linux import libc
+from tests.root import device_mapper, helper_world, test_console
+from tests.root.helper_world import KERNEL, OWNER, VM, HelperWorld
+
+JAILER = (
+    f"#!{sys.executable} -IS"
+    + """
+import os, signal, socket, sys, time
+def given(name): return sys.argv[sys.argv.index(name) + 1]
+jail = f"{given('--chroot-base-dir')}/firecracker/{given('--id')}/root"
+behaviour = open(f"{jail}/../../../../behaviour").read()
+if behaviour == "no jailer":
+    sys.exit("no such jail")
+parent, child = os.pipe()
+if os.fork():
+    os.close(child)
+    os.read(parent, 1)
+    os._exit(0)
+os.chdir(f"{jail}/run")
+os.setresgid(*[int(given("--gid"))] * 3)
+os.setresuid(*[int(given("--uid"))] * 3)
+if behaviour == "deaf":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+if behaviour == "ends":
+    print("bad configuration", flush=True)
+    os._exit(1)
+for name in () if behaviour == "stuck" else ("api.sock", "vsock.sock"):
+    made = socket.socket(socket.AF_UNIX)
+    made.bind(name)
+    made.listen()
+    made.detach()
+os.close(child)
+time.sleep(600)
+"""
+)
+
+
+@pytest.fixture
+def world(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[HelperWorld]:
+    """A host with a snapshot and a kernel for the VM, where everything but its limits is real."""
+    tree = test_console.cgroup_tree() / f"banger-launch-{os.getpid()}"
+    parent = tree / names.CGROUP_PARENT
+    (parent / cgroup.CONSOLES).mkdir(parents=True)
+    # Version 2 may have no controllers here, and a file that is not there cannot be made.
+    monkeypatch.setattr(cgroup, "_limit", lambda *_args, **_limits: None)
+    runtime = helper_world_here.root / "runtime"
+    runtime.mkdir()
+    shas = {}
+    for name, text in (("jailer", JAILER), ("firecracker", "the VMM")):
+        (runtime / name).write_text(text)
+        (runtime / name).chmod(0o755)
+        shas[f"{name}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    policy = msgspec.structs.replace(helper_world_here.policy, cgroup_mount=str(tree), **shas)
+    shutil.copy(test_console.PROGRAM, policy.guest_dir)
+    helper_world_here.owned(f"kernels/{KERNEL}/vmlinux", b"kernel")
+    helper_world_here.owned(f"kernels/{KERNEL}/initrd", b"initrd")
+    mapper = device_mapper.install(monkeypatch, tmp_path)
+    mapper.devices[names.dm_name(names.VmId(VM))] = device_mapper.Device(f"BANGER-{VM}", "7:0 7:0 P 8")
+    made = HelperWorld(helper_world_here.state, helper_world_here.root, policy)
+    behave(made, "well")
+    yield made
+    operations.execute(policy, privileged.KillVmm(vm_id=VM, force=True))
+    operations.execute(policy, privileged.DeleteJail(vm_id=VM))
+    for path in (parent / cgroup.HOLDER, parent / cgroup.CONSOLES, parent, *parent.parents):
+        if tree in (path, *path.parents):
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
+
+
+def behave(world: HelperWorld, how: str) -> None:
+    (world.root / "behaviour").write_text(how)
+
+
+def launch(world: HelperWorld, **changes: Any) -> privileged.Vmm:
+    given: dict[str, Any] = {"vcpus": 2, "memory_mib": 256, "boot_args": "quiet", "initrd": True}
+    given |= {"work_disk": False, "tap": False} | changes
+    operations.execute(world.policy, privileged.PrepareJail(vm_id=VM, slot=1))
+    return operations.execute(
+        world.policy, privileged.LaunchVmm(vm_id=VM, slot=1, kernel_id=KERNEL, **given)
+    )
+
+
+def test_a_life(world: HelperWorld) -> None:
+    vmm = launch(world)
+    assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)) == vmm
+    assert Path(f"/proc/{vmm.pid}").stat().st_uid == world.policy.uid(1)
+    root = Path(filesystem.jail(world.policy, VM), "root")
+    device = (root / "rootfs").stat()
+    assert (stat.S_ISBLK(device.st_mode), device.st_rdev) == (True, os.makedev(7, 0))
+    configuration = json.loads((root / "vm.json").read_bytes())
+    assert configuration["machine-config"] == {"vcpu_count": 2, "mem_size_mib": 256}
+    assert configuration["network-interfaces"] == []
+    for grant, name in ((privileged.GrantApiSocket, "api.sock"), (privileged.GrantVsock, "vsock.sock")):
+        operations.execute(world.policy, grant(vm_id=VM, slot=1))
+        granted = (root / "run" / name).stat()
+        assert (granted.st_gid, stat.S_IMODE(granted.st_mode)) == (OWNER, 0o660)
+    for refused in (
+        privileged.PrepareJail(vm_id=VM, slot=1),
+        privileged.DeleteJail(vm_id=VM),
+        privileged.LaunchVmm(VM, 1, KERNEL, False, 1, 64, "quiet", False, False),
+    ):
+        with pytest.raises(errors.ConflictError, match="running"):
+            operations.run(world.policy, refused)
+    operations.execute(world.policy, privileged.KillVmm(vm_id=VM, force=False))
+    assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)).pid == 0
+    operations.execute(world.policy, privileged.KillVmm(vm_id=VM, force=True))  # gone is gone
+    with pytest.raises(errors.NotRunningError):
+        operations.execute(world.policy, privileged.GrantVsock(vm_id=VM, slot=1))
+    operations.execute(world.policy, privileged.DeleteJail(vm_id=VM))
+    assert not root.parent.exists()
+
+
+def test_a_vmm_that_is_deaf_is_said_to_be_and_then_forced(
+    world: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behave(world, "deaf")
+    launch(world)
+    monkeypatch.setattr(process, "END_DEADLINE_S", 0.1)
+    with pytest.raises(errors.DeadlineError, match="does not end") as caught:
+        operations.execute(world.policy, privileged.KillVmm(vm_id=VM, force=False))
+    assert caught.value.hint == "use force"
+    monkeypatch.undo()
+    with contextlib.suppress(errors.DeadlineError):
+        process.kill_vmm(world.policy, privileged.KillVmm(vm_id=VM, force=True))
+    assert process.find(world.policy, VM).pid == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("no jailer", "the jailer failed, for VM [0-9a-f]+: no such jail"),
+        ("ends", "Firecracker ended, for VM"),
+        ("stuck", "Firecracker is stuck"),
+    ],
+)
+def test_a_launch_that_fails_says_why_and_leaves_nothing_running(
+    world: HelperWorld, monkeypatch: pytest.MonkeyPatch, how: str, why: str
+) -> None:
+    behave(world, how)
+    if how == "stuck":
+        monkeypatch.setattr(process, "LAUNCH_DEADLINE_S", 1.0)
+    with pytest.raises(errors.OperationFailedError, match=why):
+        launch(world)
+    assert cgroup.vm_ids(world.policy) == []
+
+
+@pytest.mark.parametrize("name", ["jailer", "firecracker"])
+def test_another_program_than_was_installed_is_not_run(world: HelperWorld, name: str) -> None:
+    with (world.root / "runtime" / name).open("a") as file:
+        file.write("#")
+    with pytest.raises(errors.UnauthorizedError, match="recorded at installation"):
+        launch(world)
+    assert cgroup.vm_ids(world.policy) == []
+
+
+def test_what_the_vm_has_not_is_refused(world: HelperWorld) -> None:
+    with helper_world.network_namespace(), pytest.raises(errors.NotFoundError, match="no tap"):
+        launch(world, tap=True)
+    with pytest.raises(errors.NotFoundError, match="work disk"):
+        launch(world, work_disk=True)
+
+
+def test_limits_are_what_the_vm_was_promised(helper_world_here: HelperWorld) -> None:
+    """In a plain directory, which takes whatever is written."""
+    policy = helper_world_here.policy
+    parent = Path(policy.cgroup_mount, names.CGROUP_PARENT)
+    parent.mkdir(parents=True)
+    for path in (Path(policy.cgroup_mount), *parent.parents[:1], parent):
+        (path / "cgroup.controllers").write_text("cpu io memory")
+        (path / "cgroup.subtree_control").write_text("cpu")
+    (parent / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    cgroup.create(policy, names.VmId(VM), vcpus=2, memory_mib=256)
+    leaf = parent / VM
+    assert (leaf / "cpu.max").read_text() == "300000 100000"
+    assert (leaf / "memory.max").read_text() == str(384 << 20)
+    assert (leaf / "pids.max").read_text() == "18"
+    assert (parent / cgroup.HOLDER / "cgroup.procs").read_text() == str(os.getpid())
+    assert (parent / "cgroup.subtree_control").read_text() in {"+io", "+memory"}
+    counters = {"cpu.stat": "usage_usec 7\n", "io.stat": "7:0 rbytes=5 wbytes=6\n", "memory.current": "9\n"}
+    for name, text in counters.items():
+        (leaf / name).write_text(text)
+    with helper_world.network_namespace():
+        usage = operations.execute(policy, privileged.GetUsage(vm_id=VM))
+    assert (usage.cpu_usec, usage.memory_bytes, usage.read_bytes, usage.write_bytes) == (7, 9, 5, 6)
+
+
+def test_what_the_kernel_says_is_said_with_its_object() -> None:
+    fd = os.open("/dev/null", os.O_RDWR)
+    try:
+        with pytest.raises(OSError, match="the thing"):
+            libc.ioctl(fd, 0x12345678, bytearray(8), "the thing")
+        with pytest.raises(FileNotFoundError, match="/nowhere"):
+            libc.inotify("/nowhere", libc.IN_MODIFY)
+    finally:
+        os.close(fd)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""bangerd-root as a process: what it needs to start, what it is left with, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from banger.helper.linux import caps
+from tests.root import test_helper_server as servers
+from tests.root.helper_world import HelperWorld
+
+# systemd's part: the listener is descriptor 3, and LISTEN_PID names the process itself.
+START = """
+import os, sys
+from banger.helper import main
+os.dup2(int(sys.argv[3]), 3)
+os.set_inheritable(3, False)
+if sys.argv[1] == "passed":
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+if sys.argv[2] == "user":
+    os.setresuid(65534, 65534, 65534)
+sys.exit(main.main(sys.argv[4:]))
+"""
+
+
+@pytest.fixture
+def config(helper_world_here: HelperWorld) -> Path:
+    """install.toml of a host whose cgroups are a plain directory."""
+    policy = helper_world_here.policy
+    Path(policy.cgroup_mount).mkdir()
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in msgspec.to_builtins(policy).items())
+    path = helper_world_here.root / "install.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def listener(helper_world_here: HelperWorld) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(helper_world_here.root / "helper.sock"))
+        made.listen(8)
+        yield made
+
+
+def start(
+    listener: socket.socket, how: str, as_: str, *arguments: str | Path, **environment: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", START, how, as_, str(listener.fileno()), *arguments],
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=dict(os.environ, **environment),
+    )
+
+
+def test_it_says_what_it_is_left_with_serves_and_ends(
+    listener: socket.socket, config: Path, helper_world_here: HelperWorld
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0banger-{os.getpid()}")
+        systemd.settimeout(30)
+        address = f"@banger-{os.getpid()}"
+        process = start(listener, "passed", "root", "--config", config, NOTIFY_SOCKET=address)
+        try:
+            assert systemd.recv(64) == b"READY=1"
+            status = dict(
+                line.split(":\t") for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            )
+            kept = sum(1 << number for number in caps.CAPABILITIES.values())
+            for each in ("CapEff", "CapPrm", "CapBnd"):
+                assert int(status[each], 16) == kept, each
+            assert (status["NoNewPrivs"], status["Groups"].strip(), status["Umask"]) == ("1", "", "0077")
+            path = Path(listener.getsockname())
+            assert "version" in servers.raw(path, servers.framed(servers.GET_HOST)).decode()
+        finally:
+            process.terminate()
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    first = json.loads(said.splitlines()[0].partition(">")[2])
+    assert (first["message"], int(first["effective_caps"], 16)) == ("serving", kept)
+    parent = Path(helper_world_here.policy.cgroup_mount, "banger.slice/banger-vms.service")
+    assert {each.name for each in parent.iterdir()} >= {"holder", "consoles"}
+
+
+@pytest.mark.parametrize(
+    ("how", "as_", "arguments", "why"),
+    [
+        ("unpassed", "root", [], "no socket was passed"),
+        ("passed", "user", [], "must be started as root"),
+        ("passed", "root", ["--verbose"], "usage: bangerd-root"),
+        ("passed", "root", ["--config", "/nowhere/install.toml"], "/nowhere"),
+    ],
+)
+def test_it_does_not_start(
+    listener: socket.socket, how: str, as_: str, arguments: list[str], why: str
+) -> None:
+    process = start(listener, how, as_, *arguments)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1, said
+    assert why in said
