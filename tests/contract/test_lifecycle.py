@@ -220,6 +220,8 @@ async def test_ten_creates_at_once(daemon: conftest.Daemon) -> None:
         ("by signal 9;", "its VMM was ended by SIGKILL"),
         ("by signal 99;", "its VMM was ended by signal 99"),
         ("by signal x;", "its VMM ended unexpectedly"),
+        ("by signal 9999;", "its VMM ended unexpectedly"),
+        ("by signal 9; oom 0 oom_kill 1 ", "for want of memory: the host had none left"),
         ("by signal 9; oom 2 oom_kill 1 ", "for want of memory: its control group was full"),
         ("with status 150;", "its VMM ended on SIGSEGV (status 150)"),
         ("with status 0;", ""),
@@ -253,6 +255,7 @@ async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
     assert why in vm.last_error.message
     assert (f"ran out of memory ({memory})" in vm.last_error.message) == bool(memory)
     assert ("vm set web --memory 256M" in vm.last_error.hint) == bool(memory)
+    assert ("stop other VMs" in vm.last_error.hint) == ("host" in why)
     assert daemon.world.leftovers() == {}
 
 

@@ -15,6 +15,7 @@ from banger.vm import readiness, record
 
 _SAID: Final = "banger-console: the VMM ended "
 """The helper's log writer, its parent, writes this last; see guest/console.c."""
+_MAX_DIGITS: Final = 3
 # What Firecracker 1.12 logs when the guest reset or powered off by itself.
 _ORDERLY_END: Final = "exit_code=0"
 # Exit statuses of Firecracker for signals that it catches: FcExitCode in its src/vmm/src/lib.rs.
@@ -59,7 +60,7 @@ def read(vmm_log: Path) -> Ending | None:
     _, found, said = lines[-1].rpartition(_SAID) if lines else ("", "", "")
     how, _, events = said.partition(";")
     kind, _, number = how.rpartition(" ")
-    if not found or not number.isdecimal():
+    if not found or not number.isdecimal() or len(number) > _MAX_DIGITS:
         return None
     words = iter(events.split())
     counts = {name: int(count) for name, count in zip(words, words, strict=False) if count.isdecimal()}
@@ -85,6 +86,8 @@ def ended(vm: record.VmRecord, logs: Path) -> record.VmRecord:
     if panic:
         why = f"its kernel panicked: {panic}"
     hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
+    if seen is not None and seen.memory_kills and not seen.limit_hits:
+        hint = f"this host needs memory: stop other VMs, or give them less; {hint}"
     memory = readiness.memory_line(logs / "console.log")
     if memory:
         why = f"{why}, after it ran out of memory ({memory})"
