@@ -35,6 +35,9 @@ async def test_where_the_time_of_a_start_went(served: api_served.Served) -> None
     for step in ("preflight", "dm_snapshot", "firecracker_launch", "wait_vsock_agent", "persist"):
         assert f"    {step} " in shown
     headings = [line.split(":")[0].strip() for line in shown.splitlines() if re.match(r"  \w+: ", line)]
+    assert re.search(r"\n    prepare_host_features .*\n      prepare_work_disk ", shown), (
+        "a part is below its step"
+    )
     assert headings == [stage.value for stage in list(resources.Stage)[:7]]
     document = (await banger(served, "vm", "explain", "web", "--json")).json
     last = document["steps"][-1]

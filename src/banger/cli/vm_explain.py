@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import click
 import msgspec
@@ -17,6 +17,7 @@ from banger.contract import errors, resources
 _TAIL_LINES: Final = 8
 _TAIL_BYTES: Final = 64 * 1024
 _BAR: Final = 24
+_INDENT: Final = 2
 
 
 class Explanation(msgspec.Struct, frozen=True):
@@ -137,27 +138,45 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield from _timeline(found)
 
 
+class _Shown(NamedTuple):
+    """A step with its stage, and whether it is a part of the step before it that has no such mark."""
+
+    stage: str
+    step: resources.StepTiming
+    is_part: bool
+
+
 def _timeline(found: Explanation) -> Iterator[str]:
-    """Stage by stage, step by step; the bar shows when in the start a step ran."""
-    width = max(len(step.name) for step in found.steps)
-    for stage, group in itertools.groupby(_staged(found.steps), key=lambda each: each[0]):
-        steps = [step for _, step in group]
-        yield f"  {render.safe(stage)}: {render.elapsed(sum(step.elapsed_ms for step in steps))}"
-        for step in steps:
+    """Stage by stage, step by step, parts below their step; the bar shows when in the start it ran."""
+    shown = list(_shown(found.steps))
+    width = max(len(each.step.name) for each in shown) + _INDENT
+    for stage, group in itertools.groupby(shown, key=lambda each: each.stage):
+        of_stage = list(group)
+        yield f"  {render.safe(stage)}: {render.elapsed(_took_ms(of_stage))}"
+        for each in of_stage:
+            step = each.step
             share = 100 * step.elapsed_ms / found.total_ms if found.total_ms else 0.0
             figures = f"{step.elapsed_ms:9.1f} ms  {share:4.0f} %  {_bar(step, found.total_ms)}"
-            yield f"    {render.safe(step.name).ljust(width)}  {figures}".rstrip()
-    between = found.total_ms - sum(step.elapsed_ms for step in found.steps)
+            name = " " * _INDENT * each.is_part + render.safe(step.name)
+            yield f"    {name.ljust(width)}  {figures}".rstrip()
+    between = found.total_ms - _took_ms(shown)
     if between > 0:
         yield f"  between steps: {render.elapsed(between)}"
 
 
-def _staged(steps: Iterable[resources.StepTiming]) -> Iterator[tuple[str, resources.StepTiming]]:
-    """Each step with its stage: one that has none is part of what was shown last, as in the progress."""
-    stage = resources.Stage.PREFLIGHT.value
-    for step in steps:
-        stage = step.stage or stage
-        yield stage, step
+def _took_ms(shown: Iterable[_Shown]) -> float:
+    return sum(each.step.elapsed_ms for each in shown if not each.is_part)
+
+
+def _shown(steps: Iterable[resources.StepTiming]) -> Iterator[_Shown]:
+    """As they began. One without a stage is part of what was shown last, as in the progress."""
+    stage, whole_ends_ms = resources.Stage.PREFLIGHT.value, 0.0
+    for step in sorted(steps, key=lambda each: (each.started_ms, -each.elapsed_ms)):
+        ends_ms = step.started_ms + step.elapsed_ms
+        is_part = ends_ms <= whole_ends_ms
+        if not is_part:
+            stage, whole_ends_ms = step.stage or stage, ends_ms
+        yield _Shown(stage, step, is_part)
 
 
 def _bar(step: resources.StepTiming, total_ms: float) -> str:
