@@ -22,7 +22,7 @@ $(VENV)/ready: requirements/dev.txt
 	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
-.PHONY: run test lint unit contract root lab long soak fuzz coverage guest wheel setup lab-up lab-ssh lab-down bench clean help
+.PHONY: run test lint unit contract root lab long soak fuzz coverage strict guest wheel setup lab-up lab-ssh lab-down bench clean help
 
 run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
@@ -62,6 +62,10 @@ soak: guest  ## Live LIVES (10000) VM lives with faults on the fakes, in a simul
 
 fuzz: guest  ## Fuzz one parser for longer (TARGET=dns SECONDS=3600)
 	$(PY) -m tests.fuzz $(TARGET) $(SECONDS)
+
+# Not in `lint`: it comes by npm, which nothing else here needs.
+strict: $(VENV)/ready  ## Check types of the helper and the contract with pyright, strictly; needs npm
+	npm exec --yes --package=pyright@1.1.414 -- pyright
 
 # Without the lab: what only real KVM and device-mapper reach is asked there, and not counted here.
 COVERAGE := $(VENV)/bin/coverage

@@ -379,8 +379,8 @@ def test_tear_down_goes_on_and_reports_all(
     def fail(_: object, request: privileged.DeleteTap | privileged.DeleteSnapshot) -> privileged.Done:
         raise OSError(5, "broken", type(request).__name__)
 
-    monkeypatch.setattr("banger.helper.network.delete_tap", fail)
-    monkeypatch.setattr("banger.helper.storage.delete_snapshot", fail)
+    monkeypatch.setitem(TABLE, privileged.DeleteTap, fail)
+    monkeypatch.setitem(TABLE, privileged.DeleteSnapshot, fail)
     with pytest.raises(errors.OperationFailedError, match="DeleteTap") as caught:
         operations.execute(helper_world_here.policy, privileged.TearDown(vm_id=VM))
     assert any("DeleteSnapshot" in note for note in caught.value.__notes__)

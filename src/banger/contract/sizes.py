@@ -42,13 +42,11 @@ def parse_mib(text: str) -> int:
 
 def text_of_bytes(size_bytes: int) -> str:
     """With at most one decimal: `0 B`, `1.5 GiB`."""
-    size = float(size_bytes)
-    for unit in _UNITS:
-        if size < 1000 or unit == _UNITS[-1]:
-            break
-        size /= KIB
+    size, power = float(size_bytes), 0
+    while size >= 1000 and power < len(_UNITS) - 1:
+        size, power = size / KIB, power + 1
     text = f"{size:.1f}".removesuffix(".0") if size < 100 else f"{size:.0f}"
-    return f"{text} {unit}"
+    return f"{text} {_UNITS[power]}"
 
 
 def text_of_mib(size_mib: int) -> str:

@@ -361,7 +361,7 @@ def _copy_range(source: int, target: int, count: int, offset: int) -> int:
 
 def _prune(cache: str, *, keep: str) -> None:
     """The copies used last stay; linking one into a jail changes its ctime."""
-    unused = []
+    unused: list[tuple[int, str]] = []
     for name in os.listdir(cache):
         status = os.lstat(f"{cache}/{name}")
         if name != keep and status.st_nlink == 1:

@@ -84,18 +84,15 @@ def _forward(policy: policies.Policy, need: Need, guarded: set[str]) -> None:
     ways = _ways_out(policy, need) if need.nat else []
     known = [netlink.find(name) for name in (policy.bridge, *_opened(policy))]
     links = {link.name: link for link in (*known, *ways) if link is not None}
-    ours = _opened(policy) & set(links)
+    ours, wanted = _opened(policy) & set(links), set[str]()
     if _host_forwards():
-        wanted: set[str] = set()
-        ours = set()  # all links forward now by the host's own will
+        ours = set[str]()  # all links forward now by the host's own will
     elif need.nat:
         wanted = {link.name for link in ways if link.name in ours or not link.forwards}
         if policy.bridge in links and not links[policy.bridge].forwards:
             netlink.set_forwarding(links[policy.bridge], on=True)
-    else:
-        wanted = set()
-        if policy.bridge in links and links[policy.bridge].forwards:
-            netlink.set_forwarding(links[policy.bridge], on=False)
+    elif policy.bridge in links and links[policy.bridge].forwards:
+        netlink.set_forwarding(links[policy.bridge], on=False)
     _remember(policy, wanted | ours)
     if guarded != wanted:
         ruleset.set_opened(wanted | ours)

@@ -53,7 +53,7 @@ def allow_addresses(policy: policies.Policy, request: privileged.AllowAddresses)
         if has_nat not in ruleset.elements():
             raise errors.ConflictError(f"VM {vm_id} has no NAT for IPv{version}", vm=vm_id)
     port = (request.port,) if request.port else ()
-    wanted = []
+    wanted: list[ruleset.Element] = []
     for address in sorted(found, key=str):
         reach = ruleset.REACH[address.version]
         key = ruleset.key(str(guests[address.version]), str(address), *port)

@@ -30,7 +30,7 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
     cgroups = set(cgroup.vm_ids(policy))
     logs = _entries(f"{policy.helper_dir}/logs")
     found = {*devices, *loops, *taps, *rules, *jails, *cgroups, *logs}
-    vms = []
+    vms: list[privileged.VmWorld] = []
     for vm_id in sorted(filter(names.is_id, found)):
         vmm = process.find(policy, vm_id)
         vms.append(

@@ -56,8 +56,12 @@ def _serve(config: Path) -> None:
     cgroup.ensure_parent(policy)
     filesystem.sweep(policy)
     serving = server.Server(policy, listener)
+
+    def stop(_number: int, _frame: object) -> None:
+        serving.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: serving.stop())
+        signal.signal(number, stop)
     server.log("info", "serving", owner=policy.owner_name, effective_caps=caps.effective(), pid=os.getpid())
     _notify("READY=1")
     serving.serve()

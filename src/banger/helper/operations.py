@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Final
 
 import msgspec
@@ -45,17 +45,17 @@ def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileg
     """In the order of dependence; goes on after an error, and reports all."""
     vm_id = request.vm_id
     failed: list[Exception] = []
-    parts: tuple[tuple[Callable[[policies.Policy, Any], privileged.Done], privileged.Request[Any]], ...] = (
-        (process.kill_vmm, privileged.KillVmm(vm_id=vm_id, force=True)),
-        (network.delete_tap, privileged.DeleteTap(vm_id=vm_id)),
-        (guest_rules.delete_guest_rules, privileged.DeleteGuestRules(vm_id=vm_id)),
-        (storage.delete_snapshot, privileged.DeleteSnapshot(vm_id=vm_id)),
-        (storage.detach_work_disk, privileged.DetachWorkDisk(vm_id=vm_id)),
-        (process.delete_jail, privileged.DeleteJail(vm_id=vm_id)),
+    parts: tuple[privileged.Request[Any], ...] = (
+        privileged.KillVmm(vm_id=vm_id, force=True),
+        privileged.DeleteTap(vm_id=vm_id),
+        privileged.DeleteGuestRules(vm_id=vm_id),
+        privileged.DeleteSnapshot(vm_id=vm_id),
+        privileged.DetachWorkDisk(vm_id=vm_id),
+        privileged.DeleteJail(vm_id=vm_id),
     )
-    for function, part in parts:
+    for part in parts:
         try:
-            function(policy, part)
+            OPERATIONS[type(part)](policy, part)
         except (errors.BangerError, OSError) as error:
             failed.append(_explained(part, error))
     if failed:
@@ -134,7 +134,7 @@ class _UnderWay:
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         token = object()
         with self._changed:
             self._tokens.add(token)
@@ -156,7 +156,7 @@ _under_way: Final = _UnderWay()
 
 
 @contextlib.contextmanager
-def _alone(request: privileged.Request[Any]) -> Iterator[None]:
+def _alone(request: privileged.Request[Any]) -> Generator[None]:
     """Two operations on one VM, or two on the bridge, wait for each other; a lock lives while it is used."""
     if isinstance(request, _UNLOCKED):
         yield

@@ -15,7 +15,7 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Final, NamedTuple, NoReturn
 
 import msgspec
@@ -161,7 +161,7 @@ class _Streams(NamedTuple):
 
 
 @contextlib.contextmanager
-def _streams(policy: policies.Policy, vm_id: names.VmId, root: int) -> Iterator[_Streams]:
+def _streams(policy: policies.Policy, vm_id: names.VmId, root: int) -> Generator[_Streams]:
     """Open for as long as it takes to start both: the writer ends when nobody holds the VMM's output."""
     directory = filesystem.logs(policy, vm_id)
     with contextlib.ExitStack() as opened:
@@ -291,7 +291,7 @@ def find(policy: policies.Policy, vm_id: str) -> privileged.Vmm:
 
 
 @contextlib.contextmanager
-def _held(policy: policies.Policy, vm_id: str) -> Iterator[tuple[privileged.Vmm, int]]:
+def _held(policy: policies.Policy, vm_id: str) -> Generator[tuple[privileged.Vmm, int]]:
     """The VMM and a pidfd of it, -1 if none runs: looked up again once held, for a pid may be reused."""
     vmm, process = find(policy, vm_id), -1
     try:

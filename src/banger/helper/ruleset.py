@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from banger.contract import errors
 from banger.helper import policy as policies
@@ -146,7 +146,7 @@ def refresh(wanted: Iterable[Element]) -> None:
     """Adds elements with a timeout, which begins anew for those that are there."""
     with lock:
         present = {each.identity for each in elements()}
-        commands = []
+        commands: list[nftables.Json] = []
         for each in wanted:
             if each.identity in present:
                 commands.append(_command("delete", each))
@@ -167,7 +167,7 @@ def set_opened(links: set[str]) -> None:
 
 def _listed() -> dict[str, list[nftables.Json]]:
     """What is in each table of our name that there is, by family; each is read once, and alone."""
-    found = {}
+    found: dict[str, list[nftables.Json]] = {}
     for family in tables.COUNTERS:
         try:
             found[family] = nftables.query("table", family=family, name=tables.TABLE)
@@ -202,12 +202,11 @@ def _elements(listed: dict[str, list[nftables.Json]]) -> set[Element]:
 
 def _element(of: Set, raw: Any) -> Element:
     """nft wraps an element only when there is more to say than its value."""
-    value = 0
-    if isinstance(raw, list):
-        raw, value = raw
-    inner: nftables.Json = raw["elem"] if isinstance(raw, dict) and "elem" in raw else {"val": raw}
+    pair: list[Any] = raw if isinstance(raw, list) else [raw, 0]  # pyright: ignore[reportUnknownVariableType]
+    wrapped = cast(nftables.Json, pair[0]) if isinstance(pair[0], dict) else {}
+    inner: nftables.Json = wrapped.get("elem", {"val": pair[0]})
     name = json.dumps(inner["val"], sort_keys=True)
-    return Element(of, name, value, inner.get("comment", ""), inner.get("timeout", 0))
+    return Element(of, name, pair[1], inner.get("comment", ""), inner.get("timeout", 0))
 
 
 def _command(verb: str, element: Element) -> nftables.Json:

@@ -195,7 +195,7 @@ def _record(policy: policies.Policy, envelope: privileged.Envelope | None, field
     """A record that cannot be written is said in the journal: a full disk must not keep VMs from ending."""
     if envelope is not None and isinstance(envelope.request, _QUIET) and fields["outcome"] == "done":
         return
-    asked = {} if envelope is None else msgspec.to_builtins(envelope.request)
+    asked: dict[str, Any] = {} if envelope is None else msgspec.to_builtins(envelope.request)
     fields["error"] = fields.get("error", "")[: records.MAX_TEXT]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     try:

@@ -96,7 +96,7 @@ def names(prefix: str) -> list[str]:
         return []
     if header.flags & DM_BUFFER_FULL_FLAG:
         raise OSError(errno.ENOBUFS, "too many devices to list", "device-mapper")
-    found = []
+    found: list[str] = []
     offset = 0
     while len(data) > offset + 12 and struct.unpack_from("=Q", data, offset)[0]:
         (step,) = struct.unpack_from("=I", data, offset + 8)

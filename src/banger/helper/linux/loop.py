@@ -57,7 +57,7 @@ def attach(backing_fd: int, label: str, *, flags: int) -> int:
 
 def scan(prefix: str) -> list[Loop]:
     """Every bound loop device whose label starts with `prefix`."""
-    found = []
+    found: list[Loop] = []
     for entry in os.listdir("/sys/block"):
         if entry.startswith("loop") and os.path.isdir(f"/sys/block/{entry}/loop"):
             with contextlib.suppress(OSError):  # gone meanwhile

@@ -161,7 +161,7 @@ def delete(index: int, name: str) -> None:
 
 def addresses(family: int = socket.AF_INET) -> list[Address]:
     """Addresses of all links. A kernel without IPv6 answers with those of other families: none of ours."""
-    found = []
+    found: list[Address] = []
     for body in _request(RTM_GETADDR, NLM_F_DUMP, _IFADDR.pack(family, 0, 0, 0, 0)):
         if body[0] != family:
             continue
@@ -196,7 +196,7 @@ def _ifaddr(address: Address) -> bytes:
 
 def routes(family: int = socket.AF_INET) -> list[Route]:
     """Unicast routes of every table but the local one; of another family, as with addresses, none."""
-    found = []
+    found: list[Route] = []
     for body in _request(RTM_GETROUTE, NLM_F_DUMP, _RTMSG.pack(family, *bytes(7), 0)):
         family_of, length, _, _, _, _, _, kind, _ = _RTMSG.unpack_from(body)
         if kind != RTN_UNICAST or family_of != family:
@@ -251,7 +251,7 @@ def _attribute(kind: int, data: bytes) -> bytes:
 
 
 def _attributes(data: bytes) -> Attributes:
-    found = {}
+    found: Attributes = {}
     while len(data) >= 4:
         length, kind = struct.unpack_from("=HH", data)
         found[kind & NLA_TYPE_MASK] = data[4:length]
@@ -260,7 +260,7 @@ def _attributes(data: bytes) -> Attributes:
 
 
 def _next_hops(data: bytes) -> list[int]:
-    found = []
+    found: list[int] = []
     while len(data) >= _RTNEXTHOP.size:
         length, _, _, link = _RTNEXTHOP.unpack_from(data)
         found.append(link)
