@@ -13,7 +13,7 @@ from pathlib import Path
 import dnslib
 import pytest
 
-from banger.contract import egress
+from banger.contract import destinations
 from banger.net import dns, forwarder, upstream
 from tests.contract import dns_served
 
@@ -116,7 +116,10 @@ async def test_who_is_no_running_guest_hears_nothing(peer: str) -> None:
 
 
 async def test_allowed_names_are_opened_before_the_guest_learns_them() -> None:
-    names = (egress.NamedDestination("*.example.org", 443), egress.NamedDestination("example.org"))
+    names = (
+        destinations.NamedDestination("*.example.org", 443),
+        destinations.NamedDestination("example.org"),
+    )
     shut = guest(2, "shut", forward=True, everything=False, allowed=names)
     async with desk_with(shut) as desk:
         assert await desk.rcode(shut, "api.EXAMPLE.org") == "NOERROR"
@@ -130,7 +133,7 @@ async def test_allowed_names_are_opened_before_the_guest_learns_them() -> None:
 
 
 async def test_ipv6_addresses_are_opened_for_a_guest_that_has_one() -> None:
-    allowed = (egress.NamedDestination("six.example.org"), egress.NamedDestination("evil6.org"))
+    allowed = (destinations.NamedDestination("six.example.org"), destinations.NamedDestination("evil6.org"))
     address6 = ipaddress.IPv6Address("fd62:616e:6765:7200::3")
     both = guest(2, "both", forward=True, everything=False, allowed=allowed, address6=address6)
     four = guest(3, "four", forward=True, everything=False, allowed=allowed)
@@ -147,7 +150,9 @@ async def test_ipv6_addresses_are_opened_for_a_guest_that_has_one() -> None:
 
 
 async def test_an_allowed_name_opens_no_way_to_host_guests_or_metadata() -> None:
-    shut = guest(2, "shut", forward=True, everything=False, allowed=(egress.NamedDestination("evil.org"),))
+    shut = guest(
+        2, "shut", forward=True, everything=False, allowed=(destinations.NamedDestination("evil.org"),)
+    )
     async with desk_with(shut) as desk:
         assert await desk.rcode(shut, "evil.org") == "NOERROR"
         assert desk.opened == []
@@ -157,7 +162,7 @@ async def test_when_opening_fails_the_guest_learns_nothing() -> None:
     from banger.contract import errors
 
     shut = guest(
-        2, "shut", forward=True, everything=False, allowed=(egress.NamedDestination("example.org"),)
+        2, "shut", forward=True, everything=False, allowed=(destinations.NamedDestination("example.org"),)
     )
     async with desk_with(shut) as desk:
 

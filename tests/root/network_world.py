@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from banger.contract import egress, names, privileged
+from banger.contract import destinations, egress, names, privileged
 from banger.helper import operations
 from banger.helper.linux import nftables
 from tests.root import helper_world
@@ -132,7 +132,7 @@ class Net:
 
     def rules(self, guest: Guest, *, allow: tuple[str, ...] = (), **more: Any) -> None:
         """Sets the guest's rules."""
-        found = egress.destinations(allow)
+        found = destinations.networks(allow)
         if "egress" in more:
             more["egress"] = egress.Egress(more["egress"])
         self.ask(privileged.SetGuestRules(vm_id=guest.vm_id, slot=guest.slot, allow=found, **more))

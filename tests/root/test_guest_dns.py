@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import dnslib
 import pytest
 
-from banger.contract import egress, errors, names, privileged
+from banger.contract import destinations, errors, names, privileged
 from banger.helper import ruleset
 from banger.net import dns, forwarder, upstream
 from tests.root import helper_world, network_world, packets
@@ -114,7 +114,7 @@ def allowing(
 
     made = forwarder.Forwarder(net.world.policy.prefix, asking.ask, opened)
     (row,) = guests_of(net)
-    allowed = egress.named((name,))
+    allowed = destinations.named((name,))
     made.update([dataclasses.replace(row, forward=True, everything=False, allowed=allowed)], serial=1)
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from banger.contract import egress, errors, resources
+from banger.contract import destinations, egress, errors, resources
 from banger.vm import create
 
 CREATE = resources.CreateVm
@@ -18,10 +18,10 @@ CREATE = resources.CreateVm
         ("10.1.2.3", egress.Destination("10.1.2.3/32")),
         ("10.1.2.3:443", egress.Destination("10.1.2.3/32", 443)),
         ("0.0.0.0/0:53", egress.Destination("0.0.0.0/0", 53)),
-        ("api.example.org", egress.NamedDestination("api.example.org")),
-        ("API.Example.org.:443", egress.NamedDestination("api.example.org", 443)),
-        ("*.example.org", egress.NamedDestination("*.example.org")),
-        ("intranet", egress.NamedDestination("intranet")),
+        ("api.example.org", destinations.NamedDestination("api.example.org")),
+        ("API.Example.org.:443", destinations.NamedDestination("api.example.org", 443)),
+        ("*.example.org", destinations.NamedDestination("*.example.org")),
+        ("intranet", destinations.NamedDestination("intranet")),
         ("2001:DB8::/32", egress.Destination("2001:db8::/32")),
         ("2001:db8::1", egress.Destination("2001:db8::1/128")),
         ("[2001:db8::1]:443", egress.Destination("2001:db8::1/128", 443)),
@@ -30,7 +30,7 @@ CREATE = resources.CreateVm
     ],
 )
 def test_a_destination(text: str, parsed: object) -> None:
-    assert egress.parse(text) == parsed
+    assert destinations.parse(text) == parsed
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_destination(text: str, parsed: object) -> None:
 )
 def test_not_a_destination(text: str) -> None:
     with pytest.raises(errors.BadRequestError, match=r"destination|port"):
-        egress.parse(text)
+        destinations.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_not_a_destination(text: str) -> None:
 )
 def test_not_a_name_either(text: str) -> None:
     with pytest.raises(errors.BadRequestError, match=r"destination|port"):
-        egress.parse(text)
+        destinations.parse(text)
 
 
 @pytest.mark.parametrize(

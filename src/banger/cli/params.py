@@ -143,9 +143,9 @@ class _Checked(click.ParamType[str]):
 
 
 def _parse_destination(text: str) -> object:
-    from banger.contract import egress
+    from banger.contract import destinations
 
-    return egress.parse(text)
+    return destinations.parse(text)
 
 
 def _parse_publish(text: str) -> object:

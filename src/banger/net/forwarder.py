@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from banger.contract import egress, errors, names
+from banger.contract import destinations, egress, errors, names
 from banger.net import wire
 from banger.net import zone as zones
 
@@ -47,7 +47,7 @@ class Guest:
     """Guests of one network reach each other; empty: it has none."""
     forward: bool = False
     everything: bool = True
-    allowed: Sequence[egress.NamedDestination] = ()
+    allowed: Sequence[destinations.NamedDestination] = ()
 
 
 Open = Callable[[Guest, Sequence[str], int, int], Awaitable[None]]

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from banger.contract import egress, errors, names, privileged, resources
+from banger.contract import destinations, egress, errors, names, privileged, resources
 from banger.net import dns, forwarder, upstream, wire
 from banger.owner import config
 from banger.vm import record
@@ -76,7 +76,7 @@ class Naming:
             peers=vm.peers,
             forward=vm.nat,
             everything=vm.egress is not egress.Egress.NONE,
-            allowed=egress.named(vm.allow),
+            allowed=destinations.named(vm.allow),
         )
 
     async def _open(self, guest: forwarder.Guest, addresses: Sequence[str], ttl_s: int, port: int) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
+from banger.contract import destinations, errors, names, resources
 from banger.contract import egress as egresses
-from banger.contract import errors, names, resources
 from banger.vm import record
 
 _ADJECTIVES: Final = (
@@ -69,8 +69,8 @@ def access(body: resources.CreateVm, *, ipv6: bool = False) -> Access:
 
 def require_ipv6(allow: tuple[str, ...], *, has_ipv6: bool) -> None:
     """Raises BadRequestError for an IPv6 destination of a guest that could not go there."""
-    for rule in egresses.destinations(allow):
-        if egresses.is_ipv6(rule) and not has_ipv6:
+    for rule in destinations.networks(allow):
+        if destinations.is_ipv6(rule) and not has_ipv6:
             raise errors.BadRequestError(
                 f"a VM without IPv6 does not reach {rule.cidr}", hint="make it with --ipv6"
             )
@@ -81,7 +81,7 @@ def allowed(rules: tuple[str, ...]) -> tuple[str, ...]:
     if len(rules) > egresses.MAX_RULES:
         raise errors.BadRequestError(f"{len(rules)} destinations are more than {egresses.MAX_RULES}")
     for rule in rules:
-        egresses.parse(rule)
+        destinations.parse(rule)
     return tuple(dict.fromkeys(rule.strip().lower() for rule in rules))
 
 

@@ -21,7 +21,6 @@ DM_TABLE_LOAD: Final = 9
 DM_TABLE_STATUS: Final = 12
 DM_DEFERRED_REMOVE: Final = 1 << 17
 DM_BUFFER_FULL_FLAG: Final = 1 << 8
-DM_MAX_UUID: Final = 129
 
 # All DM_UDEV_DISABLE_* flags: udev neither probes the device (blkid would hold it open) nor links to it.
 _UDEV_LEAVE_ALONE: Final = 0x2F << 16

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from banger.contract import egress, privileged
+from banger.contract import destinations, privileged
 from banger.vm import capabilities, record
 
 
@@ -33,7 +33,7 @@ def request(vm: record.VmRecord) -> privileged.SetGuestRules:
         slot=vm.slot,
         nat=vm.nat,
         egress=vm.egress,
-        allow=egress.destinations(vm.allow),
+        allow=destinations.networks(vm.allow),
         peers=vm.peers,
         ipv6=vm.ipv6,
     )
