@@ -57,3 +57,21 @@ def test_what_was_flushed_is_there_after_a_kill(drilled: Lab) -> None:
     read = user.banger(drilled, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept")
     assert read.text == "flushed\nflushed\n"
     user.banger(drilled, "vm", "delete", "web")
+
+
+def test_a_host_that_loses_power_loses_nothing_that_was_flushed(fresh_installed_host: Lab) -> None:
+    """Flushed in the guest, and by nobody else: the disks of the host were not."""
+    host = fresh_installed_host
+    user.banger(host, "vm", "create", "web", *user.TINY)
+    host.run(["sync"])
+    script = "echo flushed > /root/kept; echo flushed > /kept; sync"
+    user.banger(host, "vm", "exec", "web", "--", "sh", "-c", script)
+    host.power_cut()
+    host.start()
+    assert user.unowned(host) == ""
+    assert user.leftovers(host) == ""
+    shown = user.shown(host, "web")
+    assert (shown["state"], shown["pid"]) == ("stopped", 0), shown
+    user.banger(host, "vm", "start", "web")
+    read = user.banger(host, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept")
+    assert read.text == "flushed\nflushed\n"

@@ -117,6 +117,7 @@ def test_a_life(world: HelperWorld) -> None:
     configuration = json.loads((root / "vm.json").read_bytes())
     assert configuration["machine-config"] == {"vcpu_count": 2, "mem_size_mib": 256}
     assert configuration["network-interfaces"] == []
+    assert {drive["cache_type"] for drive in configuration["drives"]} == {"Writeback"}
     for grant, name in ((privileged.GrantApiSocket, "api.sock"), (privileged.GrantVsock, "vsock.sock")):
         operations.execute(world.policy, grant(vm_id=VM, slot=1))
         granted = (root / "run" / name).stat()

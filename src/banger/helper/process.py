@@ -142,6 +142,7 @@ def _configuration(request: privileged.LaunchVmm) -> dict[str, object]:
                 "path_on_host": f"/{drive}",
                 "is_root_device": False,  # true would add root= to the arguments: those are the daemon's
                 "is_read_only": False,
+                "cache_type": "Writeback",  # else a guest's fsync ends in this host's memory
             }
             for drive in drives
         ],
