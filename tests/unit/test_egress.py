@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
+
+import msgspec
 import pytest
 
-from banger.contract import destinations, egress, errors, resources
-from banger.vm import create
+from banger.contract import destinations, egress, errors, names, resources
+from banger.owner import changes
+from banger.vm import create, record
 
 CREATE = resources.CreateVm
+SET = resources.SetVm
+ALL, INTERNET, NONE = egress.Egress.ALL, egress.Egress.INTERNET, egress.Egress.NONE
+_ONE, _OTHER = ("a.org",), ("b.org",)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +123,84 @@ def test_an_ipv6_destination_needs_a_guest_with_ipv6() -> None:
     with pytest.raises(errors.BadRequestError, match="2001:db8::/32") as caught:
         create.access(CREATE(allow=("2001:db8::/32",)))
     assert "--ipv6" in caught.value.hint
+
+
+def vm_with(nat: bool, mode: egress.Egress, allow: tuple[str, ...]) -> record.VmRecord:
+    size = create.Sized(1, resources.SizeSource.DEFAULT)
+    resolved = create.Resolved(
+        names.ImageId("0" * 12),
+        names.KernelId("1" * 12),
+        size,
+        size,
+        size,
+        network=True,
+        access=create.Access(nat, mode, allow),
+    )
+    return create.draft(
+        names.VmId("2" * 12), names.VmName("web"), 1, resolved, datetime.datetime.now(datetime.UTC)
+    )
+
+
+MADE = [
+    (False, INTERNET, ()),
+    (True, INTERNET, ()),
+    (True, INTERNET, _ONE),
+    (False, INTERNET, _ONE),
+    (True, NONE, _ONE),
+    (False, NONE, _ONE),
+    (True, NONE, ()),
+    (True, ALL, ()),
+    (True, ALL, _ONE),
+    (False, ALL, ()),
+]
+"""NAT, mode, allowed: all that options of `create`, and `--nat off` after them, can make."""
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_set_means_what_the_same_words_mean_on_create(
+    made: tuple[bool, egress.Egress, tuple[str, ...]],
+) -> None:
+    vm = vm_with(*made)
+    for nat, mode, allow in itertools.product((None, True, False), (None, *egress.Egress), (None, _OTHER)):
+        if not (nat or mode or allow):
+            continue
+        if nat and mode is None and allow is None and made[1:] == (NONE, _ONE):
+            continue
+        fresh = create.access(CREATE(nat=nat, egress=mode, allow=allow or ()))
+        changed = changes.at_once(vm, SET(nat=nat, egress=mode, allow=allow))
+        assert (changed.nat, changed.egress) == (fresh.nat, fresh.egress), (nat, mode, allow)
+        assert changed.allow == (allow or made[2])
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_taking_away_opens_nothing(made: tuple[bool, egress.Egress, tuple[str, ...]]) -> None:
+    vm = vm_with(*made)
+    nat, mode, allow = made
+    for asked, left in (
+        (SET(), made),
+        (SET(nat=False), (False, mode, allow)),
+        (SET(allow=()), (nat, mode, ())),
+        (SET(nat=False, allow=()), (False, mode, ())),
+    ):
+        changed = changes.at_once(vm, asked)
+        assert (changed.nat, changed.egress, changed.allow) == left
+
+
+@pytest.mark.parametrize("nat", [True, False])
+def test_nat_alone_does_not_widen_a_list(nat: bool) -> None:
+    vm = vm_with(nat, NONE, _ONE)
+    with pytest.raises(errors.BadRequestError, match=r"only a\.org") as caught:
+        changes.at_once(vm, SET(nat=True))
+    for way, mode in (("--egress none", NONE), ("--egress internet", INTERNET)):
+        assert way in caught.value.hint
+        changed = changes.at_once(vm, SET(egress=mode))
+        assert (changed.nat, changed.egress, changed.allow) == (True, mode, _ONE)
+    emptied = changes.at_once(vm, SET(nat=True, allow=()))
+    assert (emptied.nat, emptied.egress, emptied.allow) == (True, INTERNET, ())
+
+
+def test_nothing_is_opened_without_a_network() -> None:
+    vm = msgspec.structs.replace(vm_with(False, INTERNET, ()), network=False)
+    for asked in (SET(nat=True), SET(egress=INTERNET), SET(allow=_ONE)):
+        with pytest.raises(errors.BadRequestError, match="no network"):
+            changes.at_once(vm, asked)

@@ -20,14 +20,15 @@ _EGRESS: Final = (
     click.option(
         "--egress",
         type=click.Choice([str(mode) for mode in egress.Egress]),
-        help="Where NAT leads to; all also means private networks [default: internet].",
+        help="Where NAT leads to: none (only what --allow names), internet, or all (private networks too) "
+        "[default: internet].",
     ),
     click.option(
         "--allow",
         metavar="DEST[:PORT]",
         multiple=True,
         type=params.DESTINATION,
-        help="A network or name it reaches besides, or alone when --nat is not given.",
+        help="A network or name it reaches besides, or alone without --nat and --egress.",
     ),
 )
 
@@ -233,7 +234,7 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
         ("banger vm set web --disk-size 20G", "a larger /root, with what is on it, at the next start"),
         ("banger vm set web --name shop", "another name"),
         ("banger vm set web --nat on", "the guest reaches the internet, at once"),
-        ("banger vm set web --egress none --allow 10.1.0.0/16:443", "only that, at once"),
+        ("banger vm set web --allow 10.1.0.0/16:443", "only that, at once"),
         ("banger vm set web --idle-stop 30m --ttl off", "how long it runs, at once"),
     ],
 )
@@ -245,7 +246,11 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     "--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root; it only grows."
 )
 @click.option("--kernel", type=params.KERNEL, help="Kernel to boot.")
-@click.option("--nat", type=click.Choice(["on", "off"]), help="Whether the guest reaches beyond this host.")
+@click.option(
+    "--nat",
+    type=click.Choice(["on", "off"]),
+    help="The guest reaches the internet, or where --egress says; or nothing beyond this host.",
+)
 @_EGRESS[0]
 @_EGRESS[1]
 @_LIMITS[0]
@@ -255,8 +260,11 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:
     """Change a VM's name, size or kernel, what it reaches, or how long it runs.
 
-    What it reaches and how long it runs change at once; for the rest the VM must not be running. --allow
-    replaces what was allowed before.
+    What it reaches and how long it runs change at once; for the rest the VM must not be running.
+
+    --nat on, --egress and --allow mean what they mean on create, whatever the VM reached before: --allow
+    alone opens only what it names, in the place of what was allowed. --egress and --nat keep what was
+    allowed.
     """
     chosen["nat"] = None if chosen["nat"] is None else chosen["nat"] == "on"
     chosen["allow"] = chosen["allow"] or (() if allow_nothing else None)

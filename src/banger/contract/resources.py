@@ -125,9 +125,11 @@ class SetVm(Body, frozen=True, kw_only=True):
     """The work disk grows at the next start; it never shrinks."""
     kernel: str | None = None
     nat: bool | None = None
+    """As of CreateVm; true alone is refused for a VM that may reach only what is allowed."""
     egress: egresses.Egress | None = None
+    """As of CreateVm; absent, as it was when `nat` and `allow` open nothing either."""
     allow: tuple[str, ...] | None = None
-    """Instead of what was allowed."""
+    """Instead of what was allowed; alone, nothing else is reached. Empty: it takes those away."""
     idle_stop_s: LifeSeconds | None = None
     """0 takes it away."""
     ttl_s: LifeSeconds | None = None

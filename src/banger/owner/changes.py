@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from banger.contract import errors, names, resources, sizes
+from banger.contract import egress, errors, names, resources, sizes
 from banger.vm import create, lifetime, record
 
 
@@ -49,11 +49,24 @@ def at_once(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
 def _with_access(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
     """Raises BadRequestError."""
     allow = vm.allow if body.allow is None else create.allowed(body.allow)
-    nat = vm.nat if body.nat is None else body.nat
+    nat, mode = _opened(vm, body)
     if nat and not vm.network:
         raise errors.BadRequestError(f"{vm.name} has no network", hint="NAT needs a VM with one")
     create.require_ipv6(allow, has_ipv6=vm.ipv6)
-    return msgspec.structs.replace(vm, nat=nat, egress=body.egress or vm.egress, allow=allow)
+    return msgspec.structs.replace(vm, nat=nat, egress=mode, allow=allow)
+
+
+def _opened(vm: record.VmRecord, body: resources.SetVm) -> tuple[bool, egress.Egress]:
+    """NAT and its mode. What is named means what it means on a new VM; what is taken away opens nothing."""
+    if not (body.nat or body.egress or body.allow):
+        return vm.nat and body.nat is not False, vm.egress
+    only_nat = body.egress is None and body.allow is None
+    if only_nat and vm.allow and vm.egress is egress.Egress.NONE:
+        raise errors.BadRequestError(
+            f"{vm.name} may reach only {', '.join(vm.allow)}; NAT alone does not say whether that stays so",
+            hint="`--egress none` opens only these, `--egress internet` the internet too",
+        )
+    return create.opened(body.nat, body.egress, body.allow or ())
 
 
 def failed(
