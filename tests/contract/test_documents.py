@@ -11,6 +11,7 @@ import re
 import shlex
 import socket
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -160,6 +161,25 @@ def test_the_settings_on_the_page_about_images_are_read(tmp_path: Path) -> None:
     made = recipe.parse(mine.encode())
     assert made.name == "mine"
     assert {"git", "build-essential"} <= set(made.packages)
+
+
+def test_the_page_about_settings_has_every_key_with_its_default(tmp_path: Path) -> None:
+    text = (TREE / "docs/config.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", text, re.MULTILINE)
+    said = {
+        key: None if default == "–" else tomllib.loads(f"_ = {default[1:-1]}")["_"]
+        for key, default, _ in rows
+    }
+    assert said == {key: None if value == () else value for key, value in _defaults().items()}
+    meant = next(meaning for key, _, meaning in rows if key == "file_sync")
+    assert all(f"`{key}`" in meant for key in config.FileSync.__struct_fields__)
+    settings = tmp_path / "config.toml"
+    settings.write_text(re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0])
+    assert config.load(settings) != config.Config()
+
+
+def _defaults() -> dict[str, object]:
+    return {key: getattr(config.Config(), key) for key in config.Config.__struct_fields__}
 
 
 def _fragments() -> Iterator[str]:
