@@ -145,7 +145,7 @@ def test_the_settings_on_the_page_about_images_are_read(tmp_path: Path) -> None:
     blocks = re.findall(
         r"^```toml\n(.*?)^```$", (TREE / "docs/images.md").read_text(), re.MULTILINE | re.DOTALL
     )
-    registries, images, mine = blocks
+    registries, images, mine, tree = blocks
     settings = tmp_path / "config.toml"
     settings.write_text(registries)
     assert config.load(settings).insecure_registries == ("registry.lan:5000",)
@@ -161,6 +161,21 @@ def test_the_settings_on_the_page_about_images_are_read(tmp_path: Path) -> None:
     made = recipe.parse(mine.encode())
     assert made.name == "mine"
     assert {"git", "build-essential"} <= set(made.packages)
+    changed = recipe.parse(f'extends = "busybox"\n{tree}'.encode()).tree
+    assert [file.path for file in changed.file] == ["/usr/local/bin/hello"]
+    assert [link.path for link in changed.link] == ["/usr/local/bin/hi"]
+
+
+def test_the_page_about_images_has_every_key_of_a_recipe() -> None:
+    text = (TREE / "docs/images.md").read_text()
+    rows = re.findall(r"^\| (`\w+`.*?) \| (.+?) \|", text, re.MULTILINE)
+    said = {key for keys, _ in rows for key in CODE.findall(keys)}
+    assert set(recipe.Recipe.__struct_fields__) | {"extends", "more_packages"} <= said
+    assert set(recipe.TreeSteps.__struct_fields__) <= said
+    fields = {keys: set(CODE.findall(what)) for keys, what in rows}
+    steps = {"directory": recipe.Directory, "file": recipe.File, "link": recipe.Link, "links": recipe.Links}
+    for step, kind in steps.items():
+        assert fields[f"`{step}`"] == set(kind.__struct_fields__), step
 
 
 def test_the_page_about_settings_has_every_key_with_its_default(tmp_path: Path) -> None:
