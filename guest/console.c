@@ -11,7 +11,7 @@
  * has not. The last line of the second log says how the VMM ended, and what EVENTS, its memory.events (-1: none),
  * says then.
  *
- * We name no file and open none. When CURRENT is full its content moves to OLD and CURRENT starts anew. What cannot be
+ * We open no file but /proc/self/oom_score_adj. When CURRENT is full its content moves to OLD and CURRENT starts anew. What cannot be
  * written is dropped: a full disk must not stop a VM. */
 #include <errno.h>
 #include <fcntl.h>
@@ -90,13 +90,16 @@ static bool take(struct stream *stream) {
         return n > 0 || (n < 0 && (errno == EINTR || errno == EAGAIN));
 }
 
-/* What is there now: those who wrote have ended. */
+/* What is there now, and no more than is kept: those who wrote have ended, but somebody else may have a descriptor. */
 static void drain(struct stream *stream) {
+        size_t left = limit;
         ssize_t n;
 
-        while ((n = read(stream->in, buffer, sizeof buffer)) > 0 || (n < 0 && errno == EINTR))
-                if (n > 0)
+        while (left > 0 && ((n = read(stream->in, buffer, sizeof buffer)) > 0 || (n < 0 && errno == EINTR)))
+                if (n > 0) {
                         keep(stream, buffer, (size_t) n);
+                        left -= (size_t) n < left ? (size_t) n : left;
+                }
 }
 
 static void tell_end(struct stream *log, int status, int events) {
@@ -136,15 +139,27 @@ static int enter(int procs) {
         return close(procs);
 }
 
+/* The helper is spared when the host's memory is short; a VM is not: it is as large as its user made it. */
+static int be_spared_no_more(void) {
+        int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+        bool is_done = fd >= 0 && write(fd, "0", 1) == 1;
+
+        if (fd >= 0)
+                close(fd);
+        return is_done ? 0 : -1;
+}
+
 static int run(int procs, char **argv) {
+        if (be_spared_no_more() < 0)
+                return fail("/proc/self/oom_score_adj");
         if (setsid() < 0 || enter(procs) < 0)
                 return fail("cannot enter the control group");
         (void) execv(argv[0], argv);
         return fail(argv[0]);
 }
 
-/* Reaps all that ended. Returns false when nobody is left; *started is -1 once the jailer's end was told. */
-static bool reap(int *started, int *ret_status) {
+/* Reaps all that ended. Returns false when nobody is left; *started is -1 once the end of `jailer` was told. */
+static bool reap(pid_t jailer, int *started, int *ret_status) {
         for (;;) {
                 int status;
                 pid_t pid = waitpid(-1, &status, WNOHANG | __WALL);
@@ -153,11 +168,12 @@ static bool reap(int *started, int *ret_status) {
                         return true;
                 if (pid < 0)
                         return false;
-                if (*started < 0) {
+                if (!WIFEXITED(status) && !WIFSIGNALED(status))
+                        continue;
+                if (pid != jailer || *started < 0) {
                         *ret_status = status;
                         continue;
                 }
-                /* The oldest child comes first: the VMM becomes ours only by the jailer's end. */
                 if (status == 0)
                         (void) !write(*started, "0", 1);
                 close(*started);
@@ -166,14 +182,14 @@ static bool reap(int *started, int *ret_status) {
 }
 
 /* Until every process of the VM has ended. Returns how the VMM did, -1 when there was none. */
-static int keep_until_end(int children, int started) {
+static int keep_until_end(pid_t jailer, int children, int started) {
         struct pollfd polled[STREAMS_MAX + 1];
         int status = -1;
 
         for (int i = 0; i < stream_count; i++)
                 polled[i] = (struct pollfd) { .fd = streams[i].in, .events = POLLIN };
         polled[stream_count] = (struct pollfd) { .fd = children, .events = POLLIN };
-        while (reap(&started, &status)) {
+        while (reap(jailer, &started, &status)) {
                 struct signalfd_siginfo info;
 
                 if (poll(polled, (nfds_t) stream_count + 1, -1) < 0)
@@ -261,7 +277,7 @@ int main(int argc, char **argv) {
         /* The first stream ends when nobody holds its other end. */
         if (dup2(STDIN_FILENO, STDOUT_FILENO) < 0 || dup2(STDIN_FILENO, STDERR_FILENO) < 0)
                 return FAILED;
-        status = keep_until_end(children, started);
+        status = keep_until_end(pid, children, started);
         for (int i = 0; i < stream_count; i++)
                 drain(streams + i);
         if (status >= 0)

@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.root.helper_world import KERNEL, OWNER, VM, HelperWorld
 JAILER = (
     f"#!{sys.executable} -IS"
     + """
-import os, signal, socket, sys, time
+import ctypes, os, signal, socket, sys, threading, time
 def given(name): return sys.argv[sys.argv.index(name) + 1]
 jail = f"{given('--chroot-base-dir')}/firecracker/{given('--id')}/root"
 behaviour = open(f"{jail}/../../../../behaviour").read()
@@ -54,6 +55,10 @@ for name in () if behaviour == "stuck" else ("api.sock", "vsock.sock"):
     made.bind(name)
     made.listen()
     made.detach()
+if behaviour == "without its first thread":
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    os.close(child)
+    ctypes.CDLL(None).syscall(60, 0)
 os.close(child)
 time.sleep(600)
 """
@@ -136,6 +141,33 @@ def test_a_life(world: HelperWorld) -> None:
         operations.execute(world.policy, privileged.GrantVsock(vm_id=VM, slot=1))
     operations.execute(world.policy, privileged.DeleteJail(vm_id=VM))
     assert not root.parent.exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_vmm_whose_first_thread_has_ended_is_seen_and_ends(world: HelperWorld, force: bool) -> None:
+    """It looks like a zombie, and `cgroup.kill` does not end it."""
+    behave(world, "without its first thread")
+    vmm = launch(world)
+    while Path(f"/proc/{vmm.pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
+        time.sleep(0.01)
+    assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)) == vmm
+    with pytest.raises(errors.ConflictError, match="is running"):
+        operations.execute(world.policy, privileged.DeleteJail(vm_id=VM))
+    if force:
+        operations.execute(world.policy, privileged.KillVmm(vm_id=VM, force=True))
+    else:
+        cgroup.delete(world.policy, names.VmId(VM), deadline=time.monotonic() + 5)
+    assert not Path(f"/proc/{vmm.pid}").exists()
+    assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)).pid == 0
+
+
+def test_a_process_outside_the_vm_is_never_held(world: HelperWorld) -> None:
+    """A pid that was looked up may be another's by now: what counts is who has it once it is held."""
+    vmm = launch(world)
+    with cgroup.held(world.policy, VM, os.getpid()) as held:
+        assert held == -1
+    with cgroup.held(world.policy, VM, vmm.pid) as held:
+        assert held >= 0
 
 
 def test_a_vmm_that_is_deaf_is_said_to_be_and_then_forced(

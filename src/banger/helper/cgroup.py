@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from typing import Final
 
 from banger.contract import errors, names
@@ -39,6 +41,7 @@ def ensure_parent(policy: policies.Policy) -> None:
         with contextlib.suppress(ProcessLookupError):
             _write(f"{parent}/{HOLDER}/cgroup.procs", pid)
     _enable(parent)
+    _limit_consoles(f"{parent}/{CONSOLES}")
 
 
 def create(policy: policies.Policy, vm_id: names.VmId, *, vcpus: int, memory_mib: int) -> None:
@@ -49,21 +52,54 @@ def create(policy: policies.Policy, vm_id: names.VmId, *, vcpus: int, memory_mib
     _limit(path, vcpus=vcpus, memory_mib=memory_mib)
 
 
+def _limit_consoles(path: str) -> None:
+    """What VMMs print is bounded on disk; so is the time that writing it takes, of all VMs together."""
+    if os.path.exists(f"{path}/cpu.max"):
+        _write(f"{path}/cpu.max", f"{_PERIOD_US // 2} {_PERIOD_US}")
+
+
 def _limit(path: str, *, vcpus: int, memory_mib: int) -> None:
     _write(f"{path}/cpu.max", f"{(vcpus + 1) * _PERIOD_US} {_PERIOD_US}")
     _write(f"{path}/memory.max", str((memory_mib + OVERHEAD_MIB) << 20))
     _write(f"{path}/pids.max", str(vcpus + _OVERHEAD_PIDS))
 
 
-def delete(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> None:
-    """Ends whatever runs in the VM's cgroup, and removes it. Gone is gone."""
+def end(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> bool:
+    """Kills whatever runs in the VM's cgroup, and says whether it has ended.
+
+    `cgroup.kill` signals each process by its first thread, and one whose first thread has ended goes on. A
+    pidfd means all of it.
+    """
     path = _path(policy, vm_id)
     with contextlib.suppress(FileNotFoundError):
         _write(f"{path}/cgroup.kill", "1")
-    if not _await_empty(path, deadline):
+    for pid in processes(policy, vm_id):
+        with held(policy, vm_id, pid) as process:
+            if process >= 0:
+                pidfd.send(process, signal.SIGKILL)
+    return _await_empty(path, deadline)
+
+
+@contextlib.contextmanager
+def held(policy: policies.Policy, vm_id: str, pid: int) -> Iterator[int]:
+    """A pidfd of a process in the VM's cgroup; -1 if it is not there once held, for a pid may be reused."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield -1
+        return
+    try:
+        yield process if pid in processes(policy, vm_id) else -1
+    finally:
+        os.close(process)
+
+
+def delete(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> None:
+    """Ends whatever runs in the VM's cgroup, and removes it. Gone is gone."""
+    if not end(policy, vm_id, deadline=deadline):
         raise errors.ConflictError(f"the processes of VM {vm_id} do not end", vm=vm_id)
     with contextlib.suppress(FileNotFoundError):
-        os.rmdir(path)
+        os.rmdir(_path(policy, vm_id))
 
 
 def open_procs(policy: policies.Policy, vm_id: names.VmId) -> int:
@@ -134,7 +170,7 @@ def _path(policy: policies.Policy, vm_id: str) -> str:
 
 
 def _enable(path: str) -> None:
-    """Missing controllers are left out: a host without one of them still runs VMs, with fewer limits.
+    """What the host offers. Where a controller is missing, a VM's limit cannot be set and it does not start.
 
     Above the slice all is read-only to the service: there systemd has enabled what it delegates.
     """

@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 import threading
+import time
 from typing import Final
 
 from banger.contract import errors, privileged
@@ -147,8 +148,8 @@ def wait_for(directory: int, name: str, *, process: int, deadline: float) -> boo
     try:
         while not _exists(directory, name):
             ready = pidfd.wait(process, deadline=deadline, other=watch)
-            if process in ready or not ready:
-                return False
+            if process in ready or not ready or time.monotonic() >= deadline:
+                return False  # also when something happens there all the time
             os.read(watch, 65536)
         return True
     finally:

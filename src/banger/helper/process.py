@@ -30,6 +30,7 @@ SOCKET_DEADLINE_S: Final = 10.0
 END_DEADLINE_S: Final = 10.0
 LOG_LIMIT_BYTES: Final = 512 << 10
 GUEST_CID: Final = 3
+_LOOKS: Final = 100
 # Neither VMX nor SVM: Firecracker is not tested with guests that are hosts, and what KVM does for those has
 # been the way out of a guest before. Bits: Intel SDM, CPUID.1:ECX.5; AMD APM, CPUID Fn8000_0001:ECX.2.
 _NO_VIRTUALISATION: Final = {
@@ -293,17 +294,19 @@ def find(policy: policies.Policy, vm_id: str) -> privileged.Vmm:
 
 @contextlib.contextmanager
 def _held(policy: policies.Policy, vm_id: str) -> Generator[tuple[privileged.Vmm, int]]:
-    """The VMM and a pidfd of it, -1 if none runs: looked up again once held, for a pid may be reused."""
-    vmm, process = find(policy, vm_id), -1
-    try:
-        if vmm.pid:
-            with contextlib.suppress(ProcessLookupError):
-                process = os.pidfd_open(vmm.pid)
-                vmm = find(policy, vm_id)
-        yield vmm, process if vmm.pid else -1
-    finally:
-        if process >= 0:
-            os.close(process)
+    """The VMM and a pidfd of it, -1 if none runs."""
+    for _ in range(_LOOKS):
+        vmm = find(policy, vm_id)
+        if not vmm.pid:
+            yield vmm, -1
+            return
+        with cgroup.held(policy, vm_id, vmm.pid) as process:
+            if process >= 0:
+                yield vmm, process
+                return
+    raise errors.ConflictError(
+        f"the processes of VM {vm_id} change all the time", hint="use force", vm=vm_id
+    )
 
 
 def grant_api_socket(policy: policies.Policy, request: privileged.GrantApiSocket) -> privileged.Done:
@@ -337,17 +340,21 @@ def _grant(policy: policies.Policy, vm_id: str, slot: int, name: str) -> None:
 
 
 def kill_vmm(policy: policies.Policy, request: privileged.KillVmm) -> privileged.Done:
-    deadline = time.monotonic() + END_DEADLINE_S
+    """With force all of the VM's cgroup ends, whatever a VMM that was taken over made of itself."""
+    deadline, vm_id = time.monotonic() + END_DEADLINE_S, names.VmId(request.vm_id)
+    if request.force:
+        if not cgroup.end(policy, vm_id, deadline=deadline):
+            raise errors.DeadlineError(f"the processes of VM {vm_id} do not end", vm=vm_id)
+        return _DONE
     while True:
-        with _held(policy, request.vm_id) as (vmm, process):
+        with _held(policy, vm_id) as (vmm, process):
             if process < 0:
                 return _DONE
             # init of a pid namespace is deaf to SIGTERM; Firecracker handles SIGHUP: metrics, then exit
-            pidfd.send(process, signal.SIGKILL if request.force else signal.SIGHUP)
+            pidfd.send(process, signal.SIGHUP)
             if not pidfd.wait(process, deadline=deadline):
-                hint = "use force" if not request.force else ""
-                message = f"the VMM of VM {request.vm_id} (pid {vmm.pid}) does not end"
-                raise errors.DeadlineError(message, hint=hint, vm=request.vm_id)
+                message = f"the VMM of VM {vm_id} (pid {vmm.pid}) does not end"
+                raise errors.DeadlineError(message, hint="use force", vm=vm_id)
 
 
 def get_usage(policy: policies.Policy, request: privileged.GetUsage) -> privileged.Usage:
