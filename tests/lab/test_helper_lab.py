@@ -160,6 +160,7 @@ def test_vmm_is_confined(empty_host: HelperHost) -> None:
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
+    assert empty_host.sh(f"cat /proc/{vmm.pid}/oom_score_adj") == "0", "the helper is spared, a VMM is not"
     assert status["NSpid"].split() == [str(vmm.pid), "1"]
     assert empty_host.sh(f"cat /proc/{vmm.pid}/cgroup") == f"0::/{names.CGROUP_PARENT}/{VM}"
     assert len(empty_host.sh(f"cat /proc/{vmm.pid}/mounts").splitlines()) == 1

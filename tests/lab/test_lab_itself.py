@@ -152,6 +152,7 @@ def test_power_cut_keeps_what_was_flushed(fresh_host: Lab) -> None:
     assert digest == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.long
 def test_reboot_and_artefacts(fresh_host: Lab, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("handed over")
     (tmp_path / "dir").mkdir()
@@ -164,7 +165,7 @@ def test_reboot_and_artefacts(fresh_host: Lab, tmp_path: Path) -> None:
     assert fresh_host.run(["touch", "/artefacts/new"], check=False).status == 1
 
 
-@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_layer_carries_on_where_it_was_kept(tmp_path: Path, with_state: bool, new_name: NewName) -> None:
     (tmp_path / "file").touch()
     key = new_name("layer")
