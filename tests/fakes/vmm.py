@@ -157,7 +157,7 @@ class FakeVmm:
         greeting = guest.encode([(T.MAGIC, guest.MAGIC), (T.BOOT_ID, self.boot_id)])
         writer.write(guest.frame(F.HELLO, greeting))
         kind, payload = await _receive(reader)
-        if self._behaviour.agent is not None and kind in {F.EXEC, F.PUT, F.GET, F.MORE}:
+        if self._behaviour.agent is not None and kind in {F.EXEC, F.PUT, F.GET, F.MORE, F.PORTS}:
             if kind == F.PUT and self._behaviour.on_put is not None:
                 await self._behaviour.on_put()
             await self._relay(reader, writer, guest.frame(F(kind), payload))

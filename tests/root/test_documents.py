@@ -85,6 +85,13 @@ def test_the_tutorial_and_other_pages_are_true() -> None:
         lines += [(line, ["fine"]) for line, _ in documents.console(DOCS / "network.md")]
         lines += [(f"rm -rf {guest}/repo && banger vm prune --force && banger vm create shop", [])]
         lines += documents.console(DOCS / "lifetime.md")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        # This machine may use the port that a page has.
+        lines = [
+            (line.replace("8080:", f"{port}:"), [text.replace("8080:", f"{port}:") for text in shown])
+            for line, shown in lines
+        ]
         # There is one guest behind all VMs here, so what a new VM would not have is taken away.
         renewed = [f"{line}\nrm -rf {guest}/repo" if "vm delete" in line else line for line, _ in lines]
         with _agent(top, guest) as agent:
