@@ -16,8 +16,8 @@ import pytest
 from hypothesis import strategies
 from websockets import frames, streams
 
-from banger.cli import command, exits, live, main, render, websocket
-from banger.contract import errors, resources, sizes
+from banger.cli import bootstrap, command, exits, live, main, render, websocket
+from banger.contract import egress, errors, resources, sizes
 
 # --- sizes ---
 
@@ -252,3 +252,37 @@ def test_layers_are_shown_beside_their_sum() -> None:
 def _event(kind: str, **fields: Any) -> resources.Event:
     now = datetime.datetime.now(datetime.UTC)
     return resources.Event(operation="0123456789ab", seq=0, time=now, kind=kind, **fields)
+
+
+# --- vm run ---
+
+
+@pytest.mark.parametrize(
+    ("options", "can"),
+    [
+        ({}, False),
+        ({"nat": True}, True),
+        ({"egress": egress.Egress.INTERNET}, True),
+        ({"egress": egress.Egress.ALL}, True),
+        ({"egress": egress.Egress.NONE}, False),
+        ({"nat": True, "egress": egress.Egress.NONE}, False),
+        ({"allow": ("mise.example.org:443",)}, True),
+        ({"egress": egress.Egress.NONE, "allow": ("mise.example.org",)}, True),
+    ],
+)
+def test_tools_are_for_a_vm_that_reaches_something(options: dict[str, Any], can: bool) -> None:
+    asked = resources.CreateVm(**options)
+    with contextlib.nullcontext() if can else pytest.raises(errors.BadRequestError, match="mise"):
+        bootstrap.require_network(asked)
+
+
+@pytest.mark.parametrize(
+    ("word", "image"), [("alpine:3.20", True), ("alpine", True), ("/nonexistent", False)]
+)
+def test_a_word_that_is_no_directory_is_a_command_or_an_image(
+    word: str, image: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", "run", word]) == 2
+    said = capsys.readouterr().err
+    assert f"banger vm run -- {word}" in said
+    assert (f"banger vm run --image {word}`" in said) is image

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Final
 
 from banger.cli import attach, client, render
-from banger.contract import errors, resources
+from banger.contract import egress, errors, resources
 
 LOG: Final = "~/.banger-bootstrap.log"
 _DECLARATIONS: Final = (b"mise.toml", b".mise.toml", b".tool-versions", b".config/mise/config.toml")
@@ -28,12 +28,13 @@ def is_wanted(files: Collection[bytes]) -> bool:
     return any(name in files for name in _DECLARATIONS)
 
 
-def require_network(chosen: dict[str, Any]) -> None:
+def require_network(asked: resources.CreateVm) -> None:
     """Refuses, before anything is made, to install tools where nothing can be fetched."""
-    if not chosen.get("nat"):
+    mode = asked.egress or (egress.Egress.INTERNET if asked.nat else egress.Egress.NONE)
+    if mode is egress.Egress.NONE and not asked.allow:
         raise errors.BadRequestError(
-            "the repository declares tools for mise, and a VM without --nat cannot fetch them",
-            hint="add --nat, or --no-bootstrap to do without them",
+            "the repository declares tools for mise, and a VM that reaches nothing cannot fetch them",
+            hint="add --nat, --allow with where they come from, or --no-bootstrap to do without them",
         )
 
 

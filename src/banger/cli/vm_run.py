@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Callable
 from typing import Any, Final, NoReturn, TypeVar
@@ -32,6 +33,7 @@ from banger.cli import (
 from banger.contract import errors, resources
 
 _EXEC_FIELDS: Final = ("user", "cwd", "env", "tty", "stdin", "timeout")
+_IMAGE_LIKE: Final = r"[a-z0-9][a-z0-9._/@:-]*"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # The user's login shell in the guest, else the best there is. The agent sets SHELL from the guest's passwd.
@@ -210,13 +212,13 @@ def run(
             workspaces.show_files(settings, ready)
             return
         tools = ready is not None and not no_bootstrap and bootstrap.is_wanted(ready.files)
-        if tools:
-            bootstrap.require_network(chosen)
         exec_fields = {field: chosen.pop(field) for field in _EXEC_FIELDS}
         needs_git = ready is not None and ready.snapshot is not None
         asked = vm_life.request(
             name, chosen, remove_on_failure=remove, for_command=remove, needs_git=needs_git
         )
+        if tools:
+            bootstrap.require_network(asked)
         api = settings.client()
         with signals.raised():
             outcome = vm_life.submit_create(api, asked, progress.display(json=settings.json))
@@ -268,7 +270,7 @@ def _refuse_what_cannot_be(
         what = "is not a directory" if os.path.lexists(words[0]) else "does not exist"
         raise errors.BadRequestError(
             f"repository {words[0]} {what}",
-            hint=f"for a command put -- before it: `banger vm run -- {shlex.join(words)}`",
+            hint=_meant(words[0]),
         )
     if dry_run and not words:
         raise errors.BadRequestError("--dry-run lists the files of a repository", hint="name one: `.`")
@@ -281,6 +283,14 @@ def _refuse_what_cannot_be(
         raise errors.BadRequestError(
             "-d runs no command", hint="start the VM with -d, then use `banger vm exec NAME -- CMD`"
         )
+
+
+def _meant(word: str) -> str:
+    """What a word that is no directory can have been: a command, or an image."""
+    command_line = f"for a command put -- before it: `banger vm run -- {shlex.join([word])}`"
+    if not re.fullmatch(_IMAGE_LIKE, word):
+        return command_line
+    return f"for an image: `banger vm run --image {word}`; {command_line}"
 
 
 def _detached(settings: command.Settings, vm: resources.Vm, prepare: Callable[[], None]) -> None:
