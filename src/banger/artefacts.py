@@ -215,9 +215,18 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise errors.NotFoundError(f"there is no {error.filename or path}") from error
+        raise errors.NotFoundError(f"there is no {error.filename or path}", hint=unseen(path)) from error
     except PermissionError as error:
         raise errors.UnauthorizedError(
             f"the daemon's owner may not read {error.filename or path}",
             hint="give it to the owner, or make it readable: `chmod a+r`, and a+x for the directories above",
         ) from error
+
+
+def unseen(path: Path) -> str:
+    """The hint for a path that is not there: as a service the daemon has some directories of its own."""
+    if path.is_relative_to("/tmp") or path.is_relative_to("/var/tmp"):  # noqa: S108  # none is made there
+        return (
+            "the daemon does not see the host's /tmp and /var/tmp: put it elsewhere, such as into your home"
+        )
+    return "the path is looked up by the daemon, on the host that it runs on"

@@ -191,6 +191,18 @@ def test_what_is_neither_file_nor_directory(tmp_path: Path, scratch: Path) -> No
     assert _refused(tmp_path / "absent", scratch, "there is no").code == "not_found"
 
 
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/var/tmp/no.tar", "does not see"),
+        ("/tmp/no/image.tar", "does not see"),
+        ("/no.tar", "by the daemon"),
+    ],
+)
+def test_what_is_not_there_says_where_the_daemon_looks(path: str, hint: str, scratch: Path) -> None:
+    assert hint in _refused(Path(path), scratch, "there is no").hint
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.integers(0, 4000), st.binary(min_size=1, max_size=40))
 def test_a_damaged_archive_is_read_or_refused(tmp_path: Path, position: int, noise: bytes) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from banger import artefacts
 from banger.contract import errors
 from banger.kernels import deb, files, records
 
@@ -56,20 +57,11 @@ def _is_directory(path: Path) -> bool:
         path.stat()
         return path.is_dir()
     except (FileNotFoundError, NotADirectoryError):
-        raise errors.NotFoundError(f"there is no file {path}", hint=_hidden(path)) from None
+        raise errors.NotFoundError(f"there is no file {path}", hint=artefacts.unseen(path)) from None
     except (OSError, ValueError) as error:
         raise errors.BadRequestError(
             f"cannot read {path}: {error}", hint="the daemon's owner must be able to read it"
         ) from error
-
-
-def _hidden(path: Path) -> str:
-    """As a service the daemon has such directories of its own, so it cannot see what the user sees there."""
-    if path.is_relative_to("/tmp") or path.is_relative_to("/var/tmp"):  # noqa: S108  # none is made there
-        return (
-            "the daemon does not see the host's /tmp and /var/tmp: put it elsewhere, such as into your home"
-        )
-    return "the path is looked up by the daemon, on the host that it runs on"
 
 
 def _in_packages(packages: Sequence[Path], said: Path, scratch: Path) -> Parts:
