@@ -254,7 +254,28 @@ def _event(kind: str, **fields: Any) -> resources.Event:
     return resources.Event(operation="0123456789ab", seq=0, time=now, kind=kind, **fields)
 
 
-# --- vm run ---
+# --- vm create, set, run ---
+
+
+@pytest.mark.parametrize("verb", ["create", "set"])
+@pytest.mark.parametrize(
+    ("option", "value", "wrong"),
+    [
+        ("--memory", "2", "2M is too little; at least 64M; a bare number is in MiB"),
+        ("--memory", "63M", "63M is too little; at least 64M"),
+        ("--memory", "2T", "2T is too much; at most 1T"),
+        ("--disk-size", "15", "15M is too little; at least 16M; a bare number is in MiB"),
+        ("--disk-size", "0G", "0M is too little; at least 16M"),
+        ("--disk-size", "17T", "17T is too much; at most 16T"),
+        ("--vcpu", "0", "0 is too little; at least 1"),
+        ("--vcpu", "33", "33 is too much; at most 32"),
+    ],
+)
+def test_a_size_outside_its_limits_says_them(
+    verb: str, option: str, value: str, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", verb, "web", option, value]) == 2
+    assert capsys.readouterr().err.splitlines()[0].endswith(f"Invalid value for '{option}': {wrong}")
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,12 @@ class _Name(click.ParamType[str]):
 
 
 class _Size(click.ParamType[int]):
-    """`2G`, `512M`; a bare number is MiB."""
+    """`2G`, `512M`; a bare number is MiB. `limited` is the contract's type of it, by name."""
 
     name = "size"
+
+    def __init__(self, limited: str = "") -> None:
+        self._limited = limited
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
         from banger.contract import errors, sizes
@@ -74,9 +77,53 @@ class _Size(click.ParamType[int]):
         if isinstance(value, int):
             return value
         try:
-            return sizes.parse_mib(value)
+            size = sizes.parse_mib(value)
         except errors.BadRequestError as error:
             self.fail(f"{error.message}: {error.hint}", param, ctx)
+        if wrong := self._limited and _outside(self._limited, size, _short):
+            bare = "; a bare number is in MiB" if value.strip()[-1].isdigit() else ""
+            self.fail(f"{wrong}{bare}", param, ctx)
+        return size
+
+
+def _short(mib: int) -> str:
+    """As one types it: `64M`, `1T`."""
+    for unit, shift in (("T", 20), ("G", 10)):
+        if mib and not mib % (1 << shift):
+            return f"{mib >> shift}{unit}"
+    return f"{mib}M"
+
+
+class _Count(click.ParamType[int]):
+    """A whole number within the limits of the contract's type of that name."""
+
+    name = "n"
+
+    def __init__(self, limited: str) -> None:
+        self._limited = limited
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            count = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number", param, ctx)
+        if wrong := _outside(self._limited, count, str):
+            self.fail(wrong, param, ctx)
+        return count
+
+
+def _outside(limited: str, value: int, text: Callable[[int], str]) -> str:
+    """What is wrong with a value; nothing when it is within the limits."""
+    import typing
+
+    from banger.contract import resources
+
+    (limits,) = typing.get_args(getattr(resources, limited))[1:]
+    if value < limits.ge:
+        return f"{text(value)} is too little; at least {text(limits.ge)}"
+    if value > limits.le:
+        return f"{text(value)} is too much; at most {text(limits.le)}"
+    return ""
 
 
 class _Span(click.ParamType[float]):
@@ -169,6 +216,9 @@ NEW_KERNEL: Final = _Name("kernel", "")
 CATALOG_IMAGE: Final = _Name("image", "/v1/images?available=true")
 CATALOG_KERNEL: Final = _Name("kernel", "/v1/kernels?available=true")
 SIZE: Final = _Size()
+MEMORY: Final = _Size("MemoryMib")
+DISK: Final = _Size("DiskMib")
+VCPUS: Final = _Count("Vcpus")
 SPAN: Final = _Span()
 LIMIT: Final = _Limit()
 VARIABLE: Final = _Variable()

@@ -58,9 +58,9 @@ def size_options(function: _F) -> _F:
             "--image", type=params.IMAGE, help="Image to make it from [default: the configured one]."
         ),
         click.option("--kernel", type=params.KERNEL, help="Kernel to boot [default: the image's]."),
-        click.option("--vcpu", "vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs."),
-        click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G."),
-        click.option("--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root."),
+        click.option("--vcpu", "vcpus", type=params.VCPUS, help="Number of virtual CPUs."),
+        click.option("--memory", "memory_mib", type=params.MEMORY, help="Memory, such as 512M or 2G."),
+        click.option("--disk-size", "disk_size_mib", type=params.DISK, help="Size of the work disk, /root."),
         click.option("--no-network", is_flag=True, help="Without a network interface."),
         click.option(
             "--ipv6/--no-ipv6", default=None, help="With an IPv6 address too [default: as configured]."
@@ -240,10 +240,10 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 )
 @click.argument("vm", metavar="NAME", type=params.VM)
 @click.option("--name", type=params.NEW_VM, help="New name.")
-@click.option("--vcpu", "vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs.")
-@click.option("--memory", "memory_mib", type=params.SIZE, help="Memory, such as 512M or 2G.")
+@click.option("--vcpu", "vcpus", type=params.VCPUS, help="Number of virtual CPUs.")
+@click.option("--memory", "memory_mib", type=params.MEMORY, help="Memory, such as 512M or 2G.")
 @click.option(
-    "--disk-size", "disk_size_mib", type=params.SIZE, help="Size of the work disk, /root; it only grows."
+    "--disk-size", "disk_size_mib", type=params.DISK, help="Size of the work disk, /root; it only grows."
 )
 @click.option("--kernel", type=params.KERNEL, help="Kernel to boot.")
 @click.option(
