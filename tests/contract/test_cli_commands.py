@@ -283,7 +283,7 @@ def test_images_and_kernels(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_p
     assert "boots directly" in cli.run("kernel", "show", "own").text
     done = cli.run("image", "delete", "nothing", "mine")
     assert (done.status, done.text) == (1, "mine\n")
-    assert cli.run("kernel", "rm", "own").status == 0
+    assert cli.run("kernel", "delete", "own").status == 0
     assert (list(fake.images), list(fake.kernels)) == (["debian-bookworm"], ["generic-6.12"])
 
 

@@ -58,7 +58,7 @@ async def test_images_kernels_and_versions(served: api_served.Served) -> None:
     assert (await banger(served, "image", "list", "-q")).text == "tiny\n"
     assert "tiny" in (await banger(served, "image", "show", "tiny")).text
     assert "generic-6.12" in (await banger(served, "kernel", "list", "--available")).text
-    assert (await banger(served, "kernel", "rm", "tiny")).text == "tiny\n"
+    assert (await banger(served, "kernel", "delete", "tiny")).text == "tiny\n"
     assert (await banger(served, "version", "--json")).json["daemon"]["api_version"] == 1
     missing = await banger(served, "image", "delete", "nothing")
     assert (missing.status, "nothing" in missing.err) == (1, True)

@@ -223,7 +223,7 @@ def _in_place(host: Lab, path: str, name: str) -> Iterator[None]:
         user.banger(host, "vm", "delete", "web", check=False)
         raise
     finally:
-        user.banger(host, "kernel", "rm", name)
+        user.banger(host, "kernel", "delete", name)
 
 
 def _kernel_id(host: Lab, name: str) -> str:

@@ -43,7 +43,7 @@ def host(installed_host: Lab, package: Path) -> Iterator[Lab]:
     installed_host.put(package, PACKAGE)
     installed_host.run(["chmod", "644", PACKAGE])
     yield installed_host
-    user.banger(installed_host, "kernel", "rm", "mine", check=False)
+    user.banger(installed_host, "kernel", "delete", "mine", check=False)
     installed_host.run(["rm", "-f", PACKAGE])
 
 

@@ -7,6 +7,8 @@ import contextlib
 import datetime
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import strategies
 from websockets import frames, streams
 
+import banger
 from banger.cli import bootstrap, command, exits, live, main, render, websocket
 from banger.contract import egress, errors, resources, sizes
 
@@ -226,6 +229,44 @@ def test_tables_of_lazy_groups_say_what_the_commands_say(path: str) -> None:
 def test_json_and_socket_are_options_of_every_command(path: str) -> None:
     names = {option for parameter in ALL[path].params for option in parameter.opts}
     assert {"--json", "--socket"} <= names
+
+
+@pytest.mark.parametrize("group", ["vm", "image", "kernel"])
+@pytest.mark.parametrize("alias", ["rm", "ls"])
+def test_rm_and_ls_are_delete_and_list_and_not_shown(group: str, alias: str) -> None:
+    found = ALL[f"banger {group}"]
+    assert isinstance(found, click.Group)
+    context = click.Context(found)
+    name, meant, rest = found.resolve_command(context, [alias, "x"])
+    assert (name, rest) == ({"rm": "delete", "ls": "list"}[alias], ["x"])
+    assert meant is ALL[f"banger {group} {name}"]
+    assert alias not in found.list_commands(context)
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"), [("run", "run"), ("exec", "exec"), ("ssh", "ssh"), ("ls", "list"), ("rm", "delete")]
+)
+def test_who_leaves_out_vm_is_told(word: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([word, "x"]) == 2
+    assert f"it is `banger vm {verb}`" in capsys.readouterr().err
+
+
+def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["rnu"], ["system", "rm"], ["runtime", "ls"]):
+        assert main.run(words) == 2
+        assert "No such command" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"banger {banger.__version__}\n"
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "banger.cli.main", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"banger {banger.__version__}\n"
 
 
 # --- progress ---

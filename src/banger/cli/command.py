@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from banger.cli import client
 
 DEFAULT_SOCKET: Final = "/run/banger/bangerd.sock"
+ALIASES: Final = {"rm": "delete", "ls": "list"}
 _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -127,11 +128,24 @@ class PathCommand(TailCommand):
             raise click.UsageError(f"{error.format_message().rstrip('.')}; {meant}", ctx) from None
 
 
-class Group(_Documented, click.Group):
+class _Aliased(_Documented, click.Group):
+    """Knows `rm` and `ls`, which no help shows."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        meant = ALIASES.get(args[0])
+        known = self.list_commands(ctx)
+        if args[0] not in known and meant in known:
+            args = [meant, *args[1:]]
+        return super().resolve_command(ctx, args)
+
+
+class Group(_Aliased):
     """Commands declared in the group's own module."""
 
 
-class LazyGroup(_Documented, click.Group):
+class LazyGroup(_Aliased):
     """Commands that live in modules of their own."""
 
     def __init__(self, *args: Any, nouns: Mapping[str, Noun], **kwargs: Any) -> None:
@@ -151,7 +165,8 @@ class LazyGroup(_Documented, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in self.nouns and not args[0].startswith("-") and not ctx.resilient_parsing:
+        known = {*self.nouns, *ALIASES}
+        if args[0] not in known and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise click.NoSuchCommand(args[0], possibilities=self.nouns, ctx=ctx)
         return super().resolve_command(ctx, args)
 

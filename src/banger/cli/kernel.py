@@ -132,7 +132,7 @@ def _facts(kernel: resources.Kernel) -> Iterator[tuple[str, str]]:
     yield "used by", ", ".join(kernel.used_by) or "no VM"
 
 
-@command.make("rm", group=group, examples=[("banger kernel rm old older", "several at once")])
+@command.make("delete", group=group, examples=[("banger kernel delete old older", "several at once")])
 @click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.KERNEL)
 @click.pass_obj
 def remove(settings: command.Settings, names: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+import banger
 from banger.cli import command
 
 if TYPE_CHECKING:
@@ -36,11 +37,45 @@ NOUNS: Final = {
     ),
 }
 
-root = command.LazyGroup(
+
+class _Root(command.LazyGroup):
+    """Who leaves out `vm` is told."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.nouns and not ctx.resilient_parsing:
+            from banger.cli import vm
+
+            verb = command.ALIASES.get(args[0], args[0])
+            if verb in vm.NOUNS:
+                raise click.UsageError(
+                    f"no command {args[0]!r} here; it is `{ctx.command_path} vm {verb}`", ctx
+                )
+        return super().resolve_command(ctx, args)
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"banger {banger.__version__}")
+        ctx.exit()
+
+
+root = _Root(
     name="banger",
     help="One-command development machines on Firecracker microVMs.",
     nouns=NOUNS,
     no_args_is_help=True,
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
+            help="Print the version of this program; `banger version` says the daemon's too.",
+        )
+    ],
     examples=[
         ("banger vm run", "a shell in a new VM"),
         ("banger vm run --rm -- make check", "a command in a VM that is gone afterwards"),
@@ -124,3 +159,9 @@ def _broken_pipe() -> int:
     """Whoever read our output has gone; as if SIGPIPE had ended us. Nothing may be flushed any more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 141
+
+
+if __name__ == "__main__":
+    from banger.cli import start
+
+    start.main()

@@ -112,7 +112,7 @@ def kernel(scene: scenes.Scene) -> report.Finding:
         return report.failed(
             f"no kernel {name!r}, which the default image boots", f"banger kernel pull {name}"
         )
-    remedy = f"banger kernel rm {found.id}, then banger kernel pull {name}"
+    remedy = f"banger kernel delete {found.id}, then banger kernel pull {name}"
     files = {"vmlinux": found.vmlinux_sha256, "initrd": found.initrd_sha256}
     for file, sha256 in files.items():
         path = _kernels(scene).path(found.id) / file
