@@ -229,6 +229,17 @@ def test_logs_are_raw_in_a_pipe_and_safe_on_a_terminal(
     assert "\x1b[32mok\x1b[0m\ufffd\\x1b[2J" in terminal.seen.decode()
 
 
+def test_a_silent_console_says_where_to_look(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
+    for words in (("logs",), ("console",)):
+        done = cli.run("vm", *words, "web")
+        assert done.out == b""
+        assert "`banger vm logs --source vmm web`" in done.err
+        assert "--kernel debian-6.12" in done.err
+    assert cli.run("vm", "logs", "--source", "vmm", "web").err == ""
+    fake.behaviour.logs = b"boot\n"
+    assert cli.run("vm", "logs", "web").err == ""
+
+
 def test_stats(cli: cli_process.Cli) -> None:
     assert re.search(r"web +1\.0s +1 MiB +0 B / 1 MiB", cli.run("vm", "stats").text)
     assert cli.run("vm", "stats", "web", "--json").json["cpu_usec"] == 1 << 20

@@ -225,11 +225,13 @@ def _error_facts(error: errors.ErrorBody) -> Iterator[tuple[str, str]]:
 def logs(settings: command.Settings, name: str, follow: bool, source: str) -> None:
     """Show a VM's console, or what its VMM says.
 
-    In a pipe it is written as it is; on a terminal control characters are shown, not obeyed.
+    In a pipe it is written as it is; on a terminal control characters are shown, not obeyed. The default
+    kernel, generic-6.12, has no serial console, so the log of its VMs is empty: see
+    `banger vm logs --source vmm NAME`, or boot `--kernel debian-6.12`.
     """
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
     with settings.client().stream(asked) as answer:
-        _show(answer)
+        _show(answer, console_of=name if source == "console" else "")
 
 
 @command.make("console", examples=[("banger vm console web", "what the guest prints, until Ctrl-C")])
@@ -239,18 +241,30 @@ def console(settings: command.Settings, name: str) -> None:
     """Watch a VM's serial console.
 
     Only for reading: a jailed Firecracker takes no input on it. `banger vm exec NAME` gives a shell.
+    The default kernel, generic-6.12, has no serial console and prints nothing here: see
+    `banger vm logs --source vmm NAME`, or boot `--kernel debian-6.12`.
     """
     if sys.stderr.isatty():
         render.note(f"watching the console of {name}, which takes no input; Ctrl-C ends it")
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source="console", follow="true")
     with settings.client().stream(asked) as answer:
-        _show(answer)
+        _show(answer, console_of=name)
 
 
-def _show(answer: connection.Answer) -> None:
-    for data in _pieces(answer, by_line=sys.stdout.isatty()):
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+def _show(answer: connection.Answer, *, console_of: str) -> None:
+    """Says why, when a console showed nothing up to its end or Ctrl-C; of another log nothing is said."""
+    is_silent = True
+    try:
+        for data in _pieces(answer, by_line=sys.stdout.isatty()):
+            is_silent = False
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+    finally:
+        if is_silent and console_of:
+            render.note(
+                f"the console of {console_of} is empty, as with the default kernel, which has no serial "
+                f"console; see `banger vm logs --source vmm {console_of}`, or boot `--kernel debian-6.12`"
+            )
 
 
 def _pieces(answer: connection.Answer, *, by_line: bool) -> Iterator[bytes]:
