@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from websockets import frames, streams
 import banger
 from banger.cli import bootstrap, command, exits, live, main, render, websocket
 from banger.contract import egress, errors, resources, sizes
+from banger.owner import config, defaults
 
 # --- sizes ---
 
@@ -223,6 +225,26 @@ def test_tables_of_lazy_groups_say_what_the_commands_say(path: str) -> None:
     parent = main.root if parent_path == "banger" else ALL[parent_path]
     if isinstance(parent, command.LazyGroup):
         assert ALL[path].get_short_help_str(limit=200) == parent.nouns[name].summary
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_a_value_is_called_what_it_is(path: str) -> None:
+    """Not `TEXT` or `INTEGER RANGE`, which are click's own words."""
+    context = click.Context(ALL[path])
+    options = (each for each in ALL[path].params if isinstance(each, click.Option) and not each.is_flag)
+    named = [each.make_metavar(context) for each in options]
+    assert [name for name in named if re.search("TEXT|INTEGER|FLOAT|RANGE", name)] == []
+
+
+def test_the_help_says_what_sizes_a_vm_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sysconf", lambda _: 1 << 20)
+    sized = defaults.sizes(resources.CreateVm(), config.Config())
+    helps = {each.name: getattr(each, "help", "") for each in ALL["banger vm create"].params}
+    assert f"else {sized['vcpus'].value}," in helps["vcpus"]
+    for name in ("memory_mib", "disk_size_mib"):
+        (said,) = re.findall(r"else (\w+)", helps[name])
+        assert sizes.parse_mib(said) == sized[name].value
 
 
 @pytest.mark.parametrize("path", [path for path, found in ALL.items() if not isinstance(found, click.Group)])

@@ -23,7 +23,15 @@ from banger.contract import audit as contract
 @click.option("--vm", "vm_id", metavar="ID", default="", help="Only what was about this VM's id.")
 @click.option("--op-id", metavar="ID", default="", help="Only what this operation asked.")
 @click.option("--refused", is_flag=True, help="Only what was refused.")
-@click.option("-n", "count", type=click.IntRange(1), default=50, show_default=True, help="The last so many.")
+@click.option(
+    "-n",
+    "count",
+    metavar="N",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="The last so many.",
+)
 @click.option("--directory", metavar="DIR", type=click.Path(path_type=Path), help="Another host's record.")
 @click.pass_obj
 def audit(

@@ -79,7 +79,7 @@ def pull(settings: command.Settings, reference: str, name: str | None, disk_size
 )
 @click.argument("path", type=click.Path(exists=True))
 @click.option("--name", required=True, type=params.NEW_IMAGE, help="Name of the image.")
-@click.option("--image", default="", help="Which one, where there are several.")
+@click.option("--image", metavar="NAME", default="", help="Which one, where there are several.")
 @_SIZE_OPTION
 @click.pass_obj
 def import_image(

@@ -82,7 +82,14 @@ def ssh(ctx: click.Context, /, name: str, options: tuple[str, ...], argv: tuple[
 )
 @click.argument("name")
 @click.argument("port", type=click.IntRange(1, 65535), default=22)
-@click.option("--wait", type=click.FloatRange(0, 120), default=0.0, help="Seconds a booting guest has.")
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=click.FloatRange(0, 120),
+    default=0,
+    show_default=True,
+    help="How long a booting guest may take to answer.",
+)
 @click.pass_obj
 def proxy(settings: command.Settings, name: str, port: int, wait: float) -> None:
     """Connect stdin and stdout to a port of a running VM, with or without network.

@@ -33,8 +33,16 @@ group = command.Group(
     "--network", metavar="CIDR", default=names.NETWORK, show_default=True, help="The VMs' addresses."
 )
 @click.option("--network6", metavar="CIDR", default="", help="Those in IPv6 [default: the host's own].")
-@click.option("--firecracker", type=click.Path(exists=True, path_type=Path), help="Use this file.")
-@click.option("--jailer", type=click.Path(exists=True, path_type=Path), help="Use this file.")
+@click.option(
+    "--firecracker",
+    type=click.Path(exists=True, path_type=Path),
+    help="Your own Firecracker [default: the pinned one, fetched].",
+)
+@click.option(
+    "--jailer",
+    type=click.Path(exists=True, path_type=Path),
+    help="Your own jailer [default: the pinned one, fetched].",
+)
 @click.option(
     "--signers",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -140,7 +148,10 @@ def restart() -> None:
 @click.option("--purge", is_flag=True, help="Also delete VMs, images, caches, settings and banger itself.")
 @click.option("--force", is_flag=True, help="End the VMs that run.")
 def uninstall(purge: bool, force: bool) -> None:
-    """Take banger off this host."""
+    """Take banger off this host.
+
+    Refused while VMs run; --force ends them. ~/.ssh is not touched: `banger ssh-config --uninstall` before.
+    """
     from banger.system import uninstall
 
     uninstall.uninstall(purge=purge, force=force, say=render.note)

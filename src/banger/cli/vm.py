@@ -24,7 +24,9 @@ NOUNS: Final = {
     "set": command.Noun(
         _LIFE, "Change a VM's name, size or kernel, what it reaches, or how long it runs.", "change"
     ),
-    "extend": command.Noun(_LIFE, "Let running VMs live on that time would stop.", "extend"),
+    "extend": command.Noun(
+        _LIFE, "Give running VMs more time before --ttl or --idle-stop stops them.", "extend"
+    ),
     "list": command.Noun(_LOOK, "List VMs.", "list_vms"),
     "show": command.Noun(_LOOK, "Show everything about VMs.", "show"),
     "logs": command.Noun(_LOOK, "Show a VM's console, or what its VMM says.", "logs"),

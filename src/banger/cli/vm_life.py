@@ -33,22 +33,25 @@ _EGRESS: Final = (
 )
 
 
-_LIMITS: Final = (
-    click.option(
-        "--idle-stop",
-        "idle_stop_s",
-        metavar="TIME",
-        type=params.LIMIT,
-        help="Stop it after so long without use, such as 30m or 2h; off: never.",
-    ),
-    click.option(
-        "--ttl",
-        "ttl_s",
-        metavar="TIME",
-        type=params.LIMIT,
-        help="Stop it so long after its start, such as 8h or 2d; off: never.",
-    ),
-)
+def _limits(default: str = "") -> tuple[Callable[[_F], _F], ...]:
+    return (
+        click.option(
+            "--idle-stop",
+            "idle_stop_s",
+            metavar="TIME",
+            type=params.LIMIT,
+            help="Stop it after so long without use, such as 30m or 2h; a bare number is seconds; "
+            f"off: never{default}.",
+        ),
+        click.option(
+            "--ttl",
+            "ttl_s",
+            metavar="TIME",
+            type=params.LIMIT,
+            help="Stop it so long after its start, such as 8h or 2d; a bare number is seconds; "
+            f"off: never{default}.",
+        ),
+    )
 
 
 def size_options(function: _F) -> _F:
@@ -58,9 +61,25 @@ def size_options(function: _F) -> _F:
             "--image", type=params.IMAGE, help="Image to make it from [default: the configured one]."
         ),
         click.option("--kernel", type=params.KERNEL, help="Kernel to boot [default: the image's]."),
-        click.option("--vcpu", "vcpus", type=params.VCPUS, help="Number of virtual CPUs."),
-        click.option("--memory", "memory_mib", type=params.MEMORY, help="Memory, such as 512M or 2G."),
-        click.option("--disk-size", "disk_size_mib", type=params.DISK, help="Size of the work disk, /root."),
+        click.option(
+            "--vcpu",
+            "vcpus",
+            type=params.VCPUS,
+            help="Number of virtual CPUs [default: as configured, else 2, or what a smaller host has].",
+        ),
+        click.option(
+            "--memory",
+            "memory_mib",
+            type=params.MEMORY,
+            help="Memory, such as 512M or 2G "
+            "[default: as configured, else 1G, or a quarter of a small host's].",
+        ),
+        click.option(
+            "--disk-size",
+            "disk_size_mib",
+            type=params.DISK,
+            help="Size of the work disk, /root [default: as configured, else 8G].",
+        ),
         click.option("--no-network", is_flag=True, help="Without a network interface."),
         click.option(
             "--ipv6/--no-ipv6", default=None, help="With an IPv6 address too [default: as configured]."
@@ -78,12 +97,12 @@ def size_options(function: _F) -> _F:
         click.option(
             "-p",
             "--publish",
-            metavar="[ADDR:]HOST:GUEST[/udp]",
+            metavar="[ADDR:]HOSTPORT:GUESTPORT[/udp]",
             multiple=True,
             type=params.PUBLISH,
             help="Offer a port of the guest on this host, on loopback unless ADDR is given.",
         ),
-        *_LIMITS,
+        *_limits(" [default: never]"),
     )
     for option in reversed(options):
         function = option(function)
@@ -253,8 +272,8 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 )
 @_EGRESS[0]
 @_EGRESS[1]
-@_LIMITS[0]
-@_LIMITS[1]
+@_limits()[0]
+@_limits()[1]
 @click.option("--allow-nothing", is_flag=True, help="Take back all that --allow gave.")
 @click.pass_obj
 def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:
@@ -289,10 +308,16 @@ def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen
     ],
 )
 @_MANY
-@click.option("--by", "by_s", metavar="TIME", type=params.SPAN, help="So much more time to live.")
+@click.option(
+    "--by",
+    "by_s",
+    metavar="TIME",
+    type=params.SPAN,
+    help="So much more, such as 2h; a bare number is seconds.",
+)
 @click.pass_obj
 def extend(settings: command.Settings, names: tuple[str, ...], by_s: float | None) -> None:
-    """Let running VMs live on that time would stop."""
+    """Give running VMs more time before --ttl or --idle-stop stops them."""
     api = settings.client()
     asked = resources.ExtendVm(by_s=None if by_s is None else max(1, round(by_s)))
     results = []

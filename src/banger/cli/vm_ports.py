@@ -13,7 +13,7 @@ from banger.contract import ports, resources
 
 _NAME: Final = click.argument("name", type=params.VM)
 _PORTS: Final = click.argument(
-    "specs", metavar="[ADDR:]HOST:GUEST[/udp]…", nargs=-1, required=True, type=params.PUBLISH
+    "specs", metavar="[ADDR:]HOSTPORT:GUESTPORT[/udp]…", nargs=-1, required=True, type=params.PUBLISH
 )
 
 

@@ -21,7 +21,10 @@ from banger.contract import errors, resources
     ],
 )
 @click.option(
-    "--older-than", metavar="TIME", type=params.SPAN, help="Only those not started for 90m, 12h, 7d."
+    "--older-than",
+    metavar="TIME",
+    type=params.SPAN,
+    help="Only those not started for 90m, 12h, 7d; a bare number is seconds.",
 )
 @click.option("--force", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Print their names; delete nothing.")

@@ -46,9 +46,12 @@ _SHELL: Final = (
 
 def _exec_options(function: _F) -> _F:
     options = (
-        click.option("-u", "--user", default="", help="User in the guest [default: root]."),
+        click.option("-u", "--user", metavar="USER", default="", help="User in the guest [default: root]."),
         click.option(
-            "--cwd", default="", help="Directory in the guest [default: the workspace, else home]."
+            "--cwd",
+            metavar="DIR",
+            default="",
+            help="Directory in the guest [default: the workspace, else home].",
         ),
         click.option(
             "-e",
@@ -74,7 +77,7 @@ def _exec_options(function: _F) -> _F:
             "--timeout",
             metavar="TIME",
             type=params.SPAN,
-            help="End it after 90s, 5m or 2h; the status is 124.",
+            help="End it after 90s, 5m or 2h; a bare number is seconds; the status is 124.",
         ),
     )
     for option in reversed(options):
@@ -176,9 +179,9 @@ def execute(
 @click.option("--name", type=params.NEW_VM, help="Name of the VM [default: a generated one].")
 @vm_life.size_options
 @_exec_options
-@workspaces.repository_options
-@click.option("--dry-run", is_flag=True, help="List the files that would go in; make nothing.")
-@click.option("--no-bootstrap", is_flag=True, help="Do not install the tools that the repository declares.")
+@workspaces.repository_options("With PATH: ")
+@click.option("--dry-run", is_flag=True, help="With PATH: list the files that would go in; make nothing.")
+@click.option("--no-bootstrap", is_flag=True, help="With PATH: do not install the tools that it declares.")
 @click.pass_obj
 def run(
     settings: command.Settings,

@@ -49,7 +49,7 @@ def _vm(settings: command.Settings, name: str) -> resources.Vm:
 )
 @click.argument("name", type=params.VM)
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-@workspaces.repository_options
+@workspaces.repository_options()
 @click.option("--discard", is_flag=True, help="Throw away what was changed in the guest.")
 @click.option("--dry-run", is_flag=True, help="List the files; send nothing.")
 @click.pass_obj

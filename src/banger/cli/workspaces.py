@@ -28,29 +28,48 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 GUEST_PATH: Final = "/root/repo"
 
 
-def repository_options(function: _F) -> _F:
-    """Which state of a repository goes into a VM, and how."""
+def repository_options(when: str = "") -> Callable[[_F], _F]:
+    """Which state of a repository goes into a VM, and how; `when` says when they count."""
+
+    def said(text: str) -> str:
+        return f"{when}{text[0].lower()}{text[1:]}" if when else text
+
     options = (
-        click.option("--guest-path", metavar="PATH", help="Where to put it [default: /root/repo]."),
+        click.option("--guest-path", metavar="PATH", help=said("Where to put it [default: /root/repo].")),
         click.option(
-            "--include-untracked", is_flag=True, help="Also files git does not track; never ignored ones."
+            "--include-untracked",
+            is_flag=True,
+            help=said("Also files git does not track; never ignored ones."),
         ),
-        click.option("--branch", metavar="NAME", default="", help="Be on a new branch in the guest."),
+        click.option("--branch", metavar="NAME", default="", help=said("Be on a new branch in the guest.")),
         click.option(
-            "--from", "start", metavar="COMMIT", default="", help="Begin from this commit, without changes."
+            "--from",
+            "start",
+            metavar="COMMIT",
+            default="",
+            help=said("Begin from this commit, without changes."),
         ),
         click.option(
             "--mode",
             type=click.Choice(["history", "full-copy"]),
             default="history",
             show_default=True,
-            help="full-copy needs no git in the guest and takes submodules.",
+            help=said("full-copy needs no git in the guest and takes submodules."),
         ),
-        click.option("--readonly", "read_only", is_flag=True, help="The guest cannot change it."),
+        click.option(
+            "--readonly",
+            "read_only",
+            is_flag=True,
+            help=said("Guard it against changes by mistake; root in the guest can undo that."),
+        ),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+
+    def decorate(function: _F) -> _F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

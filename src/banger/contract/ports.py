@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Ports of a guest: those it listens on, and those its host offers, `[ADDR:]HOST:GUEST[/udp]`. Pure."""
+"""Ports of a guest: those it listens on, and those its host offers. Pure.
+
+A port that is offered is written `[ADDR:]HOSTPORT:GUESTPORT[/udp]`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def parse(text: str) -> Publish:
     """On loopback unless an address is given. Raises BadRequestError."""
     found = _FORM.fullmatch(text.strip())
     if found is None:
-        raise errors.BadRequestError(f"{text!r} is not HOST:GUEST", hint=_HINT)
+        raise errors.BadRequestError(f"{text!r} is not HOSTPORT:GUESTPORT", hint=_HINT)
     host, guest = int(found["host"]), int(found["guest"])
     if not (1 <= host <= 65535 and 1 <= guest <= 65535):
         raise errors.BadRequestError(f"{text!r} names a port that is not from 1 to 65535", hint=_HINT)

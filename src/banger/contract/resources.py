@@ -99,7 +99,7 @@ class CreateVm(Body, frozen=True, kw_only=True):
     peer_network: PeerNetwork = ""
     """VMs of one peer network reach each other."""
     publish: tuple[str, ...] = ()
-    """`[ADDR:]HOST:GUEST[/udp]`, on loopback by default; a port in use is refused, and nothing made."""
+    """`[ADDR:]HOSTPORT:GUESTPORT[/udp]`, on loopback by default; one in use is refused, and nothing made."""
     idle_stop_s: LifeSeconds = 0
     """Stop it after so long without use: commands, ssh, copies, workspaces, published ports. 0: never."""
     ttl_s: LifeSeconds = 0
@@ -204,7 +204,7 @@ class Vm(Resource, frozen=True, kw_only=True):
     allow: tuple[str, ...] = ()
     peer_network: str = ""
     publish: tuple[str, ...] = ()
-    """`ADDR:HOST:GUEST/PROTOCOL` each."""
+    """`ADDR:HOSTPORT:GUESTPORT/PROTOCOL` each."""
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None
     boot_id: str = ""
