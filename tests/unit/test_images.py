@@ -132,6 +132,18 @@ def test_a_users_recipe_may_extend_a_shipped_one() -> None:
     assert mine.tree == base.tree
 
 
+def test_what_a_users_recipe_does_is_done_after_what_the_shipped_one_does() -> None:
+    mine = recipe.parse(
+        b'extends = "debian-bookworm"\nname = "mine"\n[tree]\nremove = ["/srv"]\n'
+        b'[[tree.link]]\npath = "/here"\ntarget = "there"\n'
+    )
+    base = recipe.load("debian-bookworm")
+    assert "/etc/ssh/ssh_host_*" in base.tree.remove, "else all guests would have one host key"
+    assert mine.tree.remove == (*base.tree.remove, "/srv")
+    assert mine.tree.link == (*base.tree.link, recipe.Link("/here", "there"))
+    assert mine.tree.mask == base.tree.mask
+
+
 def toml(value: object) -> str:
     """As TOML has it: like JSON, but for tables."""
     if isinstance(value, dict):

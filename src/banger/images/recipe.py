@@ -37,6 +37,7 @@ _KEPT: Final = "recipes"
 _ARCHIVE: Final = ".tar"
 _EXTENDS: Final = "extends"
 _MORE_PACKAGES: Final = "more_packages"
+_TREE: Final = "tree"
 
 Mode = Literal["root", "fakechroot"]
 Variant = Literal["extract", "custom", "essential", "apt", "minbase", "required", "important", "standard"]
@@ -153,7 +154,8 @@ def _extended(text: bytes) -> dict[str, object]:
     if base is not None:
         if not isinstance(base, str):
             raise errors.BadRequestError("`extends` names no recipe")
-        said = _extended(shipped(base)) | said
+        extended = _extended(shipped(base))
+        said = extended | said | _both_trees(extended.get(_TREE), said.get(_TREE))
     more = said.pop(_MORE_PACKAGES, ())
     packages = said.get("packages", [])
     if isinstance(more, list) and isinstance(packages, list):
@@ -161,6 +163,20 @@ def _extended(text: bytes) -> dict[str, object]:
     elif more != ():
         raise errors.BadRequestError(f"`{_MORE_PACKAGES}` is no list")
     return said
+
+
+def _both_trees(base: object, own: object) -> dict[str, object]:
+    """The base's steps and then one's own: what takes the build's ssh keys away is among the base's.
+
+    Empty unless both have steps; what is wrong with one's own is said by who reads the whole.
+    """
+    if not isinstance(base, dict) or not isinstance(own, dict):
+        return {}
+    steps: dict[str, object] = dict(base)
+    for kind, more in own.items():
+        before = steps.get(kind)
+        steps[kind] = [*before, *more] if isinstance(before, list) and isinstance(more, list) else more
+    return {_TREE: steps}
 
 
 def shipped(name: str) -> bytes:
