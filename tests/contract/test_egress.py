@@ -74,6 +74,32 @@ async def test_nat_is_switched_on_a_running_vm(daemon: conftest.Daemon) -> None:
     assert rules(daemon, vm.id) is None
 
 
+@pytest.mark.parametrize(
+    ("made_with", "changed", "mode"),
+    [
+        ({"nat": True}, {"allow": ("10.1.0.0/16",)}, egress.Egress.NONE),
+        ({}, {"egress": egress.Egress.NONE, "allow": ("10.1.0.0/16",)}, egress.Egress.NONE),
+        ({"allow": ("10.1.0.0/16",)}, {"egress": egress.Egress.INTERNET}, egress.Egress.INTERNET),
+    ],
+)
+async def test_what_a_change_opens_is_what_root_is_told(
+    daemon: conftest.Daemon, made_with: dict[str, Any], changed: dict[str, Any], mode: egress.Egress
+) -> None:
+    vm = await made(daemon, name="web", **made_with)
+    await daemon.services.alterations.set("web", resources.SetVm(**changed))
+    found = rules(daemon, vm.id)
+    assert found is not None
+    assert (found.nat, found.egress, found.allow) == (True, mode, (egress.Destination("10.1.0.0/16"),))
+
+
+async def test_a_list_that_is_not_to_be_widened_stays_with_root(daemon: conftest.Daemon) -> None:
+    vm = await made(daemon, name="web", allow=("10.1.0.0/16",))
+    before = rules(daemon, vm.id)
+    with pytest.raises(errors.BadRequestError, match="NAT alone"):
+        await daemon.services.alterations.set("web", NAT)
+    assert rules(daemon, vm.id) == before
+
+
 async def test_other_changes_of_a_running_vm_are_refused_whole(daemon: conftest.Daemon) -> None:
     await made(daemon, name="web")
     with pytest.raises(errors.ConflictError):
