@@ -27,6 +27,7 @@ FAILS = {"banger/owner/composition.py": (LISTEN, "raise OSError('no good')")}
 """After the rows were migrated and the VMs adopted: as late as it can be."""
 
 
+@pytest.mark.long
 def test_an_upgrade_over_a_running_vm(fresh_installed_host: Lab, tmp_path: Path) -> None:
     host = fresh_installed_host
     key = releases.key(tmp_path, "maintainer")
