@@ -291,7 +291,7 @@ def test_run_detached_prints_the_name(cli: cli_process.Cli, fake: daemon.FakeDae
         (("./repo",), "vm run -- ./repo"),
         (("ls", "-l"), "vm run -- ls -l"),
         (("--memory", "lots"), "is not a size"),
-        (("--memory", "1M"), "memory_mib"),
+        (("--memory", "1M"), "1M is too little; at least 64M"),
         (("--name", "-x-"), "not a VM name"),
     ],
 )
