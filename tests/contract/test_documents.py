@@ -162,8 +162,9 @@ def test_the_settings_on_the_page_about_images_are_read(tmp_path: Path) -> None:
     assert made.name == "mine"
     assert {"git", "build-essential"} <= set(made.packages)
     changed = recipe.parse(f'extends = "busybox"\n{tree}'.encode()).tree
-    assert [file.path for file in changed.file] == ["/usr/local/bin/hello"]
-    assert [link.path for link in changed.link] == ["/usr/local/bin/hi"]
+    base = recipe.load("busybox").tree
+    assert [file.path for file in changed.file[len(base.file) :]] == ["/usr/local/bin/hello"]
+    assert [link.path for link in changed.link[len(base.link) :]] == ["/usr/local/bin/hi"]
 
 
 def test_the_page_about_images_has_every_key_of_a_recipe() -> None:
