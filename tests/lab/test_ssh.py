@@ -119,6 +119,7 @@ def test_without_an_ssh_server_the_error_says_what_else_there_is(hidden: Lab) ->
     assert "banger vm exec hidden" in result.error_text
 
 
+@pytest.mark.long
 def test_a_new_vm_of_an_old_name_is_no_stranger(web: Lab) -> None:
     """The last one: it deletes the VM."""
     run(web, "ssh", "web.vm", "true")

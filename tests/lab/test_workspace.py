@@ -151,6 +151,7 @@ def test_the_page_about_workspaces_is_true(repository: Lab) -> None:
         repository.run(["rm", "-rf", work])
 
 
+@pytest.mark.long
 def test_configured_files_of_the_home_are_in_every_vm(repository: Lab) -> None:
     repository.run(["git", "config", "--global", "user.name", "Ada"], user=user.NAME)
     with user.configured(repository, '[[file_sync]]\nsource = "~/.gitconfig"'):
