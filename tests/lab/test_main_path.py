@@ -13,12 +13,13 @@ from lab.session import Lab
 from tests.lab import user
 
 pytestmark = pytest.mark.timeout(600)
+ROOMY = (*user.ONE_CPU, "--memory", "256M", "--disk-size", "256M")
 
 
 @pytest.fixture(scope="module")
 def web(installed_host: Lab) -> Iterator[Lab]:
     """The installed host with a VM named web running, for all tests here: its boot takes the longest."""
-    user.banger(installed_host, "vm", "create", "web", "--memory", "256M", "--disk-size", "256M")
+    user.banger(installed_host, "vm", "create", "web", *ROOMY)
     yield installed_host
     user.banger(installed_host, "vm", "delete", "web", check=False)
 
@@ -26,7 +27,7 @@ def web(installed_host: Lab) -> Iterator[Lab]:
 @pytest.mark.parametrize("kernel", artefacts.KERNELS)
 def test_vm_run_gives_the_command_s_output_and_status(installed_host: Lab, kernel: str) -> None:
     script = "cat /etc/os-release; uname -r; grep -cwE 'svm|vmx' /proc/cpuinfo; exit 7"
-    words = ("--rm", "--kernel", kernel, "--memory", "256M", "--disk-size", "256M")
+    words = ("--rm", "--kernel", kernel, *ROOMY)
     result = user.banger(installed_host, "vm", "run", *words, "--", "sh", "-c", script, check=False)
     assert result.status == 7, result.error_text
     assert "Debian GNU/Linux 12" in result.text

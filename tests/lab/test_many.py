@@ -18,13 +18,14 @@ WHO = "hostname; ip -4 -o address show dev eth0 | awk '{print $4}' | cut -d/ -f1
 BLOB = "/home/dev/blob"
 MANY_S = 400.0
 # All guests share the lab's two processors.
-ONE_CPU = ("--vcpu", "1")
 
 
 @pytest.fixture(scope="module")
 def web(installed_host: Lab) -> Iterator[Lab]:
     """The installed host with a VM named web running, which has room for the data."""
-    user.banger(installed_host, "vm", "create", "web", *ONE_CPU, "--memory", "256M", "--disk-size", "512M")
+    user.banger(
+        installed_host, "vm", "create", "web", *user.ONE_CPU, "--memory", "256M", "--disk-size", "512M"
+    )
     yield installed_host
     user.banger(installed_host, "vm", "delete", "web")
 
@@ -33,7 +34,7 @@ def test_ten_creates_at_once(installed_host: Lab) -> None:
     names = [f"many-{number}" for number in range(VMS)]
     # Ten guests share two emulated processors here: their agents answer late, and together.
     with user.configured(installed_host, f"agent_deadline_s = {MANY_S:g}"):
-        creates = [("vm", "create", name, *ONE_CPU, *user.TINY) for name in names]
+        creates = [("vm", "create", name, *user.ONE_CPU, *user.TINY) for name in names]
         made = user.at_once(installed_host, creates, timeout_s=MANY_S)
         try:
             assert [(each.status, each.text) for each in made] == [(0, f"{name}\n") for name in names], made
@@ -60,6 +61,7 @@ def test_twenty_commands_at_once_keep_their_outputs_and_statuses_apart(web: Lab)
         assert ended.error_text == f"err {number}\n"
 
 
+@pytest.mark.long
 def test_a_lot_goes_in_and_comes_out_unchanged(web: Lab) -> None:
     """256 MiB take minutes here; tests/contract has them natively, through the same agent."""
     _shell(web, f"head -c 32M /dev/urandom > {BLOB}")

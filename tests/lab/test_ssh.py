@@ -21,7 +21,9 @@ HOST_KEYS = "/var/lib/banger/ssh/hosts"
 @pytest.fixture(scope="module")
 def web(installed_host: Lab) -> Iterator[Lab]:
     """A VM named web, and ssh-config installed for the owner; both are gone afterwards."""
-    user.banger(installed_host, "vm", "create", "web", "--memory", "256M", "--disk-size", "256M")
+    user.banger(
+        installed_host, "vm", "create", "web", *user.ONE_CPU, "--memory", "256M", "--disk-size", "256M"
+    )
     user.banger(installed_host, "ssh-config", "--install")
     yield installed_host
     user.banger(installed_host, "ssh-config", "--uninstall", check=False)
@@ -31,7 +33,7 @@ def web(installed_host: Lab) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def hidden(installed_host: Lab) -> Iterator[Lab]:
     """A VM without network."""
-    words = ("--no-network", "--memory", "256M", "--disk-size", "128M")
+    words = ("--no-network", *user.ONE_CPU, "--memory", "256M", "--disk-size", "128M")
     user.banger(installed_host, "vm", "create", "hidden", *words)
     yield installed_host
     user.banger(installed_host, "vm", "delete", "hidden", check=False)
@@ -127,6 +129,6 @@ def test_a_new_vm_of_an_old_name_is_no_stranger(web: Lab) -> None:
     user.banger(web, "vm", "delete", "web")
     assert "web.vm" not in web.run(["ls", HOST_KEYS]).text.split()
     assert web.run(["getent", "hosts", "web.vm"], check=False).status == 2
-    user.banger(web, "vm", "create", "web", "--memory", "256M", "--disk-size", "64M")
+    user.banger(web, "vm", "create", "web", *user.ONE_CPU, "--memory", "256M", "--disk-size", "64M")
     assert run(web, "ssh", "web.vm", "hostname").text == "web\n"
     assert web.run(["cat", f"{HOST_KEYS}/web.vm"]).text != pinned
