@@ -7,6 +7,7 @@ import contextlib
 import os
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def mounted(image: Path, options: str) -> Iterator[Path]:
         yield point
     finally:
         subprocess.run(["umount", point], check=True, timeout=60)
+        _await_released(image)
+
+
+def _await_released(image: Path) -> None:
+    """A test beside this one that made a mount namespace meanwhile has the mount in it, and so holds it."""
+    deadline = time.monotonic() + 60
+    while subprocess.run(["losetup", "-j", image], capture_output=True, check=True, timeout=10).stdout:
+        assert time.monotonic() < deadline, f"{image} is still mounted somewhere"
+        time.sleep(0.05)
 
 
 def compare(found: Path, root: ext4_model.Node) -> None:
