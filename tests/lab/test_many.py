@@ -17,7 +17,6 @@ COMMANDS = 20
 WHO = "hostname; ip -4 -o address show dev eth0 | awk '{print $4}' | cut -d/ -f1"
 BLOB = "/home/dev/blob"
 MANY_S = 400.0
-# All guests share the lab's two processors.
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def test_ten_creates_at_once(installed_host: Lab) -> None:
     names = [f"many-{number}" for number in range(VMS)]
     # Ten guests share two emulated processors here: their agents answer late, and together.
     with user.configured(installed_host, f"agent_deadline_s = {MANY_S:g}"):
-        creates = [("vm", "create", name, *user.ONE_CPU, *user.TINY) for name in names]
+        creates = [("vm", "create", name, *user.TINY) for name in names]
         made = user.at_once(installed_host, creates, timeout_s=MANY_S)
         try:
             assert [(each.status, each.text) for each in made] == [(0, f"{name}\n") for name in names], made
