@@ -6,6 +6,9 @@ from __future__ import annotations
 import signal
 
 import hypothesis
+import pytest
+
+SHOWN_LINES = 60
 
 # nohup, and a shell in the background, ignore some. What is ignored stays so in every program that a test
 # starts; what is handled does not.
@@ -16,3 +19,26 @@ hypothesis.settings.register_profile(
     "banger", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("banger")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where reports are shown, and not in xdist's workers, show failures as they happen."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Says at once what failed: of a run that is ended before its summary nothing else is known."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Print the end of a failure, and how long it took."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if not report.failed or terminal is None:
+            return
+        lines = report.longreprtext.splitlines()[-SHOWN_LINES:]
+        said = "\n".join(f"    {line}" for line in lines)
+        terminal.write_line("")
+        terminal.write_line(f"{report.when} failed after {report.duration:.1f} s: {report.nodeid}\n{said}")
