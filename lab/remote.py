@@ -24,6 +24,7 @@ KILL_AFTER_S = 2
 GRACE_S = 15
 DEFAULT_TIMEOUT_S = 60
 FIRST_TRY_S = 0.5
+LAST_TRY_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Shell:
         self._port = port
         self._private_key = private_key
         self._known_hosts = known_hosts
+        self._is_dead = False
 
     def ssh_argv(self, *options: str, user: str = "root") -> list[str]:
         """Give the ssh command up to the remote words; run it in the lab's directory."""
@@ -109,10 +111,18 @@ class Shell:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         check: bool = True,
     ) -> Result:
-        """Run a program in the lab; at the deadline it is killed there, with its process group."""
+        """Run a program in the lab; at the deadline it is killed there, with its process group.
+
+        A lab that kills nothing and then answers nothing is asked nothing more: each try would take as long.
+        """
+        if self._is_dead:
+            raise errors.HungError("the lab had stopped answering before")
         remote = remote_line(argv, user=user, cwd=cwd, env=env, timeout_s=timeout_s)
-        ssh = [*self.ssh_argv("-T"), remote]
-        done = command.run(ssh, timeout_s=timeout_s + GRACE_S, stdin=stdin, cwd=self._directory, check=False)
+        try:
+            done = self._run(remote, timeout_s + GRACE_S, stdin)
+        except errors.CommandError as error:
+            self._check_answers(error)
+            raise
         result = Result(tuple(argv), done.returncode, done.stdout, done.stderr, done.elapsed_s)
         if result.status in TIMED_OUT and result.elapsed_s >= timeout_s:
             message = f"in the lab: {shlex.join(argv)}: killed after {timeout_s:g} s"
@@ -120,6 +130,17 @@ class Shell:
         if check and result.status != 0:
             raise RunError(result)
         return result
+
+    def _run(self, remote: str, timeout_s: float, stdin: bytes | None = None) -> command.Completed:
+        ssh = [*self.ssh_argv("-T"), remote]
+        return command.run(ssh, timeout_s=timeout_s, stdin=stdin, cwd=self._directory, check=False)
+
+    def _check_answers(self, error: errors.CommandError) -> None:
+        try:
+            self._run("true", LAST_TRY_S)
+        except errors.CommandError:
+            self._is_dead = True
+            raise errors.HungError("the lab has stopped answering") from error
 
     @contextlib.contextmanager
     def open(

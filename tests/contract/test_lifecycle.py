@@ -49,9 +49,10 @@ STAGES = [
 
 
 def _composed(
-    paths: config.Paths, world: worlds.World
+    paths: config.Paths, world: worlds.World, host_boot_id: str = ""
 ) -> contextlib.AbstractAsyncContextManager[routes.Services]:
-    return composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+    network = conftest.NETWORK
+    return composition.compose(conftest.SETTINGS, network, paths, world, "0" * 64, host_boot_id=host_boot_id)
 
 
 CAPABILITIES = {"prepare_work_disk", "prepare_packet_rules", "prepare_publish", "prepare_dns"}
@@ -257,6 +258,32 @@ async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
     assert ("vm set web --memory 256M" in vm.last_error.hint) == bool(memory)
     assert ("stop other VMs" in vm.last_error.hint) == ("host" in why)
     assert daemon.world.leftovers() == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        ("first", "second", "the host restarted while it ran"),
+        ("first", "first", "its VMM was ended by SIGTERM"),
+        ("", "second", "its VMM was ended by SIGTERM"),
+        ("first", "", "its VMM was ended by SIGTERM"),
+    ],
+)
+async def test_a_host_that_restarted_is_the_reason(
+    paths: config.Paths, world: worlds.World, before: str, now: str, why: str
+) -> None:
+    async with _composed(paths, world, before) as services:
+        created = (await conftest.Daemon(services, paths, world).create()).vm
+    assert created is not None
+    (paths.layout.logs / created.id / "vmm.log").write_text("banger-console: the VMM ended by signal 15;\n")
+    fake = world.vm(created.id).vmm
+    assert fake is not None
+    await fake.kill()
+    async with _composed(paths, world, now) as services:
+        vm = await services.vms.get("web")
+        assert vm.last_error is not None
+        assert vm.last_error.message == f"web is no longer running: {why}"
+        assert world.leftovers() == {}
 
 
 async def test_an_invalid_request_leaves_no_row(daemon: conftest.Daemon) -> None:

@@ -72,7 +72,7 @@ def test_a_host_that_loses_power_loses_nothing_that_was_flushed(fresh_installed_
     assert user.leftovers(host) == ""
     shown = user.shown(host, "web")
     assert (shown["state"], shown["pid"]) == ("error", 0), shown
-    assert "its VMM ended unexpectedly" in shown["last_error"]["message"]
+    assert "the host restarted while it ran" in shown["last_error"]["message"]
     user.banger(host, "vm", "start", "web")
     read = user.banger(host, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept")
     assert read.text == "flushed\nflushed\n"

@@ -19,7 +19,7 @@ from tests.lab import user
 pytestmark = pytest.mark.timeout(1500, func_only=True)
 BROKEN, GOOD = "999.0", "999.1"
 AT = "/var/tmp/releases"
-LAST = "json_set(record, '$.ttl_s', 0) WHERE json_valid(record)\","
+LAST = "json_set(record, '$.host_boot_id', '') WHERE json_valid(record)\","
 MORE = f'{LAST}\n    "CREATE TABLE later (id TEXT) STRICT",'
 LISTEN = "listener = stack.enter_context(server.listening(paths.socket))"
 MIGRATES = {"banger/owner/migrations.py": (LAST, MORE)}

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_HOST_BOOT_ID: Final = "BANGER_HOST_BOOT_ID"
+"""Set by systemd, in the unit."""
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -74,6 +76,7 @@ async def serve(
                 _guest_sha256(),
                 network6=config.prefix6(installation),
                 bridge=installation.bridge,
+                host_boot_id=os.environ.get(_HOST_BOOT_ID, ""),
             )
         )
         listener = stack.enter_context(server.listening(paths.socket))
@@ -123,6 +126,7 @@ async def compose(
     *,
     network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6,
     bridge: str = names.BRIDGE,
+    host_boot_id: str = "",
 ) -> AsyncIterator[routes.Services]:
     """Everything behind the routes, reconciled with the world; ended in reverse order."""
     store.require_rows_for(paths.database, paths.state / "vms")
@@ -162,6 +166,7 @@ async def compose(
         dns=_guests_dns(settings, network),
         guest_sha256=guest_sha256,
         limits=settings.limits,
+        boot_id=host_boot_id,
     )
     publisher = publish.Publisher(network, connect)
     vm_service = vms.VmService(

@@ -30,6 +30,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     # An older program would take a row with this field for a corrupt one; so it must refuse the file.
     "UPDATE vms SET record = json_set(record, '$.nat', json('false')) WHERE json_valid(record)",
     "UPDATE vms SET record = json_set(record, '$.ttl_s', 0) WHERE json_valid(record)",
+    "UPDATE vms SET record = json_set(record, '$.host_boot_id', '') WHERE json_valid(record)",
 )
 
 

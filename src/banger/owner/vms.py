@@ -389,6 +389,6 @@ class VmService:
     async def collect(self, vm: record.VmRecord) -> None:
         """Takes away what a dead VMM left and says in the row how it ended."""
         await stop.release(self._host, vm, self._features)
-        ended = ending.ended(vm, self._host.layout.logs / vm.id)
+        ended = ending.ended(vm, self._host.layout.logs / vm.id, self._host.boot_id)
         self._store.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})

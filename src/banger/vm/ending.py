@@ -72,8 +72,12 @@ def read(vmm_log: Path) -> Ending | None:
     )
 
 
-def ended(vm: record.VmRecord, logs: Path) -> record.VmRecord:
-    """The row of a VM whose VMM ended without our doing, with the reason as far as its logs tell."""
+def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmRecord:
+    """The row of a VM whose VMM ended without our doing, with the reason as far as its logs tell.
+
+    When the host is in another boot than the VM was, that is the reason: what its logs tell are the steps
+    of a host that goes down, if anything.
+    """
     panic = readiness.panic_line(logs / "console.log")
     seen = read(logs / "vmm.log")
     if seen is not None:
@@ -82,7 +86,8 @@ def ended(vm: record.VmRecord, logs: Path) -> record.VmRecord:
         orderly = _ORDERLY_END in readiness.console_tail(logs / "vmm.log")
     if not panic and orderly:
         return msgspec.structs.replace(vm, state=resources.VmState.STOPPED, boot_id="", last_error=None)
-    why = str(seen or "its VMM ended unexpectedly")
+    restarted = bool(vm.host_boot_id and host_boot_id) and vm.host_boot_id != host_boot_id
+    why = "the host restarted while it ran" if restarted else str(seen or "its VMM ended unexpectedly")
     if panic:
         why = f"its kernel panicked: {panic}"
     hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"

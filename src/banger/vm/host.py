@@ -106,6 +106,8 @@ class Host:
     guest_sha256: str = ""
     """Of the guest binary this program carries; an image with another one is patched at start."""
     limits: Limits = Limits()
+    boot_id: str = ""
+    """Which boot of the machine this is; empty when nobody told the daemon."""
 
     async def privileged(self, request: privileged.Request[privileged.ResultT]) -> privileged.ResultT:
         """Asks the helper and awaits its answer even when cancelled: root's work cannot be called back."""

@@ -37,6 +37,8 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None
     boot_id: str = ""
+    host_boot_id: str = ""
+    """The boot of the host in which it was started last; empty when nobody told the daemon."""
     last_error: errors.ErrorBody | None = None
     sources: dict[str, resources.SizeSource] = {}
     last_start: tuple[resources.StepTiming, ...] = ()

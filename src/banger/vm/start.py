@@ -211,6 +211,7 @@ class Start:
             state=resources.VmState.RUNNING,
             started_at=datetime.datetime.now(datetime.UTC),
             boot_id=health.boot_id,
+            host_boot_id=self._host.boot_id,
             last_error=None,
             stopped_because="",
         )
