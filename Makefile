@@ -31,7 +31,7 @@ run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=lo
 test: setup guest  ## Install what is missing and run the tests
 	@mkdir -p build && { $(PY) -m lab build >build/lab.log 2>&1 & }
 	@$(MAKE) --no-print-directory lint
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --maxfail 20 \
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --maxfail 20 --durations 20 \
 	  tests/contract tests/lab tests/root tests/unit tests/style
 
 setup: $(VENV)/ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,20 @@ def test_devices_are_listed_by_their_prefix(mapper: device_mapper.Kernel) -> Non
     mapper.full = True
     with pytest.raises(OSError, match="too many"):
         devmapper.names(names.DM_PREFIX)
+
+
+def test_a_node_without_a_driver_is_no_device_mapper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = tmp_path / "control"
+    os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(10, 250))  # misc minors of this range nobody registers
+    with pytest.raises(OSError, match="No such device"):
+        node.open("rb")
+    monkeypatch.setattr(devmapper, "_CONTROL", str(node))
+    assert devmapper.names(names.DM_PREFIX) == []
+    assert devmapper.find(NAME) is None
+    with pytest.raises(FileNotFoundError, match=str(node)):
+        devmapper.create(NAME, "", sectors=8, target="zero", parameters="")
 
 
 def test_what_the_kernel_refuses_is_said(world: HelperWorld, mapper: device_mapper.Kernel) -> None:

@@ -146,10 +146,23 @@ def _call(
     )
     _IOCTL.pack_into(request, 0, *header)
     request[_IOCTL.size : _IOCTL.size + len(payload)] = payload
-    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    control = _open()
     try:
         libc.ioctl(control, 0xC138FD00 | command, request, name)
     finally:
         os.close(control)
     answer = _Header._make(_IOCTL.unpack_from(request))
     return answer, bytes(request[answer.data_start : answer.data_size])
+
+
+def _open() -> int:
+    """Raises FileNotFoundError where the kernel has no device-mapper.
+
+    Its node outlives a driver that was taken away, and whoever looks for a driver that never was makes one.
+    """
+    try:
+        return os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), _CONTROL) from error
+        raise
