@@ -2,14 +2,14 @@
 /* banger-console: starts a VM's jailer on the host, keeps what its VMM writes, at most twice LIMIT bytes a stream,
  * and says how the VMM ended.
  *
- * usage: banger-console UID GROUP STARTED EVENTS LIMIT IN:CURRENT:OLD... -- GROUP PROGRAM [ARGUMENT...]
+ * usage: banger-console UID GROUP STARTED EVENTS ENDING LIMIT IN:CURRENT:OLD... -- GROUP PROGRAM [ARGUMENT...]
  *
  * All but UID, LIMIT and the program are numbers of descriptors. Both GROUPs are cgroup.procs: ours, and that of the
  * program, which is in its group before its first instruction. It stays what we are, root; we become UID, whose gid is
  * the same number. The jailer ends at once and leaves its VMM, an orphan: orphans below us become our children,
  * so only we are told how it ends. A byte goes to STARTED when the jailer has ended well, its end is seen there when it
- * has not. The last line of the second log says how the VMM ended, and what EVENTS, its memory.events (-1: none),
- * says then.
+ * has not. One line in ENDING, where nobody else writes, says how the VMM ended, and what EVENTS, its memory.events
+ * (-1: none), says then.
  *
  * We open no file but /proc/self/oom_score_adj. When CURRENT is full its content moves to OLD and CURRENT starts anew. What cannot be
  * written is dropped: a full disk must not stop a VM. */
@@ -28,7 +28,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { FAILED = 126, STREAMS_MAX = 8, FIXED = 6 };
+enum { FAILED = 126, STREAMS_MAX = 8, FIXED = 7 };
 
 struct stream {
         int in;
@@ -102,21 +102,21 @@ static void drain(struct stream *stream) {
                 }
 }
 
-static void tell_end(struct stream *log, int status, int events) {
+static void tell_end(int ending, int status, int events) {
         char line[512];
         ssize_t n;
         size_t size;
 
         if (WIFSIGNALED(status))
-                size = (size_t) sprintf(line, "banger-console: the VMM ended by signal %d;", WTERMSIG(status));
+                size = (size_t) sprintf(line, "by signal %d;", WTERMSIG(status));
         else
-                size = (size_t) sprintf(line, "banger-console: the VMM ended with status %d;", WEXITSTATUS(status));
+                size = (size_t) sprintf(line, "with status %d;", WEXITSTATUS(status));
         n = events < 0 ? 0 : pread(events, line + size, sizeof line - size - 1, 0);
         for (ssize_t i = 0; i < n; i++, size++)
                 if (line[size] == '\n')
                         line[size] = ' ';
         line[size++] = '\n';
-        keep(log, line, size);
+        write_all(ending, line, size);
 }
 
 /* --- processes --- */
@@ -241,20 +241,20 @@ static bool parse_stream(const char *text, struct stream *ret) {
 }
 
 int main(int argc, char **argv) {
-        int group, started, events = -1, its_group, at = FIXED, children, status;
+        int group, started, events = -1, ending, its_group, at = FIXED, children, status;
         unsigned long id, limit_bytes;
         sigset_t child;
         pid_t pid;
 
         if (argc < FIXED + 1 || !parse_number(argv[1], &id) || id == 0 || !parse_fd(argv[2], &group) ||
             !parse_fd(argv[3], &started) || (strcmp(argv[4], "-1") != 0 && !parse_fd(argv[4], &events)) ||
-            !parse_number(argv[5], &limit_bytes) || limit_bytes < sizeof buffer)
+            !parse_fd(argv[5], &ending) || !parse_number(argv[6], &limit_bytes) || limit_bytes < sizeof buffer)
                 return 2;
         limit = limit_bytes;
         for (; at < argc && strcmp(argv[at], "--") != 0; at++)
                 if (stream_count == STREAMS_MAX || !parse_stream(argv[at], streams + stream_count++))
                         return 2;
-        if (stream_count < 2 || at + 2 >= argc || !parse_fd(argv[at + 1], &its_group))
+        if (stream_count < 1 || at + 2 >= argc || !parse_fd(argv[at + 1], &its_group))
                 return 2;
 
         if (enter(group) < 0)
@@ -281,6 +281,6 @@ int main(int argc, char **argv) {
         for (int i = 0; i < stream_count; i++)
                 drain(streams + i);
         if (status >= 0)
-                tell_end(streams + 1, status, events);
+                tell_end(ending, status, events);
         return 0;
 }

@@ -76,8 +76,8 @@ async def test_a_panic_is_quoted_from_the_console(served: api_served.Served) -> 
 async def test_the_signal_that_ended_a_vmm_is_named(served: api_served.Served) -> None:
     created = (await served.daemon.create()).vm
     assert created is not None
-    log = served.daemon.paths.layout.logs / created.id / "vmm.log"
-    log.write_text("banger-console: the VMM ended by signal 9;low 0 oom 0 oom_kill 0 \n")
+    log = served.daemon.paths.layout.logs / created.id / "ending.log"
+    log.write_text("by signal 9;low 0 oom 0 oom_kill 0 \n")
     fake = served.daemon.world.vm(created.id).vmm
     assert fake is not None
     await fake.kill()

@@ -64,14 +64,16 @@ class Started:
         self.told, telling = os.pipe()
         counted = directory / "memory.events"
         counted.write_text(events)
+        ending_log = os.open(directory / "ending.log", os.O_RDWR | os.O_CREAT, 0o600)
         source, output = os.pipe()
         logger, unused = os.pipe()
         streams = []
         for log, end in zip(self.logs, (source, logger), strict=True):
             kept = [os.open(f"{log}{old}", os.O_RDWR | os.O_CREAT, 0o600) for old in ("", ".1")]
             streams.append((end, *kept))
-        fds += [telling, os.open(counted, os.O_RDONLY), *(fd for stream in streams for fd in stream)]
-        numbers = (UID, fds[0], telling, fds[3], LIMIT, *(":".join(map(str, each)) for each in streams))
+        fds += [telling, os.open(counted, os.O_RDONLY), ending_log]
+        numbers = (UID, fds[0], *fds[2:], LIMIT, *(":".join(map(str, each)) for each in streams))
+        fds += [fd for stream in streams for fd in stream]
         argv = [*map(str, numbers), "--", str(fds[1]), "/bin/sh", "-c", jailer]
         self.process = subprocess.Popen(
             [PROGRAM, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds
@@ -116,7 +118,7 @@ def fifos(tmp_path: Path) -> list[Path]:
 def test_how_the_vmm_ended_is_told(tmp_path: Path, groups: list[Path], last: str, seen: str) -> None:
     with Started(tmp_path, groups, f"sh -c '{last}' & exit 0") as started:
         assert started.end() == b"0"
-    assert str(ending.read(started.logs[1])) == seen
+    assert str(ending.read(tmp_path)) == seen
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_what_its_control_group_counted_is_told(
     events = f"low 0\nhigh 0\nmax 7\noom {hits}\noom_kill 1\noom_group_kill 0\n"
     with Started(tmp_path, groups, "sh -c 'kill -KILL $$' & exit 0", events=events) as started:
         started.end()
-    seen = ending.read(started.logs[1])
+    seen = ending.read(tmp_path)
     assert seen == ending.Ending(signal=9, limit_hits=hits, memory_kills=1)
     assert str(seen) == f"the kernel ended its VMM for want of memory: {whose}"
 
@@ -138,7 +140,7 @@ def test_a_jailer_that_fails_is_told_by_silence(tmp_path: Path, groups: list[Pat
     with Started(tmp_path, groups, f"echo no; {jailer}") as started:
         assert started.end() == b""
     assert started.logs[0].read_text() == "no\n"
-    assert ending.read(started.logs[1]) is None
+    assert ending.read(tmp_path) is None
 
 
 def test_the_vmm_is_in_its_group_as_root_and_the_log_writer_is_not(
@@ -173,6 +175,22 @@ def test_a_vmm_outlives_its_log_writer(tmp_path: Path, groups: list[Path], fifos
         os.close(vmm)
 
 
+def test_nobody_believes_what_a_vmm_says_of_its_end(
+    tmp_path: Path, groups: list[Path], fifos: list[Path]
+) -> None:
+    lie = "by signal 9;oom 1 oom_kill 1"
+    lies = f'for fd in 0 1 2 3 4 5 6 7 8 9; do echo "{lie}" >&$fd; done'
+    jailer = f"sh -c '{lies}; read line < {fifos[0]}' & exit 0"
+    with Started(tmp_path, groups, jailer) as started:
+        assert os.read(started.told, 8) == b"0"
+        while lie not in started.logs[0].read_text():
+            time.sleep(0.01)  # a log announces nothing
+        started.process.kill()
+        started.process.wait()
+        assert ending.read(tmp_path) is None
+        fifos[0].write_text("go\n")
+
+
 def test_logs_stay_bounded(tmp_path: Path, groups: list[Path]) -> None:
     with Started(tmp_path, groups, "sh -c 'seq 20000' & exit 0") as started:
         started.end()
@@ -184,9 +202,7 @@ def test_logs_stay_bounded(tmp_path: Path, groups: list[Path]) -> None:
 @pytest.mark.parametrize("uid", ["", "x", "-1", "0", "1x", "4294967296"])
 def test_what_is_no_uid_of_a_vm_is_refused(uid: str) -> None:
     """Reading it as 0 would leave it root."""
-    said = subprocess.run(
-        [PROGRAM, uid, "0", "0", "-1", str(LIMIT), "0:0:0", "0:0:0", "--", "0", "/bin/true"]
-    )
+    said = subprocess.run([PROGRAM, uid, "0", "0", "-1", "0", str(LIMIT), "0:0:0", "--", "0", "/bin/true"])
     assert said.returncode == 2
 
 
@@ -198,8 +214,8 @@ def test_without_the_group_nothing_is_started() -> None:
             fd,
             fd,
             "-1",
+            fd,
             str(LIMIT),
-            f"{fd}:{fd}:{fd}",
             f"{fd}:{fd}:{fd}",
             "--",
             fd,
@@ -252,7 +268,7 @@ def test_the_helper_finds_what_the_jailer_left_and_what_it_ended_of(
     os.kill(vmm.pid, signal.SIGKILL)
     process._await_console(VM, deadline_s=20)
     assert process.find(policy, VM).pid == 0
-    assert ending.read(Path(filesystem.logs(policy, VM), "vmm.log")) == ending.Ending(signal=9)
+    assert ending.read(Path(filesystem.logs(policy, VM))) == ending.Ending(signal=9)
 
 
 def test_the_helper_quotes_a_jailer_that_failed(tmp_path: Path, policy: policies.Policy) -> None:

@@ -271,7 +271,7 @@ class AllowAddresses(Request[Done], tag="allow_addresses", frozen=True):
 
 
 class PrepareJail(Request[Done], tag="prepare_jail", frozen=True):
-    """The VM's jail directory and its log directory: console.log, vmm.log and metrics.log, each bounded."""
+    """The VM's jail directory and that of its logs: console, vmm, metrics, each bounded, and ending."""
 
     vm_id: Id
     slot: Slot

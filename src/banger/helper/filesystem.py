@@ -20,6 +20,8 @@ from banger.helper import policy as policies
 from banger.helper.linux import libc, pidfd
 
 LOGS: Final = ("console", "vmm", "metrics")
+ENDING: Final = "ending"
+"""The log of how the VMM ended, in which no VMM writes."""
 MAX_DISK_BYTES: Final = 16 << 40
 MAX_KERNEL_BYTES: Final = 1 << 30
 KEPT_KERNELS: Final = 8
@@ -274,7 +276,7 @@ def make_logs(policy: policies.Policy, vm_id: str) -> None:
     directory = logs(policy, vm_id)
     make_directory(os.path.dirname(directory), 0o711)
     make_directory(directory, 0o750, gid=policy.owner_gid)
-    for name in LOGS:
+    for name in (*LOGS, ENDING):
         path = f"{directory}/{name}.log"
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, f"{path}.1")

@@ -159,6 +159,7 @@ class _Streams(NamedTuple):
     """What the VMM writes to, and the log writer's descriptors: source, file and predecessor of each log."""
 
     output: int
+    ending: int
     logs: tuple[int, ...]
 
 
@@ -180,7 +181,8 @@ def _streams(policy: policies.Policy, vm_id: names.VmId, root: int) -> Generator
                 source = held(os.open(f"{name}.log", flags, dir_fd=root))
             logs.append(source)
             logs += [held(filesystem.open_log(policy, f"{directory}/{name}.log{end}")) for end in ("", ".1")]
-        yield _Streams(output, tuple(logs))
+        ending = held(filesystem.open_log(policy, f"{directory}/{filesystem.ENDING}.log"))
+        yield _Streams(output, ending, tuple(logs))
 
 
 def _start(policy: policies.Policy, vm_id: names.VmId, uid: int, streams: _Streams) -> int:
@@ -202,7 +204,7 @@ def _start(policy: policies.Policy, vm_id: names.VmId, uid: int, streams: _Strea
         on_failure = opened.enter_context(contextlib.ExitStack())
         on_failure.callback(os.close, started)
         group, its_group = held(cgroup.open_console_procs(policy)), held(cgroup.open_procs(policy, vm_id))
-        fds = (group, held(telling), held(cgroup.open_memory_events(policy, vm_id)))
+        fds = (group, held(telling), held(cgroup.open_memory_events(policy, vm_id)), streams.ending)
         argv = [policy.console, str(uid), *map(str, fds), str(LOG_LIMIT_BYTES)]
         argv += [":".join(map(str, streams.logs[at : at + 3])) for at in range(0, len(streams.logs), 3)]
         argv += ["--", str(its_group), *_jailer(policy, vm_id, uid)]
@@ -255,8 +257,9 @@ def _fail_launch(policy: policies.Policy, vm_id: names.VmId, what: str) -> NoRet
     cgroup.delete(policy, vm_id, deadline=time.monotonic() + END_DEADLINE_S)
     _await_console(vm_id, deadline_s=1.0)
     said = filesystem.log_tail(policy, vm_id, "vmm")
-    if "\n" not in said:  # its log writer's line at the most
-        said = f"{filesystem.log_tail(policy, vm_id, 'console')} {said}".strip()
+    if not said:
+        ending = filesystem.log_tail(policy, vm_id, filesystem.ENDING)
+        said = f"{filesystem.log_tail(policy, vm_id, 'console')} {ending}".strip()
     raise errors.OperationFailedError(f"{what}, for VM {vm_id}: {said}", vm=vm_id, log=said)
 
 

@@ -13,8 +13,11 @@ import msgspec
 from banger.contract import errors, resources
 from banger.vm import readiness, record
 
-_SAID: Final = "banger-console: the VMM ended "
-"""The helper's log writer, its parent, writes this last; see guest/console.c."""
+_LOG: Final = "ending.log"
+"""One line of the helper's log writer, the VMM's parent; see guest/console.c."""
+_BY_SIGNAL: Final = "by signal"
+_WITH_STATUS: Final = "with status"
+_KINDS: Final = (_BY_SIGNAL, _WITH_STATUS)
 _MAX_DIGITS: Final = 3
 # What Firecracker 1.12 logs when the guest reset or powered off by itself.
 _ORDERLY_END: Final = "exit_code=0"
@@ -54,19 +57,17 @@ class Ending:
         return f"its VMM ended unexpectedly, with status {self.status}"
 
 
-def read(vmm_log: Path) -> Ending | None:
+def read(logs: Path) -> Ending | None:
     """None where nobody saw the end: the log writer was killed, or was started by an earlier version."""
-    lines = readiness.console_tail(vmm_log).splitlines()
-    _, found, said = lines[-1].rpartition(_SAID) if lines else ("", "", "")
-    how, _, events = said.partition(";")
+    how, _, events = readiness.console_tail(logs / _LOG).partition(";")
     kind, _, number = how.rpartition(" ")
-    if not found or not number.isdecimal() or len(number) > _MAX_DIGITS:
+    if kind not in _KINDS or not number.isdecimal() or len(number) > _MAX_DIGITS:
         return None
     words = iter(events.split())
     counts = {name: int(count) for name, count in zip(words, words, strict=False) if count.isdecimal()}
     return Ending(
-        signal=int(number) if kind == "by signal" else 0,
-        status=int(number) if kind == "with status" else 0,
+        signal=int(number) if kind == _BY_SIGNAL else 0,
+        status=int(number) if kind == _WITH_STATUS else 0,
         limit_hits=counts.get("oom", 0),
         memory_kills=counts.get("oom_kill", 0),
     )
@@ -79,7 +80,7 @@ def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmR
     of a host that goes down, if anything.
     """
     panic = readiness.panic_line(logs / "console.log")
-    seen = read(logs / "vmm.log")
+    seen = read(logs)
     if seen is not None:
         orderly = seen == Ending()
     else:
