@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Final
 
 from banger.cli import attach, client, render
-from banger.contract import egress, errors, resources
+from banger.contract import destinations, egress, errors, resources
 
 LOG: Final = "~/.banger-bootstrap.log"
 _DECLARATIONS: Final = (b"mise.toml", b".mise.toml", b".tool-versions", b".config/mise/config.toml")
@@ -30,8 +30,8 @@ def is_wanted(files: Collection[bytes]) -> bool:
 
 def require_network(asked: resources.CreateVm) -> None:
     """Refuses, before anything is made, to install tools where nothing can be fetched."""
-    mode = asked.egress or (egress.Egress.INTERNET if asked.nat else egress.Egress.NONE)
-    if mode is egress.Egress.NONE and not asked.allow:
+    has_nat, mode = destinations.opened(asked.nat, asked.egress, asked.allow)
+    if not asked.allow and (not has_nat or mode is egress.Egress.NONE):
         raise errors.BadRequestError(
             "the repository declares tools for mise, and a VM that reaches nothing cannot fetch them",
             hint="add --nat, --allow with where they come from, or --no-bootstrap to do without them",

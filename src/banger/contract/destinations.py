@@ -55,6 +55,18 @@ def _parse6(text: str, plain: str) -> egress.Destination:
     return egress.Destination(str(found), _port(text, port_text[1:]) if port_text else 0)
 
 
+def opened(
+    nat: bool | None, mode: egress.Egress | None, allow: tuple[str, ...]
+) -> tuple[bool, egress.Egress]:
+    """NAT and its mode, of the words of one request: on a new VM and on one that is changed.
+
+    Who names a destination or a mode wants NAT; who names nothing but destinations, only them.
+    """
+    wants_nat = nat if nat is not None else bool(allow or mode)
+    named_alone = bool(allow) and not nat
+    return wants_nat, mode or (egress.Egress.NONE if named_alone else egress.Egress.INTERNET)
+
+
 def networks(rules: tuple[str, ...]) -> tuple[egress.Destination, ...]:
     """Those of the rules that are networks."""
     return tuple(found for found in map(parse, rules) if isinstance(found, egress.Destination))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from banger.contract import egress, errors, names, resources, sizes
+from banger.contract import destinations, egress, errors, names, resources, sizes
 from banger.vm import create, lifetime, record
 
 
@@ -66,7 +66,7 @@ def _opened(vm: record.VmRecord, body: resources.SetVm) -> tuple[bool, egress.Eg
             f"{vm.name} may reach only {', '.join(vm.allow)}; NAT alone does not say whether that stays so",
             hint="`--egress none` opens only these, `--egress internet` the internet too",
         )
-    return create.opened(body.nat, body.egress, body.allow or ())
+    return destinations.opened(body.nat, body.egress, body.allow or ())
 
 
 def failed(

@@ -51,7 +51,7 @@ class Access:
 def access(body: resources.CreateVm, *, ipv6: bool = False) -> Access:
     """Raises BadRequestError. `ipv6` is for a request that says nothing of it."""
     allow = allowed(body.allow)
-    wants_nat, egress = opened(body.nat, body.egress, allow)
+    wants_nat, egress = destinations.opened(body.nat, body.egress, allow)
     if not body.network and (wants_nat or body.peer_network or body.ipv6):
         raise errors.BadRequestError(
             "a VM without network has no NAT, no peers and no IPv6",
@@ -60,18 +60,6 @@ def access(body: resources.CreateVm, *, ipv6: bool = False) -> Access:
     has_ipv6 = body.network and (ipv6 if body.ipv6 is None else body.ipv6)
     require_ipv6(allow, has_ipv6=has_ipv6)
     return Access(wants_nat, egress, allow, body.peer_network, has_ipv6)
-
-
-def opened(
-    nat: bool | None, egress: egresses.Egress | None, allow: tuple[str, ...]
-) -> tuple[bool, egresses.Egress]:
-    """NAT and its mode, of the words of one request: on a new VM and on one that is changed.
-
-    Who names a destination or a mode wants NAT; who names nothing but destinations, only them.
-    """
-    wants_nat = nat if nat is not None else bool(allow or egress)
-    named_alone = bool(allow) and not nat
-    return wants_nat, egress or (egresses.Egress.NONE if named_alone else egresses.Egress.INTERNET)
 
 
 def require_ipv6(allow: tuple[str, ...], *, has_ipv6: bool) -> None:
