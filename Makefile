@@ -22,7 +22,7 @@ $(VENV)/ready: requirements/dev.txt
 	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
-.PHONY: run test lint unit contract root lab long soak fuzz coverage strict guest wheel setup lab-up lab-ssh lab-down bench clean help
+.PHONY: run test lint unit contract root lab long soak fuzz coverage strict guest wheel setup lab-up lab-ssh lab-down screens bench clean help
 
 run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
@@ -90,6 +90,9 @@ lab-ssh:  ## Open a shell in that lab
 
 lab-down:  ## End that lab
 	$(PY) -m lab down --name $(NAME)
+
+screens: setup guest  ## Take the documentation's pictures of a terminal anew, in a lab
+	$(PY) -m lab.screens
 
 bench: setup guest  ## Measure, each figure beside its rival in one run
 	$(PY) -m bench

@@ -82,10 +82,19 @@ def _local(owner: str) -> int:
 def missing_locally() -> list[str]:
     found = {
         "no systemd": Path("/run/systemd/system").is_dir(),
-        "no device-mapper": Path("/dev/mapper/control").exists(),
+        "no device-mapper": _opens("/dev/mapper/control"),
     }
     refusal = accel.guest_refusal()
     return [*([refusal] if refusal else []), *(what for what, is_there in found.items() if not is_there)]
+
+
+def _opens(device: str) -> bool:
+    """A node alone says nothing: it may have no driver, or call for the one it has."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _show(command: tuple[list[str], Path]) -> int:

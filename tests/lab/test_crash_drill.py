@@ -33,7 +33,6 @@ def drilled(installed_host: Lab) -> Iterator[Lab]:
         user.banger(installed_host, "vm", "delete", vm, check=False)
 
 
-@pytest.mark.long
 def test_a_random_walk_of_kills(drilled: Lab) -> None:
     print(f"seed {SEED}, {KILLS} kills")
     drilled.write(DRIVER, Path(__file__).with_name("crash_walk.py").read_bytes())

@@ -185,6 +185,23 @@ def test_this_machine_is_used_only_when_it_can_and_for_somebody(
     assert "OWNER=you" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_lab_that_stopped_answering_is_asked_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """And one that only ran out of time is: without this a whole suite waits for each of its commands."""
+    monkeypatch.setattr(remote, "GRACE_S", 0.1)
+    monkeypatch.setattr(remote, "LAST_TRY_S", 0.3)
+    stub = f'case "$1" in true) exec sleep {0 if answers else 9};; *) exec sleep 9;; esac'
+    monkeypatch.setattr(remote.Shell, "ssh_argv", lambda *_: ["sh", "-c", stub, "ssh"])
+    shell = remote.Shell(tmp_path, 1, tmp_path, tmp_path)
+    kind, again = (errors.CommandError, "within") if answers else (errors.HungError, "before")
+    with pytest.raises(kind):
+        shell.run(["anything"], timeout_s=0.1)
+    with pytest.raises(kind, match=again):
+        shell.run(["anything"], timeout_s=0.1)
+
+
 def test_an_sshd_that_is_slow_to_speak_is_given_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each that connects is answered late, as by a busy lab: waiting always as long would never end."""
     monkeypatch.setattr(remote, "FIRST_TRY_S", 0.02)
