@@ -20,7 +20,7 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from banger import run
-from banger.contract import errors, names
+from banger.contract import decoding, errors, names
 
 _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
@@ -122,7 +122,7 @@ class Artefacts(Generic[R]):
     def read(self, artefact_id: str) -> R:
         path = self.path(artefact_id) / self._record_name
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=self._type)
+            record = decoding.json(path.read_bytes(), self._type)
         except FileNotFoundError as error:
             raise errors.NotFoundError(f"there is no {self._what} {artefact_id}") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from banger.contract import errors
+from banger.contract import decoding, errors
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def read(path: Path, kind: type[T], *, hint: str) -> T:
 
 def parse(text: str, kind: type[T], *, what: str, hint: str) -> T:
     try:
-        return msgspec.convert(tomllib.loads(text), type=kind)
+        return decoding.convert(tomllib.loads(text), kind)
     except msgspec.ValidationError as error:
         raise errors.BadRequestError(f"{what}: {_by_key(str(error))}", hint=hint) from error
     except (ValueError, RecursionError) as error:

@@ -110,6 +110,18 @@ def test_programs_are_started_by_the_doors_alone() -> None:
     assert found <= doors
 
 
+def test_decoders_are_made_by_one_door_alone() -> None:
+    """Two threads that make them for the same struct end the interpreter: contract/decoding.py."""
+    made = re.compile(r"^msgspec\.(convert|(\w+\.)(decode|Decoder))$")
+    found = {
+        str(path.relative_to(tree.PACKAGE))
+        for path in tree.shipped_modules()
+        for name, _ in tree.calls(path)
+        if made.match(name)
+    }
+    assert found == {"contract/decoding.py"}
+
+
 def test_the_product_sleeps_only_where_nothing_can_be_waited_for() -> None:
     found = {
         str(path.relative_to(tree.PACKAGE))

@@ -16,7 +16,7 @@ import httptools
 import msgspec
 
 from banger.cli import connection
-from banger.contract import errors
+from banger.contract import decoding, errors
 
 if TYPE_CHECKING:
     from banger.contract import resources
@@ -158,7 +158,7 @@ def _spoken(*, reading: bool = False) -> Iterator[None]:
 
 def _refusal(answer: connection.Answer) -> errors.BangerError:
     try:
-        return failure(msgspec.json.decode(answer.whole(), type=errors.ErrorBody))
+        return failure(decoding.json(answer.whole(), errors.ErrorBody))
     except msgspec.DecodeError:
         text = f"bangerd answered {answer.status} {answer.reason}"
         return errors.ProtocolError(text, hint="does something else listen on this socket?")
@@ -166,7 +166,7 @@ def _refusal(answer: connection.Answer) -> errors.BangerError:
 
 def decode(data: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoding.json(data, kind)
     except msgspec.DecodeError as error:
         hint = "is bangerd of another version? `banger version` shows both"
         raise errors.ProtocolError(f"bangerd's answer makes no sense: {error}", hint=hint) from error

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from banger.cli import client, websocket
-from banger.contract import errors, resources
+from banger.contract import decoding, errors, resources
 
 T = TypeVar("T")
 _HELD_BYTES: Final = 1 << 20
@@ -105,7 +105,7 @@ class Exchange:
 
 def _raise_if_failed(message: websocket.Message) -> None:
     with contextlib.suppress(msgspec.DecodeError):
-        error = msgspec.json.decode(message.data, type=_Last).error
+        error = decoding.json(message.data, _Last).error
         if error is not None:
             raise client.failure(error)
 

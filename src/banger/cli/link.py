@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from banger.cli import websocket
-from banger.contract import errors
+from banger.contract import decoding, errors
 
 _T = TypeVar("_T")
 HELD_BYTES: Final = 256 * 1024
@@ -76,6 +76,6 @@ class Link:
 def decode(data: bytes, kind: type[_T]) -> _T:
     """Raises ProtocolError."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoding.json(data, kind)
     except msgspec.DecodeError as error:
         raise errors.ProtocolError(f"what bangerd says makes no sense: {error}") from error

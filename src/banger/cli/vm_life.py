@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from banger.cli import client, command, exits, many, output, params, progress, render, signals
-from banger.contract import egress, errors, resources
+from banger.contract import decoding, egress, errors, resources
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MANY: Final = click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
@@ -117,7 +117,7 @@ def request(name: str | None, chosen: dict[str, Any], **more: bool) -> resources
     for limit in ("idle_stop_s", "ttl_s"):
         chosen[limit] = chosen[limit] or 0
     try:
-        return msgspec.convert({"name": name, "network": network, **chosen, **more}, resources.CreateVm)
+        return decoding.convert({"name": name, "network": network, **chosen, **more}, resources.CreateVm)
     except msgspec.ValidationError as error:
         raise errors.BadRequestError(f"cannot make such a VM: {error}") from error
 
@@ -290,7 +290,7 @@ def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen
     if all(value is None for value in chosen.values()):
         raise errors.BadRequestError("nothing to change was given", hint="see `banger vm set --help`")
     try:
-        asked = msgspec.convert(chosen, resources.SetVm)
+        asked = decoding.convert(chosen, resources.SetVm)
     except msgspec.ValidationError as error:
         raise errors.BadRequestError(f"cannot change {vm} like that: {error}") from error
     changed = settings.client().patch(f"/v1/vms/{client.segment(vm)}", asked, resources.Vm)

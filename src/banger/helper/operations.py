@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 import banger
-from banger.contract import errors, privileged
+from banger.contract import decoding, errors, privileged
 from banger.helper import guest_rules, inventory, network, process, resolver, storage
 from banger.helper import policy as policies
 
@@ -197,6 +197,6 @@ def _firecracker_version(policy: policies.Policy) -> str:
     with contextlib.suppress(OSError, errors.UnauthorizedError, msgspec.DecodeError, UnicodeDecodeError):
         fd = policies.open_root_owned(f"{os.path.dirname(policy.firecracker)}/{_RUNTIME_RECORD}")
         with open(fd, "rb") as file:
-            record = msgspec.json.decode(file.read(), type=dict[str, dict[str, str]])
+            record = decoding.json(file.read(), dict[str, dict[str, str]])
         return record.get("firecracker", {}).get("version", "")
     return ""

@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from banger.contract import errors, names
+from banger.contract import decoding, errors, names
 
 DEFAULT_PATH: Final = Path("/etc/banger/install.toml")
 _MAX_POLICY_BYTES: Final = 64 * 1024
@@ -90,7 +90,7 @@ def load(path: Path = DEFAULT_PATH) -> Policy:
     with open(fd, "rb") as file:
         text = file.read(_MAX_POLICY_BYTES)
     try:
-        return msgspec.convert(tomllib.loads(text.decode()), Policy)
+        return decoding.convert(tomllib.loads(text.decode()), Policy)
     except (ValueError, msgspec.ValidationError) as error:
         hint = "run banger system install again"
         raise errors.BadRequestError(f"{path} is not valid: {error}", hint=hint) from error

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from banger.contract import audit as records
-from banger.contract import errors, privileged
+from banger.contract import decoding, errors, privileged
 from banger.helper import audit, limits, network, operations
 from banger.helper import policy as policies
 
@@ -37,7 +37,7 @@ _TAKES_TAPS: Final = (privileged.EnsureBridge, privileged.CreateTap)
 """A start ensures the bridge some time before it takes a tap."""
 _REFUSALS: Final = (errors.UnauthorizedError, errors.BadRequestError)
 
-_decoder: Final = msgspec.json.Decoder(privileged.Envelope)
+_decoder: Final = decoding.decoder(privileged.Envelope)
 _encoder: Final = msgspec.json.Encoder()
 
 

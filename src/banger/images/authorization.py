@@ -17,7 +17,7 @@ import httpx
 import msgspec
 
 from banger import run
-from banger.contract import errors
+from banger.contract import decoding, errors
 from banger.images import connections, credentials, reference
 
 _CLIENT_ID: Final = "banger"
@@ -127,7 +127,7 @@ async def _token_of(
         raise errors.ProtocolError(f"the token service of {wanted.host} answered {status}")
     data = await read(response, _MAX_TOKEN_BYTES, "the token")
     try:
-        found = msgspec.json.decode(data, type=_Token)
+        found = decoding.json(data, _Token)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise errors.ProtocolError(f"the token service of {wanted.host} gave no token") from None
     token = found.token or found.access_token

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from banger.contract import errors, names, requests
+from banger.contract import decoding, errors, names, requests
 from banger.images import recipe, reference
 
 _SHIPPED: Final = "catalog.toml"
@@ -121,7 +121,7 @@ def _extension(path: Path, arch: str) -> tuple[Entry, ...]:
 
 def _parse(data: bytes, what: str, arch: str) -> tuple[Entry, ...]:
     try:
-        found = msgspec.toml.decode(data, type=_Catalog).image
+        found = decoding.toml(data, _Catalog).image
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise errors.BadRequestError(f"{what}: {error}", hint="docs/images.md says what it holds") from error
     twice = {entry.name for entry in found if [each.name for each in found].count(entry.name) > 1}

@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from banger import run
-from banger.contract import errors
+from banger.contract import decoding, errors
 from banger.images import reference
 
 _HUB_KEY: Final = "https://index.docker.io/v1/"
@@ -148,7 +148,7 @@ def _read(path: Path) -> _File | None:
     if len(data) > _MAX_FILE_BYTES:
         raise errors.BadRequestError(f"{path} is larger than 1 MiB")
     try:
-        return msgspec.json.decode(data, type=_File)
+        return decoding.json(data, _File)
     except (msgspec.DecodeError, UnicodeDecodeError):
         # The decoder's own words may quote what is in the file.
         hint = "log in again with docker or podman, or repair the file"
@@ -229,7 +229,7 @@ def _ask(helper: str, key: str) -> Login | None:
             hint="it may need your session, which the daemon is not part of; a plain login of podman works",
         )
     try:
-        found = msgspec.json.decode(result.stdout, type=_Answer)
+        found = decoding.json(result.stdout, _Answer)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise errors.UnauthorizedError(f"{program} gave an answer that is no login") from None
     if not found.secret:

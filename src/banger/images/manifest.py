@@ -12,7 +12,7 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
-from banger.contract import errors
+from banger.contract import decoding, errors
 from banger.images import bundle, reference
 
 MAX_DOCUMENT_BYTES: Final = 4 << 20
@@ -239,6 +239,6 @@ def _decode(data: bytes, kind: type[T], what: str) -> T:
     if len(data) > MAX_DOCUMENT_BYTES:
         raise errors.BadRequestError(f"the {what} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB")
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoding.json(data, kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.BadRequestError(f"the {what} cannot be read: {error}") from error

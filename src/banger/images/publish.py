@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from banger import artefacts, run
-from banger.contract import errors, names
+from banger.contract import decoding, errors, names
 from banger.images import assemble, ext4, records
 from banger.images import bundle as bundles
 from banger.images import recipe as recipes
@@ -58,7 +58,7 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
             raise errors.BadRequestError(f"{directory} is not an image directory: {path.name} is not a file")
     try:
-        record = msgspec.json.decode((directory / records.RECORD).read_bytes(), type=records.Image)
+        record = decoding.json((directory / records.RECORD).read_bytes(), records.Image)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.BadRequestError(f"{directory} is not an image directory: {error}") from error
     wanted = names.parse_artefact_name(name or record.name, "an image")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import msgspec
 
 from banger import artefacts, run
-from banger.contract import errors, names, requests, sizes
+from banger.contract import decoding, errors, names, requests, sizes
 
 if TYPE_CHECKING:
     from banger.images import edit
@@ -141,7 +141,7 @@ def parse(text: bytes) -> Recipe:
     if len(text) > requests.RECIPE_CHARACTERS:
         raise errors.BadRequestError(f"the recipe is larger than {requests.RECIPE_CHARACTERS >> 10} KiB")
     try:
-        return msgspec.convert(_extended(text), type=Recipe)
+        return decoding.convert(_extended(text), Recipe)
     except (ValueError, msgspec.ValidationError, RecursionError) as error:
         raise errors.BadRequestError(
             f"the recipe cannot be read: {error}", hint="docs/images.md says what a recipe holds"

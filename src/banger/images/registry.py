@@ -19,7 +19,7 @@ from typing import Final
 import httpx
 import msgspec
 
-from banger.contract import errors
+from banger.contract import decoding, errors
 from banger.images import authorization, connections, credentials, manifest, reference
 
 _PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
@@ -239,7 +239,7 @@ async def _said(response: httpx.Response) -> str:
     """The registry's own words, if it has any."""
     with contextlib.suppress(errors.BangerError, msgspec.DecodeError, UnicodeDecodeError, httpx.HTTPError):
         data = await authorization.read(response, _MAX_ERROR_BYTES, "the error")
-        found = msgspec.json.decode(data, type=_Errors).errors
+        found = decoding.json(data, _Errors).errors
         if found and (text := found[0].message or found[0].code):
             printable = "".join(each if each.isprintable() else "?" for each in text[:_MAX_SAID])
             return f": {printable}"

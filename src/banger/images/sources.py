@@ -19,7 +19,7 @@ from typing import Annotated, Final, Protocol
 import msgspec
 
 from banger import artefacts, run
-from banger.contract import errors
+from banger.contract import decoding, errors
 from banger.images import archive, bundle, manifest, reference
 
 _CHUNK: Final = 1 << 20
@@ -179,9 +179,7 @@ def _blob(digest: reference.Digest) -> str:
 def _saved(files: _Files, path: Path, arch: str, wanted: str) -> bundle.Bundle:
     """`docker save` before it wrote layouts: plain tars, known by the diff ids of the configuration."""
     try:
-        entries = msgspec.json.decode(
-            files.read(_DOCKER, manifest.MAX_DOCUMENT_BYTES), type=tuple[_Saved, ...]
-        )
+        entries = decoding.json(files.read(_DOCKER, manifest.MAX_DOCUMENT_BYTES), tuple[_Saved, ...])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.BadRequestError(f"{_DOCKER} of {path} cannot be read: {error}") from error
     entry = _saved_one(entries, path, wanted)

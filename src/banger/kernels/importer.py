@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from banger import artefacts, pinned
-from banger.contract import errors, names
+from banger.contract import decoding, errors, names
 from banger.kernels import build_config, elf, files, initrd, inspect, modules, needs, parts, records
 
 Say = Callable[[str], None]
@@ -143,7 +143,7 @@ class _Import:
         if found.record is None:
             return None
         try:
-            record = msgspec.json.decode(files.read(found.record, 1 << 20), type=records.Kernel)
+            record = decoding.json(files.read(found.record, 1 << 20), records.Kernel)
         except (errors.BangerError, msgspec.DecodeError, UnicodeDecodeError):
             return None
         initrd_sha256 = pinned.sha256_of_path(found.initrd) if found.initrd is not None else ""

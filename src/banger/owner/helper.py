@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from banger import steps
-from banger.contract import errors, privileged
+from banger.contract import decoding, errors, privileged
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Client:
         self._deadline_s = deadline_s
         self._take_back_s = take_back_s
         self._slow_s = slow_s
-        self._decoder = msgspec.json.Decoder(privileged.Reply)
+        self._decoder = decoding.decoder(privileged.Reply)
 
     async def call(self, request: privileged.Request[privileged.ResultT], /) -> privileged.ResultT:
         # The tagged decoder checks that it is a result; the operation's own type is the helper's contract.

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from banger.contract import errors, names, resources
+from banger.contract import decoding, errors, names, resources
 from banger.owner import migrations
 from banger.vm import record
 
@@ -250,7 +250,7 @@ def _row(vm: record.VmRecord) -> tuple[str | int, ...]:
 
 def _parse(row: Row) -> record.VmRecord:
     try:
-        return msgspec.json.decode(row[-1], type=record.VmRecord)
+        return decoding.json(row[-1], record.VmRecord)
     except msgspec.MsgspecError as error:
         _log.error("a row is corrupt", extra={"vm": row[0], "error": str(error)})
         return _salvaged(row, str(error))

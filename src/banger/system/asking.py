@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from banger.contract import errors, privileged
+from banger.contract import decoding, errors, privileged
 from banger.system import host
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def daemon(path: str, kind: type[T], *, at: Path = host.API_SOCKET, timeout_s: f
     try:
         connection.sock.connect(str(at))
         connection.request("GET", path)
-        return msgspec.json.decode(connection.getresponse().read(), type=kind)
+        return decoding.json(connection.getresponse().read(), kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, http.client.HTTPException) as error:
         raise OSError(f"not an answer of bangerd: {error}") from error
     finally:
@@ -51,7 +51,7 @@ def helper(
             if len(head) != _LENGTH.size:
                 raise OSError("bangerd-root closed the connection without an answer")
             (size,) = _LENGTH.unpack(head)
-            reply = msgspec.json.decode(stream.read(size), type=privileged.Reply)
+            reply = decoding.json(stream.read(size), privileged.Reply)
     if reply.error is not None:
         raise errors.from_body(reply.error)
     if reply.result is None:

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from banger.contract import audit, errors
+from banger.contract import audit, decoding, errors
 from banger.system import host
 
 DIRECTORY: Final = host.HELPER / audit.DIRECTORY
@@ -17,7 +17,7 @@ DIRECTORY: Final = host.HELPER / audit.DIRECTORY
 
 def read(directory: Path = DIRECTORY) -> Iterator[audit.Entry]:
     """The oldest first. Raises NotFoundError when there is no record, UnauthorizedError for others' eyes."""
-    decoder = msgspec.json.Decoder(audit.Entry)
+    decoder = decoding.decoder(audit.Entry)
     try:
         found = [directory / name for name in reversed(audit.FILES) if (directory / name).exists()]
         if not found:

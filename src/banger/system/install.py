@@ -18,7 +18,7 @@ import msgspec
 
 import banger
 from banger import pinned, run, steps
-from banger.contract import errors, names
+from banger.contract import decoding, errors, names
 from banger.net import addresses
 from banger.system import environment, host, machine, ownership, releases, runtime, versions
 
@@ -314,6 +314,6 @@ def remove_empty(directories: Iterable[Path]) -> None:
 
 def read_manifest() -> Manifest:
     try:
-        return msgspec.json.decode(MANIFEST.read_bytes(), type=Manifest)
+        return decoding.json(MANIFEST.read_bytes(), Manifest)
     except FileNotFoundError:
         return Manifest()

@@ -11,19 +11,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from banger import run, steps
 from banger.contract import errors, resources
-from banger.system import asking, environment, host, ownership, releases
+from banger.system import asking, environment, host, ownership, releases, settings
 
 ANSWER_S: Final = 60.0
 _POLL_S: Final = 0.2
 _BANGERD_S: Final = 120.0
-
-
-class _Owner(msgspec.Struct, frozen=True):
-    owner_uid: int
 
 
 class Machine:
@@ -65,7 +59,9 @@ class Machine:
         await wait_answer(version)
 
     def _owner(self) -> pwd.struct_passwd:
-        given = msgspec.toml.decode(host.INSTALL_TOML.read_bytes(), type=_Owner)
+        given = settings.read()
+        if given is None:
+            raise errors.NotFoundError("banger is not installed on this host")
         return pwd.getpwuid(given.owner_uid)
 
 

@@ -18,7 +18,7 @@ from typing import Final, Literal
 import msgspec
 
 from banger import pinned, run
-from banger.contract import errors
+from banger.contract import decoding, errors
 
 RECORD: Final = "runtime.json"
 MIN_VERSION: Final = (1, 12, 0)
@@ -58,7 +58,7 @@ def machine() -> str:
 def catalog(arch: str | None = None) -> tuple[pinned.PinnedFile, ...]:
     """The pinned files for an architecture; empty where the catalog has none."""
     text = importlib.resources.files(__package__).joinpath("runtime.toml").read_bytes()
-    files = msgspec.toml.decode(text, type=_Catalog).file
+    files = decoding.toml(text, _Catalog).file
     return tuple(file for file in files if file.arch == (arch or machine()))
 
 
@@ -111,7 +111,7 @@ def status(directory: Path) -> list[Status]:
 def read_record(directory: Path) -> dict[str, Installed]:
     """An absent record is empty; a broken one is empty too, for every file is then judged by its pin."""
     try:
-        return msgspec.json.decode((directory / RECORD).read_bytes(), type=dict[str, Installed])
+        return decoding.json((directory / RECORD).read_bytes(), dict[str, Installed])
     except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
 

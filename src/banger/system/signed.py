@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from banger import run
-from banger.contract import errors
+from banger.contract import decoding, errors
 from banger.system import versions
 
 LIST: Final = "release.json"
@@ -59,7 +59,7 @@ def read(directory: Path, signers: Path, scratch: Path) -> Release:
     said = _read(directory / SIGNATURE)
     who = _verified(text, said, signers, scratch)
     try:
-        release = msgspec.json.decode(text, type=Release)
+        release = decoding.json(text, Release)
     except msgspec.MsgspecError as error:
         raise errors.BadRequestError(
             f"{directory / LIST}, signed by {who}, is no list of a release: {error}"

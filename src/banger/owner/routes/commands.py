@@ -13,7 +13,7 @@ import litestar
 import msgspec
 from litestar import exceptions, params
 
-from banger.contract import errors, guest, resources
+from banger.contract import decoding, errors, guest, resources
 from banger.owner import guest as guests
 from banger.owner import operations, routes
 from banger.owner.routes import sockets
@@ -28,7 +28,7 @@ async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services
     request: resources.ExecRequest | None = None
     began, end = time.monotonic(), None
     try:
-        request = msgspec.json.decode(await socket.receive_text(), type=resources.ExecRequest)
+        request = decoding.json(await socket.receive_text(), resources.ExecRequest)
         services.sessions.announced(ref, request)
         if request.hold:
             await _until_told(socket)
@@ -69,7 +69,7 @@ async def _until_told(socket: sockets.Socket) -> None:
         message = await socket.receive()
         if message["type"] != "websocket.receive":
             raise exceptions.WebSocketDisconnect(detail="the client left")
-        if msgspec.json.decode(message.get("text") or "{}", type=resources.ExecControl).begin:
+        if decoding.json(message.get("text") or "{}", resources.ExecControl).begin:
             return
 
 
@@ -123,7 +123,7 @@ async def _receive_input(socket: sockets.Socket, running: guests.Exec) -> None:
         if data is not None:
             await (running.write(data) if data else running.close_stdin())
             continue
-        control = msgspec.json.decode(message.get("text") or "{}", type=resources.ExecControl)
+        control = decoding.json(message.get("text") or "{}", resources.ExecControl)
         if control.resize is not None:
             await running.resize(*control.resize)
         if control.signal:

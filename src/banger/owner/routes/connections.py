@@ -11,7 +11,7 @@ import litestar
 import msgspec
 from litestar import exceptions, params
 
-from banger.contract import errors, reach
+from banger.contract import decoding, errors, reach
 from banger.owner import guest as guests
 from banger.owner import operations, routes
 from banger.owner.routes import sockets
@@ -27,7 +27,7 @@ async def connect_to_vm(
     await socket.accept()
     end: reach.ConnectEnd | None = None
     try:
-        request = msgspec.json.decode(await socket.receive_text(), type=reach.ConnectRequest)
+        request = decoding.json(await socket.receive_text(), reach.ConnectRequest)
         await _run(socket, ref, request, services)
         end = reach.ConnectEnd()
     except exceptions.WebSocketException:

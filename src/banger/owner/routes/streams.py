@@ -12,7 +12,7 @@ import litestar
 import msgspec
 from litestar import exceptions, params
 
-from banger.contract import errors, resources, transfers
+from banger.contract import decoding, errors, resources, transfers
 from banger.owner import operations, routes
 from banger.owner.routes import sockets
 
@@ -29,7 +29,7 @@ class Link:
     async def hear(self, kind: type[T], /) -> T:
         message = await self._receive()
         try:
-            return msgspec.json.decode(message.get("text") or "", type=kind)
+            return decoding.json(message.get("text") or "", kind)
         except msgspec.DecodeError as error:
             raise errors.BadRequestError(f"malformed message: {error}") from error
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
+from banger.contract import errors
 from banger.system import host, ownership, releases, runtime
+from banger.system import settings as installation
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
 
@@ -26,13 +26,13 @@ _MOST: Final = 100
 
 def settings(scene: scenes.Scene) -> report.Finding:
     """install.toml is there, and its owner is a user of this host."""
-    path = scene.at(host.INSTALL_TOML)
     try:
-        found = msgspec.toml.decode(path.read_bytes(), type=scenes.Settings)
-    except FileNotFoundError:
+        found = installation.read(scene.at(host.INSTALL_TOML))
+    except errors.BadRequestError as error:
+        aside = f"sudo mv {host.INSTALL_TOML} {host.INSTALL_TOML}.bad"
+        return report.failed(error.message, f"correct it, or: {aside} && {_AGAIN} --owner USER")
+    if found is None:
         return report.failed("banger is not installed on this host", _AGAIN)
-    except (msgspec.MsgspecError, ValueError) as error:
-        return report.failed(f"{host.INSTALL_TOML} is not valid: {error}", _AGAIN)
     try:
         account = pwd.getpwuid(found.owner_uid)
     except KeyError:

@@ -16,8 +16,9 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from banger import run
-from banger.contract import errors, inventory, names, privileged, resources
+from banger.contract import decoding, errors, inventory, privileged, resources
 from banger.system import asking, host
+from banger.system import settings as installation
 
 T = TypeVar("T")
 
@@ -33,22 +34,6 @@ class UnseenError(Exception):
         super().__init__(why)
         self.why = why
         self.remedy = remedy
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys of install.toml that the probes need."""
-
-    owner_uid: int
-    owner_gid: int
-    owner_name: str
-    network: str = names.NETWORK
-    network6: str = names.NETWORK6
-    uid_base: int = names.UID_BASE
-    uid_count: int = names.MAX_SLOTS
-    state_dir: str = str(host.STATE)
-    helper_dir: str = str(host.HELPER)
-    firecracker_sha256: str
-    jailer_sha256: str
 
 
 class Effective(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +89,7 @@ class Scene:
     def __init__(self, root: Path = Path("/"), viewer: Viewer | None = None) -> None:
         self.root = root
         self.viewer = viewer or Viewer(os.geteuid())
-        self.settings: Callable[[], Settings] = _Once(self._read_settings)
+        self.settings: Callable[[], installation.Settings] = _Once(self._read_settings)
         self.info: Callable[[], resources.DaemonInfo] = _Once(self._ask_info)
         """Raises OSError when the daemon does not answer."""
         self.helper: Callable[[], privileged.HostInfo] = _Once(self._ask_helper)
@@ -180,15 +165,14 @@ class Scene:
             return UnseenError(f"this user may not ask {who}", "run it as the owner, or: sudo banger doctor")
         return UnseenError(f"{who} does not answer", f"see the row {who}")
 
-    def _read_settings(self) -> Settings:
+    def _read_settings(self) -> installation.Settings:
         try:
-            return msgspec.toml.decode(self.at(host.INSTALL_TOML).read_bytes(), type=Settings)
-        except FileNotFoundError:
-            raise UnseenError("banger is not installed on this host", "sudo banger system install") from None
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise UnseenError(
-                f"{host.INSTALL_TOML} is not valid: {error}", "see the row installed"
-            ) from error
+            found = installation.read(self.at(host.INSTALL_TOML))
+        except errors.BadRequestError as error:
+            raise UnseenError(error.message, "see the row installed") from error
+        if found is None:
+            raise UnseenError("banger is not installed on this host", "sudo banger system install")
+        return found
 
     def _ask_info(self) -> resources.DaemonInfo:
         path = self.at(host.API_SOCKET)
@@ -203,7 +187,7 @@ class Scene:
         if not program.exists():
             raise UnseenError(f"{self.shown(program)} is not installed", "sudo banger system install")
         argv = [str(program), "--check-config", f"--config={self.at(host.CONFIG_TOML)}"]
-        answer = msgspec.json.decode(run.run(argv, deadline_s=_PROGRAM_S, ok=(0, 3)).stdout, type=_Checked)
+        answer = decoding.json(run.run(argv, deadline_s=_PROGRAM_S, ok=(0, 3)).stdout, _Checked)
         if answer.error is not None:
             raise errors.from_body(answer.error)
         return answer.values

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""What an installation decided: install.toml, as installing again, an upgrade and doctor read it."""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+
+import msgspec
+
+from banger.contract import decoding, errors, names
+from banger.system import host
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of install.toml that are needed here."""
+
+    owner_uid: int
+    owner_gid: int
+    owner_name: str
+    network: str = names.NETWORK
+    network6: str = names.NETWORK6
+    uid_base: int = names.UID_BASE
+    uid_count: int = names.MAX_SLOTS
+    state_dir: str = str(host.STATE)
+    helper_dir: str = str(host.HELPER)
+    firecracker_sha256: str
+    jailer_sha256: str
+
+    def has_owner(self) -> bool:
+        """Whether its owner is still a user of this host, of that name."""
+        try:
+            return pwd.getpwuid(self.owner_uid).pw_name == self.owner_name
+        except KeyError:
+            return False
+
+
+def read(path: Path = host.INSTALL_TOML) -> Settings | None:
+    """None when banger is not installed. Raises BadRequestError for what is no such file."""
+    try:
+        return decoding.toml(path.read_bytes(), Settings)
+    except FileNotFoundError:
+        return None
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise errors.BadRequestError(f"{host.INSTALL_TOML} is not valid: {error}") from error
