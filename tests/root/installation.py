@@ -10,14 +10,16 @@ import pwd
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 
 import banger
 from banger import run
 from banger.contract import errors, privileged
-from banger.system import asking, host, install, machine, ownership, releases, uninstall
+from banger.system import asking, host, install, machine, ownership, releases, settings, uninstall
 
 PLACES = ("/etc", "/usr/local", "/var/lib", "/var/cache")
 PREFIX = Path("/usr/local/lib/banger")
@@ -71,7 +73,7 @@ def played() -> Iterator[None]:
             (host, "check", pwd.getpwnam),
             (ownership, "require", lambda prefix, others=(): None),
             (machine, "wait_answer", answer),
-            (asking, "helper", lambda request: privileged.World(vms=(), bridge=False)),
+            (asking, "helper", helper),
         ):
             stack.enter_context(mock.patch.object(place, name, instead))
         yield
@@ -83,14 +85,52 @@ async def answer(version: str) -> None:
 
 
 failing: list[str] = []
+running: list[privileged.VmWorld] = []
+asked: list[str] = []
 
 
-def installed() -> None:
+def helper(request: privileged.Request[Any]) -> privileged.AnyResult:
+    asked.append(type(request).__name__)
+    if isinstance(request, privileged.ListWorld):
+        return privileged.World(vms=tuple(running), bridge=True)
+    return privileged.Done()
+
+
+def installed(**said: Any) -> None:
     sbin = Path("/usr/local/sbin")
-    choices = install.Choices(
-        owner=OWNER, programs={name: sbin / name for name in ("firecracker", "jailer")}
-    )
+    own = {name: sbin / name for name in ("firecracker", "jailer")}
+    choices = install.Choices(**{"owner": OWNER, "programs": own, **said})
     asyncio.run(install.Install(choices, print).run())
+
+
+def check_stays() -> None:
+    """What is not said again stays; what is said is changed, where nothing that runs would suffer."""
+    before = settings.read()
+    assert before is not None
+    anew = {"owner": "", "caller": "daemon", "programs": {}}
+    installed(**anew)
+    assert settings.read() == before
+    with pytest.raises(errors.ConflictError, match=f"installed for {OWNER}"):
+        installed(**{**anew, "owner": "daemon"})
+    running.append(privileged.VmWorld(vm_id="0123456789ab", vmm_pid=1))
+    with pytest.raises(errors.ConflictError, match="1 VMs run"):
+        installed(**anew, network="10.98.0.0/16")
+    running.clear()
+    failing.append("it")
+    with pytest.raises(errors.DeadlineError):
+        installed(**anew, network="10.98.0.0/16")
+    failing.clear()
+    assert settings.read() == before
+    asked.clear()
+    installed(**anew, network="10.98.0.0/16")
+    assert asked == ["ListWorld", "DeleteBridge"]
+    after = settings.read()
+    assert after == msgspec.structs.replace(before, network="10.98.0.0/16")
+    (host.RUNTIME / "firecracker").write_text("#!/bin/sh\n")
+    with pytest.raises(errors.ConflictError, match="firecracker is neither"):
+        installed(**anew)
+    installed(network=before.network)
+    assert settings.read() == before
 
 
 def check_installed() -> None:
@@ -120,6 +160,9 @@ def main(act: str) -> None:
             return
         installed()
         check_installed()
+        if act == "again":
+            check_stays()
+            return
         made = seen()
         if act == "mend-fails":
             failing.append("it")

@@ -28,9 +28,9 @@ group = command.Group(
         ("sudo banger system install --firecracker ./firecracker --jailer ./jailer", "with own files"),
     ],
 )
-@click.option("--owner", metavar="USER", help="Whose daemon it is [default: who called sudo].")
+@click.option("--owner", metavar="USER", default="", help="Whose daemon it is [default: who called sudo].")
 @click.option(
-    "--network", metavar="CIDR", default=names.NETWORK, show_default=True, help="The VMs' addresses."
+    "--network", metavar="CIDR", default="", help=f"The VMs' addresses [default: {names.NETWORK}]."
 )
 @click.option("--network6", metavar="CIDR", default="", help="Those in IPv6 [default: the host's own].")
 @click.option(
@@ -43,32 +43,39 @@ group = command.Group(
     type=click.Path(exists=True, path_type=Path),
     help="Your own jailer [default: the pinned one, fetched].",
 )
+@click.option("--pinned", is_flag=True, help="No more your own: the pinned Firecracker and jailer.")
 @click.option(
     "--signers",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Who may sign releases: ssh-keygen's allowed signers.",
 )
 def install(
-    owner: str | None,
+    owner: str,
     network: str,
     network6: str,
     firecracker: Path | None,
     jailer: Path | None,
+    pinned: bool,
     signers: Path | None,
 ) -> None:
-    """Set up both services on this host. Run again to mend or change it: VMs go on running."""
+    """Set up both services on this host. Run again to mend or change it: VMs go on running.
+
+    Where banger is installed, what is not said stays as it is.
+    """
     from banger.system import install
 
     given = {"firecracker": firecracker, "jailer": jailer}
     choices = install.Choices(
-        owner=owner or os.environ.get("SUDO_USER") or "root",
+        owner=owner,
+        caller=os.environ.get("SUDO_USER") or "root",
         network=network,
         network6=network6,
         programs={name: path.resolve() for name, path in given.items() if path is not None},
+        pinned=pinned,
         signers=signers,
     )
-    asyncio.run(install.Install(choices, render.note).run())
-    render.note(f"banger is installed for {choices.owner}; next, as {choices.owner}:")
+    owner = asyncio.run(install.Install(choices, render.note).run())
+    render.note(f"banger is installed for {owner}; next, as {owner}:")
     render.note("  banger kernel pull generic-6.12 && banger image build debian-bookworm && banger vm run")
 
 

@@ -10,7 +10,7 @@ import pwd
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +18,19 @@ import msgspec
 
 import banger
 from banger import pinned, run, steps
-from banger.contract import decoding, errors, names
+from banger.contract import decoding, errors, names, privileged
 from banger.net import addresses
-from banger.system import environment, host, machine, ownership, releases, runtime, versions
+from banger.system import (
+    asking,
+    environment,
+    host,
+    machine,
+    ownership,
+    releases,
+    runtime,
+    settings,
+    versions,
+)
 
 MANIFEST: Final = host.HELPER / "install-manifest.json"
 MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
@@ -43,14 +53,18 @@ _SIGNERS: Final = """\
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the installing user decided."""
+    """What the installing user decided. What is not said stays as it is where banger is installed."""
 
-    owner: str
-    network: str = names.NETWORK
+    owner: str = ""
+    """Empty and nothing installed: `caller`."""
+    caller: str = ""
+    network: str = ""
     network6: str = ""
-    """Empty: derived from this host's machine id, and so always the same."""
+    """Empty and nothing installed: derived from this host's machine id, and so always the same."""
     programs: dict[str, Path] = field(default_factory=dict)
     """Own files for `firecracker` and `jailer`; absent ones come from the catalog."""
+    pinned: bool = False
+    """The catalog's, in the place of own files that an earlier installation was given."""
     signers: Path | None = None
     """Who may sign releases, as ssh-keygen's allowed signers; None keeps what is there."""
 
@@ -68,10 +82,13 @@ class Install:
     """One installation. `plan` is data; what each step made is remembered for its undo and the manifest."""
 
     def __init__(self, choices: Choices, say: Callable[[str], None]) -> None:
-        self._choices = choices
+        self._settled = settings.read()
+        self._choices = _completed(choices, self._settled)
         self._say = say
         self._owner: pwd.struct_passwd | None = None
         self._files: list[Path] = []
+        self._replaced: dict[Path, str] = {}
+        self._has_old_bridge = False
         self._directories: list[Path] = []
         self._shared: list[Path] = []
         self._before = read_manifest()
@@ -99,17 +116,40 @@ class Install:
             step("answer", self._answer, detail="waiting until both answer"),
         ]
 
-    async def run(self) -> None:
+    async def run(self) -> str:
+        """For whom it is installed."""
         await steps.run(self.plan(), machine.Said(self._say))
+        return self._choices.owner
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
         if self._old is not None:
             versions.refuse_older(banger.__version__, environment.version(self._old) or banger.__version__)
         _refuse_newer_rows(self._owner)
-        found = [*addresses.routes(), *addresses.policy_routes()]
-        addresses.check(_network(self._choices.network), found)
-        addresses.check6(_network6(self._choices.network6), addresses.routes6())
+        network, network6 = _network(self._choices.network), _network6(self._choices.network6)
+        addresses.check(network, [*addresses.routes(), *addresses.policy_routes()])
+        addresses.check6(network6, addresses.routes6())
+        self._check_stays(str(network), str(network6))
+
+    def _check_stays(self, network: str, network6: str) -> None:
+        """Raises ConflictError for a change that what is there would not survive."""
+        old = self._settled
+        if old is None:
+            return
+        if self._choices.owner != old.owner_name and old.has_owner():
+            raise errors.ConflictError(
+                f"banger is installed for {old.owner_name}, whose VMs and images are here",
+                hint=f"go on with --owner {old.owner_name}, or first: sudo banger system uninstall --purge",
+            )
+        if (network, network6) != (old.network, old.network6):
+            world = asking.helper(privileged.ListWorld())
+            self._has_old_bridge = world.bridge
+            running = [vm for vm in world.vms if vm.vmm_pid]
+            if running:
+                raise errors.ConflictError(
+                    f"{len(running)} VMs run with addresses of {old.network} and {old.network6}",
+                    hint="stop them first: banger vm stop NAME",
+                )
 
     async def _check_own(self) -> None:
         await run.in_thread(ownership.require, Path(sys.prefix))
@@ -129,14 +169,18 @@ class Install:
         before = set(host.RUNTIME.iterdir())
         verified = {n: p for n, p in own.items() if pinned.sha256_of_path(p) == pins.get(n)}
         user = {n: p for n, p in own.items() if n not in verified}
-        if set(own) < {"firecracker", "jailer"}:
+        kept = set() if self._choices.pinned else runtime.own_files(host.RUNTIME, but=own)
+        if set(own) | kept < {"firecracker", "jailer"}:
             fetched = await run.in_thread(runtime.pull, host.HELPER / "downloads", on_line=self._say)
-            verified = {name: file.path for name, file in fetched.items() if name not in user} | verified
+            new = {name: file.path for name, file in fetched.items() if name not in {*user, *kept}}
+            verified = new | verified
         await run.in_thread(runtime.install_runtime, host.RUNTIME, verified, user_files=user)
         shutil.rmtree(host.HELPER / "downloads", ignore_errors=True)
         self._files += [path for path in host.RUNTIME.iterdir() if path.is_file() and path not in before]
 
     async def _write_settings(self) -> None:
+        if self._has_old_bridge:
+            asking.helper(privileged.DeleteBridge())  # the next VM has it made, with the new addresses
         owner = self._found_owner()
         installed = runtime.read_record(host.RUNTIME)
         lines = [
@@ -224,6 +268,7 @@ class Install:
         """What is acquired here is the duty to start again what was."""
 
     async def _start_old(self) -> None:
+        self._put_back()
         if self._old is not None:
             await self._start()
 
@@ -254,21 +299,47 @@ class Install:
 
     def _write(self, path: Path, text: str) -> None:
         existed = path.exists()
-        staged = path.with_name(f".{path.name}.new")
-        staged.write_text(text)
-        staged.chmod(0o644)
-        staged.rename(path)
+        if existed:
+            self._replaced.setdefault(path, path.read_text())
+        _publish(path, text)
         # What was there before stays ours only if an earlier installation's manifest says so.
         if not existed:
             self._files.append(path)
 
+    def _put_back(self) -> None:
+        for path, text in self._replaced.items():
+            _publish(path, text)
+
     async def _take_back(self) -> None:
-        """What this run made; what an earlier installation made stays."""
+        """What this run made; what an earlier installation made stays, or comes back."""
+        self._put_back()
         for path in self._files:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
             shutil.rmtree(path, ignore_errors=True)
         remove_empty(self._shared)
+
+
+def _completed(choices: Choices, settled: settings.Settings | None) -> Choices:
+    """With what is installed where nothing was said, and then the defaults."""
+    if settled is None:
+        return replace(
+            choices, owner=choices.owner or choices.caller, network=choices.network or names.NETWORK
+        )
+    owner = settled.owner_name if settled.has_owner() else choices.caller
+    return replace(
+        choices,
+        owner=choices.owner or owner,
+        network=choices.network or settled.network,
+        network6=choices.network6 or settled.network6,
+    )
+
+
+def _publish(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.new")
+    staged.write_text(text)
+    staged.chmod(0o644)
+    staged.rename(path)
 
 
 def _network6(text: str) -> ipaddress.IPv6Network:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -114,6 +114,18 @@ def read_record(directory: Path) -> dict[str, Installed]:
         return decoding.json((directory / RECORD).read_bytes(), dict[str, Installed])
     except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
+
+
+def own_files(directory: Path, *, but: Collection[str] = ()) -> set[str]:
+    """The user's own that are installed. Raises ConflictError when one is not what was given then."""
+    found = {name for name, file in read_record(directory).items() if file.source == "user"} - set(but)
+    for row in status(directory):
+        if row.name in found and row.problem:
+            raise errors.ConflictError(
+                f"in {directory}: {row.problem}",
+                hint=f"give yours again: --{row.name} PATH; or: --pinned",
+            )
+    return found
 
 
 def program_version(program: Path) -> str:
