@@ -287,6 +287,13 @@ def booby_trapped(where: Path, mark: Path) -> None:
     git(where, "config", "remote.origin.promisor", "true")
     git(where, "config", "extensions.partialClone", "origin")
     git(where, "config", "core.repositoryFormatVersion", "1")
+    git(where, "config", "remote.near.url", str(where))
+    git(where, "config", "remote.near.promisor", "true")
+    git(where, "config", "remote.near.uploadpack", str(program))
+    for protocol in ("protocol.allow", "protocol.ext.allow", "protocol.file.allow"):
+        git(where, "config", protocol, "always")
+    # Every path is called through a program instead, whatever it is that git is to fetch from.
+    git(where, "config", f"url.ext::{program} .insteadOf", "/")
     (where / "README").write_text("changed\n")
     mark.unlink(missing_ok=True)
 
@@ -298,7 +305,12 @@ async def test_a_hostile_repository_runs_nothing_on_the_host(guest: Guest, tmp_p
     assert (guest.repo / "README").read_text() == "changed\n"
     (guest.repo / "more").write_text("more\n")
     await guest.banger("vm", "workspace", "pull", "web")
+    assert git(guest.source, "show", "banger/web:more") == b"more\n"
     assert "files in" not in (await guest.prepare("--dry-run")).err
+    # An object that is missing is one that git would ask a remote for.
+    (guest.source / ".git" / "refs" / "heads" / "gone").write_text(f"{'1' * 40}\n")
+    await guest.prepare(status=1)
+    await guest.banger("vm", "workspace", "pull", "web", "--branch", "second", status=1)
     assert not mark.exists(), mark.read_text()
 
 

@@ -25,7 +25,6 @@ _DEAF: Final = (
     *("-c", "core.untrackedCache=false"),
     *("-c", "core.alternateRefsCommand=true"),
     *("-c", "safe.directory=*"),
-    *("-c", "protocol.allow=never"),
     *("-c", "gc.auto=0"),
     *("-c", "maintenance.auto=false"),
 )
@@ -34,7 +33,8 @@ _ENVIRONMENT: Final = {
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_NO_REPLACE_OBJECTS": "1",
     "GIT_NO_LAZY_FETCH": "1",
-    "GIT_PROTOCOL_FROM_USER": "0",
+    # Over every protocol.* key of the repository's: nothing is fetched, also not a missing object.
+    "GIT_ALLOW_PROTOCOL": "",
     "GIT_LITERAL_PATHSPECS": "1",
     "GIT_PAGER": "cat",
 }

@@ -59,9 +59,10 @@ def land(
     if found != head:
         raise errors.ProtocolError("the guest did not send the commit that it promised")
     _check_sound(scratch, head, base)
-    _check_branch(repository, branch, head=head, scratch=scratch, force=force)
+    before = _check_branch(repository, branch, head=head, scratch=scratch, force=force)
     scratch.git("update-ref", _INCOMING, head)
-    _fetch(scratch, repository, branch, force=force)
+    _fetch(scratch, repository)
+    _set_branch(repository, branch, head, before)
     between = [head, f"^{base}"] if base else [head]
     count = int(repository.git.text("rev-list", "--count", *between))
     return Landed(branch, head, count)
@@ -79,7 +80,8 @@ def _check_sound(scratch: snapshots.Scratch, head: str, base: str) -> None:
 
 def _check_branch(
     repository: repositories.Repository, branch: str, *, head: str, scratch: snapshots.Scratch, force: bool
-) -> None:
+) -> str:
+    """The commit that the branch is at; empty for a new one."""
     ref = f"refs/heads/{branch}"
     listed = repository.git("worktree", "list", "--porcelain")
     if f"branch {ref}" in gits.lines(listed) or repository.head()[1] == ref:
@@ -89,17 +91,18 @@ def _check_branch(
         )
     before = repository.git.text("rev-parse", "-q", "--verify", f"{ref}^{{commit}}", ok=(0, 1, 128))
     if not before or force:
-        return
+        return before
     if scratch.git.result("merge-base", "--is-ancestor", before, head, ok=(0, 1, 128)).status:
         raise errors.ConflictError(
             f"branch {branch} has commits that the guest's work is not built on",
             hint="choose another name with --branch, or replace it with --force",
         )
+    return before
 
 
-def _fetch(
-    scratch: snapshots.Scratch, repository: repositories.Repository, branch: str, *, force: bool
-) -> None:
+def _fetch(scratch: snapshots.Scratch, repository: repositories.Repository) -> None:
+    """Only the objects. The repository's own configuration is read, and may say what another path is."""
+    source = str(scratch.directory)
     git = gits.Git(
         repository.top,
         {
@@ -107,19 +110,31 @@ def _fetch(
             "GIT_WORK_TREE": str(repository.top),
             "GIT_CONFIG_GLOBAL": "/dev/null",
             "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_ALLOW_PROTOCOL": "file",
+            # The longest match counts: this path is none but itself.
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.{source}.insteadOf",
+            "GIT_CONFIG_VALUE_0": source,
         },
-        *("-c", "protocol.file.allow=always"),
         *("-c", "transfer.fsckObjects=true"),
         *("-c", "fetch.recurseSubmodules=false"),
         *("-c", "fetch.prune=false"),
         *("-c", "fetch.writeCommitGraph=false"),
     )
-    spec = f"{'+' if force else ''}{_INCOMING}:refs/heads/{branch}"
     options = ("--no-tags", "--no-write-fetch-head", "--no-recurse-submodules", "--quiet")
     try:
-        git("fetch", *options, str(scratch.directory), spec)
+        git("fetch", *options, source, _INCOMING)
     except errors.OperationFailedError as error:
         raise gits.explained(error, f"the guest's work was not let into {repository.top}") from error
+
+
+def _set_branch(repository: repositories.Repository, branch: str, head: str, before: str) -> None:
+    """Exactly this commit, wherever the objects came from, and from exactly the one that was looked at."""
+    reason = ("-m", "banger: a guest's work")
+    try:
+        repository.git("update-ref", *reason, f"refs/heads/{branch}", head, before or "0" * len(head))
+    except errors.OperationFailedError as error:
+        raise gits.explained(error, f"branch {branch} of {repository.top} was not set") from error
 
 
 def write_file(path: Path, pieces: Iterable[bytes]) -> int:
