@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from banger import archive
 from banger.cli import vm_copy
-from banger.contract import errors
+from banger.contract import decoding, errors, transfers
+from banger.owner import workspaces
 from banger.vm import workspace
 
 
@@ -179,11 +183,38 @@ def test_paths_are_made_plain() -> None:
 
 
 def test_what_a_guest_says_of_its_workspace() -> None:
-    found = workspace.parse_found(b"ours\ntip abc\nchange M\tREADME\nnoise\n")
-    assert (found.exists, found.tips, found.changes) == (True, ("abc",), ("M\tREADME",))
+    found = workspace.parse_found(b"ours\ntip %s\nchange M\tREADME\nnoise\n" % (b"a1" * 20))
+    assert (found.exists, found.tips, found.changes) == (True, ("a1" * 20,), ("M\tREADME",))
     for said in (b"", b"yes\n", b"\xff\n"):
         with pytest.raises(errors.ProtocolError):
             workspace.parse_found(said)
+
+
+REVISIONS = ("HEAD", "--all", "", "a1" * 19, "A1" * 20, "a1" * 20 + "^{tree}", "@{upstream}", ":/secret")
+"""What git would look up, and is no object's id."""
+
+
+@pytest.mark.parametrize("word", REVISIONS)
+def test_a_guest_names_objects_and_no_revisions(word: str) -> None:
+    with pytest.raises(errors.ProtocolError):
+        workspace.parse_found(f"ours\ntip {word}\n".encode())
+    with pytest.raises(msgspec.ValidationError):
+        decoding.json(msgspec.json.encode({"exists": True, "tips": [word]}), transfers.WorkspaceState)
+    for pair in ((word, "none"), ("none", word), ("a1" * 20, word)):
+        said = " ".join(pair).encode() + b"\nPACK"
+        with pytest.raises(errors.ProtocolError):
+            asyncio.run(workspaces._Headed(_Deaf()).take(said))
+        if word:
+            exported = msgspec.json.encode(dict(zip(("base", "head"), pair, strict=True)))
+            with pytest.raises(msgspec.ValidationError):
+                decoding.json(exported, transfers.Exported)
+
+
+class _Deaf:
+    """A client that must be told nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
 
 
 @pytest.mark.parametrize(

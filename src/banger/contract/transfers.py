@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -12,8 +13,17 @@ from banger.contract import errors, resources
 
 GuestPath = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=4096)]
 ObjectId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
+ObjectIdOrNone = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})?$")]
+"""Empty for none."""
 BranchRef = Annotated[str, msgspec.Meta(pattern=r"^refs/heads/[^\0\n]+$", max_length=4096)]
 Revision = Annotated[str, msgspec.Meta(pattern=r"^[^\0\-][^\0]*$", max_length=4096)]
+
+_OBJECT_ID: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def is_object_id(text: str) -> bool:
+    """Exactly, and nothing else that git would take for a revision: what a guest says is asked this."""
+    return _OBJECT_ID.fullmatch(text) is not None
 
 
 class PrepareRequest(resources.Body, frozen=True, kw_only=True):
@@ -31,7 +41,7 @@ class WorkspaceState(resources.Resource, frozen=True, kw_only=True):
 
     exists: bool
     """There is a workspace of ours; what it has is only added to."""
-    tips: tuple[str, ...] = ()
+    tips: tuple[ObjectId, ...] = ()
     """Commits that the guest was sent before."""
 
 
@@ -80,8 +90,8 @@ class ExportRequest(resources.Body, frozen=True, kw_only=True):
 class Exported(resources.Resource, frozen=True, kw_only=True):
     """What the binary stream that follows holds: everything from `base` to `head`."""
 
-    base: str
-    head: str
+    base: ObjectIdOrNone
+    head: ObjectIdOrNone
     """A commit of everything, also of what the guest has not committed. Equal to `base`: nothing changed."""
 
 

@@ -226,6 +226,8 @@ class _Headed:
             raise errors.ProtocolError("the guest did not say what its export holds")
         self._held = None
         base, head = ("" if word == _NOTHING else word for word in words)
+        if not all(not word or transfers.is_object_id(word) for word in (base, head)):
+            raise errors.ProtocolError("the guest named as a commit what is no object's id")
         await self._peer.tell(transfers.Exported(base=base, head=head))
         await self._pass_on(rest)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from banger.contract import errors
+from banger.contract import errors, transfers
 
 INCOMING: Final = ".git/banger/incoming"
 _MAX_CHANGES: Final = 20
@@ -225,10 +225,13 @@ def parse_found(said: bytes) -> Found:
     if not lines or lines[0] not in {"absent", "foreign", "ours"}:
         raise errors.ProtocolError("the guest did not say what its workspace holds")
     changes = [line.removeprefix("change ") for line in lines[1:] if line.startswith("change ")]
+    tips = tuple(line.removeprefix("tip ") for line in lines[1:] if line.startswith("tip "))
+    if not all(map(transfers.is_object_id, tips)):
+        raise errors.ProtocolError("the guest named as a commit what is no object's id")
     return Found(
         exists=lines[0] == "ours",
         foreign=lines[0] == "foreign",
-        tips=tuple(line.removeprefix("tip ") for line in lines[1:] if line.startswith("tip ")),
+        tips=tips,
         changes=tuple(changes[:_MAX_CHANGES]),
     )
 
