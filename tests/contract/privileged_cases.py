@@ -181,8 +181,26 @@ def _rules(sources: Sources) -> Iterator[Case]:
         ),
     )
     yield Case(
-        "the tables are made once",
-        (done(DeleteBridge()), done(EnsureBridge(), rebuilt=True), done(EnsureBridge(), rebuilt=False)),
+        "the tables are made once, and whoever has rules is told each time",
+        (
+            done(DeleteBridge()),
+            done(EnsureBridge(), rebuilt=True, with_rules=()),
+            done(natted),
+            done(EnsureBridge(), rebuilt=False, with_rules=(VM,)),
+            done(EnsureBridge(), rebuilt=False, with_rules=(VM,)),
+            done(delete),
+            done(EnsureBridge(), rebuilt=False, with_rules=()),
+        ),
+    )
+    yield Case(
+        "an address that another has now takes its old rules along",
+        (
+            done(EnsureBridge()),
+            done(everything),
+            done(SetGuestRules(vm_id=OTHER, slot=SLOT)),
+            sees(rules=False),
+            done(DeleteGuestRules(vm_id=OTHER)),
+        ),
     )
     odd = SetGuestRules(vm_id=VM, slot=SLOT, nat=True, allow=(egress.Destination("192.0.2.1/24"),))
     yield Case(

@@ -168,7 +168,7 @@ async def _ensure_bridge(world: World, request: Any) -> privileged.Result:
         for vm in world.vms.values():
             vm.rules = None
     world.bridge = world.tables = True
-    return privileged.Ensured(rebuilt)
+    return privileged.Ensured(rebuilt, tuple(sorted(vm_id for vm_id, vm in world.vms.items() if vm.rules)))
 
 
 async def _delete_bridge(world: World, request: Any) -> privileged.Result:
@@ -251,6 +251,9 @@ async def _set_guest_rules(world: World, request: privileged.SetGuestRules) -> p
             ipaddress.ip_network(rule.cidr)
         except ValueError as error:
             raise errors.BadRequestError(str(error)) from None
+    for other in world.vms.values():
+        if other is not vm and other.rules is not None and other.rules.slot == request.slot:
+            other.rules = None
     vm.rules = request
     return privileged.Done()
 

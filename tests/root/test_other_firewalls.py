@@ -173,7 +173,7 @@ def test_flushed_rules_are_rebuilt_and_said_so(net: Net) -> None:
     from banger.helper import operations
 
     found = operations.execute(net.world.policy, privileged.EnsureBridge())
-    assert found.rebuilt
+    assert (found.rebuilt, found.with_rules) == (True, ())
     assert not operations.execute(net.world.policy, privileged.EnsureBridge()).rebuilt
     assert not forwards("uplink0")
     net.rules(guest, nat=True)

@@ -22,7 +22,7 @@ from banger.contract import errors, names
 MAX_REQUEST_BYTES: Final = 64 * 1024
 MAX_REPLY_BYTES: Final = 4 * 1024 * 1024
 MAX_OTHERS: Final = 10_000
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
 Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
@@ -113,7 +113,9 @@ class VmWorld(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Ensured(Result, tag="ensured", frozen=True):
     rebuilt: bool
-    """The packet rules were missing or another version's: those of running guests must be set again."""
+    """The packet rules were missing or another version's, and were loaded by this request."""
+    with_rules: tuple[Id, ...] = ()
+    """The VMs that have packet rules now. Whoever else runs has lost them, whenever that was."""
 
 
 class Routed(Result, tag="routed", frozen=True):

@@ -29,8 +29,10 @@ def set_guest_rules(policy: policies.Policy, request: privileged.SetGuestRules) 
         wanted += _link6(vm_id, address6)
         if request.nat:
             wanted += _egress(str(address6), request, 6)
+    addresses = {address, str(names.guest_address6(policy.prefix6, request.slot))}
     with ruleset.lock:
-        forwarding.follow(policy, ruleset.replace(vm_id, [each._replace(owner=vm_id) for each in wanted]))
+        mine = [each._replace(owner=vm_id) for each in wanted]
+        forwarding.follow(policy, ruleset.replace(vm_id, mine, addresses=addresses))
     return _DONE
 
 
@@ -64,8 +66,13 @@ def allow_addresses(policy: policies.Policy, request: privileged.AllowAddresses)
 
 
 def owners() -> set[str]:
-    """The ids of all VMs that packet rules speak of."""
+    """The ids of all VMs that packet rules speak of, with what was only allowed for a time."""
     return {each.owner for each in ruleset.elements() if each.owner}
+
+
+def bound(elements: set[ruleset.Element]) -> set[str]:
+    """The ids of the VMs whose rules are there: set whole, they begin with a tap's addresses."""
+    return {each.owner for each in elements if each.set == ruleset.GUESTS}
 
 
 def _link(vm_id: names.VmId, address: str, peers: str) -> Iterator[ruleset.Element]:

@@ -8,7 +8,7 @@ import os
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.helper import filesystem, forwarding, ruleset, spares, tables
+from banger.helper import filesystem, forwarding, guest_rules, ruleset, spares, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
@@ -40,7 +40,7 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
     with ruleset.lock:
         rebuilt, elements = ruleset.ensure(policy)
         forwarding.sync(policy, elements)
-    return privileged.Ensured(rebuilt)
+    return privileged.Ensured(rebuilt, tuple(sorted(guest_rules.bound(elements))))
 
 
 def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) -> privileged.Done:

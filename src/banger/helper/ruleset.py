@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final, NamedTuple, cast
 
 from banger.contract import errors
@@ -125,8 +125,11 @@ class Change(NamedTuple):
     after: set[Element]
 
 
-def replace(owner: str, wanted: Iterable[Element]) -> Change:
-    """Exactly `wanted` of this owner holds, in one change; returns all elements there were and are."""
+def replace(owner: str, wanted: Iterable[Element], *, addresses: Collection[str] = ()) -> Change:
+    """Exactly `wanted` of this owner holds, in one change; returns all elements there were and are.
+
+    `addresses` are this owner's: all that another has who speaks of one was left over, and goes.
+    """
     with lock:
         listed = _listed()
         present = _elements(listed)
@@ -135,11 +138,22 @@ def replace(owner: str, wanted: Iterable[Element]) -> Change:
             raise errors.NotFoundError("the packet rules are not loaded", hint="ensure the bridge first")
         have = {each.identity: each for each in present if each.owner == owner}
         gone = [each for name, each in have.items() if name not in want]
+        strangers = {each.owner for each in present if _guest_of(each) in addresses} - {owner}
+        gone += [each for each in present if each.owner in strangers]
         fresh = [each for name, each in want.items() if name not in have]
         commands = [_command("delete", each) for each in gone] + [_command("add", each) for each in fresh]
         if commands:
             nftables.change(commands)
         return Change(present, present - set(gone) | set(fresh))
+
+
+def _guest_of(element: Element) -> str:
+    """The address of the guest that it speaks of; empty where it names none."""
+    value: Any = json.loads(element.key)
+    parts = cast("list[Any]", value["concat"] if isinstance(value, dict) else [value])
+    if element.set in (GUESTS, SOURCES6):
+        return str(parts[-1])
+    return str(parts[0]) if any(element.set in reach for reach in REACH.values()) else ""
 
 
 def refresh(wanted: Iterable[Element]) -> None:
