@@ -47,6 +47,7 @@ def context(daemon: conftest.Daemon, native_agent: Path) -> capabilities.Context
         network=conftest.NETWORK,
         agent=lambda _: agent,
         vmm_gone=cast("Any", None),
+        keeper=cast("Any", None),
     )
     vm = record.VmRecord(
         id=names.VmId("0" * 12),

@@ -25,7 +25,6 @@ SLEEPS: dict[str, str] = {
     "images/blobs.py": "a line that broke is tried again, and time is all that mends it",
     "images/registry.py": "a registry that asks for patience says how long, or is given more each time",
     "owner/live.py": "a root helper that does not answer is asked again: its return is announced to nobody",
-    "owner/network.py": "nothing tells an unprivileged process that another firewall was loaded anew",
     "owner/routes/machines.py": "a followed log is a file on disk that another process appends to",
     "owner/claims.py": "a client that is gone announces nothing; others are heard of at once",
     "owner/lifetimes.py": "time itself is what is waited for",

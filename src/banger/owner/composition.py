@@ -32,6 +32,7 @@ from banger.owner import (
     images,
     inventory,
     kernels,
+    locks,
     naming,
     operations,
     publish,
@@ -47,7 +48,7 @@ from banger.owner import (
     workspaces,
 )
 from banger.owner import network as network_keeper
-from banger.vm import host, record
+from banger.vm import host
 from banger.vm.capabilities import dns, file_sync, packet_rules, work_disk
 from banger.vm.capabilities import publish as publishing
 
@@ -153,7 +154,8 @@ async def compose(
         connector = guest.vsock_connector(layout.vsock_socket(vm_id))
         return guest.GuestClient(connector, activities.of(vm_id))
 
-    keeper = network_keeper.NetworkKeeper(ops, lambda: _networked(rows))
+    lifecycle = locks.Lifecycle()
+    keeper = network_keeper.NetworkKeeper(ops, rows, lifecycle)
     machine = host.Host(
         ops=ops,
         records=rows,
@@ -162,7 +164,7 @@ async def compose(
         network6=network6,
         agent=connect,
         vmm_gone=lambda vm_id: firecracker.wait_gone(layout.api_socket(vm_id)),
-        on_rules_lost=keeper.restore,
+        keeper=keeper,
         dns=_guests_dns(settings, network),
         guest_sha256=guest_sha256,
         limits=settings.limits,
@@ -173,6 +175,7 @@ async def compose(
         host=machine,
         store=rows,
         operations=running,
+        lifecycle=lifecycle,
         resolver=defaults.Defaults(settings, image_service, kernel_service, pull_service),
         views=views.Views(layout, network, network6, image_service.name, kernel_service.name),
         connect=connect,
@@ -205,7 +208,7 @@ async def compose(
         await publisher.serve_all(running_now)
         keeper.start()
         vm_service.lifetimes.start()
-        for vm in _networked(rows):
+        for vm in network_keeper.networked(rows):
             zone.add(vm)
         await zone.ensure_routed()
         yield routes.Services(
@@ -233,13 +236,9 @@ async def compose(
         rows.close()
 
 
-def _networked(rows: store.Store) -> list[record.VmRecord]:
-    return [vm for vm in rows.list() if vm.network and vm.state is resources.VmState.RUNNING]
-
-
 async def _restore_network(keeper: network_keeper.NetworkKeeper, rows: store.Store) -> None:
     """A daemon that was killed may have saved a row and not done what it says."""
-    if _networked(rows):
+    if network_keeper.networked(rows):
         try:
             await keeper.ensure()
         except errors.BangerError as error:

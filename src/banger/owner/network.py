@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Keeps the packet rules of running VMs as their rows want them, whatever becomes of the host's firewall."""
+"""Keeps the packet rules of running VMs as their rows want them, whatever becomes of the host's firewall.
+
+What is missing is seen by each look, not told once: whoever is interrupted after a look loses nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
 
-from banger.contract import errors, privileged
+from banger import steps
+from banger.contract import errors, names, privileged, resources
+from banger.owner import locks
 from banger.vm import record
 from banger.vm.capabilities import packet_rules
 
@@ -17,15 +23,31 @@ _log = logging.getLogger(__name__)
 _AGAIN_S: Final = 30.0
 
 
+class Rows(Protocol):
+    """The part of the store that is read here."""
+
+    def list(self) -> Sequence[record.VmRecord]: ...
+
+
 class NetworkKeeper:
-    """`running` are the VMs with a network that run now."""
+    """Meets the host's Keeper. Acts on a row under its VM's lifecycle lock alone: before, it may change."""
 
     def __init__(
-        self, ops: privileged.PrivilegedOps, running: Callable[[], Sequence[record.VmRecord]]
+        self,
+        ops: privileged.PrivilegedOps,
+        rows: Rows,
+        lifecycle: locks.Lifecycle,
+        *,
+        again_s: float = _AGAIN_S,
     ) -> None:
         self._ops = ops
-        self._running = running
+        self._rows = rows
+        self._lifecycle = lifecycle
+        self._again_s = again_s
+        self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.doubts = 0
+        """How many looks found rules missing, or found out nothing."""
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._watch(), name="network-keeper")
@@ -37,25 +59,61 @@ class NetworkKeeper:
 
     async def restore(self) -> None:
         """Sets the rules of all that run. One that fails is logged and keeps none from its own."""
-        for vm in self._running():
-            try:
-                await self._ops.call(packet_rules.request(vm))
-            except errors.BangerError as error:
-                _log.error("packet rules could not be set", extra={"vm": vm.id, "error": error.message})
+        await self._set([vm.id for vm in networked(self._rows)])
 
     async def ensure(self) -> None:
-        """Bridge and tables are there, with the rules of all that run."""
-        ensured = await self._ops.call(privileged.EnsureBridge())
-        if ensured.rebuilt:
-            await self.restore()
+        """Bridge and tables are there. Who runs without its rules is given them soon, by another task."""
+        await steps.finish(self._ensure())
+
+    def look_again(self) -> None:
+        self._wanted.set()
+
+    async def _ensure(self) -> None:
+        if await self._look():
+            self.look_again()
+
+    async def _look(self) -> Sequence[names.VmId]:
+        """The VMs that run and lack their rules."""
+        try:
+            ensured = await self._ops.call(privileged.EnsureBridge())
+            lacking = [vm.id for vm in networked(self._rows) if vm.id not in ensured.with_rules]
+        except BaseException:
+            self.doubts += 1
+            raise
+        if lacking or ensured.rebuilt:
+            self.doubts += 1
+        return lacking
+
+    async def _set(self, vm_ids: Iterable[names.VmId]) -> None:
+        for vm_id in vm_ids:
+            # An operation on one that runs ends it or sets them itself; the next look sees which.
+            if self._lifecycle.holder(vm_id):
+                continue
+            async with self._lifecycle.hold(vm_id, ""):
+                for vm in (each for each in networked(self._rows) if each.id == vm_id):
+                    await steps.finish(self._set_one(vm))
+
+    async def _set_one(self, vm: record.VmRecord) -> None:
+        try:
+            await self._ops.call(packet_rules.request(vm))
+        except errors.BangerError as error:
+            _log.error("packet rules could not be set", extra={"vm": vm.id, "error": error.message})
 
     async def _watch(self) -> None:
         """Nothing tells when another firewall is loaded anew, so it is looked at while VMs depend on it."""
         while True:
-            await asyncio.sleep(_AGAIN_S)
-            if not self._running():
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._again_s):
+                    await self._wanted.wait()
+            self._wanted.clear()
             try:
-                await self.ensure()
-            except errors.BangerError as error:
-                _log.warning("the network could not be looked at", extra={"error": error.message})
+                if networked(self._rows):
+                    await self._set(await self._look())
+            except Exception as error:
+                # Whatever it was, a disk or the helper: this task ends with the daemon alone.
+                _log.warning("the network could not be looked at", extra={"error": str(error)})
+
+
+def networked(rows: Rows) -> list[record.VmRecord]:
+    """The VMs with a network that run now."""
+    return [vm for vm in rows.list() if vm.network and vm.state is resources.VmState.RUNNING]

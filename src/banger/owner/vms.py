@@ -69,6 +69,7 @@ class VmService:
         host: host.Host,
         store: store.Store,
         operations: operations.Operations,
+        lifecycle: locks.Lifecycle,
         resolver: Resolver,
         views: views.Views,
         connect: Callable[[names.VmId], guests.GuestClient],
@@ -94,7 +95,7 @@ class VmService:
             self._notices,
             self.stop_when_due,
         )
-        self._lifecycle = locks.Lifecycle()
+        self._lifecycle = lifecycle
         self.sessions = sessions.Sessions(store, connect, resolver.run_config, self._notices, self.delete)
         self.alterations = alterations.Alterations(
             host=host,

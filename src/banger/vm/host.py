@@ -34,6 +34,20 @@ class Records(Protocol):
     def save(self, vm: record.VmRecord, /) -> None: ...
 
 
+class Keeper(Protocol):
+    """Whoever sees to it that VMs which run have their packet rules."""
+
+    @property
+    def doubts(self) -> int:
+        """Grows with every look after which some may be without."""
+
+    async def ensure(self) -> None:
+        """Bridge and packet rules are there; whoever runs and lost its own is given them again."""
+
+    def look_again(self) -> None:
+        """Soon, in another task."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where the owner's files are. Everything of one VM is derivable from its id."""
@@ -84,10 +98,6 @@ class Limits:
     """An agent that has not answered for so long is shown as silent."""
 
 
-async def _nothing() -> None:
-    return
-
-
 @dataclass(frozen=True, slots=True)
 class Host:
     """The daemon's doors. `ops` may be the socket client, the in-process adapter or a fake."""
@@ -99,8 +109,7 @@ class Host:
     agent: Callable[[names.VmId], Agent]
     vmm_gone: Callable[[names.VmId], Awaitable[None]]
     """Returns once the VM's VMM is no more; at once when there is none."""
-    on_rules_lost: Callable[[], Awaitable[None]] = _nothing
-    """The packet rules had to be made anew: those of the VMs that run are gone."""
+    keeper: Keeper
     network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6
     dns: tuple[str, ...] = ()
     guest_sha256: str = ""

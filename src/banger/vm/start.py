@@ -39,6 +39,7 @@ class Start:
         self._files = sources.Files()
         self._created_overlay = False
         self._created_dir = False
+        self._doubts = 0
         self.started: record.VmRecord | None = None
         self.vmm_pid = 0
 
@@ -94,9 +95,8 @@ class Start:
 
     async def _bridge(self) -> None:
         if self._vm.network:
-            ensured = await self._host.privileged(privileged.EnsureBridge())
-            if ensured.rebuilt:
-                await self._host.on_rules_lost()
+            await self._host.keeper.ensure()
+            self._doubts = self._host.keeper.doubts
 
     async def _make_dir(self) -> None:
         path = self._host.layout.vm_dir(self._vm.id)
@@ -222,6 +222,9 @@ class Start:
     async def _persist(self) -> None:
         if self.started is not None:
             self._host.records.save(self.started)
+            # Only a row that says it runs is looked after: what was lost before must be looked for now.
+            if self._vm.network and self._host.keeper.doubts != self._doubts:
+                self._host.keeper.look_again()
 
     def _boot_args(self) -> str:
         ip6 = boot_args.ip6_argument(self._vm.slot, self._host.network6) if self._vm.ipv6 else ""
