@@ -8,21 +8,23 @@ nothing appears outside the target, no link is followed, no device or privilege 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import stat
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from banger.contract import errors
+from banger.tarstream import hole, reader
 
 PIECE_BYTES: Final = 256 * 1024
 _XATTR: Final = "SCHILY.xattr."
 _END: Final = bytes(2 * tarfile.BLOCKSIZE)
 _MAX_MEMBERS: Final = 50_000_000
+_MAX_SKIPPED: Final = 100
+_MAX_CLOSED: Final = 10_000
 Report = Callable[[int], None]
 
 
@@ -129,123 +131,152 @@ def _content(path: str, size: int) -> Iterator[bytes]:
 # --- reading ---
 
 
-class _Stream(io.RawIOBase):
-    """Pieces as a file that tarfile can read."""
-
-    def __init__(self, pieces: Iterable[bytes], report: Report) -> None:
-        self._pieces = iter(pieces)
-        self._held = memoryview(b"")
-        self._count = 0
-        self._report = report
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: object, /) -> int:
-        target = memoryview(buffer)  # type: ignore[arg-type]  # io's own type has no name
-        while not self._held:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return 0
-            self._held = memoryview(piece)
-        size = min(len(target), len(self._held))
-        target[:size] = self._held[:size]
-        self._held = self._held[size:]
-        self._count += size
-        self._report(self._count)
-        return size
-
-    def drain(self) -> None:
-        """To the end of what is sent: only then is it known to be whole."""
-        for _ in self._pieces:
-            pass
-
-
-@dataclass(slots=True)
-class _Directory:
-    """What is set once nothing more is written into it: children first."""
-
-    parts: tuple[str, ...]
-    mode: int
-    mtime_ns: int
-
-
 @dataclass(slots=True)
 class Unpacked:
-    """What came of an archive. `skipped` says what was left out, and why."""
+    """What came of an archive. `skipped` says what was left out, and why: of so much, the first."""
 
     entries: int = 0
     skipped: list[str] = field(default_factory=list)
+    skipped_count: int = 0
+
+    def skip(self, what: str) -> None:
+        self.skipped_count += 1
+        if self.skipped_count <= _MAX_SKIPPED:
+            self.skipped.append(what)
 
 
 def unpack(pieces: Iterable[bytes], target: Path, *, rename: str | None, report: Report) -> Unpacked:
     """Unpacks into the directory `target`. All members lie under one name; `rename` replaces it.
 
-    Existing files are replaced, existing directories filled. Raises ProtocolError for names that lead out.
+    Existing files are replaced, existing directories filled. Raises ProtocolError for names that lead out,
+    and for whatever else no agent of ours would send.
     """
-    stream = _Stream(pieces, report)
-    done = Unpacked()
     top = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    directories: list[_Directory] = []
     try:
-        buffered = io.BufferedReader(stream, PIECE_BYTES)
-        with tarfile.open(fileobj=buffered, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
-            for info in tar:
-                done.entries += 1
-                if done.entries > _MAX_MEMBERS:
-                    raise errors.ProtocolError("the guest sent too many files")
-                parts = _parts(info.name, rename)
-                _place(top, parts, info, tar, done, rename)
-                if info.isdir():
-                    directories.append(_Directory(parts, info.mode, _mtime_ns(info)))
-                tar.members = []  # type: ignore[attr-defined]  # a stream is read once; remembering every member would only grow
-        stream.drain()
-        for each in reversed(directories):
-            _finish_directory(top, each)
-    except tarfile.TarError as error:
-        raise errors.ProtocolError(f"the guest sent a broken archive: {error}") from error
+        with _read(pieces, report) as entries:
+            return _Unpacking(top, rename).all(entries)
     except OSError as error:
         where = error.filename or target
         raise errors.OperationFailedError(f"cannot write {os.fsdecode(where)}: {error.strerror}") from error
     finally:
         os.close(top)
-    return done
+
+
+def begins_with_directory(pieces: Iterable[bytes]) -> bool:
+    """Whether the first member is one. Raises ProtocolError for what is no archive."""
+    with _read(pieces) as entries:
+        first = next(entries, None)
+        return first is not None and stat.S_ISDIR(first.mode)
+
+
+@contextlib.contextmanager
+def _read(pieces: Iterable[bytes], report: Report = lambda _: None) -> Iterator[Iterator[reader.Entry]]:
+    """Whatever is wrong with the archive, its guest is to blame; why it does not come is said by others."""
+    lost: list[errors.BangerError] = []
+
+    def counted() -> Iterator[bytes]:
+        count = 0
+        try:
+            for piece in pieces:
+                count += len(piece)
+                report(count)
+                yield piece
+        except errors.BangerError as error:
+            lost.append(error)
+            raise
+
+    try:
+        yield reader.entries(counted())
+    except errors.BadRequestError as error:
+        if error in lost:
+            raise
+        raise errors.ProtocolError(f"the guest sent a broken archive: {error.message}") from error
+    except (ValueError, OverflowError) as error:  # a value that no file can have, such as a time
+        raise errors.ProtocolError(f"the guest sent a broken archive: {error}") from error
+
+
+@dataclass(slots=True)
+class _Directory:
+    """What is set once nothing more is written into it."""
+
+    name: str
+    mode: int
+    mtime_ns: int
+
+
+class _Unpacking:
+    """One archive on its way to disk. A directory is finished when the first member outside it comes: an
+    agent packs what is in it right behind it, and nobody need remember all directories.
+
+    One that its owner may not look into waits for the end of all, for a hard link may need its way.
+    """
+
+    def __init__(self, top: int, rename: str | None) -> None:
+        self._top = top
+        self._rename = rename
+        self._open: list[_Directory] = []
+        self._closed: list[_Directory] = []
+        self._done = Unpacked()
+
+    def all(self, entries: Iterator[reader.Entry]) -> Unpacked:
+        for entry in entries:
+            self._done.entries += 1
+            if self._done.entries > _MAX_MEMBERS:
+                raise errors.ProtocolError("the guest sent too many files")
+            name = os.fsdecode(entry.name)
+            parts = _parts(name, self._rename)
+            self._leave("/".join(parts))
+            self._place(parts, entry)
+        self._leave("")
+        for each in reversed(self._closed):
+            self._finish(each)
+        return self._done
+
+    def _leave(self, name: str) -> None:
+        while self._open and not name.startswith(self._open[-1].name + "/"):
+            each = self._open.pop()
+            if each.mode & 0o500 == 0o500:
+                self._finish(each)
+            elif len(self._closed) < _MAX_CLOSED:
+                self._closed.append(each)
+            else:
+                raise errors.ProtocolError("the guest sent too many directories that nobody may look into")
+
+    def _finish(self, each: _Directory) -> None:
+        with _parent(self._top, (*each.name.split("/"), "")) as here:
+            os.fchmod(here, each.mode & 0o777)
+            os.utime(here, ns=(each.mtime_ns, each.mtime_ns))
+
+    def _place(self, parts: tuple[str, ...], entry: reader.Entry) -> None:
+        with _parent(self._top, parts) as parent:
+            name, mode = parts[-1], entry.mode
+            if stat.S_ISDIR(mode):
+                _make_directory(parent, name)
+                self._open.append(_Directory("/".join(parts), mode, entry.mtime_ns))
+            elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                self._done.skip(f"{'/'.join(parts)} is a device")
+            else:
+                _clear(parent, name)
+                self._make(parent, name, entry)
+
+    def _make(self, parent: int, name: str, entry: reader.Entry) -> None:
+        if entry.hard_link:
+            _link(self._top, _parts(os.fsdecode(entry.target), self._rename), parent, name)
+        elif stat.S_ISLNK(entry.mode):
+            os.symlink(entry.target, os.fsencode(name), dir_fd=parent)
+        elif stat.S_ISFIFO(entry.mode):
+            os.mkfifo(name, entry.mode & 0o777, dir_fd=parent)
+        else:
+            _write(parent, name, entry)
 
 
 def _parts(name: str, rename: str | None) -> tuple[str, ...]:
     parts = tuple(part for part in name.split("/") if part not in {"", "."})
-    if name.startswith("/") or ".." in parts or "\0" in name:
+    if name.startswith("/") or ".." in parts:
         raise errors.ProtocolError(f"the guest sent the name {name!r}, which leads out of the target")
     if not parts:
         raise errors.ProtocolError("the guest sent a member without a name")
     return (rename, *parts[1:]) if rename else parts
-
-
-def _place(
-    top: int,
-    parts: tuple[str, ...],
-    info: tarfile.TarInfo,
-    tar: tarfile.TarFile,
-    done: Unpacked,
-    rename: str | None,
-) -> None:
-    with _parent(top, parts) as parent:
-        name = parts[-1]
-        if info.isdir():
-            _make_directory(parent, name)
-            return
-        if not (info.isreg() or info.issym() or info.islnk() or info.isfifo()):
-            done.skipped.append(f"{'/'.join(parts)} is a device")
-            return
-        _clear(parent, name)
-        if info.issym():
-            os.symlink(info.linkname, name, dir_fd=parent)
-        elif info.islnk():
-            _link(top, _parts(info.linkname, rename), parent, name)
-        elif info.isfifo():
-            os.mkfifo(name, info.mode & 0o777, dir_fd=parent)
-        else:
-            _write(parent, name, info, tar.extractfile(info))
 
 
 @contextlib.contextmanager
@@ -290,36 +321,20 @@ def _link(top: int, target: tuple[str, ...], parent: int, name: str) -> None:
         os.link(target[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
 
 
-def _write(parent: int, name: str, info: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+def _write(parent: int, name: str, entry: reader.Entry) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(name, flags, 0o600, dir_fd=parent), "wb", buffering=0) as file:
-        left = info.size
-        while left and content is not None and (piece := content.read(min(left, PIECE_BYTES))):
-            left -= len(piece)
+        for piece in entry.content:
+            if isinstance(piece, hole.Hole):
+                # A few bytes would claim a whole disk; the agent sends every byte.
+                raise errors.ProtocolError(f"the guest sent a sparse file, {name!r}")
             view = memoryview(piece)
             while view:
                 view = view[file.write(view) :]
-        if left:
-            raise tarfile.ReadError("it ends in the middle of a file")
         # Never set-user-id: the file is ours now, and a guest chose its content.
-        os.fchmod(file.fileno(), info.mode & 0o777)
-        for key, value in info.pax_headers.items():
-            if key.startswith(_XATTR + "user."):
+        os.fchmod(file.fileno(), entry.mode & 0o777)
+        for key, value in entry.xattrs:
+            if key.startswith(b"user."):
                 with contextlib.suppress(OSError):
-                    data = value.encode("utf-8", "surrogateescape")
-                    os.setxattr(file.fileno(), key.removeprefix(_XATTR), data)
-        os.utime(file.fileno(), ns=(_mtime_ns(info), _mtime_ns(info)))
-
-
-def _mtime_ns(info: tarfile.TarInfo) -> int:
-    """From the decimal text where there is one: a float is too coarse."""
-    seconds, _, rest = info.pax_headers.get("mtime", "").partition(".")
-    if seconds.lstrip("-").isdigit() and len(seconds) < 12:
-        return int(seconds) * 10**9 + int((rest + "0" * 9)[:9] if rest[:9].isdigit() else 0)
-    return int(info.mtime) * 10**9
-
-
-def _finish_directory(top: int, each: _Directory) -> None:
-    with _parent(top, (*each.parts, "")) as here:
-        os.fchmod(here, each.mode & 0o777)
-        os.utime(here, ns=(each.mtime_ns, each.mtime_ns))
+                    os.setxattr(file.fileno(), key, value)
+        os.utime(file.fileno(), ns=(entry.mtime_ns, entry.mtime_ns))

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"contract"},
     "steps": set(),
     "run": {"contract"},
-    "archive": {"contract"},
+    "archive": {"contract", "tarstream"},
     "artefacts": {"contract", "run"},
     "debian": {"contract", "run"},
     "pinned": {"contract", "run"},

@@ -126,6 +126,98 @@ def test_noise_is_an_error_or_nothing(data: bytes) -> None:
         unpack(b"x" + data, Path(name))
 
 
+def block(name: str = "x", size: int = 0, kind: bytes = b"0", *fields: tuple[int, bytes]) -> bytes:
+    """A header; a field is a place in it and what is there."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    made = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for at, data in fields:
+        made[at : at + len(data)] = data
+    made[148:156] = b" " * 8
+    made[148:156] = b"%06o\0 " % sum(made)
+    return bytes(made)
+
+
+def said(key: str, value: str) -> bytes:
+    """A pax header and a file that it speaks of."""
+    length = len(f"{key}={value}".encode()) + 4
+    record = f"{length} {key}={value}\n".encode()
+    assert len(record) == length
+    kind = b"2" if key == "linkpath" else b"0"
+    return block("p", length, b"x") + record.ljust(512, b"\0") + block(kind=kind)
+
+
+END = bytes(1024)
+SPARSE = ((386, bytes(96)), (483, b"%011o\0" % (1 << 33)))
+IMPOSSIBLE = {
+    **{f"time {value}": said("mtime", value) for value in ("infinity", "not-number", "--500000", "5²5²5²5")},
+    "time that no file has": block("x", 0, b"0", (136, b"\x80\x7f" + b"\xff" * 10)),
+    "size of nothing": block("x", 0, b"0", (124, b"\xff" * 12)),
+    "size in words": said("size", "thousands"),
+    "zero byte in a link": said("linkpath", "a\0b"),
+    "name on name": (block(size=1, kind=b"L") + b"a".ljust(512, b"\0")) * 1200 + block(),
+    "sparse bomb": block("x", 0, b"S", *SPARSE),
+    "header without end": block(size=1 << 33, kind=b"x"),
+    "long name without end": block(size=1 << 33, kind=b"L"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_archive_that_no_agent_makes_is_the_guest_s_fault(tmp_path: Path, name: str) -> None:
+    with pytest.raises(errors.ProtocolError):
+        unpack(IMPOSSIBLE[name] + END, tmp_path)
+    assert sum(path.lstat().st_size for path in tmp_path.iterdir() if path.is_file()) == 0
+
+
+def test_a_header_is_held_to_a_size_before_it_is_read(tmp_path: Path) -> None:
+    """Of what it announces not a byte is waited for, by neither of the two who read archives."""
+
+    def begun() -> Iterator[bytes]:
+        yield block(size=1 << 33, kind=b"x")
+        raise AssertionError("more was asked for")
+
+    with pytest.raises(errors.ProtocolError):
+        archive.unpack(begun(), tmp_path, rename=None, report=lambda _: None)
+    with pytest.raises(errors.ProtocolError):
+        archive.begins_with_directory(begun())
+
+
+def test_what_a_guest_may_have_remembered_is_bounded(tmp_path: Path) -> None:
+    devices = b"".join(block(f"t/{number}", kind=b"3") for number in range(300))
+    done = unpack(devices + END, tmp_path)
+    assert (len(done.skipped), done.skipped_count) == (100, 300)
+    closed = b"".join(block(f"t/{number}", 0, b"5", (100, b"0000000\0")) for number in range(10_001))
+    with pytest.raises(errors.ProtocolError, match="too many directories"):
+        unpack(closed + block("t") + END, tmp_path)
+
+
+def test_why_an_archive_does_not_come_is_not_the_archive_s_fault(tmp_path: Path) -> None:
+    def refused() -> Iterator[bytes]:
+        yield block("t", kind=b"5")
+        raise errors.BadRequestError("said by somebody else")
+
+    with pytest.raises(errors.BadRequestError, match="somebody else"):
+        archive.unpack(refused(), tmp_path, rename=None, report=lambda _: None)
+
+
+def test_directories_get_their_modes_and_times_when_they_are_full(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("a/deep", "b", "shut"):
+        (source / name).mkdir(parents=True)
+        (source / name / "f").write_text(name)
+    os.link(source / "shut" / "f", source / "zz")
+    for name, mode in (("a/deep", 0o500), ("a", 0o555), ("b", 0o700), ("shut", 0o100), (".", 0o700)):
+        os.utime(source / name, ns=(10**18 + mode,) * 2)
+        (source / name).chmod(mode)
+    target = tmp_path / "target"
+    target.mkdir()
+    # As the agent packs: all that is in a directory follows it.
+    unpack(b"".join(archive.packed(sorted(archive.walk(source, "s")))), target)
+    for name in (".", "a", "a/deep", "b", "shut"):
+        found, wanted = (target / "s" / name).stat(), (source / name).stat()
+        assert (found.st_mode, found.st_mtime_ns) == (wanted.st_mode, wanted.st_mtime_ns), name
+
+
 def test_what_was_packed_is_unpacked_the_same(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)

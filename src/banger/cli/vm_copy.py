@@ -10,7 +10,6 @@ import contextlib
 import os
 import posixpath
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,29 +126,13 @@ def _place_in_guest(api: client.Client, there: Place, source: Path) -> tuple[str
 
 def _is_directory(api: client.Client, vm: str, path: str) -> bool:
     """By the first member of its archive: this works in a guest without any program."""
+    from banger import archive as archives
+
     try:
-        with (
-            _fetched(api, vm, path, follow_link=True) as pieces,
-            tarfile.open(fileobj=_Reader(pieces), mode="r|") as tar,  # type: ignore[call-overload]
-        ):
-            first: tarfile.TarInfo | None = tar.next()
+        with _fetched(api, vm, path, follow_link=True) as pieces:
+            return archives.begins_with_directory(pieces)
     except errors.NotFoundError:
         return False
-    return first is not None and first.isdir()
-
-
-class _Reader:
-    """As much of a file as tarfile wants for a stream."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._held = b""
-
-    def read(self, size: int) -> bytes:
-        while len(self._held) < size and (piece := next(self._pieces, b"")):
-            self._held += piece
-        taken, self._held = self._held[:size], self._held[size:]
-        return taken
 
 
 def _out_of(
@@ -188,6 +171,8 @@ def _unpack(
         report.close()
     for skipped in done.skipped:
         render.note(f"left out: {skipped}")
+    if done.skipped_count > len(done.skipped):
+        render.note(f"left out: {done.skipped_count - len(done.skipped)} more")
     _say(settings, f"{done.entries} files are in {directory / name}")
     return transfers.Transferred(entries=done.entries)
 

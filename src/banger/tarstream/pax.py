@@ -81,6 +81,8 @@ class _Said:
             binary = acl.encode(values[key]) if values.get(key) else b""
             if binary:
                 self._xattrs.setdefault(name, binary)
+        if sum(len(name) + len(value) for name, value in self._xattrs.items()) > MAX_BYTES:
+            raise damaged("the extended attributes of a member are more than any can have")
         path, link_path = values.get(b"path", b""), values.get(b"linkpath", b"")
         return Records(
             path,

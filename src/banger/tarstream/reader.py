@@ -172,12 +172,16 @@ class _Reader:
     def _take(self, count: int) -> bytes:
         found = self._piece[self._at : self._at + count]
         self._at += len(found)
-        while len(found) < count:
+        if len(found) == count:
+            return found
+        # Pieces may be as small as whoever sends them likes.
+        whole = bytearray(found)
+        while len(whole) < count:
             self._need_more()
-            rest = self._piece[: count - len(found)]
+            rest = self._piece[: count - len(whole)]
             self._at = len(rest)
-            found += rest
-        return found
+            whole += rest
+        return bytes(whole)
 
     def _skip(self) -> None:
         while self._left > len(self._piece) - self._at:
