@@ -102,13 +102,17 @@ async def _against(said: bytes, ask: Ask) -> object:
 
 
 FIELDS = st.lists(
-    st.tuples(st.sampled_from([int(tag) for tag in T]), st.binary(max_size=12)), max_size=6
-).map(lambda fields: b"".join(struct.pack("!HI", tag, len(data)) + data for tag, data in fields))
+    st.tuples(
+        st.sampled_from([int(tag) for tag in T]),
+        st.one_of(st.binary(max_size=12), st.binary(min_size=8, max_size=8)),
+    ),
+    max_size=6,
+).map(lambda fields: b"".join(struct.pack("<BI", tag, len(data)) + data for tag, data in fields))
 FRAMES = st.tuples(
     st.one_of(st.sampled_from([int(kind) for kind in F]), st.integers(0, 255)),
     st.one_of(st.binary(max_size=40), FIELDS),
 ).map(lambda frame: guest.HEADER.pack(len(frame[1]), frame[0]) + frame[1])
-LYING = st.integers(0, 2**32 - 1).map(lambda size: struct.pack("!I", size) + b"\x02")
+LYING = st.integers(0, 2**32 - 1).map(lambda size: struct.pack("<I", size) + b"\x02")
 SAID = st.tuples(
     st.sampled_from([HELLO, b""]), st.lists(st.one_of(FRAMES, LYING, st.binary(max_size=30)), max_size=5)
 ).map(lambda said: said[0] + b"".join(said[1]))
