@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from banger import steps
-from banger.contract import errors, privileged, resources
-from banger.owner import composition, config, helper, operations
+from banger.contract import errors, ports, privileged, resources
+from banger.owner import composition, config, helper, operations, publish
 from banger.vm import start
-from tests.contract import conftest
+from tests.contract import conftest, publishing
 from tests.contract.test_lifecycle import STEPS
 from tests.fakes import helper as helpers
 from tests.fakes import world as worlds
 
 UNDOS = (
+    "preflight",
     "socket_dir",
     "system_overlay",
     "dm_snapshot",
@@ -74,6 +75,12 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Sabotage:
     return Sabotage(monkeypatch)
 
 
+async def begun(daemon: conftest.Daemon) -> resources.Operation:
+    """The start of a VM that has everything a rollback takes back, a published port too."""
+    body = resources.CreateVm(name="web", publish=(f"{publishing.free_port()}:80",))
+    return await daemon.services.vms.create(body)
+
+
 async def assert_clean(daemon: conftest.Daemon, step: str) -> resources.Vm:
     assert daemon.world.leftovers() == {}
     vm = await daemon.services.vms.get("web")
@@ -81,6 +88,8 @@ async def assert_clean(daemon: conftest.Daemon, step: str) -> resources.Vm:
     assert vm.last_error is not None
     assert vm.last_error.step == step
     assert not (daemon.paths.state / "vms" / vm.id).exists()
+    for each in ports.parse_all(vm.publish):
+        publish.bound(each).close()
     return vm
 
 
@@ -90,7 +99,7 @@ async def test_a_step_that_fails(
     daemon: conftest.Daemon, sabotage: Sabotage, name: str, after: bool
 ) -> None:
     sabotage.fail(name, after=after)
-    operation = await daemon.create()
+    operation = await daemon.done(await begun(daemon))
     assert operation.status is resources.OperationStatus.FAILED
     assert operation.error is not None
     assert operation.error.message == f"{name} was told to fail"
@@ -133,7 +142,7 @@ async def test_an_undo_that_fails_too_hides_nothing_and_stops_nothing(
 @pytest.mark.parametrize("name", STEPS)
 async def test_a_step_that_is_cancelled(daemon: conftest.Daemon, sabotage: Sabotage, name: str) -> None:
     sabotage.hang(name)
-    operation = await daemon.services.vms.create(resources.CreateVm(name="web"))
+    operation = await begun(daemon)
     async with asyncio.timeout(10):
         await sabotage.reached.wait()
         ended = await daemon.services.operations.cancel(operation.id)

@@ -53,6 +53,7 @@ class Start:
             step(
                 "preflight",
                 self._preflight,
+                self._forget_preflight,
                 stage=Stage.PREFLIGHT,
                 detail="checking image, kernel and space",
             ),
@@ -89,6 +90,9 @@ class Start:
                 hint="delete VMs or images that are no longer needed, or give the file system more room",
             )
         await capabilities.check_all(self._features, self._context)
+
+    async def _forget_preflight(self) -> None:
+        await capabilities.uncheck_all(self._features, self._context)
 
     async def _tear_down(self) -> None:
         await self._host.privileged(privileged.TearDown(vm_id=self._vm.id))

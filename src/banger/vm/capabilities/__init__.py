@@ -34,6 +34,9 @@ class Capability(Protocol):
     async def check(self, context: Context, /) -> None:
         """Prerequisites, before anything is made. Raises with what the user can mend."""
 
+    async def uncheck(self, context: Context, /) -> None:
+        """Gives back what `check` took for itself, if it takes anything; idempotent."""
+
     async def prepare(self, context: Context, /) -> None:
         """Makes what the VMM needs on the host."""
 
@@ -47,6 +50,11 @@ class Capability(Protocol):
 async def check_all(capabilities: Sequence[Capability], context: Context) -> None:
     for capability in capabilities:
         await capability.check(context)
+
+
+async def uncheck_all(capabilities: Sequence[Capability], context: Context) -> None:
+    for capability in reversed(capabilities):
+        await capability.uncheck(context)
 
 
 async def prepare_all(

@@ -30,6 +30,9 @@ class Dns:
     async def check(self, context: capabilities.Context) -> None:
         """Nothing: a host without a resolver that asks us is no reason not to start."""
 
+    async def uncheck(self, context: capabilities.Context) -> None:
+        """Looking took nothing."""
+
     async def prepare(self, context: capabilities.Context) -> None:
         """The bridge is there by now."""
         if context.vm.network:

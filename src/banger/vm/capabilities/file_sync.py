@@ -44,6 +44,9 @@ class FileSync:
         """Raises BadRequestError for what cannot be copied."""
         await asyncio.to_thread(lambda: list(self._members()))
 
+    async def uncheck(self, context: capabilities.Context) -> None:
+        """Looking took nothing."""
+
     async def prepare(self, context: capabilities.Context) -> None:
         """The guest takes the files itself, once it runs."""
 

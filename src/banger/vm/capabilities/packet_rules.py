@@ -15,6 +15,9 @@ class PacketRules:
     async def check(self, context: capabilities.Context) -> None:
         """The row was checked when it was made."""
 
+    async def uncheck(self, context: capabilities.Context) -> None:
+        """Looking took nothing."""
+
     async def prepare(self, context: capabilities.Context) -> None:
         if context.vm.network:
             await context.host.privileged(request(context.vm))

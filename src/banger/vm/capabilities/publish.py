@@ -30,6 +30,9 @@ class Publish:
         """The earliest moment: nothing is made yet."""
         self._publisher.take(context.vm)
 
+    async def uncheck(self, context: capabilities.Context) -> None:
+        await self._publisher.release(context.vm.id)
+
     async def prepare(self, context: capabilities.Context) -> None:
         """Again, for a caller that does not check; taking what is taken already is nothing."""
         self._publisher.take(context.vm)

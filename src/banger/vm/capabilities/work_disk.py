@@ -23,6 +23,9 @@ class WorkDisk:
     async def check(self, context: capabilities.Context) -> None:
         """Nothing beyond what the image already proved by being there."""
 
+    async def uncheck(self, context: capabilities.Context) -> None:
+        """Looking took nothing."""
+
     async def prepare(self, context: capabilities.Context) -> None:
         vm, layout = context.vm, context.host.layout
         path = layout.work_disk(vm.id)
