@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from banger.contract import errors, inventory, privileged, resources
+from banger.contract import errors, inventory, names, privileged, resources
 from banger.contract.inventory import Kind
 from banger.owner import composition, config
 from tests.contract import api_served, cli_process, conftest
@@ -161,6 +161,30 @@ async def test_one_that_cannot_be_taken_away_keeps_no_other_and_is_said(daemon: 
     assert ended.error is not None
     assert ended.error.message == "the tap is busy"
     assert set(daemon.world.leftovers()) == {"eeeeeeeeeeee"}
+
+
+async def test_a_dead_vm_that_cannot_be_taken_down_is_watched_on(daemon: conftest.Daemon) -> None:
+    await daemon.create()
+    vm = await daemon.services.vms.get("web")
+
+    async def busy(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.TearDown):
+            raise errors.ConflictError("the device is busy")
+
+    daemon.world.before = busy
+    await killed(daemon, vm.id)
+    with pytest.raises(errors.ConflictError):
+        await daemon.services.vms.take_down(names.VmId(vm.id))
+    daemon.world.before = worlds._nothing
+    async with asyncio.timeout(5):
+        while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def killed(daemon: conftest.Daemon, vm_id: str) -> None:
+    vmm = daemon.world.vm(vm_id).vmm
+    assert vmm is not None
+    await vmm.kill()
 
 
 async def test_a_daemon_that_starts_sweeps_what_was_half_made(

@@ -264,8 +264,8 @@ class VmService:
             if vm.state is not resources.VmState.RUNNING:
                 await self._host.privileged(privileged.TearDown(vm_id=vm_id))
             elif not await self._has_vmm(vm_id):
-                await self.live.forget(vm_id)
-                await self.collect(vm)
+                async with self._ending(vm):
+                    await self.collect(vm)
 
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
