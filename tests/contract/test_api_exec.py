@@ -49,6 +49,24 @@ async def test_a_signal_is_128_and_its_number(served: Served) -> None:
         assert await _end(link) == resources.ExecEnd(exit_status=143, signal=15)
 
 
+async def test_a_command_takes_its_own_vm_along_and_no_other_of_that_name(served: Served) -> None:
+    daemon = served.daemon
+    async with served.command("web") as link:
+        await link.send(_request("true", remove=True, hold=True))
+        async with asyncio.timeout(5):
+            while not daemon.services.vms._store.throw_aways():  # noqa: ASYNC110 - nothing says that it read it
+                await asyncio.sleep(0.005)
+        await daemon.done(await daemon.services.vms.delete("web"))
+        await daemon.create("web")
+        await link.send('{"begin": true}')
+        end = await _end(link)
+    assert end.error is not None
+    assert end.error.code == "not_found"
+    for operation in daemon.services.operations.list():
+        await daemon.done(operation)
+    assert [vm.name for vm in await daemon.services.vms.list()] == ["web"]
+
+
 @pytest.mark.parametrize(
     ("ref", "message", "code"),
     [

@@ -345,9 +345,10 @@ async def test_a_daemon_that_is_stopped_leaves_the_deletion_to_the_next(
     request = resources.ExecRequest(argv=("cat",), remove=True)
     async with _composed(paths, world) as services:
         await conftest.Daemon(services, paths, world).create()
-        async with services.sessions.exec("web", request):
+        web = services.sessions.announced("web", request)
+        async with services.sessions.exec(web, request):
             await services.operations.close()
-        await services.sessions.finished("web", request)
+        await services.sessions.finished(web, request)
         assert [vm.name for vm in await services.vms.list()] == ["web"]
     async with _composed(paths, world) as services:
         assert await services.vms.list() == []

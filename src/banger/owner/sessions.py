@@ -35,29 +35,32 @@ class Sessions:
         self._notices = notices
         self._delete = delete
 
-    def announced(self, ref: str, request: resources.ExecRequest) -> None:
-        """From here on a VM made for this command goes with its client, whatever becomes of this daemon."""
+    def announced(self, ref: str, request: resources.ExecRequest) -> names.VmId:
+        """From here on a VM made for this command goes with its client, whatever becomes of this daemon.
+
+        Says which VM that is: by the end its name may be another's.
+        """
+        vm_id = self._rows.find(ref).id
         if request.remove:
-            vm_id = self._rows.find_running(ref).id
             self._rows.set_throw_away(vm_id, throw_away=True)
             self.claims.claimed(vm_id)
+        return vm_id
 
     @contextlib.asynccontextmanager
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
-        self.announced(ref, request)
-        vm = self._rows.find_running(ref)
+        vm = self._rows.find_running(self.announced(ref, request))
         spec = command.exec_spec(request, self._run_config(vm.image_id), _workspace_of(vm))
         async with self._connect(vm.id).exec(spec) as running:
             yield running
 
-    async def finished(self, ref: str, request: resources.ExecRequest) -> None:
+    async def finished(self, vm_id: names.VmId, request: resources.ExecRequest) -> None:
         """A VM of one command goes with it, however the command or its client ended.
 
         A daemon that is stopping leaves that to the next one.
         """
         if request.remove:
             with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
-                await self._delete(ref)
+                await self._delete(vm_id)
 
     def notices(self, ref: str) -> contextlib.AbstractContextManager[asyncio.Queue[str]]:
         """What the VM's users are told, from now on."""

@@ -13,7 +13,7 @@ import litestar
 import msgspec
 from litestar import exceptions, params
 
-from banger.contract import decoding, errors, guest, resources
+from banger.contract import decoding, errors, guest, names, resources
 from banger.owner import guest as guests
 from banger.owner import operations, routes
 from banger.owner.routes import sockets
@@ -25,14 +25,15 @@ _log = logging.getLogger(__name__)
 async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services: routes.Injected) -> None:
     """Runs a command in a running VM."""
     await socket.accept()
-    request: resources.ExecRequest | None = None
+    announced: tuple[names.VmId, resources.ExecRequest] | None = None
     began, end = time.monotonic(), None
     try:
         request = decoding.json(await socket.receive_text(), resources.ExecRequest)
-        services.sessions.announced(ref, request)
+        vm_id = services.sessions.announced(ref, request)
+        announced = (vm_id, request)
         if request.hold:
             await _until_told(socket)
-        end = await _run(socket, ref, request, services)
+        end = await _run(socket, vm_id, request, services)
     except exceptions.WebSocketException:
         _log.debug("client left before the end", extra={"ref": ref})
     except msgspec.DecodeError as error:
@@ -41,8 +42,8 @@ async def exec_in_vm(socket: sockets.Socket, ref: params.FromPath[str], services
         end = _error(error)
     finally:
         _log_end(ref, end, time.monotonic() - began)
-        if request is not None:
-            await services.sessions.finished(ref, request)
+        if announced is not None:
+            await services.sessions.finished(*announced)
     if end is not None:
         await sockets.say_goodbye(socket, end)
 
@@ -74,11 +75,11 @@ async def _until_told(socket: sockets.Socket) -> None:
 
 
 async def _run(
-    socket: sockets.Socket, ref: str, request: resources.ExecRequest, services: routes.Services
+    socket: sockets.Socket, vm_id: names.VmId, request: resources.ExecRequest, services: routes.Services
 ) -> resources.ExecEnd:
     async with contextlib.AsyncExitStack() as stack:
-        running = await stack.enter_async_context(services.sessions.exec(ref, request))
-        heard = stack.enter_context(services.sessions.notices(ref))
+        running = await stack.enter_async_context(services.sessions.exec(vm_id, request))
+        heard = stack.enter_context(services.sessions.notices(vm_id))
         telling = asyncio.create_task(_tell(socket, heard if request.notices else asyncio.Queue()))
         sending = asyncio.create_task(_send_output(socket, running))
         receiving = asyncio.create_task(_receive_input(socket, running))
