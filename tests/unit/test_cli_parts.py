@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from hypothesis import strategies
 from websockets import frames, streams
 
 import banger
-from banger.cli import bootstrap, command, exits, live, main, render, websocket
+from banger.cli import attach, bootstrap, command, exits, live, main, render, websocket
 from banger.contract import egress, errors, resources, sizes
 from banger.owner import config, defaults
 
@@ -370,3 +372,25 @@ def test_a_word_that_is_no_directory_is_a_command_or_an_image(
     said = capsys.readouterr().err
     assert f"banger vm run -- {word}" in said
     assert (f"banger vm run --image {word}`" in said) is image
+
+
+@pytest.mark.timeout(20)
+def test_a_timeout_ends_also_when_the_guest_does_not_obey(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attach, "_GRACE_S", 0.05)
+    ours, theirs = socket.socketpair()
+    woken, waker = socket.socketpair()
+    with theirs, woken, waker, contextlib.closing(websocket.WebSocket(ours)) as channel:
+        session = attach._Session(channel, woken, tty=False)
+        session.end_after(0.05)
+        end = session.run()
+        said = theirs.recv(4096)
+    frame = read_frame(said)
+    asked = [
+        json.loads(bytes(frame.data))["signal"],
+        json.loads(bytes(read_frame(said[6 + len(frame.data) :]).data))["signal"],
+    ]
+    assert asked == [signal.SIGTERM, signal.SIGKILL]
+    assert (end.exit_status, session.has_timed_out) == (attach.TIMED_OUT, True)
+    assert "may still run" in capsys.readouterr().err

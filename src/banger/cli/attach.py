@@ -21,6 +21,7 @@ from banger.contract import errors, resources
 _PATIENCE: Final = 3
 _LET_GO_MS: Final = 60_000
 _GRACE_S: Final = 5.0
+"""How long a command has for SIGTERM, and how long its guest has to say that SIGKILL ended it."""
 TIMED_OUT: Final = 124
 """As timeout(1) has it."""
 _FORWARDED: Final = (
@@ -46,7 +47,8 @@ def run(
     """The command's exit status. `on_begin` is called when the daemon has the request.
 
     `before` prepares the VM once the daemon knows that it belongs to this command (`request.hold`). A
-    command that takes longer than `timeout_s` is ended, and the status is TIMED_OUT.
+    command that takes longer than `timeout_s` is ended, and the status is TIMED_OUT; also when the guest
+    does not end it.
     """
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
     with contextlib.closing(channel), contextlib.ExitStack() as stack:
@@ -128,6 +130,8 @@ class _Session:
         self._asked_to_end = 0
         self._deadline: float | None = None
         self.has_timed_out = False
+        self._was_killed = False
+        self._has_given_up = False
 
     def end_after(self, timeout_s: float | None) -> None:
         if timeout_s is not None:
@@ -148,13 +152,18 @@ class _Session:
         """Until the command has ended, all it wrote is written, and the daemon has let go."""
         while not self._is_done():
             self._turn()
+        if self._has_given_up:
+            render.note("the guest does not end the command: it may still run there")
+            return resources.ExecEnd(exit_status=TIMED_OUT)
         if self._end is None:
             hint = "the VM may still run; see `banger vm list` and `journalctl -u bangerd`"
             raise errors.UnavailableError("the connection to bangerd was lost", hint=hint)
         return self._end
 
     def _is_done(self) -> bool:
-        return self._channel.at_end and not any(output.held for output in self._outputs.values())
+        return self._has_given_up or (
+            self._channel.at_end and not any(output.held for output in self._outputs.values())
+        )
 
     def _turn(self) -> None:
         ready = dict(self._poller().poll(self._wait_ms()))
@@ -176,11 +185,15 @@ class _Session:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic()) * 1000 + 1
 
     def _keep_to_time(self, deadline: float) -> None:
-        """Asked first, then made to end."""
-        if time.monotonic() >= deadline:
-            number = signal.SIGKILL if self.has_timed_out else signal.SIGTERM
-            self._control(resources.ExecControl(signal=number))
-            self.has_timed_out, self._deadline = True, time.monotonic() + _GRACE_S
+        """Asked first, then made to end; a guest that does not obey is left to itself."""
+        if time.monotonic() < deadline:
+            return
+        if self._was_killed:
+            self._has_given_up = True
+            return
+        self._was_killed = self.has_timed_out
+        self._control(resources.ExecControl(signal=signal.SIGKILL if self._was_killed else signal.SIGTERM))
+        self.has_timed_out, self._deadline = True, time.monotonic() + _GRACE_S
 
     def _poller(self) -> select.poll:
         poller = select.poll()
