@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
+import shutil
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -320,6 +324,30 @@ async def test_a_daemon_that_starts_again_collects_what_no_row_owns(
     async with _composed(paths, world):
         assert world.leftovers() == {}
         assert not any((paths.state / "vms").iterdir())
+
+
+async def test_disks_that_cannot_be_deleted_keep_no_daemon_from_starting_and_gc_says_so(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root, whom no mode stops, only a mount would do it for real."""
+    remove = shutil.rmtree
+
+    def busy(path: Path, *, ignore_errors: bool = False) -> None:
+        if path.parent.name != "vms":
+            remove(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    async with _composed(paths, world):
+        pass
+    for name in ("ffffffffffff", "lost+found"):
+        (paths.state / "vms" / name).mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    async with _composed(paths, world) as services:
+        daemon = conftest.Daemon(services, paths, world)
+        ended = await daemon.done(services.inventory.begin_collecting())
+    assert ended.error is not None
+    assert "ffffffffffff cannot be deleted: Device or resource busy" in ended.error.message
 
 
 @pytest.mark.parametrize("remove", [True, False])

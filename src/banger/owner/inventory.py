@@ -280,4 +280,16 @@ async def collect_vm(host: hosts.Host, vm_id: names.VmId) -> None:
     await host.privileged(privileged.PurgeLogs(vm_id=vm_id))
     directory = host.layout.vm_dir(vm_id)
     if directory.is_dir() and not directory.is_symlink():
+        await delete_disks(directory)
+
+
+async def delete_disks(directory: Path) -> None:
+    """Raises OperationFailedError: something else may be mounted there, or hold it open."""
+    try:
         await asyncio.to_thread(shutil.rmtree, directory)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise errors.OperationFailedError(
+            f"{directory} cannot be deleted: {why}",
+            hint="is something mounted there, or its disk read-only?",
+        ) from error

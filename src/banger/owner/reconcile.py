@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Coroutine
 from typing import Protocol
 
@@ -33,7 +32,7 @@ async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
 
     Deletes the VMs that were to end with the request of a client: it ended with the last daemon.
 
-    One VM that cannot be cleaned up is logged and does not keep the daemon from starting.
+    One VM or directory that cannot be cleaned up is logged and does not keep the daemon from starting.
     """
     world = await host.privileged(privileged.ListWorld(settled=True))
     found = {seen.vm_id: seen for seen in world.vms}
@@ -48,7 +47,7 @@ async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
         await _guarded(vm_id, _collect_orphan(names.VmId(vm_id), host))
     left = await asyncio.to_thread(inventory.disks_of_nobody, host.layout, set(rows))
     for path in left:
-        await asyncio.to_thread(shutil.rmtree, path)
+        await _guarded(path.name, inventory.delete_disks(path))
 
 
 async def _reconcile_row(
