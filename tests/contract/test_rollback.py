@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from banger import steps
 from banger.contract import errors, ports, privileged, resources
 from banger.owner import composition, config, helper, operations, publish
+from banger.storage import workdisk
 from banger.vm import start
 from tests.contract import conftest, publishing
 from tests.contract.test_lifecycle import STEPS
@@ -153,6 +155,27 @@ async def test_a_step_that_is_cancelled(daemon: conftest.Daemon, sabotage: Sabot
     sabotage.mend()
     again = await daemon.done(await daemon.services.vms.start("web"))
     assert again.status is resources.OperationStatus.SUCCEEDED, again.error
+
+
+async def test_a_cancelled_start_takes_back_nothing_while_its_disk_is_being_made(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the disk appears when its undo is done, half made or in the way of the next start's."""
+    loop, reached, go = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    make = workdisk._make
+
+    def slow(*args: Any) -> None:
+        make(*args)
+        loop.call_soon_threadsafe(reached.set)
+        go.wait(timeout=5)
+
+    monkeypatch.setattr(workdisk, "_make", slow)
+    operation = await begun(daemon)
+    await reached.wait()
+    daemon.services.operations.request_cancel(operation.id)
+    loop.call_later(0.05, go.set)
+    assert (await daemon.done(operation)).status is resources.OperationStatus.CANCELLED
+    await assert_clean(daemon, "prepare_host_features")
 
 
 async def test_stop_ends_a_start_that_hangs(daemon: conftest.Daemon, sabotage: Sabotage) -> None:

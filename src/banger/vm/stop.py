@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from banger import steps
 from banger.contract import errors, privileged, resources
 from banger.vm import capabilities, host, record
 
@@ -41,7 +42,7 @@ async def delete(host: host.Host, vm: record.VmRecord, features: Sequence[capabi
     await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
     await release(host, vm, features)
     await host.privileged(privileged.PurgeLogs(vm_id=vm.id))
-    await asyncio.to_thread(_delete_files, host, vm)
+    await steps.finish(asyncio.to_thread(_delete_files, host, vm))
 
 
 async def release(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
+from banger import run
 from banger.contract import privileged
 from banger.storage import grow
 from banger.vm import capabilities
@@ -33,8 +33,9 @@ class WorkDisk:
             from banger.storage import workdisk  # much, and for new disks alone
 
             context.created.add(self.name)
-            key = await asyncio.to_thread(self._authorized_key)
-            await asyncio.to_thread(
+            # Threads that a cancelled start has ended before it takes anything back.
+            key = await run.in_thread(self._authorized_key)
+            await run.in_thread(
                 workdisk.create,
                 path,
                 size_mib=vm.disk_size_mib,
@@ -42,7 +43,7 @@ class WorkDisk:
                 authorized_key=key,
             )
         else:
-            await asyncio.to_thread(grow.grow, path, size_mib=vm.disk_size_mib)
+            await run.in_thread(grow.grow, path, size_mib=vm.disk_size_mib)
         await context.host.privileged(privileged.AttachWorkDisk(vm_id=vm.id, slot=vm.slot))
 
     async def after_start(self, context: capabilities.Context) -> None:
