@@ -24,6 +24,7 @@ SLEEPS: dict[str, str] = {
     "helper/linux/loop.py": "the kernel tells nobody when the last opener of a device lets go",
     "images/blobs.py": "a line that broke is tried again, and time is all that mends it",
     "images/registry.py": "a registry that asks for patience says how long, or is given more each time",
+    "owner/leftovers.py": "a device that is busy is asked for again: nobody is told when it no longer is",
     "owner/live.py": "a root helper that does not answer is asked again: its return is announced to nobody",
     "owner/routes/machines.py": "a followed log is a file on disk that another process appends to",
     "owner/claims.py": "a client that is gone announces nothing; others are heard of at once",

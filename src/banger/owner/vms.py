@@ -24,6 +24,8 @@ from banger.owner import (
     activity,
     alterations,
     changes,
+    inventory,
+    leftovers,
     lifetimes,
     live,
     locks,
@@ -111,6 +113,7 @@ class VmService:
         agents = silence.SilenceWatch(
             lambda vm_id: pulse.of(host, vm_id), silent_after_s=host.limits.agent_silence_s
         )
+        self.leftovers = leftovers.Leftovers(self._take_away)
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone, agents)
 
     # --- reading ---
@@ -267,9 +270,24 @@ class VmService:
                 async with self._ending(vm):
                     await self.collect(vm)
 
+    def try_again(self, vm_id: names.VmId) -> None:
+        """Later: what is on the host under this id, and should not be, could not be taken away now."""
+        self.leftovers.add(vm_id)
+
+    async def _take_away(self, vm_id: names.VmId, *, whole: bool) -> None:
+        rows = {vm.id: vm for vm in self._store.list()}
+        if vm_id not in rows:
+            await inventory.collect_vm(self._host, vm_id)
+        elif whole and vm_id in self._store.throw_aways():
+            async with self._lifecycle.hold(vm_id, ""):
+                await self._delete(self._store.get(vm_id))
+        else:
+            await self.take_down(vm_id)
+
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
         await self.lifetimes.close()
+        await self.leftovers.close()
         await self.sessions.claims.close()
         await self.live.close()
 
@@ -341,6 +359,9 @@ class VmService:
             )
         except Exception as second:
             error.add_note(f"keeping the error of {vm.name}: {second}")
+        finally:
+            if getattr(error, "__notes__", ()):  # an undo failed
+                self.leftovers.add(vm.id)
 
     async def _stop(
         self,
@@ -355,8 +376,13 @@ class VmService:
         return stopped
 
     async def _delete(self, vm: record.VmRecord) -> None:
-        async with self._ending(vm):
-            await stop.delete(self._host, vm, self._features)
+        try:
+            async with self._ending(vm):
+                await stop.delete(self._host, vm, self._features)
+        except Exception:
+            if vm.id in self._store.throw_aways():
+                self.leftovers.add(vm.id, whole=True)
+            raise
         self._keys.forget(vm.name)
         self._store.delete(vm.id)
         self.activities.forget(vm.id)
