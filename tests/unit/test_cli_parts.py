@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import re
@@ -394,3 +395,8 @@ def test_a_timeout_ends_also_when_the_guest_does_not_obey(
     assert asked == [signal.SIGTERM, signal.SIGKILL]
     assert (end.exit_status, session.has_timed_out) == (attach.TIMED_OUT, True)
     assert "may still run" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_fault_in_banger(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main._failed(OSError(errno.ENOSPC, "No space left on device", "/srv/x"), json=False) == 1
+    assert "no space left: /srv/x" in capsys.readouterr().err

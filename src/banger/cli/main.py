@@ -123,6 +123,8 @@ def _failed(error: BaseException, *, json: bool) -> int:
             return _report(error.error, error.status, json=json)
         case errors.BangerError():
             return _report(error, exits.status_of(error), json=json)
+    if (lacking := errors.exhausted(error)) is not None:
+        return _report(lacking, exits.status_of(lacking), json=json)
     if os.environ.get("BANGER_DEBUG"):
         import traceback
 

@@ -9,7 +9,9 @@ and index; the repository itself is only asked for what makes git run nothing (r
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import resource
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
@@ -19,6 +21,9 @@ from banger.contract import errors
 
 DEADLINE_S: Final = 1800.0
 """For a program that reads a whole history, on a slow disk."""
+MAX_MEMORY_BYTES: Final = 2 << 30
+"""What git may take of its own for a stranger's objects, which unpack to whatever they say. Mapped files are
+not in it. The largest that git packs as a difference, in a guest of ours too, are 512 MiB, two at a time."""
 _DEAF: Final = (
     *("-c", "core.fsmonitor=false"),
     *("-c", "core.hooksPath=/dev/null"),
@@ -47,6 +52,15 @@ class Git:
         self._cwd = cwd
         self._env = run.environment("HOME", "XDG_CONFIG_HOME", **{**_ENVIRONMENT, **(variables or {})})
         self._options = (*_DEAF, *options)
+        self._limits: tuple[str, ...] = ()
+
+    def held_to(self, file_bytes: int) -> Git:
+        """The same for a stranger's objects: to MAX_MEMORY_BYTES, and to no larger files than this."""
+        held = copy.copy(self)
+        memory = _allowed(resource.RLIMIT_DATA, MAX_MEMORY_BYTES)
+        file = _allowed(resource.RLIMIT_FSIZE, file_bytes)
+        held._limits = ("prlimit", f"--data={memory}", f"--fsize={file}", "--core=0", "--")
+        return held
 
     def __call__(self, *arguments: str, stdin: bytes = b"", ok: Collection[int] = (0,)) -> bytes:
         return self.result(*arguments, stdin=stdin, ok=ok).stdout
@@ -73,12 +87,19 @@ class Git:
             yield out
 
     def _argv(self, arguments: Sequence[str]) -> list[str]:
-        return ["git", *self._options, *arguments]
+        return [*self._limits, "git", *self._options, *arguments]
+
+
+def _allowed(kind: int, wanted: int) -> int:
+    """A limit may only be made lower."""
+    _, highest = resource.getrlimit(kind)
+    return wanted if highest == resource.RLIM_INFINITY else min(wanted, highest)
 
 
 def require() -> None:
-    """Raises MissingToolError when this host has no git."""
+    """Raises MissingToolError when this host has no git, or no means to bound it."""
     run.require("git")
+    run.require("prlimit", "util-linux")
 
 
 def lines(data: bytes) -> list[str]:
@@ -98,5 +119,7 @@ def explained(error: errors.BangerError, what: str) -> errors.BangerError:
     """A failure of git's, told as a failure of what the user asked for."""
     said = [line.removeprefix("fatal: ") for line in error.fields.get("stderr", "").splitlines()]
     told = errors.OperationFailedError(f"{what}: {said[-1] if said else error.message}")
+    if any(line.startswith("Out of memory") for line in said):
+        told.hint = f"an object there is larger than git may unpack here, {MAX_MEMORY_BYTES >> 30} GiB"
     told.fields = dict(error.fields)
     return told

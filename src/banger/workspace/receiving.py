@@ -64,7 +64,7 @@ def land(
     _fetch(scratch, repository)
     _set_branch(repository, branch, head, before)
     between = [head, f"^{base}"] if base else [head]
-    count = int(repository.git.text("rev-list", "--count", *between))
+    count = int(scratch.git.text("rev-list", "--count", *between))
     return Landed(branch, head, count)
 
 
@@ -120,7 +120,9 @@ def _fetch(scratch: snapshots.Scratch, repository: repositories.Repository) -> N
         *("-c", "fetch.recurseSubmodules=false"),
         *("-c", "fetch.prune=false"),
         *("-c", "fetch.writeCommitGraph=false"),
-    )
+        # Stays a pack, in any git: object by object it would be as large as whoever made it says.
+        *("-c", "fetch.unpackLimit=1"),
+    ).held_to(scratch.largest_file())
     options = ("--no-tags", "--no-write-fetch-head", "--no-recurse-submodules", "--quiet")
     try:
         git("fetch", *options, source, _INCOMING)

@@ -28,6 +28,9 @@ _COPIED_KEYS: Final = (
     *("core.trustctime", "core.checkStat"),
 )
 _GITLINK: Final = b"160000"
+_LARGE: Final = "/var/tmp"  # noqa: S108  # a directory of our own in it is made as tempfile makes any
+_KEPT_BYTES: Final = 1 << 30
+"""Of a large disk; of a small one, a twentieth stays free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class Scratch:
         self.git = gits.Git(
             repository.top, {"GIT_DIR": str(directory), "GIT_WORK_TREE": str(repository.top)}
         )
+        self._taken_bytes = 0
 
     def take(self, *, include_untracked: bool = False, start: str = "", branch: str = "") -> Snapshot:
         """Reads the repository. `start` is a commit to begin from instead, with none of the changes here;
@@ -275,11 +279,17 @@ class Scratch:
         path.parent.mkdir(exist_ok=True)
         with path.open("xb") as file:
             for piece in pieces:
-                file.write(piece)
+                _check_room(self.directory)
+                self._taken_bytes += file.write(piece)
+        self.git = self.git.held_to(self.largest_file())
         try:
             self.git("index-pack", "--strict", str(path))
         except errors.OperationFailedError as error:
             raise gits.explained(error, "the guest sent what git refuses") from error
+
+    def largest_file(self) -> int:
+        """What git may write into one file for what was taken in: its objects packed again, and an index."""
+        return 4 * self._taken_bytes + (1 << 30)
 
     @contextlib.contextmanager
     def pack_of(self, ids: Iterable[str]) -> Iterator[IO[bytes]]:
@@ -295,10 +305,25 @@ _PACKING: Final = ("--stdout", "-q", "--delta-base-offset")
 @contextlib.contextmanager
 def scratch(repository: repositories.Repository) -> Iterator[Scratch]:
     """Gone with everything in it when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="banger-git-") as name:
+    with tempfile.TemporaryDirectory(prefix="banger-git-", dir=_large()) as name:
         directory = Path(name)
         _lay_out(directory, repository)
         yield Scratch(directory, repository)
+
+
+def _large() -> str | None:
+    """Where much can lie for a while: /tmp is often memory."""
+    return None if os.environ.get("TMPDIR") or not os.access(_LARGE, os.W_OK | os.X_OK) else _LARGE
+
+
+def _check_room(directory: Path) -> None:
+    """Whoever sends without end does not fill a disk that others need too."""
+    found = os.statvfs(directory)
+    if found.f_bavail * found.f_frsize < min(_KEPT_BYTES, found.f_blocks * found.f_frsize // 20):
+        raise errors.NoSpaceError(
+            f"no space left for the guest's work in {directory.parent}",
+            hint="free space there, or name another place with TMPDIR=…",
+        )
 
 
 def _lay_out(directory: Path, repository: repositories.Repository) -> None:
