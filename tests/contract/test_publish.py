@@ -106,6 +106,21 @@ async def test_udp_travels_through_the_agent(publisher: publish.Publisher) -> No
                 assert await loop.sock_recv(asking, 100) == text.upper()
 
 
+async def test_datagrams_that_nobody_takes_are_dropped(short_path: Path) -> None:
+    """A kernel that takes no more, as one with a slow link: a flooding guest's answers are not all kept."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(short_path / "deaf"))
+        sending = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sending.setblocking(False)
+        transport, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, sock=sending)
+        for _ in range(1000):
+            publish._send(transport, bytes(16384), str(short_path / "deaf"))  # type: ignore[arg-type] # unix
+        kept = transport.get_write_buffer_size()  # type: ignore[attr-defined] # asyncio has it
+        assert 0 < kept <= 256 * 1024 + 16384
+        transport.abort()
+
+
 async def test_a_service_that_is_not_there_ends_the_connection(publisher: publish.Publisher) -> None:
     port = publishing.free_port()
     await publisher.serve(publishing.row(f"{port}:{publishing.free_port()}"))

@@ -27,6 +27,7 @@ _MAX_CONNECTIONS: Final = 512
 _MAX_UDP_CLIENTS: Final = 256
 _UDP_IDLE_S: Final = 60.0
 _UDP_QUEUE: Final = 64
+_UDP_UNSENT_BYTES: Final = 256 * 1024
 
 
 @dataclass(slots=True)
@@ -245,7 +246,7 @@ class _Udp(asyncio.DatagramProtocol):
 
     def _reply(self, data: bytes, addr: tuple[str, int]) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.sendto(data, addr)
+            _send(self._transport, data, addr)
 
     async def _serve(self, addr: tuple[str, int], queue: asyncio.Queue[bytes]) -> None:
         try:
@@ -267,7 +268,7 @@ class _Udp(asyncio.DatagramProtocol):
         try:
             while True:
                 async with asyncio.timeout(_UDP_IDLE_S):
-                    transport.sendto(await queue.get())
+                    _send(transport, await queue.get())
         except TimeoutError:
             return
         finally:
@@ -293,6 +294,12 @@ class _Udp(asyncio.DatagramProtocol):
             finally:
                 answering.cancel()
                 await asyncio.gather(answering, return_exceptions=True)
+
+
+def _send(transport: asyncio.DatagramTransport, data: bytes, addr: tuple[str, int] | None = None) -> None:
+    """asyncio keeps what the kernel does not take, without end: dropped, as a network would."""
+    if transport.get_write_buffer_size() < _UDP_UNSENT_BYTES:  # type: ignore[attr-defined] # asyncio has it
+        transport.sendto(data, addr)
 
 
 class _Answers(asyncio.DatagramProtocol):
