@@ -23,7 +23,7 @@ from hypothesis import strategies
 from websockets import frames, streams
 
 import banger
-from banger.cli import attach, bootstrap, command, exits, live, main, render, websocket
+from banger.cli import attach, bootstrap, command, exits, live, main, render, vm_workspace, websocket
 from banger.contract import egress, errors, resources, sizes
 from banger.owner import config, defaults
 
@@ -400,3 +400,18 @@ def test_a_timeout_ends_also_when_the_guest_does_not_obey(
 def test_a_full_disk_is_no_fault_in_banger(capsys: pytest.CaptureFixture[str]) -> None:
     assert main._failed(OSError(errno.ENOSPC, "No space left on device", "/srv/x"), json=False) == 1
     assert "no space left: /srv/x" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(20)
+def test_a_line_without_end_is_shown_in_parts() -> None:
+    """Of 64 MiB in pieces of 64 bytes, nothing is moved again and again."""
+    sizes = [len(part) for part, _ in vm_workspace._lines(bytes(64) for _ in range(1 << 20))]
+    assert (sum(sizes), max(sizes)) == (64 << 20, (64 << 10) + 64)
+    assert list(vm_workspace._lines([b"a\n\nb", b"c", b"\nd"])) == [
+        (b"a\n", True),
+        (b"\n", True),
+        (b"bc\n", True),
+        (b"d", True),
+    ]
+    long = [b"+" * (1 << 17), b"+\n+whole\n"]
+    assert [is_whole for _, is_whole in vm_workspace._lines(long)] == [False, False, True]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ group = command.Group(
         ("banger vm workspace pull web", "as branch banger/web of this repository"),
     ],
 )
+_MAX_LINE_BYTES: Final = 64 * 1024
 _GUEST_PATH: Final = click.option(
     "--guest-path", metavar="PATH", help="Where it is in the guest [default: the workspace, /root/repo]."
 )
@@ -141,13 +143,27 @@ def diff(settings: command.Settings, name: str, base_commit: str | None, guest_p
     request = transfers.ExportRequest(path=guest_path, base=base_commit)
     has_colour = render.has_colour(sys.stdout)
     with workspaces.exported(settings.client(), name, request) as (_, pieces):
-        rest = b""
-        for piece in pieces:
-            *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
-                _print_line(line + b"\n", has_colour=has_colour)
-        _print_line(rest, has_colour=has_colour)
+        for line, is_whole in _lines(pieces):
+            _print_line(line, has_colour=has_colour and is_whole)
     sys.stdout.buffer.flush()
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Lines with their ends, and whether they are whole: of one that is very long, parts come."""
+    held, is_whole = bytearray(), True
+    for piece in pieces:
+        start = 0
+        while end := piece.find(b"\n", start) + 1:
+            yield bytes(held) + piece[start:end], is_whole
+            held.clear()
+            start, is_whole = end, True
+        held += piece[start:]
+        if len(held) > _MAX_LINE_BYTES:
+            yield bytes(held), False
+            held.clear()
+            is_whole = False
+    if held:
+        yield bytes(held), is_whole
 
 
 def _print_line(line: bytes, *, has_colour: bool) -> None:
