@@ -177,6 +177,50 @@ async def test_a_flood_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         tracemalloc.stop()
 
 
+STARTED = guest.frame(F.STARTED, guest.encode([(T.PID, 2)]))
+OUT_OF_TURN = {
+    "output without content": guest.frame(F.STDOUT) * 2,
+    "output after its end": guest.frame(F.STDERR) + guest.frame(F.STDERR, b"x"),
+    "starting again": STARTED,
+    "giving back nothing": guest.frame(F.WINDOW, guest.encode([(T.COUNT, 0)])),
+    "giving back what was not sent": guest.frame(F.WINDOW, guest.encode([(T.COUNT, 1)])),
+    "what has no meaning here": guest.frame(F.ENTRY),
+}
+
+
+@pytest.mark.parametrize("what", OUT_OF_TURN)
+async def test_a_command_s_frames_come_in_turn(what: str) -> None:
+    """Whatever could be sent without end and means nothing ends the command."""
+    with pytest.raises(errors.ProtocolError):
+        await _against(HELLO + STARTED + OUT_OF_TURN[what], ASKS["exec"])
+
+
+async def test_a_flood_of_small_frames_lets_others_come_in_between() -> None:
+    """All of them are here already, and nothing is waited for."""
+    count = 10_000
+    reader = asyncio.StreamReader(limit=1 << 20)
+    reader.feed_data(guest.frame(F.STDOUT, b"x") * count + guest.frame(F.DATA, b"x") * count)
+    link = guests._Link(reader, None, guest.Fields(b""))  # type: ignore[arg-type] # nothing is written
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    beside = asyncio.create_task(others())
+    output = guests.Exec(link, lambda: None).output()
+    for _ in range(count):
+        await anext(output)
+    assert turns > count // 100
+    turns, tunnel = 0, guests.Tunnel(link, lambda: None)
+    for _ in range(count):
+        await tunnel.read()
+    assert turns > count // 100
+    beside.cancel()
+
+
 # --- through the CLI ---
 
 
