@@ -154,6 +154,49 @@ async def test_changing_ports_leaves_the_others_connections_alone(publisher: pub
         writer.close()
 
 
+@pytest.mark.parametrize("same_port", [True, False], ids=["its own", "another"])
+async def test_a_change_that_meets_a_port_in_use_changes_nothing(
+    publisher: publish.Publisher, *, same_port: bool
+) -> None:
+    """Neither what was there, with its connections, nor what came along with the port in use."""
+    old, new = publishing.free_port(), publishing.free_port()
+    async with echo() as service, echo() as used:
+        await publisher.serve(publishing.row(f"{old}:{service}"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", old)
+        writer.write(b"before ")
+        fresh = old if same_port else new
+        with pytest.raises(errors.AlreadyExistsError):
+            await publisher.serve(publishing.row(f"{fresh}:{used}", f"{used}:{service}"))
+        assert await sent_back(old, b"still there") == b"still there"
+        if not same_port:
+            assert await refuses(new)
+            writer.write(b"after")
+            writer.write_eof()
+            async with asyncio.timeout(20):
+                assert await reader.read() == b"before after"
+        writer.close()
+
+
+async def test_a_port_changes_what_it_leads_to(publisher: publish.Publisher) -> None:
+    port = publishing.free_port()
+    async with echo() as service:
+        await publisher.serve(publishing.row(f"{port}:1"))
+        await publisher.serve(publishing.row(f"{port}:{service}"))
+        assert await sent_back(port, b"hello") == b"hello"
+
+
+async def test_a_row_does_not_say_what_could_not_be_published(daemon: conftest.Daemon) -> None:
+    old = publishing.free_port()
+    body = resources.CreateVm(name="web", publish=(f"{old}:80",))
+    await daemon.done(await daemon.services.vms.create(body))
+    async with echo() as used:
+        change = ports.ChangePorts(publish=(f"{used}:80",), unpublish=(f"{old}:80",))
+        with pytest.raises(errors.AlreadyExistsError):
+            await daemon.services.alterations.change_ports("web", change)
+    assert (await daemon.services.vms.get("web")).publish == (f"127.0.0.1:{old}:80/tcp",)
+    assert not await refuses(old)
+
+
 class _OnePort(guests.GuestClient):
     """Knows of one port alone: what else listens on this machine is not ours to ask."""
 

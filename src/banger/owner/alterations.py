@@ -85,7 +85,10 @@ class Alterations:
             return self._view(vm)
 
     async def change_ports(self, ref: str, body: ports.ChangePorts) -> resources.Vm:
-        """Raises AlreadyExistsError for a port in use; nothing has changed then."""
+        """Raises AlreadyExistsError for a port in use; nothing has changed then.
+
+        The row first: if we die in between, the next daemon does what it says.
+        """
         gone = set(ports.parse_all(body.unpublish))
         found = self._rows.find(ref)
         if self._lifecycle.holder(found.id):
@@ -96,10 +99,15 @@ class Alterations:
             fresh = [each for each in ports.parse_all(body.publish) if each not in kept]
             wanted = ports.parse_all(tuple(map(str, (*kept, *fresh))))
             changed = msgspec.structs.replace(vm, publish=tuple(map(str, wanted)))
-            if vm.state is resources.VmState.RUNNING:
-                await self._publisher.serve(changed)
-            else:
+            if vm.state is not resources.VmState.RUNNING:
                 for each in fresh:
                     publish.bound(each).close()
             self._rows.save(changed)
-            return self._view(changed)
+            if vm.state is resources.VmState.RUNNING:
+                try:
+                    await self._publisher.serve(changed)
+                except BaseException:
+                    latest = self._rows.get(vm.id)
+                    self._rows.save(msgspec.structs.replace(latest, publish=vm.publish))
+                    raise
+            return self._view(self._rows.get(vm.id))

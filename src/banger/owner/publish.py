@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from banger import steps
 from banger.contract import errors, guest, names, ports
 from banger.net import tcp_server
 from banger.owner import guest as guests
@@ -73,15 +74,23 @@ class Publisher:
             self._ports.setdefault(vm.id, []).extend(fresh)
 
     async def serve(self, vm: record.VmRecord) -> None:
-        """Those of the row, and no others; what is served already goes on."""
+        """Those of the row, and no others; what is served already goes on.
+
+        Raises AlreadyExistsError for a port that is in use; what was served before is served on then.
+        """
         wanted = set(ports.parse_all(vm.publish))
-        for port in [each for each in self._ports.get(vm.id, ()) if each.publish not in wanted]:
-            self._ports[vm.id].remove(port)
-            await _end(port)
-        self.take(vm)
-        for port in self._ports.get(vm.id, ()):
-            if port.close is None:
-                await self._open(vm, port)
+        held = list(self._ports.get(vm.id, ()))
+        unwanted = [each for each in held if each.publish not in wanted]
+        in_the_way = [each for each in unwanted if any(_clash(each.publish, other) for other in wanted)]
+        await self._drop(vm.id, in_the_way)
+        try:
+            self.take(vm)
+            await self._open_all(vm)
+        except BaseException:
+            fresh = [each for each in self._ports.get(vm.id, ()) if each not in held]
+            await steps.finish(self._put_back(vm, fresh, in_the_way))
+            raise
+        await self._drop(vm.id, [each for each in unwanted if each not in in_the_way])
 
     async def serve_all(self, vms: Iterable[record.VmRecord]) -> None:
         """After the daemon's start. A port that is in use now is logged."""
@@ -99,6 +108,25 @@ class Publisher:
     async def close(self) -> None:
         for vm_id in list(self._ports):
             await self.release(vm_id)
+
+    async def _drop(self, vm_id: names.VmId, some: Iterable[_Port]) -> None:
+        for port in some:
+            self._ports[vm_id].remove(port)
+            await _end(port)
+
+    async def _put_back(self, vm: record.VmRecord, fresh: Iterable[_Port], ended: Iterable[_Port]) -> None:
+        await self._drop(vm.id, fresh)
+        for each in ended:
+            try:
+                self._ports.setdefault(vm.id, []).append(_Port(each.publish, bound(each.publish)))
+                await self._open_all(vm)
+            except (errors.BangerError, OSError) as error:
+                _log.error("a port is no longer published", extra={"vm": vm.id, "error": str(error)})
+
+    async def _open_all(self, vm: record.VmRecord) -> None:
+        for port in self._ports.get(vm.id, ()):
+            if port.close is None:
+                await self._open(vm, port)
 
     async def _open(self, vm: record.VmRecord, port: _Port) -> None:
         address = str(names.guest_address(self._network, vm.slot)) if vm.network else ""
@@ -138,6 +166,11 @@ def bound(publish: ports.Publish) -> socket.socket:
         made.close()
         raise _refused(publish, error) from None
     return made
+
+
+def _clash(one: ports.Publish, other: ports.Publish) -> bool:
+    """While the one is bound, the other may be refused: an address may stand for all of them."""
+    return (one.host_port, one.protocol) == (other.host_port, other.protocol)
 
 
 def _refused(publish: ports.Publish, error: OSError) -> errors.BangerError:
