@@ -68,7 +68,8 @@ class Alterations:
                 try:
                     await self._host.privileged(packet_rules.request(changed))
                 except errors.BangerError:
-                    self._rows.save(vm)
+                    workspace = self._rows.get(vm_id).workspace  # it may have arrived meanwhile
+                    self._rows.save(msgspec.structs.replace(vm, workspace=workspace))
                     raise
                 self._zone.add(changed)
             return self._view(changed)

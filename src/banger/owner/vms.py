@@ -355,7 +355,13 @@ class VmService:
                 await self._delete(vm)
                 return
             self._store.save(
-                changes.failed(vm, error, op_id=op_id, step=seen.failed_step, timings=tuple(seen.timings))
+                changes.failed(
+                    self._store.get(vm.id),
+                    error,
+                    op_id=op_id,
+                    step=seen.failed_step,
+                    timings=tuple(seen.timings),
+                )
             )
         except Exception as second:
             error.add_note(f"keeping the error of {vm.name}: {second}")
@@ -416,6 +422,8 @@ class VmService:
     async def collect(self, vm: record.VmRecord) -> None:
         """Takes away what a dead VMM left and says in the row how it ended."""
         await stop.release(self._host, vm, self._features)
-        ended = ending.ended(vm, self._host.layout.logs / vm.id, self._host.boot_id)
+        # Not the row of the beginning: a workspace may have arrived meanwhile.
+        latest = self._store.get(vm.id)
+        ended = ending.ended(latest, self._host.layout.logs / vm.id, self._host.boot_id)
         self._store.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
