@@ -230,10 +230,10 @@ async def test_tools_whose_installation_fails_are_loud(guest: Guest, tmp_path: P
     repositories.plain(guest.source)
     (guest.source / "mise.toml").write_text("[tools]\n")
     repositories.commit(guest.source)
-    script = '[ "$1" = install ] || exit 0\necho "no such tool: zog"; exit 3'
+    script = '[ "$1" = install ] || exit 0\nprintf "\\033]0;owned\\007"; echo "no such tool: zog"; exit 3'
     home = _image_with_mise(guest, tmp_path / "image", script)
     failed = await guest.banger(*run_words(guest, "--rm", "--nat"), "--", "true", status=125)
-    assert "no such tool: zog" in failed.err, "the end of the log"
+    assert "\\x1b]0;owned\\x07no such tool: zog" in failed.err, "the end of the log, and no terminal for it"
     assert "could not be installed" in failed.err
     assert ".banger-bootstrap.log" in failed.err
     assert "no such tool: zog" in (home / ".banger-bootstrap.log").read_text()

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import hypothesis
+import msgspec
 import pytest
 from hypothesis import strategies
 from websockets import frames, streams
@@ -78,12 +79,43 @@ def test_safe_text_is_one_harmless_line(text: str) -> None:
     assert len(shown.splitlines()) <= 1
 
 
-@hypothesis.given(strategies.text())
+TERMINAL_TEXT = strategies.text() | strategies.text(
+    strategies.sampled_from("a\n\r\t\x07\x1b[]0;31m\x7f\x85\x9b\u061c\u200f\u2028\u202e\u2066")
+)
+BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+@hypothesis.given(TERMINAL_TEXT)
 def test_safe_log_keeps_only_colours(text: str) -> None:
     shown = render.safe_log(text)
     for piece in shown.split("\x1b")[1:]:
         assert piece.startswith("[")
         assert piece[1:].lstrip("0123456789;").startswith("m")
+    assert not set(shown) & {*BIDI, *map(chr, range(0x7F, 0xA0))}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[8mhidden\n", "\x1b[8mhidden\x1b[0m\n"),
+        ("\x1b[31mred\x1b[0m\n", "\x1b[31mred\x1b[0m\n"),
+        ("\x1b[31mred\x1b[m", "\x1b[31mred\x1b[m"),
+        ("\x1b[10m\n\n", "\x1b[10m\x1b[0m\n\n"),
+        ("plain\n", "plain\n"),
+    ],
+)
+def test_no_colour_of_a_log_goes_on_behind_it(text: str, shown: str) -> None:
+    assert render.safe_log(text) == shown
+
+
+@hypothesis.given(TERMINAL_TEXT)
+def test_json_is_the_same_and_harmless(text: str) -> None:
+    shown = render.json_text(msgspec.json.encode({text: [text]}))
+    assert json.loads(shown) == {text: [text]}
+    assert not set(shown) & {*BIDI, *map(chr, [*range(32), *range(0x7F, 0xA0)])}
+    shown = render.error_json(errors.NotFoundError(text, hint=text))
+    assert json.loads(shown)["error"]["message"] == text
+    assert not set(shown) & {*BIDI, *map(chr, range(0x7F, 0xA0))}
 
 
 def test_table_is_aligned() -> None:

@@ -282,6 +282,14 @@ def test_what_a_guest_says_of_its_workspace() -> None:
             workspace.parse_found(said)
 
 
+def test_what_a_script_in_a_guest_says_drives_no_terminal() -> None:
+    said = workspaces._lines(b"\x1b[2Jgit\nfatal: \xc2\x9b31m \xe2\x80\xae owned\x7f\n")
+    assert said == ["?[2Jgit", "fatal: ?31m ? owned?"]
+    found = workspace.Found(exists=True, changes=("M\t\x9b2J\u202e",))
+    with pytest.raises(errors.ConflictError, match=r"changes of its own: M \?2J\?"):
+        workspace.refuse_to_lose("web", "/root/repo", found, discard=False)
+
+
 REVISIONS = ("HEAD", "--all", "", "a1" * 19, "A1" * 20, "a1" * 20 + "^{tree}", "@{upstream}", ":/secret")
 """What git would look up, and is no object's id."""
 

@@ -43,8 +43,11 @@ def run(
     on_begin: Callable[[], None] = lambda: None,
     before: Callable[[], None] | None = None,
     timeout_s: float | None = None,
+    kept: Kept | None = None,
 ) -> int:
     """The command's exit status. `on_begin` is called when the daemon has the request.
+
+    Its output is ours, byte for byte; with `kept` it goes there instead.
 
     `before` prepares the VM once the daemon knows that it belongs to this command (`request.hold`). A
     command that takes longer than `timeout_s` is ended, and the status is TIMED_OUT; also when the guest
@@ -59,7 +62,10 @@ def run(
             on_begin()
             before()
             channel.send(websocket.Opcode.TEXT, msgspec.json.encode(resources.ExecControl(begin=True)))
-        session = _Session(channel, stack.enter_context(_handled_signals()), tty=request.tty)
+        outputs = None if kept is None else (kept, kept)
+        session = _Session(
+            channel, stack.enter_context(_handled_signals()), tty=request.tty, outputs=outputs
+        )
         session.end_after(timeout_s)
         if stdin:
             session.open_stdin(0)
@@ -116,16 +122,36 @@ class _Output:
         del self.held[:written]
 
 
+class Kept(_Output):
+    """The end of what a command says, for whoever shows it later; nothing of it is written."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(-1)
+        self.data = bytearray()
+        self._limit_bytes = limit_bytes
+
+    def put(self, data: memoryview) -> None:
+        self.data += data
+        del self.data[: -self._limit_bytes]
+
+
 class _Session:
     """One running command and the descriptors that stand for it here."""
 
-    def __init__(self, channel: websocket.WebSocket, woken: socket.socket, *, tty: bool) -> None:
+    def __init__(
+        self,
+        channel: websocket.WebSocket,
+        woken: socket.socket,
+        *,
+        tty: bool,
+        outputs: tuple[_Output, _Output] | None = None,
+    ) -> None:
         self.raw: terminal.RawMode | None = None
         self._channel = channel
         self._link = link.Link(channel, self._hear)
         self._woken = woken
         self._tty = tty
-        self._outputs = {1: _Output(1), 2: _Output(2)}
+        self._outputs = dict(zip((1, 2), outputs or (_Output(1), _Output(2)), strict=True))
         self._end: resources.ExecEnd | None = None
         self._asked_to_end = 0
         self._deadline: float | None = None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import Final
 
@@ -12,6 +13,7 @@ from banger.contract import destinations, egress, errors, resources
 LOG: Final = "~/.banger-bootstrap.log"
 _DECLARATIONS: Final = (b"mise.toml", b".mise.toml", b".tool-versions", b".config/mise/config.toml")
 _NO_MISE: Final = 90
+_SHOWN_BYTES: Final = 8192
 _SCRIPT: Final = r"""
 command -v mise >/dev/null 2>&1 || exit 90
 cd "$1" || exit 1
@@ -42,7 +44,8 @@ def install(api: client.Client, vm: resources.Vm, path: str) -> None:
     """Raises OperationFailedError when it did not work; the end of its log is on stderr then."""
     render.note(f"installing the repository's tools in {vm.name}; the log is {LOG} there")
     argv = ("/bin/sh", "-c", _SCRIPT, "banger-bootstrap", path)
-    status = attach.run(api, vm.id, resources.ExecRequest(argv=argv, cwd="/"), stdin=False)
+    said = attach.Kept(_SHOWN_BYTES)
+    status = attach.run(api, vm.id, resources.ExecRequest(argv=argv, cwd="/"), stdin=False, kept=said)
     if status == _NO_MISE:
         raise errors.MissingToolError(
             f"the repository declares tools for mise, which {vm.name} does not have",
@@ -50,6 +53,8 @@ def install(api: client.Client, vm: resources.Vm, path: str) -> None:
             tool="mise",
         )
     if status:
+        # Nobody asked to be connected to the guest here: it gets no terminal of its own.
+        print(render.safe_log(said.data.decode(errors="replace")), end="", file=sys.stderr)
         raise errors.OperationFailedError(
             f"the repository's tools could not be installed in {vm.name}",
             hint=f"see {LOG} there, or do without them: --no-bootstrap",

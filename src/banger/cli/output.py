@@ -8,10 +8,12 @@ from typing import Any
 
 import msgspec
 
+from banger.cli import render
+
 
 def json(value: Any) -> None:
     """One document. `value` is whatever msgspec encodes."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    text = render.json_text(msgspec.json.format(msgspec.json.encode(value), indent=2))
     sys.stdout.write(text + "\n")
 
 

@@ -92,7 +92,7 @@ class JsonLines:
     """Each event as the daemon sent it."""
 
     def hear(self, operation: resources.Operation, event: resources.Event) -> None:
-        print(msgspec.json.encode(event).decode(), file=sys.stderr, flush=True)
+        print(render.json_text(msgspec.json.encode(event)), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         return

@@ -15,8 +15,11 @@ import msgspec
 from banger.contract import errors
 
 # Control characters, and those that reorder the text around them.
-_UNSAFE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_UNSAFE_IN_LOG: Final = re.compile("(?!\x1b\\[[0-9;]*m)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LATER: Final = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_UNSAFE: Final = re.compile(f"[\x00-\x1f{_LATER}]")
+_UNSAFE_IN_JSON: Final = re.compile(f"[{_LATER}]")
+_UNSAFE_IN_LOG: Final = re.compile(f"(?!\x1b\\[[0-9;]*m)[\x00-\x08\x0b-\x1f{_LATER}]")
+_COLOUR: Final = re.compile("\x1b\\[([0-9;]*)m")
 _SPANS: Final = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
@@ -26,8 +29,18 @@ def safe(text: str) -> str:
 
 
 def safe_log(text: str) -> str:
-    """Lines of a log for a terminal: tabs, line ends and colours stay."""
-    return _UNSAFE_IN_LOG.sub(lambda found: _escaped(found[0]), text.replace("\r\n", "\n"))
+    """Lines of a log for a terminal: tabs, line ends and colours stay; no colour goes on behind them."""
+    shown = _UNSAFE_IN_LOG.sub(lambda found: _escaped(found[0]), text.replace("\r\n", "\n"))
+    colours = _COLOUR.findall(shown)
+    if not colours or not colours[-1].strip("0"):
+        return shown
+    body = shown.rstrip("\n")
+    return f"{body}\x1b[0m{shown[len(body) :]}"
+
+
+def json_text(document: bytes) -> str:
+    """The same document, with escapes where a terminal would obey: JSON leaves some of those as they are."""
+    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", document.decode())
 
 
 def _escaped(character: str) -> str:
@@ -112,7 +125,7 @@ def error_body(error: errors.BangerError) -> errors.ErrorBody:
 
 def error_json(error: errors.BangerError) -> str:
     """One line: `{"error": {code, message, hint, op_id, …}}`."""
-    return msgspec.json.encode({"error": error_body(error)}).decode()
+    return json_text(msgspec.json.encode({"error": error_body(error)}))
 
 
 def note(text: str) -> None:

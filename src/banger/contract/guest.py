@@ -299,10 +299,10 @@ class Fields:
     def text(self, tag: Tag) -> str:
         """Printable, bounded, empty when absent: what a guest says ends up on terminals."""
         values = self._values.get(tag)
-        return _printable(values[0]) if values else ""
+        return printable(values[0]) if values else ""
 
     def texts(self, tag: Tag) -> tuple[str, ...]:
-        return tuple(_printable(value) for value in self._values.get(tag, ()))
+        return tuple(printable(value) for value in self._values.get(tag, ()))
 
 
 def _walk(payload: bytes) -> Iterator[tuple[int, bytes]]:
@@ -318,7 +318,8 @@ def _walk(payload: bytes) -> Iterator[tuple[int, bytes]]:
         position += size
 
 
-def _printable(value: bytes) -> str:
+def printable(value: bytes) -> str:
+    """What a guest says, as text that no terminal and no log obeys; the first 4096 bytes."""
     text = value[:_MAX_TEXT].decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "?" for c in text)
 

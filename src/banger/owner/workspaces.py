@@ -311,4 +311,4 @@ async def _feed(running: guests.Exec, stdin: AsyncIterable[bytes] | None) -> Non
 
 
 def _lines(data: bytes | bytearray) -> list[str]:
-    return [line for line in data.decode(errors="replace").splitlines() if line.strip()][-_KEPT_LINES:]
+    return [guest.printable(line) for line in bytes(data).splitlines() if line.strip()][-_KEPT_LINES:]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from banger.contract import errors, transfers
+from banger.contract import errors, guest, transfers
 
 INCOMING: Final = ".git/banger/incoming"
 _MAX_CHANGES: Final = 20
@@ -263,7 +263,7 @@ def refuse_to_lose(name: str, path: str, found: Found, *, discard: bool) -> None
         )
     if found.changes and not discard:
         more = f" and {len(found.changes) - 3} more" if len(found.changes) > 3 else ""
-        shown = "; ".join(" ".join(change.split()) for change in found.changes[:3])
+        shown = "; ".join(guest.printable(" ".join(change.split()).encode()) for change in found.changes[:3])
         raise errors.ConflictError(
             f"{path} in {name} has changes of its own: {shown}{more}",
             hint=f"get them first with `banger vm workspace pull {name}`, or throw them away with --discard",
