@@ -170,6 +170,20 @@ def test_a_process_outside_the_vm_is_never_held(world: HelperWorld) -> None:
         assert held >= 0
 
 
+def test_a_cgroup_that_goes_away_while_it_is_read_is_gone() -> None:
+    """Between opening and reading: the descriptor holds that moment."""
+    group = test_console.cgroup_tree() / f"banger-gone-{os.getpid()}"
+    group.mkdir()
+    procs = os.open(group / "cgroup.procs", os.O_RDONLY)
+    try:
+        group.rmdir()
+        with pytest.raises(OSError, match="No such device"):
+            os.read(procs, 1)
+        assert cgroup._read(f"/proc/self/fd/{procs}") == ""
+    finally:
+        os.close(procs)
+
+
 def test_a_vmm_that_is_deaf_is_said_to_be_and_then_forced(
     world: HelperWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ must move into a leaf before controllers can be enabled for the leaves (the rule
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ CONTROLLERS: Final = ("cpu", "io", "memory", "pids")
 OVERHEAD_MIB: Final = 128
 _OVERHEAD_PIDS: Final = 16
 _PERIOD_US: Final = 100_000
+_GONE: Final = (errno.ENOENT, errno.ENODEV)
+"""A cgroup may be removed at any moment; reading a file of it that was open by then is ENODEV."""
 
 
 def ensure_parent(policy: policies.Policy) -> None:
@@ -71,8 +74,11 @@ def end(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> bool:
     pidfd means all of it.
     """
     path = _path(policy, vm_id)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         _write(f"{path}/cgroup.kill", "1")
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
     for pid in processes(policy, vm_id):
         with held(policy, vm_id, pid) as process:
             if process >= 0:
@@ -189,9 +195,13 @@ def _make(path: str) -> None:
 
 
 def _read(path: str) -> str:
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        return file.read()
-    return ""
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return ""
 
 
 def _write(path: str, text: str) -> None:
