@@ -453,7 +453,10 @@ async def test_a_vmm_that_takes_its_time_to_die_is_seen_all_the_same(
     handlers: dict[Any, Any] = worlds.HANDLERS
     find = handlers[privileged.FindVmm]
 
+    shown: list[int] = []
+
     async def found(world: worlds.World, request: privileged.FindVmm) -> privileged.Result:
+        shown.append((await daemon.services.vms.get("web")).pid)
         return dying.pop() if dying else await find(world, request)
 
     monkeypatch.setitem(handlers, privileged.FindVmm, found)
@@ -462,4 +465,5 @@ async def test_a_vmm_that_takes_its_time_to_die_is_seen_all_the_same(
         while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
             await asyncio.sleep(0.02)  # the daemon notices by itself; nothing tells us that it has
     assert dying == []
+    assert shown == [vm.vmm.pid] * 4  # until it is gone
     assert daemon.world.leftovers() == {}

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from banger import steps
 from banger.contract import names
 from banger.owner import silence
 
@@ -50,13 +50,16 @@ class LiveVmms:
 
     async def forget(self, vm_id: names.VmId) -> None:
         """Its end is about to be our own doing."""
-        self._pids.pop(vm_id, None)
-        await self.agents.forget(vm_id)
+        await self.ended(vm_id)
         watcher = self._watchers.pop(vm_id, None)
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+            await steps.finish(_ended(watcher))
+
+    async def ended(self, vm_id: names.VmId) -> None:
+        """There is no VMM any more. That its socket closed is not enough to say so."""
+        self._pids.pop(vm_id, None)
+        await self.agents.forget(vm_id)
 
     async def close(self) -> None:
         for vm_id in list(self._watchers):
@@ -64,8 +67,6 @@ class LiveVmms:
 
     async def _watch(self, vm_id: names.VmId) -> None:
         await self._gone(vm_id)
-        self._pids.pop(vm_id, None)
-        await self.agents.forget(vm_id)
         try:
             await self._clean_up(vm_id)
         finally:
@@ -85,3 +86,7 @@ class LiveVmms:
             await asyncio.sleep(delay_s)
             await self._gone(vm_id)
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+
+
+async def _ended(watcher: asyncio.Task[None]) -> None:
+    await asyncio.gather(watcher, return_exceptions=True)

@@ -60,6 +60,9 @@ class SilenceWatch:
 
     def add(self, vm_id: names.VmId) -> None:
         """It has just answered, or is given the benefit of the doubt."""
+        before = self._guests.get(vm_id)
+        if before is not None and before.task is not None:
+            before.task.cancel()
         guest = self._guests[vm_id] = _Guest(time.monotonic())
         guest.task = asyncio.create_task(self._watch(vm_id, guest), name=f"ask-{vm_id}")
 

@@ -400,6 +400,7 @@ class VmService:
             running = [vm for vm in self._store.list() if vm.id == vm_id and vm.state is _RUNNING]
             if running and await self._has_vmm(vm_id):
                 return False
+            await self.live.ended(vm_id)
             for vm in running:
                 await self.collect(vm)
             return True
@@ -411,8 +412,8 @@ class VmService:
     async def _ending(self, vm: record.VmRecord) -> AsyncIterator[None]:
         """Its VMM ends by our own doing in this block; when that fails, it is watched again."""
         pid = self.live.pid(vm.id)
-        await self.live.forget(vm.id)
         try:
+            await self.live.forget(vm.id)
             yield
         except BaseException:
             if vm.state is resources.VmState.RUNNING:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Final
 
+from banger import steps
 from banger.contract import errors, guest
 from banger.vm import host as hosts
 from banger.vm import record
@@ -33,7 +33,7 @@ async def wait_for_agent(host: hosts.Host, vm: record.VmRecord) -> guest.Health:
     except TimeoutError:
         raise _silent(host, vm) from None
     finally:
-        await _cancel(gone, knock)
+        await steps.finish(_cancel(gone, knock))
     if knock.done() and not knock.cancelled():
         return knock.result()
     raise _ended(host, vm)
@@ -56,9 +56,10 @@ async def _knock(host: hosts.Host, vm: record.VmRecord) -> guest.Health:
 async def _cancel(*tasks: asyncio.Future[None] | asyncio.Future[guest.Health]) -> None:
     for task in tasks:
         task.cancel()
+    await asyncio.wait(tasks)
     for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await task
+        if not task.cancelled():
+            task.exception()  # looked at: what mattered is raised by others
 
 
 def _ended(host: hosts.Host, vm: record.VmRecord) -> errors.BangerError:
