@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,24 @@ async def test_what_an_operation_works_on_is_not_left_over(daemon: conftest.Daem
     await collect(daemon)
     release.set()
     assert (await daemon.done(began)).status is resources.OperationStatus.SUCCEEDED
+
+
+async def test_what_begins_to_be_made_as_one_looks_is_not_left_over(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No event lies between looking at the operations and at what they make, so a moment is made here."""
+    running = daemon.services.operations
+    begun = running.list
+    made = daemon.paths.state / "images" / ".cccccccccccc.new"
+
+    def begins() -> list[resources.Operation]:
+        assert threading.current_thread() is threading.main_thread(), "the loop changes them meanwhile"
+        made.mkdir()
+        return begun()
+
+    monkeypatch.setattr(running, "list", begins)
+    assert (await take(daemon)).leftovers == ()
+    assert made.exists()
 
 
 async def test_a_process_is_owned_by_slot_and_strangers_are_left_alone(

@@ -68,7 +68,8 @@ class Inventory:
 
     async def take(self) -> contract.Inventory:
         world = await self._host.privileged(privileged.ListWorld())
-        found = await asyncio.to_thread(self._judged, world)
+        found, half_made = await asyncio.to_thread(self._judged, world)
+        found += self._staged(half_made)
         return contract.Inventory(tuple(sorted(found, key=_order)))
 
     def begin_collecting(self) -> resources.Operation:
@@ -123,8 +124,8 @@ class Inventory:
             if ended:
                 _log.warning("ended programs that nobody owns", extra={"path": str(path), "count": ended})
 
-    def _judged(self, world: privileged.World) -> list[Thing]:
-        """In a thread: it looks at files."""
+    def _judged(self, world: privileged.World) -> tuple[list[Thing], list[Path]]:
+        """In a thread: it looks at files. What is half made is yet to be judged."""
         rows = self._rows.list()
         judge = _Judge({vm.id: vm for vm in rows}, {vm.slot: vm for vm in rows}, self._vms.holder)
         found = [thing for seen in world.vms for thing in judge.of_vm(seen, self._host.layout)]
@@ -134,7 +135,16 @@ class Inventory:
         found += judge.leases(self._host.network)
         found += judge.disks(self._places.state / "vms")
         found += self._owners_files()
-        return found
+        return found, [*_half_made(self._places)]
+
+    def _staged(self, half_made: Collection[Path]) -> Iterator[Thing]:
+        """The operations after the files: one that has begun since has made none of these."""
+        at_work = [each for each in self._running.list() if _makes(each)]
+        for path in half_made:
+            if at_work:
+                yield Thing(Kind.STAGED, str(path), f"{at_work[0].kind} is at work", at_work[0].id)
+            else:
+                yield Thing(Kind.STAGED, str(path), "nothing is being made")
 
     def _owners_files(self) -> Iterator[Thing]:
         known = self._names_of()
@@ -144,12 +154,6 @@ class Inventory:
                     name = known.get(path.name, "")
                     why = f"{kind} {name}" if name else f"its record cannot be read; `banger {kind} delete`"
                     yield Thing(kind, str(path), why, name or _BANGER)
-        at_work = [each for each in self._running.list() if _makes(each)]
-        for path in _half_made(self._places):
-            if at_work:
-                yield Thing(Kind.STAGED, str(path), f"{at_work[0].kind} is at work", at_work[0].id)
-            else:
-                yield Thing(Kind.STAGED, str(path), "nothing is being made")
 
 
 _OUR_FILES: Final = frozenset({Kind.DISKS, Kind.STAGED})
