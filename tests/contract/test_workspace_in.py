@@ -360,6 +360,30 @@ async def test_a_client_that_is_killed_leaves_nothing_half_done(guest: Guest, af
     assert os.listdir(guest.repo.parent) == ["repo"]
 
 
+async def test_what_the_guest_lacks_is_said_in_pieces(guest: Guest) -> None:
+    """Of 10,000 objects, to a client that takes no long messages: there is no length at which it ends."""
+    repositories.plain(guest.source)
+    await guest.prepare()
+    tree = git(guest.source, "write-tree").decode().strip()
+    plan = f'{{"source": "x", "branch": "refs/heads/main", "worktree": "{tree}", "index": "{tree}"}}'
+    ids = [tree, *(f"{number:040x}" for number in range(1, 10_000))]
+    async with websockets.unix_connect(
+        str(guest.served.path),
+        "ws://banger/v1/vms/web/workspace/prepare",
+        compression=None,
+        max_size=64 << 10,
+    ) as link:
+        await link.send(f'{{"path": "{guest.repo}"}}')
+        assert "exists" in str(await link.recv())
+        for message in (plan, "".join(f"{each}\n" for each in ids).encode(), b""):
+            await link.send(message)
+        said = b""
+        while piece := await link.recv():
+            assert isinstance(piece, bytes)
+            said += piece
+    assert said.decode().splitlines() == [tree, *(f"{each} missing" for each in ids[1:])]
+
+
 async def test_a_vm_that_does_not_run_is_named(guest: Guest) -> None:
     repositories.plain(guest.source)
     await guest.served.done("POST", "/v1/vms/web/stop")

@@ -310,6 +310,11 @@ def test_a_guest_names_objects_and_no_revisions(word: str) -> None:
                 decoding.json(exported, transfers.Exported)
 
 
+def test_a_guest_answers_no_more_than_it_was_asked() -> None:
+    with pytest.raises(errors.ProtocolError):
+        asyncio.run(workspaces._Asking(_Deaf()).answer(b"x"))
+
+
 class _Deaf:
     """A client that must be told nothing."""
 

@@ -178,9 +178,8 @@ class _Taking:
             raise errors.BadRequestError("a plan names trees, and a branch or a commit")
         root = self.path if exists else workspace.staging(self.path)
         if exists:
-            said = await self.inside.said(workspace.MISSING, root, stdin=self.peer.pieces())
-            if said:
-                await self.peer.send(said)
+            asking = _Asking(self.peer)
+            await self.inside.run(workspace.MISSING, root, stdin=asking.ids(), output=asking.answer)
             await self.peer.end()
         await self.inside.run(
             workspace.RECEIVE, root, plan.object_format, str(int(not exists)), stdin=self.peer.pieces()
@@ -203,6 +202,30 @@ class _Taking:
         await self.inside.run(workspace.CLEAR, root)
         await self.inside.put(root, self.peer.pieces())
         await self.inside.run(workspace.PLACE, root, self.path, str(int(self.discard)))
+
+
+class _Asking:
+    """Which objects the guest lacks: the client's ids go in and the answers out as they come.
+
+    Of a large repository both are too long to be held, or to be one message.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._asked_bytes = 0
+        self._answered_bytes = 0
+
+    async def ids(self) -> AsyncIterator[bytes]:
+        async for piece in self._peer.pieces():
+            self._asked_bytes += len(piece)
+            yield piece
+
+    async def answer(self, data: bytes) -> None:
+        """An id and a word for each: raises ProtocolError for what must be more than that."""
+        self._answered_bytes += len(data)
+        if self._answered_bytes > 2 * self._asked_bytes:
+            raise errors.ProtocolError("the guest answers what it was not asked")
+        await self._peer.send(data)
 
 
 class _Headed:
@@ -252,7 +275,7 @@ class _Guest:
     async def put(self, path: str, archive: AsyncIterable[bytes]) -> None:
         await self.client.put(guest.PutSpec(path, make_directory=True), archive)
 
-    async def said(self, script: str, *arguments: str, stdin: AsyncIterable[bytes] | None = None) -> bytes:
+    async def said(self, script: str, *arguments: str) -> bytes:
         """What a script printed. Raises ProtocolError when that is more than anybody asked for."""
         said = bytearray()
 
@@ -261,7 +284,7 @@ class _Guest:
             if len(said) > _MAX_SAID_BYTES:
                 raise errors.ProtocolError(f"{self.name} does not stop talking")
 
-        await self.run(script, *arguments, stdin=stdin, output=keep)
+        await self.run(script, *arguments, output=keep)
         return bytes(said)
 
     async def run(
