@@ -15,6 +15,7 @@ TOTAL_LIMIT_S = 60
 JAILS = "/var/lib/banger-root/jails"
 VM_LOGS = "/var/lib/banger/vms"
 LARGEST_LOG = "4M"
+PROCESSOR_LOOKS = 10
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "journal-bangerd.txt": ("journalctl", "--no-pager", "-o", "short-precise", "-u", "bangerd*"),
@@ -41,19 +42,33 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def save(source: Path, shell: remote.Shell | None, directory: Path) -> None:
+def save(
+    source: Path, shell: remote.Shell | None, directory: Path, machine: qemu.Machine | None = None
+) -> None:
     """Save everything that can be had; what cannot be had leaves its reason in problems.txt."""
     directory.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
     for name in (qemu.CONSOLE, qemu.QEMU_LOG):
         with contextlib.suppress(OSError):
             shutil.copyfile(source / name, directory / name)
+    if machine is not None:
+        _look_at_processors(machine, directory, problems)
     if shell is None:
         problems.append("the lab was switched off")
     else:
         _ask(shell, directory, problems)
     if problems:
         (directory / "problems.txt").write_text("\n".join(problems) + "\n")
+
+
+def _look_at_processors(machine: qemu.Machine, directory: Path, problems: list[str]) -> None:
+    """Some looks at where each is: of a lab that hangs there is nothing else to see."""
+    try:
+        with machine.control() as control, (directory / "processors.txt").open("w") as file:
+            for _ in range(PROCESSOR_LOOKS):
+                file.write(control.human("info registers -a"))
+    except errors.LabError as error:
+        problems.append(f"processors: {error}")
 
 
 def _ask(shell: remote.Shell, directory: Path, problems: list[str]) -> None:

@@ -131,7 +131,7 @@ def _apt_options() -> Iterator[str]:
 
 
 def _configure(root: Path, stage: Path) -> None:
-    shutil.copytree(RECIPE / "tree", root, dirs_exist_ok=True)
+    shutil.copytree(RECIPE / "tree", root, symlinks=True, dirs_exist_ok=True)
     for unit in _listed(RECIPE / "masked-units.txt"):
         mask = root / "etc/systemd/system" / unit
         mask.unlink(missing_ok=True)

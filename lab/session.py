@@ -224,7 +224,7 @@ class Lab:
 
     def evidence(self, directory: Path) -> None:
         """Save what explains a failure: console, journals, rows, devices, rules, VMM logs. Never raises."""
-        evidence.save(self.directory, self._shell, directory)
+        evidence.save(self.directory, self._shell, directory, self._machine)
 
     def down(self) -> None:
         """End the lab and delete all it had."""

@@ -36,7 +36,11 @@ class FailuresAtOnce:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Print the end of a failure, and how long it took."""
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if not report.failed or terminal is None:
+        if terminal is None:
+            return
+        for note in (text for name, text in report.user_properties if name == "note"):
+            terminal.write_line(f"\n{report.nodeid}: {note}")
+        if not report.failed:
             return
         lines = report.longreprtext.splitlines()[-SHOWN_LINES:]
         said = "\n".join(f"    {line}" for line in lines)

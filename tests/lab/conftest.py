@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterator
@@ -10,12 +11,14 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from _pytest import runner
 
-from lab import cache, instance
+from lab import cache, errors, instance
 from lab.session import Lab
 
 TREE = Path(__file__).parents[2]
 TEST_LIMIT_S = 300
+HUNG = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,12 +38,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Run a test whose lab hung once more, in new labs: see docs/lab.md. A second time, it fails by it."""
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runner.runtestprotocol(item, nextitem=nextitem, log=False)
+    if item.stash.get(HUNG, False):
+        with contextlib.suppress(Exception):  # what a hung lab cannot take down goes with it
+            item.session._setupstate.teardown_exact(None)
+        reports = runner.runtestprotocol(item, nextitem=nextitem, log=False)
+        reports[0].user_properties.append(("note", "its lab hung, and it was run again in a new one"))
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Save evidence of a failed test from every lab it had, before they go down."""
     report = yield
+    if call.excinfo and any(isinstance(each, errors.HungError) for each in _chain(call.excinfo.value)):
+        item.stash[HUNG] = True
     if report.failed and report.when in ("setup", "call"):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", item.nodeid.partition("::")[2])
         used = (getattr(value, "lab", value) for value in getattr(item, "funcargs", {}).values())
