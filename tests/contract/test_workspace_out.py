@@ -151,6 +151,17 @@ async def test_pulling_again_goes_forward_or_is_refused(guest: Guest) -> None:
     await guest.banger(*pull, "--branch", "other-name")
 
 
+async def test_a_branch_that_stands_for_the_one_we_are_on_does_not_move_that(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    (guest.repo / "one").write_text("1")
+    git(guest.source, "symbolic-ref", "refs/heads/banger/web", "refs/heads/main")
+    before = git(guest.source, "rev-parse", "HEAD")
+    await guest.banger("vm", "workspace", "pull", "web")
+    assert git(guest.source, "rev-parse", "HEAD") == before
+    assert git(guest.source, "show", "banger/web:one") == b"1"
+
+
 async def test_pulling_into_another_repository_is_refused(guest: Guest, tmp_path: Path) -> None:
     repositories.plain(guest.source)
     await guest.prepare()

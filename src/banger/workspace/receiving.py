@@ -131,10 +131,15 @@ def _fetch(scratch: snapshots.Scratch, repository: repositories.Repository) -> N
 
 
 def _set_branch(repository: repositories.Repository, branch: str, head: str, before: str) -> None:
-    """Exactly this commit, wherever the objects came from, and from exactly the one that was looked at."""
+    """Exactly this commit, wherever the objects came from, and from exactly the one that was looked at.
+
+    A name that stands for another branch, such as the one that is checked out, becomes a branch of its own.
+    """
     reason = ("-m", "banger: a guest's work")
     try:
-        repository.git("update-ref", *reason, f"refs/heads/{branch}", head, before or "0" * len(head))
+        repository.git(
+            "update-ref", "--no-deref", *reason, f"refs/heads/{branch}", head, before or "0" * len(head)
+        )
     except errors.OperationFailedError as error:
         raise gits.explained(error, f"branch {branch} of {repository.top} was not set") from error
 
