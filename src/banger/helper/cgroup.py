@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Final
 
 from banger.contract import errors, names
@@ -87,7 +87,7 @@ def end(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> bool:
 
 
 @contextlib.contextmanager
-def held(policy: policies.Policy, vm_id: str, pid: int) -> Iterator[int]:
+def held(policy: policies.Policy, vm_id: str, pid: int) -> Generator[int]:
     """A pidfd of a process in the VM's cgroup; -1 if it is not there once held, for a pid may be reused."""
     try:
         process = os.pidfd_open(pid)
