@@ -79,6 +79,20 @@ async def test_a_helper_that_dies_after_it_loaded_empty_tables(daemon: conftest.
     await until(has_rules(daemon, web))
 
 
+async def test_another_firewall_that_never_lets_a_look_end_well(daemon: conftest.Daemon) -> None:
+    web = await made(daemon, "web")
+    daemon.world.tables = False
+
+    async def refuse(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.EnsureBridge):
+            raise errors.OperationFailedError("firewalld lets nobody else change its table")
+
+    daemon.world.after = refuse
+    daemon.services.vms._host.keeper.look_again()
+    await until(lambda: daemon.world.asked(privileged.ListWorld) > 1)
+    await until(has_rules(daemon, web))
+
+
 async def test_a_vm_that_boots_while_all_rules_are_lost(daemon: conftest.Daemon) -> None:
     gate = daemon.world.before = Gate(privileged.PrepareJail)
     booting = await daemon.services.vms.create(resources.CreateVm(name="web"))

@@ -84,6 +84,17 @@ class NetworkKeeper:
             self.doubts += 1
         return lacking
 
+    async def _mend(self) -> None:
+        try:
+            lacking = await self._look()
+        except errors.BangerError as error:
+            # The tables may be there all the same, empty, and what failed be another firewall's doing.
+            _log.warning("the network could not be made whole", extra={"error": error.message})
+            world = await self._ops.call(privileged.ListWorld())
+            have = {seen.vm_id for seen in world.vms if seen.rules}
+            lacking = [vm.id for vm in networked(self._rows) if vm.id not in have]
+        await self._set(lacking)
+
     async def _set(self, vm_ids: Iterable[names.VmId]) -> None:
         for vm_id in vm_ids:
             # An operation on one that runs ends it or sets them itself; the next look sees which.
@@ -108,7 +119,7 @@ class NetworkKeeper:
             self._wanted.clear()
             try:
                 if networked(self._rows):
-                    await self._set(await self._look())
+                    await self._mend()
             except Exception as error:
                 # Whatever it was, a disk or the helper: this task ends with the daemon alone.
                 _log.warning("the network could not be looked at", extra={"error": str(error)})
