@@ -29,7 +29,8 @@ from tests.root import helper_world
 
 VM = names.VmId(helper_world.VM)
 UID = 2_100_000_001
-LIMIT = 16 * 1024
+LIMIT = 64 * 1024
+"""No less than a pipe holds: what is left in one when all have ended is kept up to the limit."""
 LOOK = """
 id -u
 grep ^0: /proc/self/cgroup
@@ -52,6 +53,8 @@ def groups() -> Iterator[list[Path]]:
         path.mkdir()
     yield made
     for path in made:
+        while (path / "cgroup.procs").read_text():
+            time.sleep(0.01)  # a process that was told to end is nobody's child here
         path.rmdir()
 
 
@@ -192,11 +195,11 @@ def test_nobody_believes_what_a_vmm_says_of_its_end(
 
 
 def test_logs_stay_bounded(tmp_path: Path, groups: list[Path]) -> None:
-    with Started(tmp_path, groups, "sh -c 'seq 20000' & exit 0") as started:
+    with Started(tmp_path, groups, "sh -c 'seq 40000' & exit 0") as started:
         started.end()
     old, current = (Path(f"{started.logs[0]}{end}").read_text() for end in (".1", ""))
     assert max(len(old), len(current)) <= LIMIT
-    assert "".join((old, current)).splitlines()[-100:] == [str(n) for n in range(19901, 20001)]
+    assert "".join((old, current)).splitlines()[-100:] == [str(n) for n in range(39901, 40001)]
 
 
 @pytest.mark.parametrize("uid", ["", "x", "-1", "0", "1x", "4294967296"])
