@@ -228,7 +228,7 @@ class _Unpacking:
             self._leave("/".join(parts))
             self._place(parts, entry)
         self._leave("")
-        for each in reversed(self._closed):
+        for each in self._closed:  # what lies within another is before it
             self._finish(each)
         return self._done
 

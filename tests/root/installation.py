@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 import banger
-from banger import run
+from banger import pinned, run
 from banger.contract import errors, privileged
-from banger.system import asking, host, install, machine, ownership, releases, settings, uninstall
+from banger.system import asking, host, install, machine, ownership, releases, runtime, settings, uninstall
 
 PLACES = ("/etc", "/usr/local", "/var/lib", "/var/cache")
 PREFIX = Path("/usr/local/lib/banger")
@@ -119,8 +119,15 @@ def check_stays() -> None:
     failing.append("it")
     with pytest.raises(errors.DeadlineError):
         installed(**anew, network="10.98.0.0/16")
+    other = Path("/usr/local/sbin/other")
+    other.write_text("#!/bin/sh\necho 'Firecracker v1.13.0'\n")
+    other.chmod(0o755)
+    with pytest.raises(errors.DeadlineError):
+        installed(**{**anew, "programs": {"firecracker": other}})
     failing.clear()
     assert settings.read() == before
+    assert pinned.sha256_of_path(host.RUNTIME / "firecracker") == before.firecracker_sha256
+    assert [row.problem for row in runtime.status(host.RUNTIME)] == ["", ""]
     asked.clear()
     installed(**anew, network="10.98.0.0/16")
     assert asked == ["ListWorld", "DeleteBridge"]

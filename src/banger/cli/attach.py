@@ -215,7 +215,11 @@ class _Session:
         if time.monotonic() < deadline:
             return
         if self._was_killed:
-            self._has_given_up = True
+            # While nobody reads what came, we do not read either, and its end may be what we do not see.
+            if any(output.held for output in self._outputs.values()):
+                self._deadline = time.monotonic() + _GRACE_S
+            else:
+                self._has_given_up = True
             return
         self._was_killed = self.has_timed_out
         self._control(resources.ExecControl(signal=signal.SIGKILL if self._was_killed else signal.SIGTERM))

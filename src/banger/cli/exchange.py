@@ -81,6 +81,10 @@ class Exchange:
             self._turn(writing=True)
             if self._heard and self._heard[0].opcode is websocket.Opcode.TEXT:
                 _raise_if_failed(self._heard[0])
+            if self._channel.at_end:  # what is pending goes nowhere, whatever else was heard before
+                for message in self._heard:
+                    _raise_if_failed(message)
+                raise _lost()
 
     def _turn(self, *, writing: bool) -> None:
         poller = select.poll()
@@ -99,8 +103,12 @@ class Exchange:
             else:
                 self._heard.append(message)
         if self._channel.at_end and not self._heard:
-            hint = "the VM may still run; see `banger vm list` and `journalctl -u bangerd`"
-            raise errors.UnavailableError("the connection to bangerd was lost", hint=hint)
+            raise _lost()
+
+
+def _lost() -> errors.BangerError:
+    hint = "the VM may still run; see `banger vm list` and `journalctl -u bangerd`"
+    return errors.UnavailableError("the connection to bangerd was lost", hint=hint)
 
 
 def _raise_if_failed(message: websocket.Message) -> None:

@@ -72,7 +72,7 @@ def owners() -> set[str]:
 
 def bound(elements: set[ruleset.Element]) -> set[str]:
     """The ids of the VMs whose rules are there: set whole, they begin with a tap's addresses."""
-    return {each.owner for each in elements if each.set == ruleset.GUESTS}
+    return {each.owner for each in elements if each.set == ruleset.GUESTS and names.is_id(each.owner)}
 
 
 def _link(vm_id: names.VmId, address: str, peers: str) -> Iterator[ruleset.Element]:

@@ -92,7 +92,7 @@ def load(path: Path = DEFAULT_PATH) -> Policy:
     try:
         return decoding.convert(tomllib.loads(text.decode()), Policy)
     except (ValueError, msgspec.ValidationError) as error:
-        hint = "run banger system install again"
+        hint = "`banger doctor` says how to mend it"
         raise errors.BadRequestError(f"{path} is not valid: {error}", hint=hint) from error
 
 

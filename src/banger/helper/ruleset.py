@@ -138,7 +138,8 @@ def replace(owner: str, wanted: Iterable[Element], *, addresses: Collection[str]
             raise errors.NotFoundError("the packet rules are not loaded", hint="ensure the bridge first")
         have = {each.identity: each for each in present if each.owner == owner}
         gone = [each for name, each in have.items() if name not in want]
-        strangers = {each.owner for each in present if _guest_of(each) in addresses} - {owner}
+        theirs = [each for each in present if addresses and _guest_of(each) in addresses]
+        strangers = {each.owner for each in theirs} - {owner, ""}
         gone += [each for each in present if each.owner in strangers]
         fresh = [each for name, each in want.items() if name not in have]
         commands = [_command("delete", each) for each in gone] + [_command("add", each) for each in fresh]

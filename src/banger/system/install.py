@@ -33,7 +33,9 @@ from banger.system import (
 )
 
 MANIFEST: Final = host.HELPER / "install-manifest.json"
+PROGRAMS: Final = ("firecracker", "jailer")
 MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
+_BEFORE: Final = ".before"
 _CHECK_S: Final = 60.0
 _TOO_NEW: Final = 2
 """What `bangerd --check-migrations` says of rows of a newer program."""
@@ -88,6 +90,7 @@ class Install:
         self._owner: pwd.struct_passwd | None = None
         self._files: list[Path] = []
         self._replaced: dict[Path, str] = {}
+        self._aside: list[Path] = []
         self._has_old_bridge = False
         self._directories: list[Path] = []
         self._shared: list[Path] = []
@@ -102,7 +105,12 @@ class Install:
             step("check", self._check, detail="checking this host"),
             step("own", self._check_own, detail="looking at the code that root would execute"),
             step("directories", self._make_directories, self._take_back, detail="making directories"),
-            step("runtime", self._install_runtime, detail="installing Firecracker and its jailer"),
+            step(
+                "runtime",
+                self._install_runtime,
+                self._put_back,
+                detail="installing Firecracker and its jailer",
+            ),
             step("settings", self._write_settings, detail="writing /etc/banger"),
             step("signers", self._write_signers, detail="writing who may sign releases"),
             step("modules", self._load_modules, detail="loading kernel modules"),
@@ -167,16 +175,18 @@ class Install:
         pins = {file.name: file.sha256 for file in runtime.catalog()}
         own = self._choices.programs
         before = set(host.RUNTIME.iterdir())
+        self._aside = [_set_aside(path) for path in before if path.name in (*PROGRAMS, runtime.RECORD)]
         verified = {n: p for n, p in own.items() if pinned.sha256_of_path(p) == pins.get(n)}
         user = {n: p for n, p in own.items() if n not in verified}
         kept = set() if self._choices.pinned else runtime.own_files(host.RUNTIME, but=own)
-        if set(own) | kept < {"firecracker", "jailer"}:
+        if set(own) | kept < set(PROGRAMS):
             fetched = await run.in_thread(runtime.pull, host.HELPER / "downloads", on_line=self._say)
             new = {name: file.path for name, file in fetched.items() if name not in {*user, *kept}}
             verified = new | verified
         await run.in_thread(runtime.install_runtime, host.RUNTIME, verified, user_files=user)
         shutil.rmtree(host.HELPER / "downloads", ignore_errors=True)
-        self._files += [path for path in host.RUNTIME.iterdir() if path.is_file() and path not in before]
+        there = {*before, *self._aside}
+        self._files += [path for path in host.RUNTIME.iterdir() if path.is_file() and path not in there]
 
     async def _write_settings(self) -> None:
         if self._has_old_bridge:
@@ -263,12 +273,16 @@ class Install:
 
     async def _answer(self) -> None:
         await machine.wait_answer(banger.__version__)
+        for aside in self._aside:
+            aside.unlink(missing_ok=True)
 
     async def _nothing(self) -> None:
         """What is acquired here is the duty to start again what was."""
 
     async def _start_old(self) -> None:
-        self._put_back()
+        await self._put_back()
+        if self._old is not None and self._old != Path(sys.prefix):
+            await run.in_thread(machine.Machine().bangerd, self._old, "--undo-migrations")
         if self._old is not None:
             await self._start()
 
@@ -306,13 +320,17 @@ class Install:
         if not existed:
             self._files.append(path)
 
-    def _put_back(self) -> None:
+    async def _put_back(self) -> None:
+        """Settings and programs go together: no VM starts with a program that they do not name."""
         for path, text in self._replaced.items():
             _publish(path, text)
+        for aside in self._aside:
+            with contextlib.suppress(FileNotFoundError):
+                aside.rename(aside.with_suffix(""))
 
     async def _take_back(self) -> None:
         """What this run made; what an earlier installation made stays, or comes back."""
-        self._put_back()
+        await self._put_back()
         for path in self._files:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
@@ -333,6 +351,14 @@ def _completed(choices: Choices, settled: settings.Settings | None) -> Choices:
         network=choices.network or settled.network,
         network6=choices.network6 or settled.network6,
     )
+
+
+def _set_aside(path: Path) -> Path:
+    """Another name for what is there now; a new file of its name leaves that as it is."""
+    aside = path.with_name(f"{path.name}{_BEFORE}")
+    aside.unlink(missing_ok=True)
+    aside.hardlink_to(path)
+    return aside
 
 
 def _publish(path: Path, text: str) -> None:
@@ -372,7 +398,8 @@ def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:
     if run.run(host.as_user(owner, asked), deadline_s=_CHECK_S, ok=(0, 1, 2)).status == _TOO_NEW:
         raise errors.ConflictError(
             f"the database in {host.STATE} was written by a newer banger than {banger.__version__}",
-            hint="install that version or a newer one; or move the directory away, with all VMs and images",
+            hint="install that version or a newer one; or, where its installation failed: "
+            f"sudo systemctl stop bangerd && sudo -u {owner.pw_name} bangerd --undo-migrations",
         )
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import pwd
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from banger.contract import decoding, errors, names
 from banger.system import host
+
+MEND: Final = (
+    f"correct it, or: sudo mv {host.INSTALL_TOML} {host.INSTALL_TOML}.bad && "
+    "sudo banger system install --owner USER"
+)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,4 +48,4 @@ def read(path: Path = host.INSTALL_TOML) -> Settings | None:
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, ValueError) as error:
-        raise errors.BadRequestError(f"{host.INSTALL_TOML} is not valid: {error}") from error
+        raise errors.BadRequestError(f"{host.INSTALL_TOML} is not valid: {error}", hint=MEND) from error

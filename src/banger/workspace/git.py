@@ -60,6 +60,8 @@ class Git:
         memory = _allowed(resource.RLIMIT_DATA, MAX_MEMORY_BYTES)
         file = _allowed(resource.RLIMIT_FSIZE, file_bytes)
         held._limits = ("prlimit", f"--data={memory}", f"--fsize={file}", "--core=0", "--")
+        # Each thread has memory of its own: all of a large host's would not fit.
+        held._options = (*self._options, "-c", "pack.threads=2", "-c", "pack.windowMemory=256m")
         return held
 
     def __call__(self, *arguments: str, stdin: bytes = b"", ok: Collection[int] = (0,)) -> bytes:

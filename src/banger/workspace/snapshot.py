@@ -29,7 +29,7 @@ _COPIED_KEYS: Final = (
 )
 _GITLINK: Final = b"160000"
 _LARGE: Final = "/var/tmp"  # noqa: S108  # a directory of our own in it is made as tempfile makes any
-_KEPT_BYTES: Final = 1 << 30
+_KEPT_BYTES: Final = 256 << 20
 """Of a large disk; of a small one, a twentieth stays free."""
 
 

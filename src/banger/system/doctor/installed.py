@@ -29,8 +29,7 @@ def settings(scene: scenes.Scene) -> report.Finding:
     try:
         found = installation.read(scene.at(host.INSTALL_TOML))
     except errors.BadRequestError as error:
-        aside = f"sudo mv {host.INSTALL_TOML} {host.INSTALL_TOML}.bad"
-        return report.failed(error.message, f"correct it, or: {aside} && {_AGAIN} --owner USER")
+        return report.failed(error.message, installation.MEND)
     if found is None:
         return report.failed("banger is not installed on this host", _AGAIN)
     try:
