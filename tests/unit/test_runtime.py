@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from banger import pinned
+from banger import pinned, run
 from banger.contract import errors
-from banger.system import runtime
+from banger.system import kvm, runtime
 
 CONTENT = b"#!/bin/sh\necho 'Firecracker v1.12.1'\n"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -55,6 +57,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pinned.WheelMember
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr("banger_sample-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)  # root's pip does not hear what a test would tell it
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     return pinned.WheelMember(
@@ -71,6 +74,49 @@ def test_a_member_of_a_wheel(tmp_path: Path, wheel: pinned.WheelMember) -> None:
     assert found.path.read_bytes() == CONTENT
     assert found.source == "banger-sample 1.0 of the Python package index"
     assert kept(tmp_path / "cache") == [SHA256]
+
+
+def test_nothing_of_the_current_directory_is_run(
+    tmp_path: Path, wheel: pinned.WheelMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may be in anybody's directory."""
+    hostile = tmp_path / "hostile"
+    for module in ("pip", "zipfile", "banger"):
+        (hostile / module).mkdir(parents=True)
+        for name in ("__init__", "__main__"):
+            (hostile / module / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(hostile)
+    monkeypatch.setenv("PYTHONPATH", str(hostile))
+    pinned.fetch(pin(wheel), tmp_path / "cache")
+    kvm.refusal("flags : vmx\n")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_root_s_pip_is_told_nothing_by_its_caller(
+    tmp_path: Path, wheel: pinned.WheelMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as another interpreter to run."""
+    other = tmp_path / "other"
+    other.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PIP_PYTHON", str(other))
+    with pytest.raises(errors.UnavailableError):
+        pinned.fetch(pin(wheel), tmp_path / "user")
+    (tmp_path / "ran").unlink()
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    told: list[str] = []
+    real = run.run
+
+    def running(argv: Sequence[str], **options: Any) -> run.Result:
+        if "download" not in argv:
+            return real(argv, **options)
+        told.extend(options["env"])
+        raise errors.UnavailableError("no index in this test")
+
+    monkeypatch.setattr(run, "run", running)
+    with pytest.raises(errors.UnavailableError, match="no index"):
+        pinned.fetch(pin(wheel), tmp_path / "root")
+    assert not {name for name in told if name.startswith(("PIP_", "XDG_", "HOME", "PYTHON"))}
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, wheel: pinned.WheelMember) -> None:

@@ -19,7 +19,7 @@ from banger.contract import errors, reach, resources
 def _program() -> tuple[str, ...]:
     """This program by its path, as ssh's shell will start it; as a module when it runs as one."""
     found = shutil.which(sys.argv[0])
-    return (os.path.abspath(found),) if found else (sys.executable, "-m", "banger.cli.start")
+    return (os.path.abspath(found),) if found else (sys.executable, "-I", "-m", "banger.cli.start")
 
 
 def _proxy(settings: command.Settings) -> str:
