@@ -388,6 +388,18 @@ async def test_a_redirect_to_another_place_does_not_carry_the_login(client: Clie
         assert all("authorization" not in each.headers for each in elsewhere.asked)
 
 
+@pytest.mark.parametrize("login", [{"auth": "bWU6cHc="}, {"identitytoken": "refresh-me"}])
+async def test_nobody_redirected_to_is_given_a_login(client: Client, login: dict[str, str]) -> None:
+    client.log_in(json.dumps({"auths": {client.registry.host: login}}))
+    with registries.serving() as elsewhere:
+        elsewhere.bearer = True
+        to = registries.redirects(lambda handler: f"http://{elsewhere.host}{handler.path}")
+        client.registry.faults += [registries.on(f"/blobs/{_digest(BASE)}", then=to, times=9)]
+        with pytest.raises(errors.ProtocolError, match="which asks for a login"):
+            await client.pull()
+        assert ["authorization" in each.headers for each in elsewhere.asked] == [False]
+
+
 @pytest.mark.parametrize("target", ["http://registry.invalid/x", "ftp://127.0.0.1/x", "file:///etc/passwd"])
 async def test_a_redirect_out_of_tls_is_refused(client: Client, target: str) -> None:
     client.registry.faults += [

@@ -87,7 +87,7 @@ class Connections:
                 break
             await response.aclose()
             target = self._redirected(where, response, local=began_local)
-            if _origin(target) != _origin(where):
+            if origin(target) != origin(where):
                 kept.pop("Authorization", None)
             where = target
             with _explained(where.host, self._proxy(where)):
@@ -165,7 +165,8 @@ def host_of(url: httpx.URL) -> str:
     return f"{host}:{url.port}" if url.port else host
 
 
-def _origin(url: httpx.URL) -> tuple[str, str, int]:
+def origin(url: httpx.URL) -> tuple[str, str, int]:
+    """Who answers there: what is a secret of one origin is not told to another."""
     return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
 
 

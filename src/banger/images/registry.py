@@ -138,6 +138,8 @@ class Registry:
             while True:
                 try:
                     response = await self._open(stack, method, path, headers)
+                    if response.status_code == 401:
+                        await self._require_own(response)
                     if response.status_code == 401 and not authorized:
                         await self._authorize(response)
                         authorized = True
@@ -184,6 +186,14 @@ class Registry:
             if isinstance(error.__cause__, httpx.RemoteProtocolError | httpx.ReadError):
                 return False
             raise
+
+    async def _require_own(self, response: httpx.Response) -> None:
+        """Where a registry redirects to may ask for a login too. It is the registry's, and stays there."""
+        asking = response.request.url
+        if connections.origin(asking) != connections.origin(httpx.URL(await self._address())):
+            raise errors.ProtocolError(
+                f"{self._wanted.host} redirects to {connections.host_of(asking)}, which asks for a login"
+            )
 
     async def _authorize(self, response: httpx.Response) -> None:
         """Once for all requests that are refused together. Raises UnauthorizedError when there is no way."""
