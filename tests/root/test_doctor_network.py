@@ -10,9 +10,10 @@ import pytest
 
 _ASK = """
 import msgspec
+from banger.system import settings
 from banger.system.doctor import network, scene
 host = scene.Scene()
-host.settings = lambda: scene.Settings(
+host.settings = lambda: settings.Settings(
     owner_uid=0, owner_gid=0, owner_name="root", firecracker_sha256="", jailer_sha256=""
 )
 found = network.PROBE(host)
