@@ -115,8 +115,15 @@ class Host(machine.Machine):
         if arguments == ("--undo-migrations",):
             assert self.running == "", "somebody uses the rows"
             if found > own:
+                kept = self.root / f"db.v{own}"
+                if not kept.exists() or self._rows(self.db) - self._rows(kept):
+                    raise errors.ConflictError("rows would be lost")
                 shutil.copy(self.root / f"db.v{own}", self.root / "db.new")
                 (self.root / "db.new").rename(self.db)
+            return 0
+        if arguments == ("--settle-migrations",):
+            for kept in self.root.glob("db.v*"):
+                kept.unlink()
             return 0
         assert arguments == ("--check-migrations",)
         if "migrations" in self.faults:
@@ -136,6 +143,9 @@ class Host(machine.Machine):
             raise errors.UnavailableError("bangerd-root does not answer")
         if self.running != version:
             raise errors.DeadlineError(f"the daemon did not answer: {self.running or 'none'} runs")
+
+    def _rows(self, path: Path) -> set[str]:
+        return set(path.read_text().split()[1:])
 
     def _schema(self) -> int:
         return int(self.db.read_text().split()[0])

@@ -358,6 +358,42 @@ def test_a_newer_program_s_migration_is_undone(
     assert migrations.check(path) is migrations.Verdict.CURRENT
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_rows_that_were_made_since_are_not_given_up(
+    path: Path, empty_store: store.Store, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    """The older program would delete the disks of a VM that it has no row of."""
+    empty_store.close()
+    ours = migrations.MIGRATIONS
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*ours, "ALTER TABLE vms ADD COLUMN more TEXT"))
+    with contextlib.closing(store.Store(path)) as newer:
+        made = newer.reserve(draft)
+    (path.parent / "vms" / made.id).mkdir(parents=True)
+    if not readable:
+        with contextlib.closing(store.connect(path)) as connection:
+            connection.execute("ALTER TABLE vms RENAME TO machines")
+    monkeypatch.setattr(migrations, "MIGRATIONS", ours)
+    with pytest.raises(errors.ConflictError, match=f"lost: {made.name if readable else made.id}$"):
+        migrations.undo(path)
+    assert migrations.check(path) is migrations.Verdict.TOO_NEW
+
+
+def test_what_was_kept_goes_when_the_newer_program_has_held(
+    path: Path, empty_store: store.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_store.close()
+    ours = migrations.MIGRATIONS
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*ours, "ALTER TABLE vms ADD COLUMN more TEXT"))
+    store.Store(path).close()
+    kept = path.with_name(f"{path.name}.v{len(ours)}")
+    assert kept.exists()
+    migrations.settle(path)
+    assert (kept.exists(), path.exists()) == (False, True)
+    monkeypatch.setattr(migrations, "MIGRATIONS", ours)
+    with pytest.raises(errors.NotFoundError, match="is not there"):
+        migrations.undo(path)
+
+
 def test_rows_are_looked_at_also_where_nothing_is_installed(path: Path) -> None:
     asked = ["--check-migrations", f"--state-dir={path.parent}", f"--install={path.parent / 'gone.toml'}"]
     assert main.main(asked) == 1

@@ -92,6 +92,8 @@ def judge_new(host: upgraded.Host) -> None:
     assert host.installed() == {NEW}
     assert host.running == NEW
     assert host.db.read_text() == f"{upgraded.SCHEMAS[NEW]} web"
+    assert not list(host.root.glob("db.v*"))
+    assert not list(host.helper_dir.glob("*upgrading"))
     assert not (host.helper_dir / "upgrade").exists()
 
 
@@ -149,8 +151,44 @@ def test_a_way_back_that_fails_is_said(host: upgraded.Host) -> None:
     host.faults |= {"answer", "lost"}
     with pytest.raises((errors.BangerError, OSError)) as raised:
         attempt(host)
-    assert raised.value.__notes__[-1] == f"banger {OLD} may not be as before; VMs go on running"
+    assert raised.value.__notes__[-1] == (
+        f"banger {NEW} stays installed: its rows cannot go back; VMs go on running"
+    )
     assert any(note.startswith("rollback_") for note in raised.value.__notes__)
+    assert (host.installed(), host.running) == ({NEW}, NEW)
+
+
+def test_once_it_has_answered_no_rows_go_back(host: upgraded.Host) -> None:
+    """Weeks later the daemon is down, and the same command is given again."""
+    attempt(host)
+    grown = f"{upgraded.SCHEMAS[NEW]} web made-since"
+    host.db.write_text(grown)
+    host.systemctl("stop", "bangerd.service")
+    host.faults.add("answer")
+    with pytest.raises(errors.UnavailableError):
+        attempt(host)
+    assert (host.installed(), host.db.read_text()) == ({NEW}, grown)
+    host.faults.clear()
+    host.systemctl("stop", "bangerd.service")
+    attempt(host)
+    assert (host.running, host.db.read_text()) == (NEW, grown)
+
+
+def test_cut_off_and_used_for_weeks_no_rows_go_back(host: upgraded.Host) -> None:
+    made = host.releases.place(NEW)
+    host.make_environment(made, [host.root / NEW / f"banger-{NEW}-py3-none-any.whl"])
+    host.write_units(made)
+    (host.helper_dir / "upgrading").write_text(NEW)
+    host.releases.switch(made)
+    host.boot()
+    grown = f"{upgraded.SCHEMAS[NEW]} web made-since"
+    host.db.write_text(grown)
+    host.systemctl("stop", "bangerd.service")
+    host.faults.add("answer")
+    with pytest.raises(errors.UnavailableError) as raised:
+        attempt(host)
+    assert raised.value.__notes__[-1].startswith(f"banger {NEW} stays installed")
+    assert (host.installed(), host.running, host.db.read_text()) == ({NEW}, NEW, grown)
 
 
 def test_an_older_release_is_refused_with_the_reason(host: upgraded.Host) -> None:
@@ -197,6 +235,7 @@ def test_cut_off_after_the_switch_the_same_command_finishes_it(host: upgraded.Ho
     made = host.releases.place(NEW)
     host.make_environment(made, [host.root / NEW / f"banger-{NEW}-py3-none-any.whl"])
     host.write_units(made)
+    (host.helper_dir / "upgrading").write_text(NEW)
     host.releases.switch(made)
     assert (host.installed(), host.running) == ({NEW}, OLD)
     host.faults |= {fault} - {""}

@@ -65,6 +65,9 @@ def _run(options: argparse.Namespace) -> int:
         with _only_daemon(paths.state):
             migrations.undo(paths.database)
         return 0
+    if options.settle_migrations:
+        migrations.settle(paths.database)
+        return 0
     _serve(config.load(options.config), installation, paths, in_process=options.in_process_helper)
     return 0
 
@@ -121,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         "--undo-migrations",
         action="store_true",
         help="put back the database that a newer program kept before it migrated, and exit",
+    )
+    parser.add_argument(
+        "--settle-migrations",
+        action="store_true",
+        help="delete what was kept of the database before it was migrated, and exit",
     )
     parser.add_argument(
         "--check-config",

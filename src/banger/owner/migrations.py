@@ -86,7 +86,8 @@ def undo(path: Path) -> bool:
     """Puts back what was kept before another program's migrations; False when there is nothing to undo.
 
     Nobody may use the database meanwhile. Killed at any moment, it is the one or the other, whole. Raises
-    NotFoundError when the database is newer than this program and no copy was kept.
+    NotFoundError when the database is newer than this program and no copy was kept, and ConflictError when
+    VMs were made since: the older program would take the disks of VMs that it has no row of for litter.
     """
     if check(path) is not Verdict.TOO_NEW:
         return False
@@ -96,6 +97,12 @@ def undo(path: Path) -> bool:
             f"{path} is newer than this program, and {kept} is not there",
             hint="install the banger that wrote it, or a newer one",
         )
+    lost = _made_since(path, kept)
+    if lost:
+        raise errors.ConflictError(
+            f"VMs were made since {kept} was kept, and would be lost: {', '.join(sorted(lost))}",
+            hint="go on with the banger that wrote the database, or a newer one",
+        )
     # A write-ahead log of the newer one beside the older one would be the end of both.
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
@@ -103,6 +110,31 @@ def undo(path: Path) -> bool:
     staged.write_bytes(kept.read_bytes())
     _publish(staged, path)
     return True
+
+
+def settle(path: Path) -> None:
+    """Deletes what was kept for `undo`: from now on VMs are made that it lacks."""
+    gone = [each for each in path.parent.glob(f"{path.name}.v*") if each.suffix.removeprefix(".v").isdigit()]
+    for each in gone:
+        each.unlink(missing_ok=True)
+    if gone:
+        artefacts.sync(path.parent)
+
+
+def _made_since(path: Path, kept: Path) -> set[str]:
+    """The VMs that the copy lacks: names, or ids where a newer program keeps its rows in another way."""
+    known = set(_vms(kept))
+    try:
+        found = _vms(path)
+    except sqlite3.OperationalError:
+        found = {each.name: each.name for each in path.parent.glob("vms/*") if each.is_dir()}
+    return {found[vm] for vm in found.keys() - known}
+
+
+def _vms(path: Path) -> dict[str, str]:
+    """Names by id."""
+    with contextlib.closing(_open_read_only(path)) as connection:
+        return dict(connection.execute("SELECT id, name FROM vms").fetchall())
 
 
 def _kept(path: Path, version: int) -> Path:

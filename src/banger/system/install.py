@@ -273,6 +273,8 @@ class Install:
 
     async def _answer(self) -> None:
         await machine.wait_answer(banger.__version__)
+        with contextlib.suppress(errors.BangerError):  # what stays goes with the next installation
+            await run.in_thread(machine.Machine().bangerd, Path(sys.prefix), "--settle-migrations")
         for aside in self._aside:
             aside.unlink(missing_ok=True)
 

@@ -44,8 +44,12 @@ class Upgrade:
         self._scratch = host.helper_dir / "upgrade"
         self._release = signed.Release("", ())
         self._new = Path()
+        self._mark = host.helper_dir / "upgrading"
+        """Names the version that is being switched to, until it has answered."""
         self._stopped = False
         """The old services were: the way back starts them again."""
+        self._stays = False
+        """The rows could not go back: the new version stays, since the old one cannot read them."""
 
     async def run(self) -> None:
         """Raises what made it fail, once the old version is back; ConflictError when it is older."""
@@ -60,7 +64,7 @@ class Upgrade:
                 versions.refuse_older(self._release.version, self._from)
                 self._say(f"upgrading banger {self._from} to {self._release.version}")
                 await self._drive(self.plan())
-                self._prune()
+                await self._settle()
             finally:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -78,7 +82,7 @@ class Upgrade:
     def _switching(self) -> list[steps.Step]:
         step = steps.Step
         return [
-            step("back", self._nothing, self._start_old, detail="making sure of the way back"),
+            step("back", self._begin, self._start_old, detail="making sure of the way back"),
             step("switch", self._switch, self._switch_back, detail="switching to it"),
             step("services", self._start_new, self._stop_new, detail="starting both services anew"),
             step("answer", self._answer, detail="waiting until both answer"),
@@ -89,28 +93,38 @@ class Upgrade:
             await steps.run(plan, machine.Said(self._say), undo_timeout_s=_UNDO_S)
         except BaseException as error:
             wholly = not getattr(error, "__notes__", ())
-            error.add_note(
-                f"banger {self._from} is installed as before; VMs go on running"
-                if wholly
-                else f"banger {self._from} may not be as before; VMs go on running"
-            )
+            now = f"banger {self._from} is installed as before"
+            if self._stays:
+                now = f"banger {environment.version(self._new)} stays installed: its rows cannot go back"
+            elif not wholly:
+                now = f"banger {self._from} may not be as before"
+            error.add_note(f"{now}; VMs go on running")
             raise
 
     async def _finish(self) -> None:
-        """The release is what is installed. One that was cut off after the switch may not run yet."""
+        """The release is what is installed. One that was cut off after the switch may not run yet.
+
+        Only then is there a way back: after it had answered once, what was kept is of the past.
+        """
+        self._new, before = self._old, self._older
         if await run.in_thread(self._host.answers, self._from):
+            await self._settle()
             self._say(f"banger {self._from} is installed and runs; there is nothing to do")
             return
-        self._say(f"an upgrade to banger {self._from} was cut off; finishing it")
-        self._new, before = self._old, self._older
-        if before is None or before == self._old:
+        if before is None or before == self._old or not self._was_cut_off():
+            self._say(f"banger {self._from} is installed and does not answer; starting it anew")
             await self._start_new()
             await self._answer()
+            await self._settle()
             return
+        self._say(f"an upgrade to banger {self._from} was cut off; finishing it")
         self._old, self._older = before, None
         self._from = environment.version(before)
         await self._drive(self._switching())
-        self._prune()
+        await self._settle()
+
+    def _was_cut_off(self) -> bool:
+        return self._mark.exists() and self._mark.read_text() == self._from
 
     def _read(self) -> signed.Release:
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -131,6 +145,8 @@ class Upgrade:
         await run.in_thread(self._host.make_environment, self._new, wheels)
 
     async def _delete_new(self) -> None:
+        if self._stays:
+            return
         await asyncio.to_thread(shutil.rmtree, self._new, ignore_errors=True)
 
     async def _look(self) -> None:
@@ -157,17 +173,24 @@ class Upgrade:
             if not link.is_symlink():
                 self._releases.lead(link, target)
 
-    async def _nothing(self) -> None:
+    async def _begin(self) -> None:
         """What is acquired here is the duty to start again what was."""
+        staged = self._mark.with_name(f".{self._mark.name}.new")
+        staged.write_text(environment.version(self._new))
+        staged.rename(self._mark)
 
     async def _start_old(self) -> None:
         self._host.systemctl("daemon-reload")
-        if not self._stopped:
-            return
+        if self._stopped:
+            await self._start_again()
+        self._mark.unlink(missing_ok=True)
+
+    async def _start_again(self) -> None:
         with contextlib.suppress(errors.BangerError):  # a unit that never failed may not be known
             self._host.systemctl("reset-failed", "bangerd.service", "bangerd-root.service")
         self._host.systemctl("restart", "bangerd.service")
-        await self._host.wait_answer(self._from)
+        if not self._stays:
+            await self._host.wait_answer(self._from)
 
     async def _switch(self) -> None:
         for pin in self._releases.pins():
@@ -175,7 +198,8 @@ class Upgrade:
         self._releases.switch(self._new)
 
     async def _switch_back(self) -> None:
-        self._releases.switch_back(self._old, self._older)
+        if not self._stays:
+            self._releases.switch_back(self._old, self._older)
 
     async def _start_new(self) -> None:
         self._stopped = True
@@ -188,13 +212,25 @@ class Upgrade:
         """And its rows go back before the switch does: the new version can migrate them again."""
         self._stopped = True
         self._host.systemctl("stop", "bangerd.service", "bangerd-root.service")
-        await run.in_thread(self._host.bangerd, self._old, "--undo-migrations")
+        try:
+            await run.in_thread(self._host.bangerd, self._old, "--undo-migrations")
+        except errors.BangerError:
+            self._stays = True
+            raise
 
     async def _answer(self) -> None:
         await self._host.wait_answer(environment.version(self._new))
 
-    def _prune(self) -> None:
-        """After the switch has held: what cannot be deleted now goes with the next upgrade."""
+    async def _settle(self) -> None:
+        """The switch has held: no way leads back to rows that grow old from now on.
+
+        What cannot be deleted now goes with the next upgrade.
+        """
+        self._mark.unlink(missing_ok=True)
+        try:
+            await run.in_thread(self._host.bangerd, self._new, "--settle-migrations")
+        except errors.BangerError as error:
+            self._say(f"the rows of before are still kept: {error}")
         with contextlib.suppress(OSError):
             for path in self._releases.prune():
                 self._say(f"deleted {path}")
