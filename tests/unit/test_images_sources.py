@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from banger.contract import errors
 from banger.images import bundle, decompress, sources
 from tests import oci_make
+from tests.unit import tars
 
 BASE = oci_make.tar({"bin/sh": b"shell", "etc/a": b"a"})
 TOP = oci_make.tar({"b": b"b"})
@@ -121,6 +122,15 @@ def test_a_layer_that_is_not_what_it_should_be(tmp_path: Path, scratch: Path) ->
     _refused(tmp_path / "layout", scratch, "not what its digest")
 
 
+BACK = b"\xff" * 10 + b"\xfe\x00"
+"""-512 as GNU writes it: from behind a header it leads to that header again."""
+
+
+def _made(path: Path, *members: bytes) -> Path:
+    path.write_bytes(tars.tar(tars.file(b"blobs/a", b"x"), *members))
+    return path
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a device": (lambda path: _saved(path, _link("dev", "", tarfile.CHRTYPE)), "which no image archive has"),
     "a fifo": (lambda path: _saved(path, _link("fifo", "", tarfile.FIFOTYPE)), "which no image archive has"),
@@ -143,6 +153,28 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         "larger than",
     ),
     "a manifest that is none": (lambda path: _archive(path, [_file("manifest.json", b"[")]), "cannot be"),
+    "a size below zero that leads back": (
+        lambda path: _made(path, tars.header(b"manifest.json", size=BACK)),
+        "not a whole tar: a size",
+    ),
+    "a size below zero to be read": (
+        lambda path: _made(path, tars.header(b"manifest.json", size=b"\xff" * 12)),
+        "not a whole tar: a size",
+    ),
+    "a size below zero in a pax header": (
+        lambda path: _made(path, tars.pax((b"size", b"-1024")), tars.file(b"manifest.json", b"x" * 600)),
+        "not a whole tar: a size",
+    ),
+    "a size below zero that a global header hides": (
+        lambda path: _made(
+            path, tars.pax((b"size", b"5"), flag=b"g"), tars.header(b"manifest.json", size=BACK)
+        ),
+        "not a whole tar: a size",
+    ),
+    "a size beyond the archive": (
+        lambda path: _made(path, tars.header(b"manifest.json", size=b"\x80\0\0\0" + b"\x7f" * 8)),
+        "not a whole tar: a size",
+    ),
     "no manifest": (lambda path: _archive(path, [_file("repositories", b"{}")]), "neither"),
     "too many members": (
         lambda path: _archive(path, [_file("blobs/x")] + [_file(f"{number:x}") for number in range(50_001)]),

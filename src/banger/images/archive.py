@@ -48,7 +48,7 @@ class Archive:
             raise errors.BadRequestError(f"{name} in {self._path.name} is larger than {limit} bytes")
         with self._path.open("rb") as file:
             file.seek(member.offset)
-            return file.read(member.size)
+            return file.read(min(member.size, limit))
 
     def identity(self, name: str) -> int:
         """The same for all names of one member."""
@@ -120,11 +120,16 @@ def uncompressed(path: Path, scratch: Path, max_bytes: int) -> Path:
 
 def _index(path: Path) -> dict[str, _Member]:
     found: dict[str, _Member] = {}
+    reached, whole = 0, -(-path.stat().st_size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     with path.open("rb") as file, _damage(path):
         members = tarfile.open(fileobj=_Bounded(file), mode="r:")  # noqa: SIM115  # nothing to close: our file
         while member := members.next():
             members.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
             run.check_cancelled()
+            # tarfile believes a size below zero, and goes back by it: for ever (CVE-2025-8194).
+            if member.size < 0 or not reached < members.offset <= whole:
+                raise tarfile.ReadError("a size that cannot be")
+            reached = members.offset
             if len(found) >= _MAX_MEMBERS:
                 raise errors.BadRequestError(f"{path.name} has more than {_MAX_MEMBERS} members")
             name = _plain(member.name)
