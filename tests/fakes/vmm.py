@@ -62,10 +62,13 @@ class FakeVmm:
         api, vsock = self._paths
         for path in self._paths:
             path.unlink(missing_ok=True)
-        self._servers = [
-            await asyncio.start_unix_server(self._serve_api, str(api)),
-            await asyncio.start_unix_server(self._serve_vsock, str(vsock)),
-        ]
+        self._servers = []
+        try:
+            self._servers.append(await asyncio.start_unix_server(self._serve_api, str(api)))
+            self._servers.append(await asyncio.start_unix_server(self._serve_vsock, str(vsock)))
+        except BaseException:
+            self._die()
+            raise
         self.is_running = True
         if self._behaviour.panic:
             self._console.write_text(f"[    1.0] Kernel panic - not syncing: {self._behaviour.panic}\n")
