@@ -25,7 +25,7 @@ class Host(machine.Machine):
 
     def __init__(self, root: Path, event: Callable[[str], None] = lambda name: None) -> None:
         self.root = root
-        self.releases = releases.Releases(root)
+        self.releases = releases.Releases(root, lambda: self.event("sync"))
         self.helper_dir = root / "var/lib/banger-root"
         self.signers = root / "etc/banger/release-signers"
         self.faults: set[str] = set()

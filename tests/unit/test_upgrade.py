@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from banger import steps
+from banger import artefacts, steps
 from banger.contract import errors
 from banger.system import signed, upgrade
 from tests.fakes import upgraded
@@ -106,6 +106,27 @@ def test_it_succeeds(host: upgraded.Host) -> None:
     host.boot()
     judge_new(host)
     assert attempt(host) == [f"banger {NEW} is installed and runs; there is nothing to do"]
+
+
+def test_all_of_it_is_on_the_disk_before_anything_leads_to_it(
+    host: upgraded.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power may go at any moment, and what was written last may be there and the rest not."""
+    seen: list[str] = []
+
+    def note(what: str) -> None:
+        units = host.releases.place(NEW) / "units/bangerd.service"
+        seen.append(f"{what}: {'whole' if units.exists() else 'not yet'}, {min(host.installed())} installed")
+
+    host.event = lambda name: note(name) if name in ("sync", "make_environment") else None
+    monkeypatch.setattr(artefacts, "sync", lambda path: note(f"fsync {path.name}"))
+    attempt(host)
+    assert seen == [
+        f"make_environment: not yet, {OLD} installed",
+        f"sync: whole, {OLD} installed",
+        f"fsync banger-releases: whole, {OLD} installed",
+        f"fsync banger-releases: whole, {NEW} installed",
+    ]
 
 
 def test_the_steps_are_those_that_are_broken_below(host: upgraded.Host) -> None:

@@ -7,7 +7,8 @@
     /usr/local/lib/systemd/system/bangerd.service  → …/current/units/bangerd.service, and so are the others
     /usr/local/bin/banger                          → …/current/bin/banger
 
-So one rename changes all at once, and whatever is cut off leaves the one version or the other. What runs
+So one rename changes all at once, and whatever is cut off leaves the one version or the other; also when the
+power goes, since all of a version is on the disk before anything leads to it. What runs
 knows its own version's directory, not `current`: it goes on with the code that it began with.
 """
 
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from banger import artefacts
 from banger.contract import errors
 from banger.system import host
 
@@ -38,6 +40,8 @@ class Releases:
     """Those of one host, which begins at `root` in a test."""
 
     root: Path = Path("/")
+    sync: Callable[[], None] = os.sync
+    """All that was written is on the disk: thousands of files, and where they lie."""
 
     @property
     def top(self) -> Path:
@@ -63,20 +67,21 @@ class Releases:
 
     def switch(self, prefix: Path) -> None:
         """From now on `prefix` is what is installed, wholly."""
+        self.sync()
         before = self.installed()
         if before is not None and before != prefix:
-            self.lead(self.top / PREVIOUS, before)
-        self.lead(self.top / CURRENT, prefix)
+            self._lead_durably(PREVIOUS, before)
+        self._lead_durably(CURRENT, prefix)
         # systemd looks for units anew when the directory has changed, and it is the link behind that did.
         os.utime(self._at(host.UNIT_DIR))
 
     def switch_back(self, prefix: Path, before: Path | None) -> None:
         """As it was: `prefix` installed, and `before` before it."""
-        self.lead(self.top / CURRENT, prefix)
+        self._lead_durably(CURRENT, prefix)
         if before is None:
             (self.top / PREVIOUS).unlink(missing_ok=True)
         else:
-            self.lead(self.top / PREVIOUS, before)
+            self._lead_durably(PREVIOUS, before)
         os.utime(self._at(host.UNIT_DIR))
 
     def write_units(self, prefix: Path, owner: str, sources: Path) -> None:
@@ -124,6 +129,11 @@ class Releases:
             return None
         found = Path(os.path.normpath(self.top / link.readlink()))
         return found if found.is_dir() else None
+
+    def _lead_durably(self, name: str, target: Path) -> None:
+        """What follows, such as the deletion of other versions, is never on the disk before it."""
+        self.lead(self.top / name, target)
+        artefacts.sync(self.top)
 
     def lead(self, link: Path, target: Path) -> None:
         """Makes a link lead there, at once: it is the old one or the new one."""
