@@ -89,6 +89,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def moment(text: str) -> datetime.datetime | None:
+    """The time that a record holds; None where it holds none, as one from elsewhere may."""
+    with contextlib.suppress(ValueError):
+        found = datetime.datetime.fromisoformat(text)
+        return found if found.tzinfo is not None else None
+    return None
+
+
 class Artefacts(Generic[R]):
     """All published directories of one kind below a root."""
 

@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from banger.contract import errors, resources
-from banger.images import blobs, connections, credentials, publish, pull, reference
+from banger.images import blobs, connections, credentials, publish, pull, records, reference
 from tests import oci_make
 from tests.contract import api_served, conftest
 from tests.fakes import registry as registries
@@ -222,6 +223,17 @@ async def test_a_layer_that_a_power_cut_damaged_is_fetched_again(
     assert refused.error is not None
     assert (refused.error.code, list(blobs.iterdir())) == ("bad_request", [])
     assert _image(await _pull(served, name)).name == name
+
+
+async def test_an_image_that_says_nonsense_of_its_age_is_listed(
+    served: Served, registry: registries.Registry
+) -> None:
+    made = _image(await _pull(served, f"{registry.host}/team/app:v1"))
+    path = served.daemon.services.images.records.path(made.id) / records.RECORD
+    record = served.daemon.services.images.records.read(made.id)
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, created_at="long ago")))
+    listed = (await served.http.get("/v1/images")).json()
+    assert [each.get("created_at") for each in listed if each["id"] == made.id] == [None]
 
 
 async def test_the_cache_is_pruned(served: Served, registry: registries.Registry) -> None:

@@ -377,6 +377,32 @@ def test_an_image_made_elsewhere_is_registered(
         publish.register(elsewhere, images.path(made.id))
 
 
+def test_what_a_record_from_elsewhere_claims_is_not_believed(
+    images: records.Images, assembled: Assembled, tmp_path: Path
+) -> None:
+    made = assembled(SYSTEM)
+    path = images.path(made.id) / records.RECORD
+    claims = {
+        "created_at": "9999-12-31T00:00:00Z",
+        "reference": ":::",
+        "digest": made.digest,
+        "tags": ("a:b",),
+    }
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(made, **claims)))
+    elsewhere = records.Images(tmp_path / "elsewhere")
+    taken = publish.register(elsewhere, path.parent)
+    assert made.created_at < taken.created_at < "9999"
+    assert (taken.reference, taken.digest, taken.tags, taken.layers) == ("", "", (), ())
+    assert taken.source == f"registered {path.parent}"
+
+
+def test_a_record_larger_than_any_is_not_read(images: records.Images, tmp_path: Path) -> None:
+    with (tmp_path / records.RECORD).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(errors.BadRequestError, match="which no record is"):
+        publish.register(images, tmp_path)
+
+
 def test_a_damaged_image_is_not_registered(
     images: records.Images, assembled: Assembled, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from banger.images import recipe as recipes
 
 MIB: Final = 1 << 20
 _COPY_BYTES: Final = 64 * MIB
+_MAX_RECORD_BYTES: Final = MIB
 
 
 def build(
@@ -52,13 +53,17 @@ def build(
 
 
 def register(images: records.Images, directory: Path, *, name: str = "") -> records.Image:
-    """Publishes a copy of an image directory made by another banger, after looking at what it is."""
+    """Publishes a copy of an image directory made by another banger, after looking at what it is.
+
+    What its record says and nothing here can confirm is not taken over: when it was made, where it came
+    from, of which layers. An image that claimed a reference would be run for what a registry gives.
+    """
     parts = (records.ROOTFS, records.WORK_SEED)
     for path in (directory / part for part in (records.RECORD, *parts)):
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
             raise errors.BadRequestError(f"{directory} is not an image directory: {path.name} is not a file")
     try:
-        record = decoding.json((directory / records.RECORD).read_bytes(), records.Image)
+        record = decoding.json(_small(directory / records.RECORD), records.Image)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.BadRequestError(f"{directory} is not an image directory: {error}") from error
     wanted = names.parse_artefact_name(name or record.name, "an image")
@@ -69,7 +74,28 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
         rootfs = staged / records.ROOTFS
         _verify(rootfs, record)
         stored = rootfs.stat().st_blocks * 512
-        return images.publish(staged, msgspec.structs.replace(record, name=wanted, stored_bytes=stored))
+        return images.publish(
+            staged,
+            msgspec.structs.replace(
+                record,
+                name=wanted,
+                tags=(),
+                stored_bytes=stored,
+                source=f"registered {directory}",
+                created_at=artefacts.now(),
+                reference="",
+                digest="",
+                layers=(),
+            ),
+        )
+
+
+def _small(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(_MAX_RECORD_BYTES + 1)
+    if len(data) > _MAX_RECORD_BYTES:
+        raise errors.BadRequestError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, which no record is")
+    return data
 
 
 def promote(images: records.Images, image: records.Image, *, name: str) -> records.Image:

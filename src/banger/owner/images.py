@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import datetime
 import platform
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from banger import guest_binary, run
+from banger import artefacts, guest_binary, run
 from banger.contract import errors, names, requests, resources
 from banger.images import ext4, lookup, recipe, records
 from banger.owner import locks, operations, store
@@ -180,7 +179,7 @@ class ImageService:
             arch=image.arch,
             size_bytes=image.size_bytes,
             source=image.source,
-            created_at=datetime.datetime.fromisoformat(image.created_at),
+            created_at=artefacts.moment(image.created_at),
             has_init=image.has_init,
             has_shell=image.has_shell,
             default_kernel=image.kernel,

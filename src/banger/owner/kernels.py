@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import platform
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from banger import guest_binary, run
+from banger import artefacts, guest_binary, run
 from banger.contract import errors, names, requests, resources
 from banger.kernels import catalog, records
 from banger.owner import locks, operations, store
@@ -166,7 +165,7 @@ class KernelService:
             arch=kernel.arch,
             size_bytes=kernel.vmlinux_bytes + kernel.initrd_bytes,
             source=kernel.source,
-            created_at=datetime.datetime.fromisoformat(kernel.created_at),
+            created_at=artefacts.moment(kernel.created_at),
             used_by=self._store.names_using_kernel(kernel.id),
             modules=kernel.modules,
             checked_by=kernel.checked_by,
