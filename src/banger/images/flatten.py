@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from banger import run
 from banger.contract import errors
 from banger.images import bundle, decompress, paths
 from banger.images.mkfs import filesystem
@@ -55,6 +56,7 @@ class Tree:
         self._bytes_left = limits.max_bytes
         self._members_left = limits.max_members
         self._upper = _Upper()
+        self._cleared = _Inodes()
 
     def add_layer(self, layer: bundle.Layer, called: str) -> None:
         with decompress.opened(layer, max_bytes=self._bytes_left) as pieces:
@@ -64,11 +66,13 @@ class Tree:
     def add(self, entries: Iterable[reader.Entry], called: str) -> None:
         """Puts one layer on what lower ones made."""
         self._upper = _Upper()
+        self._cleared = _Inodes()
         entry: reader.Entry | None = None
         where = "after"
         try:
             for entry in entries:
                 where = ""
+                run.check_cancelled()
                 self._count_member()
                 self._add(entry)
                 where = "after "
@@ -176,38 +180,62 @@ class Tree:
         if directory is None:
             return
         if name == OPAQUE:
-            for child, inode in self._fs.children(directory[-1]):
-                self._hide_lower(directory[-1], child, inode)
+            self._clear(directory[-1])
         else:
             found = self._fs.lookup(directory[-1], hidden)
             if found is not None:
                 self._hide_lower(directory[-1], hidden, found)
 
-    def _hide_lower(self, directory: int, name: bytes, inode: int) -> bool:
-        """Removes what lower layers made; True when something of this layer stays there.
+    def _clear(self, directory: int) -> bool:
+        """Removes what lower layers made in a directory; True when something of this layer is there.
+
+        Once in a layer: what is there after that can only be the layer's own. So marks without end cost a
+        look each, however much lies below.
+        """
+        if directory not in self._cleared:
+            for child, below in self._fs.children(directory):
+                run.check_cancelled()
+                self._hide_lower(directory, child, below)
+            self._cleared.add(directory)
+        return not self._fs.is_empty(directory)
+
+    def _hide_lower(self, directory: int, name: bytes, inode: int) -> None:
+        """Removes what lower layers made, but for the way to what is of this layer.
 
         Recursion is bounded by `paths.MAX_DEPTH`.
         """
         if self._paths.is_directory(inode):
-            stays = False
-            for child, below in self._fs.children(inode) if self._upper else ():
-                stays |= self._hide_lower(inode, child, below)
+            stays = self._clear(inode) if self._upper else False
             if inode in self._upper:
-                return True
+                return
             if stays:  # a way to what is new; what the lower layer said of it is hidden
                 self._fs.set_attributes(inode, paths.IMPLIED)
-                return True
+                return
         elif inode in self._upper or self._upper.has_link(directory, name):
-            return True
+            return
         self._remove(directory, name, inode)
-        return False
+
+
+class _Inodes:
+    """A set of inodes, a byte for each there is."""
+
+    def __init__(self) -> None:
+        self._marks = bytearray()
+
+    def __contains__(self, inode: int) -> bool:
+        return inode < len(self._marks) and self._marks[inode] == 1
+
+    def add(self, inode: int) -> None:
+        if inode >= len(self._marks):
+            self._marks.extend(bytes(inode + 1024 - len(self._marks)))
+        self._marks[inode] = 1
 
 
 class _Upper:
     """What the current layer made or described: inodes, and new names of old files."""
 
     def __init__(self) -> None:
-        self._inodes = bytearray()
+        self._inodes = _Inodes()
         self._links: set[tuple[int, bytes]] = set()
         self._some = False
 
@@ -215,12 +243,10 @@ class _Upper:
         return self._some
 
     def __contains__(self, inode: int) -> bool:
-        return inode < len(self._inodes) and self._inodes[inode] == 1
+        return inode in self._inodes
 
     def add(self, inode: int) -> None:
-        if inode >= len(self._inodes):
-            self._inodes.extend(bytes(inode + 1024 - len(self._inodes)))
-        self._inodes[inode] = 1
+        self._inodes.add(inode)
         self._some = True
 
     def add_link(self, directory: int, name: bytes, inode: int) -> None:

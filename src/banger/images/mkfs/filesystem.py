@@ -86,6 +86,10 @@ class Filesystem:
             if self._entries.inode(entry):
                 yield self._entries.name(entry), self._entries.inode(entry)
 
+    def is_empty(self, directory: int) -> bool:
+        """However many names a directory had, without looking at any."""
+        return self._files.record(directory).size == 0
+
     def attributes(self, inode: int) -> Attributes:
         return self._files.attributes(inode)
 
