@@ -20,6 +20,7 @@ KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 APT_ENVIRONMENT: Final = ("*_proxy", "*_PROXY", "SSL_CERT_*", "HOME", "TMPDIR")
 _TARGETS_FORMAT: Final = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
+_RELEASE_FORMAT: Final = "$(RELEASE)|$(CODENAME)|$(SUITE)|$(REPO_URI)"
 _UPDATE_DEADLINE_S: Final = 300.0
 _DOWNLOAD_DEADLINE_S: Final = 600.0
 _QUERY_DEADLINE_S: Final = 60.0
@@ -117,7 +118,16 @@ class Apt:
         ]
 
     def update(self) -> None:
+        """Raises UnavailableError when a server gives another suite: an older one is signed as well."""
         self._apt("apt-get", "update", "-qq", "--error-on=any", deadline_s=_UPDATE_DEADLINE_S)
+        asked = ("indextargets", "--format", _RELEASE_FORMAT, "Created-By: Packages")
+        for line in self._apt("apt-get", *asked, deadline_s=_QUERY_DEADLINE_S).text.splitlines():
+            release, codename, suite, uri = line.split("|", 3)
+            if release not in (codename, suite):
+                raise errors.UnavailableError(
+                    f"{uri} gives {codename}, and not {release}",
+                    hint="use another mirror, or the host's own package sources",
+                )
 
     def depends(self, package: str) -> list[str]:
         """The names that the newest version of a package depends on, first alternatives only."""
