@@ -20,6 +20,8 @@ KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 APT_ENVIRONMENT: Final = ("*_proxy", "*_PROXY", "SSL_CERT_*", "HOME", "TMPDIR")
 _TARGETS_FORMAT: Final = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
+_ORIGIN_FORMAT: Final = "$(REPO_URI)|$(RELEASE)|$(ORIGIN)"
+_ORIGIN: Final = "Debian"
 _RELEASE_FORMAT: Final = "$(RELEASE)|$(CODENAME)|$(SUITE)|$(REPO_URI)"
 _UPDATE_DEADLINE_S: Final = 300.0
 _DOWNLOAD_DEADLINE_S: Final = 600.0
@@ -57,23 +59,37 @@ def sources(suite: str, *, mirror: str = "") -> list[str]:
     if mirror:
         return [_entry(mirror, release) for release in (suite, f"{suite}-updates")]
     wanted = (suite, f"{suite}-updates", f"{suite}-security")
-    said = run.run(
-        [
-            "apt-get",
-            "indextargets",
-            "--no-release-info",
-            "--format",
-            _TARGETS_FORMAT,
-            "Created-By: Packages",
-        ],
-        deadline_s=_QUERY_DEADLINE_S,
-        env=run.environment(*APT_ENVIRONMENT),
-    ).text
-    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 2]
+    rows = _of_distribution(_targets("--no-release-info", "--format", _TARGETS_FORMAT))
     entries = {
         _entry(uri, release) for uri, release, component in rows if release in wanted and component == "main"
     }
     return sorted(entries) or sorted({_entry(*each) for each in _elsewhere(rows, wanted)})
+
+
+def _targets(*how: str) -> list[list[str]]:
+    said = run.run(
+        ["apt-get", "indextargets", *how, "Created-By: Packages"],
+        deadline_s=_QUERY_DEADLINE_S,
+        env=run.environment(*APT_ENVIRONMENT),
+    ).text
+    return [line.split("|") for line in said.splitlines() if line.count("|") == 2]
+
+
+def _of_distribution(rows: list[list[str]]) -> list[list[str]]:
+    """Without those of others, whose releases and components may have the same names.
+
+    Where the host has fetched lists, apt knows whose each is. Of the others all may be the distribution's.
+    """
+    origins = {
+        (uri, release): origin for uri, release, origin in _targets("--format", _ORIGIN_FORMAT) if origin
+    }
+    own = {release for (_, release), origin in origins.items() if origin == _ORIGIN}
+
+    def is_own(uri: str, release: str) -> bool:
+        origin = origins.get((uri, release))
+        return origin == _ORIGIN or (origin is None and release not in own)
+
+    return [row for row in rows if is_own(row[0], row[1])]
 
 
 def _elsewhere(rows: list[list[str]], wanted: tuple[str, str, str]) -> Iterator[tuple[str, str]]:

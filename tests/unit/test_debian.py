@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from banger import debian
+from banger import debian, run
 from banger.contract import errors
 
 ARCH = platform.machine()
@@ -28,6 +29,62 @@ def archive(root: Path, *, codename: str, suite: str) -> str:
         f"SHA256:\n {hashlib.sha256(PACKAGES).hexdigest()} {len(PACKAGES)} {where}\n"
     )
     return f"deb [trusted=yes] file:{root} bookworm main"
+
+
+@pytest.fixture
+def apt_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """A host's apt: what its sources are, and whose those are that it has fetched lists of."""
+    program = tmp_path / "apt-get"
+    program.write_text(
+        f'#!/bin/sh\ncase " $* " in *" --no-release-info "*) exec cat {tmp_path}/all;; esac\n'
+        f"exec cat {tmp_path}/known\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(run, "SEARCH_PATH", f"{tmp_path}:{run.SEARCH_PATH}")
+    monkeypatch.setattr(debian, "KEYRING", program)
+
+    def say(everything: str, known: str) -> None:
+        (tmp_path / "all").write_text(everything)
+        (tmp_path / "known").write_text(known)
+
+    return say
+
+
+DEBIAN = "http://deb.example/debian/|bookworm|main\n"
+UPDATES = "http://deb.example/debian/|bookworm-updates|main\n"
+VENDOR = "https://apt.vendor.example/|bookworm|main\n"
+THEIRS = "https://apt.vendor.example/|bookworm|Artifactory\n"
+OURS = "http://deb.example/debian/|bookworm|Debian\n"
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        pytest.param(OURS + THEIRS, ["deb bookworm", "deb bookworm-updates"], id="both known"),
+        pytest.param(
+            OURS + THEIRS.replace("Artifactory", ""), ["deb bookworm", "deb bookworm-updates"], id="nameless"
+        ),
+        pytest.param(OURS, ["deb bookworm", "deb bookworm-updates"], id="ours known"),
+        pytest.param(THEIRS, ["deb bookworm", "deb bookworm-updates"], id="theirs known"),
+        pytest.param("", ["apt bookworm", "deb bookworm", "deb bookworm-updates"], id="none known"),
+    ],
+)
+def test_the_host_s_other_package_sources_are_left_alone(
+    apt_says: Callable[[str, str], None], known: str, expected: list[str]
+) -> None:
+    """A vendor's repository names its releases as Debian does, and is signed by the vendor."""
+    apt_says(VENDOR + DEBIAN + UPDATES, known)
+    found = [entry.split() for entry in debian.sources("bookworm")]
+    assert sorted(f"{uri.split('/')[2][:3]} {release}" for _, _, uri, release, _ in found) == expected
+
+
+def test_a_suite_that_the_host_lacks_comes_from_its_debian_servers(
+    apt_says: Callable[[str, str], None],
+) -> None:
+    apt_says(VENDOR + DEBIAN, OURS + THEIRS)
+    found = [entry.split()[2:4] for entry in debian.sources("trixie")]
+    server = "http://deb.example/debian/"
+    assert found == [[server, "trixie"], [server, "trixie-updates"]]
 
 
 @pytest.mark.parametrize(("codename", "suite"), [("bookworm", "oldstable"), ("trixie", "bookworm")])
