@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 import tarfile
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +224,27 @@ def test_tree_steps(fs: filesystem.Filesystem) -> None:
     assert found[b"usr/bin/ls"] == found[b"usr/bin/cat"] == "lrwxrwxrwx 0 > busybox"
     conf = fs.lookup(paths.Paths(fs).make_directory(b"/etc/alias")[-1], b"conf")
     assert conf is not None
+
+
+@hypothesis.given(
+    strategies.text("ab*", min_size=1).filter(lambda text: "*" in text), strategies.text("ab\n", min_size=1)
+)
+def test_a_star_stands_for_any_part_of_a_name(pattern: str, name: str) -> None:
+    pieces = re.sub(r"\*+", "*", pattern).split("*")
+    wanted = re.fullmatch(".*".join(pieces), name, re.DOTALL) is not None
+    with tempfile.TemporaryDirectory() as there, filesystem.Filesystem(Path(there, "fs.ext4")) as made:
+        tars.put(made, [tar(file(name.encode()))])
+        edit.Edits(made).remove(f"/{pattern}")
+        assert (made.lookup(made.ROOT, name.encode()) is None) == wanted
+
+
+def test_thirty_stars_are_looked_through_at_once(tmp_path: Path) -> None:
+    """As a regular expression they took longer than there is time, with all threads standing still."""
+    with filesystem.Filesystem(tmp_path / "fs.ext4") as made:
+        tars.put(made, [tar(file(b"a" * 98 + b"b"))])
+        edit.Edits(made).remove("/" + "*a" * 30 + "*c")
+        edit.Edits(made).remove("/" + "*" * 30 + "c")
+        assert made.lookup(made.ROOT, b"a" * 98 + b"b")
 
 
 @pytest.mark.parametrize("path", ["/a/../../b", "/.."])

@@ -7,12 +7,12 @@ Used by recipes and by `assemble`.
 from __future__ import annotations
 
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable
 from typing import Final
 
+from banger import run
 from banger.images import paths
 from banger.images.mkfs import filesystem
 
@@ -74,5 +74,28 @@ class Edits:
         if b"*" not in part:
             found = self._fs.lookup(directory, part)
             return [] if found is None else [(part, found)]
-        wanted = re.compile(b".*".join(re.escape(piece) for piece in part.split(b"*")), re.DOTALL)
-        return [child for child in self._fs.children(directory) if wanted.fullmatch(child[0])]
+        pieces = part.split(b"*")
+        found_all: list[tuple[bytes, int]] = []
+        for child in self._fs.children(directory):
+            run.check_cancelled()
+            if _is_like(child[0], pieces):
+                found_all.append(child)
+        return found_all
+
+
+def _is_like(name: bytes, pieces: list[bytes]) -> bool:
+    """Whether a name is these pieces with anything between them.
+
+    The first place for each piece is as good as any other: a name is gone through once. A regular expression
+    would try them all, and hold up every thread meanwhile.
+    """
+    first, *middle, last = pieces
+    if len(name) < len(first) + len(last) or not name.startswith(first) or not name.endswith(last):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for piece in middle:
+        found = name.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
