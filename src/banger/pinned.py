@@ -8,15 +8,16 @@ Used by `system.runtime` and `kernels`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import os
 import shutil
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -133,7 +134,7 @@ def fetch(
             on_line(f"{pinned.name} {pinned.version}: from {source.describe()}")
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".fetch-") as scratch:
             try:
-                found = _obtain(source, Path(scratch))
+                found = _obtain(source, Path(scratch), pinned.size_bytes)
                 _verify(found, pinned)
             except errors.CancelledError:
                 raise
@@ -190,12 +191,12 @@ def _verify(path: Path, pinned: PinnedFile) -> None:
         raise errors.OperationFailedError(f"sha256 is {found}, not {pinned.sha256}")
 
 
-def _obtain(source: Source, scratch: Path) -> Path:
+def _obtain(source: Source, scratch: Path, size_bytes: int) -> Path:
     match source:
         case LocalFile():
             return _from_file(source, scratch)
         case Url():
-            return _from_url(source, scratch)
+            return _from_url(source, scratch, size_bytes)
         case WheelMember():
             return _from_wheel(source, scratch)
 
@@ -207,18 +208,30 @@ def _from_file(source: LocalFile, scratch: Path) -> Path:
         raise errors.NotFoundError(f"cannot read {source.path}: {error.strerror}") from error
 
 
-def _from_url(source: Url, scratch: Path) -> Path:
+def _from_url(source: Url, scratch: Path, size_bytes: int) -> Path:
     if not source.url.startswith("https://"):
         raise errors.BadRequestError(f"{source.url} is not an https address")
     target = scratch / "file"
+    with contextlib.closing(_download(source.url, size_bytes)) as chunks, target.open("wb") as out:
+        for chunk in chunks:
+            out.write(chunk)
+    return target
+
+
+def _download(url: str, size_bytes: int) -> Generator[bytes, None, None]:
+    """No more than is pinned: what a server adds would only fill the disk."""
+    left = size_bytes
     try:
-        with urllib.request.urlopen(source.url, timeout=60) as reply, target.open("wb") as out:  # noqa: S310  # https only, checked above
+        with urllib.request.urlopen(url, timeout=60) as reply:  # noqa: S310  # https only, the caller checked
             while chunk := reply.read(_CHUNK):
                 run.check_cancelled()
-                out.write(chunk)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise errors.UnavailableError(f"cannot download {source.url}: {error}") from error
-    return target
+                left -= len(chunk)
+                if left < 0:
+                    raise errors.OperationFailedError(f"{url} gives more than the {size_bytes} bytes pinned")
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error).strip() or type(error).__name__
+        raise errors.UnavailableError(f"cannot download {url}: {said}") from error
 
 
 def _from_wheel(source: WheelMember, scratch: Path) -> Path:

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import socket
+import struct
+import threading
+import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +180,61 @@ def test_a_damaged_cache_is_repaired(tmp_path: Path) -> None:
 def test_only_https_addresses(tmp_path: Path) -> None:
     with pytest.raises(errors.UnavailableError, match="not an https address"):
         pinned.fetch(pin(pinned.Url("http://127.0.0.1:1/x")), tmp_path / "cache")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], pinned.Url]]:
+    """Says what it is told to whoever asks, and resets the connection; by plain http for this test."""
+    opened = urllib.request.urlopen
+    monkeypatch.setattr(
+        urllib.request,
+        "urlopen",
+        lambda url, timeout: opened(url.replace("https", "http", 1), timeout=timeout),
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        said: list[bytes] = []
+
+        def serve() -> None:
+            with listener.accept()[0] as peer, contextlib.suppress(ConnectionError):
+                peer.recv(1 << 16)
+                peer.sendall(said[0])
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        thread = threading.Thread(target=serve)
+
+        def say(text: bytes) -> pinned.Url:
+            said.append(text)
+            thread.start()
+            return pinned.Url(f"https://127.0.0.1:{listener.getsockname()[1]}/x")
+
+        yield say
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        pytest.param(b"", "cannot download", id="nothing"),
+        pytest.param(b"no http\r\n\r\n", "cannot download", id="not http"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nx", "", id="cut off"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            "cannot download",
+            id="bad chunks",
+        ),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + b"x" * 9999,
+            f"more than the {len(CONTENT)} bytes",
+            id="too much",
+        ),
+    ],
+)
+def test_after_a_server_that_fails_the_next_source_is_tried(
+    tmp_path: Path, server: Callable[[bytes], pinned.Url], text: bytes, why: str
+) -> None:
+    with pytest.raises(errors.UnavailableError, match=f"{why}.*; file /nowhere: cannot read"):
+        pinned.fetch(pin(server(text), pinned.LocalFile("/nowhere")), tmp_path / "cache")
+    assert kept(tmp_path / "cache") == []
 
 
 def test_install_verifies_what_it_copies(tmp_path: Path) -> None:
