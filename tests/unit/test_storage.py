@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
+from banger import artefacts
 from banger.contract import errors
 from banger.storage import overlay, workdisk
 from tests import ext4_read
@@ -144,6 +145,17 @@ def test_a_work_disk_without_seed_is_empty_and_roots(tmp_path: Path) -> None:
     top = ext4_read.find(tmp_path / "work.ext4", "/")
     assert top is not None
     assert (top.mode, top.uid) == (stat.S_IFDIR | 0o700, 0)
+
+
+def test_a_work_disk_is_durable_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row is durable: after the power was gone, what has the name is taken for whole."""
+    disk = tmp_path / "work.ext4"
+    seen: list[tuple[str, bool]] = []
+    monkeypatch.setattr(artefacts, "sync", lambda path: seen.append((path.name, disk.exists())))
+    workdisk.create(disk, size_mib=64)
+    assert seen == [(".work.ext4.new", False), (tmp_path.name, True)]
 
 
 def test_a_work_disk_lets_the_key_in_as_sshd_wants_it(tmp_path: Path, seed: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from banger import artefacts
 from banger.contract import errors
 from banger.images import flatten
 from banger.images.mkfs import filesystem
@@ -39,7 +40,9 @@ def create(path: Path, *, size_mib: int, seed: Path | None = None, authorized_ke
     staged.unlink(missing_ok=True)  # what a crash left
     try:
         _make(staged, size_mib * MIB, seed, authorized_key)
+        artefacts.sync(staged)  # its row is on the disk: with the power gone there would be half of one
         os.link(staged, path)  # unlike a rename, never onto a disk that appeared meanwhile
+        artefacts.sync(path.parent)
     except errors.BadRequestError as error:
         if not any(isinstance(each, filesystem.DiskTooSmallError) for each in (error, error.__cause__)):
             raise
