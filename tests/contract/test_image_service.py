@@ -211,10 +211,12 @@ async def test_deleting_and_promoting(served: Served, registry: registries.Regis
     assert (await served.http.delete(f"/v1/images/{copy.id}")).status_code in (200, 204)
 
 
+@pytest.mark.parametrize("layers", [(BASE, TOP), (BASE, BASE)], ids=["two", "one twice"])
 async def test_a_layer_that_a_power_cut_damaged_is_fetched_again(
-    served: Served, registry: registries.Registry
+    served: Served, registry: registries.Registry, layers: tuple[bytes, ...]
 ) -> None:
-    name = f"{registry.host}/team/app:v1"
+    name = f"{registry.host}/team/app:v2"
+    add(registry, "v2", *layers)
     await served.http.delete(f"/v1/images/{_image(await _pull(served, name)).id}")
     blobs = served.daemon.paths.cache / "blobs/sha256"
     for blob in blobs.iterdir():
@@ -223,6 +225,19 @@ async def test_a_layer_that_a_power_cut_damaged_is_fetched_again(
     assert refused.error is not None
     assert (refused.error.code, list(blobs.iterdir())) == ("bad_request", [])
     assert _image(await _pull(served, name)).name == name
+
+
+async def test_a_disk_that_is_too_small_costs_no_layer(
+    served: Served, registry: registries.Registry
+) -> None:
+    name = f"{registry.host}/team/app:v2"
+    add(registry, "v2", BASE, oci_make.tar({"large": b"x" * (17 << 20)}))
+    blobs = served.daemon.paths.cache / "blobs/sha256"
+    refused = await _pull(served, name, disk_size_mib=16)
+    assert refused.error is not None
+    assert "does not fit on a disk" in refused.error.message
+    _image(await _pull(served, name))
+    assert [registry.count("GET", blob.name) for blob in blobs.iterdir()] == [1, 1]
 
 
 async def test_an_image_that_says_nonsense_of_its_age_is_listed(

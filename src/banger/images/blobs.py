@@ -71,7 +71,7 @@ class Blobs:
     @contextlib.contextmanager
     def leased(self, digests: Iterable[reference.Digest]) -> Iterator[None]:
         """Inside, `prune` leaves these alone, whether they are here already or not."""
-        held = list(digests)
+        held = set(digests)  # an image may name a layer twice
         self._leased.update(held)
         try:
             yield

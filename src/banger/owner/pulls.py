@@ -138,8 +138,9 @@ class PullService:
                     return await run.in_thread(
                         self._assemble, found, name, disk_size_mib, guest, progress.line(), tags=tags
                     )
-                except errors.BadRequestError:
-                    self._blobs.forget(reference.Digest(layer.digest) for layer in found.layers)
+                except errors.BadRequestError as error:
+                    if "layer" in error.fields:  # else the layers are not at fault: a disk that is too small
+                        self._blobs.forget(reference.Digest(layer.digest) for layer in found.layers)
                     raise
 
     def _unchanged(
