@@ -26,6 +26,8 @@ _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
 SCRATCH: Final = (".work-", ".fetch-", ".build-", ".new-")
 """How names of temporary directories begin, whoever makes them."""
+RESERVE_BYTES: Final = 256 << 20
+"""Left free on the disk that images are made on, and unpacked on."""
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPACE_HINT: Final = "free some space or move the state directory"
 

@@ -8,7 +8,9 @@ import io
 import json
 import os
 import resource
+import shutil
 import tarfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from banger import artefacts
 from banger.contract import errors
 from banger.images import bundle, decompress, sources
 from tests import oci_make
@@ -213,6 +216,17 @@ def test_a_header_that_claims_gigabytes_takes_no_memory(
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _refused(path, scratch, "not a whole tar")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_a_compressed_archive_leaves_the_host_room(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.tar"
+    path.write_bytes(gzip.compress(oci_make.tar({"blobs/x": bytes(2 << 20)}), 1))
+    # A disk of a wanted fullness cannot be had without root.
+    free = artefacts.RESERVE_BYTES + (1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    assert _refused(path, scratch, "unpacks to more than there is room").code == "no_space"
 
 
 def test_what_is_neither_file_nor_directory(tmp_path: Path, scratch: Path) -> None:

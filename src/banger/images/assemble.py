@@ -21,8 +21,6 @@ from banger.images.mkfs import filesystem
 
 MIB: Final = 1 << 20
 LABEL: Final = "banger-root"
-_RESERVE_BYTES: Final = 256 * MIB
-"""Left free on the disk that images are made on."""
 _HOME: Final = b"root"
 _HOME_ATTRIBUTES: Final = filesystem.Attributes(stat.S_IFDIR | 0o700)
 _INITS: Final = (
@@ -113,7 +111,7 @@ def _has_program(fs: filesystem.Filesystem, path: bytes) -> bool:
 
 def _room(staged: Path, bundle: bundle.Bundle, size_bytes: int | None) -> int:
     """What may be written; refuses at once what cannot fit even if nothing is compressed."""
-    free = shutil.disk_usage(staged).free - _RESERVE_BYTES
+    free = shutil.disk_usage(staged).free - artefacts.RESERVE_BYTES
     needed = sum(layer.size_bytes for layer in bundle.layers)
     if needed > max(free, 0):
         raise errors.NoSpaceError(
@@ -161,6 +159,7 @@ def _take_home(fs: filesystem.Filesystem, archive: Path) -> None:
         home = paths.Paths(fs).make_directory(_HOME)[-1]
     except errors.BadRequestError as error:
         raise errors.BadRequestError(f"/root of the image cannot be used: {error}") from error
-    seed.pack(fs, home, archive)
+    room = shutil.disk_usage(archive.parent).free - artefacts.RESERVE_BYTES
+    seed.pack(fs, home, archive, max_bytes=room)
     for name, _ in fs.children(home):
         fs.remove(home, name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Final, cast
 
 from banger import run
+from banger.contract import errors, sizes
 from banger.images.mkfs import filesystem
 
 _NS: Final = 1_000_000_000
@@ -27,18 +28,28 @@ _TYPES: Final = {
 }
 
 
-def pack(fs: filesystem.Filesystem, directory: int, archive: Path) -> None:
-    """Writes a directory of the file system into a new tar, itself as `.`, with all that its inodes say."""
+def pack(fs: filesystem.Filesystem, directory: int, archive: Path, *, max_bytes: int) -> None:
+    """Writes a directory of the file system into a new tar, itself as `.`, with all that its inodes say.
+
+    Holes become zeros here: a layer of a few bytes may stand for terabytes. Raises NoSpaceError before more
+    than `max_bytes` are written.
+    """
     first_names: dict[int, str] = {}
-    with tarfile.open(archive, "x", format=tarfile.PAX_FORMAT) as out:
+    with (
+        archive.open("xb") as file,
+        tarfile.open(
+            fileobj=cast(IO[bytes], _Room(file, max_bytes)), mode="w", format=tarfile.PAX_FORMAT
+        ) as out,
+    ):
         for name, inode in _walk(fs, directory):
-            run.check_cancelled()
             member = _member(fs, inode, name)
             if inode in first_names:
                 member.type, member.linkname, member.size = tarfile.LNKTYPE, first_names[inode], 0
             elif fs.link_count(inode) > 1 and not member.isdir():
                 first_names[inode] = name
             if member.isreg():
+                if out.offset + member.size > max_bytes:  # said before a disk is filled with half of it
+                    raise _too_large(max_bytes)
                 out.addfile(member, cast(IO[bytes], _Content(fs.read(inode))))
             else:
                 out.addfile(member)
@@ -77,6 +88,31 @@ def _member(fs: filesystem.Filesystem, inode: int, name: str) -> tarfile.TarInfo
 def _decimal(ns: int) -> str:
     seconds, rest = divmod(abs(ns), _NS)
     return f"{'-' if ns < 0 else ''}{seconds}.{rest:09}"
+
+
+def _too_large(max_bytes: int) -> errors.NoSpaceError:
+    room = sizes.text_of_bytes(max(max_bytes, 0))
+    return errors.NoSpaceError(
+        f"what the image has in /root does not fit into the {room} that may be used here",
+        hint="free some space; of sparse files there the holes count as well",
+    )
+
+
+class _Room:
+    """As much of a file as tarfile asks of one: to be written, as far as there is room, until cancelled."""
+
+    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: bytes) -> int:
+        run.check_cancelled()
+        if self._file.tell() + len(data) > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        return self._file.write(data)
 
 
 class _Content:

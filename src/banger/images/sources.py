@@ -72,7 +72,7 @@ def _read(path: Path, arch: str, scratch: Path, wanted: str) -> bundle.Bundle:
         elif not _OF_AN_IMAGE.fullmatch(archive.first_name(path)):
             return _rootfs(path, arch)
         else:
-            room = shutil.disk_usage(scratch).free
+            room = shutil.disk_usage(scratch).free - artefacts.RESERVE_BYTES
             files = _Tar(archive.Archive(archive.uncompressed(path, scratch, room)), scratch)
         if _LAYOUT in files:
             return _layout(files, path, arch, wanted)
