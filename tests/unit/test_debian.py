@@ -8,10 +8,13 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from banger import debian, run
 from banger.contract import errors
+from banger.images import recipe
+from tests.unit.tars import file, symlink, tar
 
 ARCH = platform.machine()
 PACKAGES = b"Package: sample\nVersion: 1\nArchitecture: all\nFilename: x.deb\nSize: 1\nSHA256: 00\n"
@@ -99,3 +102,49 @@ def test_a_server_that_gives_another_suite_is_refused(tmp_path: Path) -> None:
     entry = archive(tmp_path / "archive", codename="bullseye", suite="oldoldstable")
     with pytest.raises(errors.UnavailableError, match=r"archive/? gives bullseye, and not bookworm"):
         debian.Apt(tmp_path / "apt", [entry], ARCH).update()
+
+
+@pytest.fixture
+def mmdebstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Gives the tar of this path for whatever it is asked to make."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/mmdebstrap"
+    program.write_text(
+        '#!/bin/sh\nfor each in "$@"; do case $each in */root.tar) '
+        f'exec cp {tmp_path}/given.tar "$each";; esac; done; exit 1\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(run, "SEARCH_PATH", f"{tmp_path / 'bin'}:{run.SEARCH_PATH}")
+    monkeypatch.setattr(debian, "KEYRING", program)
+    monkeypatch.setattr(recipe, "mode", lambda: "root")
+    return tmp_path / "given.tar"
+
+
+@pytest.mark.parametrize(
+    ("suite", "said", "fits"),
+    [
+        ("bookworm", b'NAME="Debian"\nVERSION_CODENAME=bookworm\n', True),
+        ("bookworm", b'NAME="Debian"\nVERSION_CODENAME=bullseye\n', False),
+        ("bookworm", b"", True),
+        ("stable", b"VERSION_CODENAME=trixie\n", True),
+    ],
+)
+def test_a_system_of_another_suite_is_not_kept(
+    tmp_path: Path, mmdebstrap: Path, suite: str, said: bytes, fits: bool
+) -> None:
+    """A mirror may give an older suite, which is signed as well."""
+    link = symlink(b"./etc/os-release", b"../usr/lib/os-release")
+    mmdebstrap.write_bytes(tar(link, *([file(b"./usr/lib/os-release", said)] if said else [])))
+    wanted = msgspec.structs.replace(recipe.load("debian-bookworm"), suite=suite)
+
+    def make() -> Path:
+        return recipe.base_archive(
+            wanted, arch=platform.machine(), cache_dir=tmp_path / "cache", mirror="http://mirror.example"
+        )
+
+    if fits:
+        assert make().read_bytes() == mmdebstrap.read_bytes()
+    else:
+        with pytest.raises(errors.UnavailableError, match="gave bullseye, and not bookworm"):
+            make()
+        assert recipe.kept_archives(tmp_path / "cache") == []

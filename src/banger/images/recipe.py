@@ -7,9 +7,11 @@ else with fakechroot, which needs neither privileges nor user namespaces. Used b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -32,6 +34,11 @@ _LEAST_ROOM_BYTES: Final = 256 << 20
 """The archive's lists take a third of it, whatever the recipe."""
 # fakeroot tries the real chown first; in a user namespace (PrivateUsers=) that fails as it does not expect.
 _FAKEROOT: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
+_OS_RELEASE: Final = b"usr/lib/os-release"
+_CODENAME: Final = re.compile(rb"^VERSION_CODENAME=\"?([a-z]+)\"?$", re.MULTILINE)
+_MOVING_SUITES: Final = ("oldoldstable", "oldstable", "stable", "testing", "unstable", "sid", "experimental")
+"""Names that mean another codename each few years."""
+_CHUNK: Final = 1 << 20
 _SYSTEMD_UNITS: Final = "/etc/systemd/system"
 _KEPT: Final = "recipes"
 _ARCHIVE: Final = ".tar"
@@ -217,9 +224,33 @@ def base_archive(
             )
         finally:
             workers.end(Path(scratch))
+        _require_suite(made, recipe.suite)
         artefacts.sync(made)  # nothing looks at it again: half of one would be built from for ever
         made.replace(kept)
     return kept
+
+
+def _require_suite(archive: Path, suite: str) -> None:
+    """Raises UnavailableError when a system is of another suite: that is signed too, and apt only warns.
+
+    One that does not say of which it is, since the recipe has no such package, is taken as it is.
+    """
+    from banger.tarstream import hole, reader
+
+    if suite in _MOVING_SUITES:
+        return
+    with archive.open("rb") as file:
+        for entry in reader.entries(iter(functools.partial(file.read, _CHUNK), b"")):
+            if entry.name.removeprefix(b"./") != _OS_RELEASE or not stat.S_ISREG(entry.mode):
+                continue
+            text = b"".join(bytes(piece) for piece in entry.content if not isinstance(piece, hole.Hole))
+            found = _CODENAME.search(text)
+            if found is not None and found[1].decode() != suite.partition("-")[0]:
+                raise errors.UnavailableError(
+                    f"the package sources gave {found[1].decode()}, and not {suite}",
+                    hint="use another mirror, or the host's own package sources",
+                )
+            return
 
 
 def kept_archives(cache_dir: Path) -> list[Path]:
