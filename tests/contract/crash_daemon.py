@@ -205,10 +205,8 @@ async def _done(services: routes.Services, name: str, subject: str) -> str:
     """Begins an operation and waits for it; the error it ended with, or nothing."""
     try:
         async with asyncio.timeout(_DONE_WITHIN_S):
-            if name in _MAKE:
-                operation = _MAKE[name](services, subject)
-            else:
-                operation = await _BEGIN[name](services)
+            begun = _MAKE[name](services, subject) if name in _MAKE else _BEGIN[name](services)
+            operation = await begun if isinstance(begun, Awaitable) else begun
             ended = await services.operations.wait(operation.id)
     except Exception as failure:
         return str(failure) or type(failure).__name__
@@ -226,7 +224,7 @@ _BEGIN: dict[str, Callable[[routes.Services], Awaitable[resources.Operation]]] =
     "restart": lambda services: services.vms.restart(NAME),
     "delete": lambda services: services.vms.delete(NAME),
 }
-_MAKE: dict[str, Callable[[routes.Services, str], resources.Operation]] = {
+_MAKE: dict[str, Callable[[routes.Services, str], resources.Operation | Awaitable[resources.Operation]]] = {
     "pull": lambda services, ref: services.pulls.pull(requests.PullImage(reference=ref, name=IMAGE)),
     "import": lambda services, path: services.pulls.import_path(requests.ImportImage(path=path, name=IMAGE)),
     "register": lambda services, path: services.images.register(

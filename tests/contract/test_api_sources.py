@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from banger.contract import resources
-from banger.images import publish, records
+from banger.contract import errors, resources
+from banger.images import publish, recipe, records
 from banger.kernels import catalog
 from banger.kernels import records as kernel_records
 from banger.system import runtime
@@ -88,6 +88,26 @@ async def test_the_same_twice_at_once_is_done_once(
     assert slow.count == 1
     notes = [event.detail for event in await served.watch(second.id) if event.kind == "note"]
     assert [note for note in notes if first.id in note]
+
+
+async def test_others_are_answered_while_a_recipe_is_read(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 KiB of TOML can take minutes."""
+    begun, release = threading.Event(), threading.Event()
+
+    def parse(text: bytes) -> recipe.Recipe:
+        begun.set()
+        assert release.wait(5)
+        raise errors.BadRequestError("read")
+
+    # How long a real one takes is no matter of this test.
+    monkeypatch.setattr(recipe, "parse", parse)
+    building = asyncio.create_task(served.error("POST", "/v1/images/build", 400, {"definition": "x"}))
+    assert await asyncio.to_thread(begun.wait, 5)
+    assert (await served.http.get("/v1/images")).status_code == 200
+    release.set()
+    assert (await building).message == "read"
 
 
 async def test_another_under_the_same_name_is_refused(served: Served, slow: Slow) -> None:

@@ -103,7 +103,7 @@ async def _live(home: Path, definition: str, last_stage: str) -> None:
         assert services.images.list() == []
         assert (await services.inventory.take()).leftovers == ()
         assert [path.name for path in paths.cache.glob("recipes/.*")] == []
-        begun = services.images.build(requests.BuildImage(definition=definition))
+        begun = await services.images.build(requests.BuildImage(definition=definition))
         ended = await services.operations.wait(begun.id)
         assert ended.error is None, ended.error
         [made] = services.images.list()

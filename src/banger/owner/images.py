@@ -81,15 +81,12 @@ class ImageService:
         except errors.BangerError:  # it will be seen in the guest
             return True
 
-    def build(self, body: requests.BuildImage) -> resources.Operation:
+    async def build(self, body: requests.BuildImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""
-        return self.begin(self.building(body))
+        # A recipe of dots alone takes minutes to read: not in the loop.
+        return self.begin(self.building(body, await run.in_thread(_recipe, body)))
 
-    def building(self, body: requests.BuildImage) -> Making:
-        own = body.definition
-        if (own is None) == (not body.recipe):
-            raise errors.BadRequestError("an image is built from a recipe's name or from a definition")
-        wanted = recipe.load(body.recipe) if own is None else recipe.parse(own.encode())
+    def building(self, body: requests.BuildImage, wanted: recipe.Recipe) -> Making:
         name = names.parse_artefact_name(body.name or wanted.name, "an image")
 
         from banger.images import publish
@@ -197,3 +194,9 @@ class ImageService:
                 exposed_ports=image.run.exposed_ports,
             ),
         )
+
+
+def _recipe(body: requests.BuildImage) -> recipe.Recipe:
+    if (body.definition is None) == (not body.recipe):
+        raise errors.BadRequestError("an image is built from a recipe's name or from a definition")
+    return recipe.load(body.recipe) if body.definition is None else recipe.parse(body.definition.encode())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from banger import guest_binary, pinned, run
 from banger.contract import errors, names, requests, resources
-from banger.images import blobs, bundle, catalog, records, reference
+from banger.images import blobs, bundle, catalog, recipe, records, reference
 from banger.owner import images, operations
 
 if TYPE_CHECKING:
@@ -60,10 +60,9 @@ class PullService:
         if isinstance(entry, catalog.RecipeEntry):
             if body.disk_size_mib is not None:
                 raise errors.BadRequestError(f"{entry.name} is built from a recipe, which says its size")
-            definition = entry.text().decode()
-            return self._images.building(
-                requests.BuildImage(definition=definition, name=body.name or entry.name)
-            )
+            text = entry.text()
+            built = requests.BuildImage(definition=text.decode(), name=body.name or entry.name)
+            return self._images.building(built, recipe.parse(text))
         if entry is not None:
             return self._pull(entry.pinned(), body.name or entry.name, body.disk_size_mib)
         wanted = reference.parse(body.reference)

@@ -40,7 +40,7 @@ async def build_image(
     data: params.JSONBody[requests.BuildImage], services: routes.Injected
 ) -> resources.Operation:
     """Builds an image from a recipe."""
-    return services.images.build(data)
+    return await services.images.build(data)
 
 
 @litestar.post("/v1/images/register", status_code=202)
