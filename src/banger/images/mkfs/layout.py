@@ -51,6 +51,8 @@ _SUPERBLOCK: Final = struct.Struct(
     "<11I I I HhHHHH 4I HH I HH III 16s 16s 64s I BBH 16s III 16s BBH III 68s III HH I HHQI BBBB Q"
 )
 _SUPERBLOCK_BYTES: Final = 1024
+_BEHIND_S: Final = 0.02
+"""time(2), by which e2fsck judges, is up to a tick of the kernel behind the clock: 10 ms at HZ=100."""
 _SUPERBLOCK_AT: Final = 1024
 _DESCRIPTOR: Final = struct.Struct("<IIIHHHHIHHHH")
 
@@ -160,7 +162,7 @@ def superblock(
 
     Copies are never marked clean, so that one is not taken for the superblock by mistake.
     """
-    now = int(time.time())
+    now = int(time.time() - _BEHIND_S)
     backup = (
         journal + struct.pack("<II", journal_bytes >> 32, journal_bytes & 0xFFFFFFFF) if journal else b""
     )
