@@ -313,12 +313,10 @@ def test_a_home_that_is_a_link_is_followed(images: records.Images, assembled: As
         assert seed.getnames() == [".", "x"]
 
 
-def test_a_sparse_home_of_terabytes_fills_no_disk(assembled: Assembled, tmp_path: Path) -> None:
-    """In the seed its holes would be zeros."""
+def test_a_sparse_home_of_terabytes_fills_no_disk(images: records.Images, assembled: Assembled) -> None:
     said = pax((b"GNU.sparse.map", b"0,1"), (b"GNU.sparse.size", b"%d" % (1 << 43)))
-    with pytest.raises(errors.NoSpaceError, match="in /root does not fit"):
-        assembled(tar(said, file(b"root/huge", b"x")))
-    assert list((tmp_path / "images").iterdir()) == []
+    made = assembled(tar(said, file(b"root/huge", b"x")))
+    assert images.work_seed(made.id).stat().st_size < 100_000
 
 
 def test_a_home_that_is_a_file_is_refused(assembled: Assembled, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The work disk is mounted over `/root`: on the root disk nothing there would ever
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import tarfile
@@ -18,6 +19,7 @@ from banger.contract import errors, sizes
 from banger.images.mkfs import filesystem
 
 _NS: Final = 1_000_000_000
+_MAX_SEGMENTS: Final = 1 << 16
 _TYPES: Final = {
     stat.S_IFREG: tarfile.REGTYPE,
     stat.S_IFDIR: tarfile.DIRTYPE,
@@ -31,8 +33,8 @@ _TYPES: Final = {
 def pack(fs: filesystem.Filesystem, directory: int, archive: Path, *, max_bytes: int) -> None:
     """Writes a directory of the file system into a new tar, itself as `.`, with all that its inodes say.
 
-    Holes become zeros here: a layer of a few bytes may stand for terabytes. Raises NoSpaceError before more
-    than `max_bytes` are written.
+    Holes stay holes: a layer of a few bytes may stand for terabytes. Raises NoSpaceError before more than
+    `max_bytes` are written.
     """
     first_names: dict[int, str] = {}
     with (
@@ -47,12 +49,24 @@ def pack(fs: filesystem.Filesystem, directory: int, archive: Path, *, max_bytes:
                 member.type, member.linkname, member.size = tarfile.LNKTYPE, first_names[inode], 0
             elif fs.link_count(inode) > 1 and not member.isdir():
                 first_names[inode] = name
-            if member.isreg():
-                if out.offset + member.size > max_bytes:  # said before a disk is filled with half of it
-                    raise _too_large(max_bytes)
-                out.addfile(member, cast(IO[bytes], _Content(fs.read(inode))))
-            else:
-                out.addfile(member)
+            content = _content(fs, inode, member) if member.isreg() else None
+            if out.offset + member.size > max_bytes:  # said before a disk is filled with half of it
+                raise _too_large(max_bytes)
+            out.addfile(member, cast(IO[bytes], _Content(content)) if content is not None else None)
+
+
+def _content(fs: filesystem.Filesystem, inode: int, member: tarfile.TarInfo) -> Iterator[bytes]:
+    """What the archive holds of a file: of one with holes a map and what is between them, GNU's form 1.0."""
+    segments = [*itertools.islice(fs.segments(inode), _MAX_SEGMENTS + 1)]
+    stored = sum(length for _, length in segments)
+    if stored == member.size or len(segments) > _MAX_SEGMENTS:
+        return fs.read(inode)
+    lines = "".join(f"{number}\n" for number in (len(segments), *itertools.chain(*segments))).encode()
+    lines += bytes(-len(lines) % tarfile.BLOCKSIZE)
+    said = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(member.size)}
+    member.pax_headers = {**member.pax_headers, **said}
+    member.size = len(lines) + stored
+    return itertools.chain((lines,), fs.read(inode, holes=False))
 
 
 def _walk(fs: filesystem.Filesystem, directory: int) -> Iterator[tuple[str, int]]:
@@ -94,7 +108,7 @@ def _too_large(max_bytes: int) -> errors.NoSpaceError:
     room = sizes.text_of_bytes(max(max_bytes, 0))
     return errors.NoSpaceError(
         f"what the image has in /root does not fit into the {room} that may be used here",
-        hint="free some space; of sparse files there the holes count as well",
+        hint="free some space, or is it meant to be that large?",
     )
 
 

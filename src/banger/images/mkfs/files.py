@@ -80,12 +80,29 @@ class Files:
         )
         self.inodes.put(inode, changed)
 
-    def read(self, inode: int) -> Iterator[bytes]:
-        """The content of a regular file, holes included, in pieces."""
+    def read(self, inode: int, *, holes: bool) -> Iterator[bytes]:
+        """The content of a regular file in pieces, with its holes as zeros or without them."""
+        return self._read(self._regular(inode), holes=holes)
+
+    def segments(self, inode: int) -> Iterator[tuple[int, int]]:
+        """Offset and length in bytes of what a regular file has between its holes, in order."""
+        record = self._regular(inode)
+        start, end = 0, 0
+        for logical, _, count in self._runs(record):
+            at = logical * layout.BLOCK
+            if at != end:
+                if end > start:
+                    yield start, end - start
+                start = at
+            end = min(at + count * layout.BLOCK, record.size)
+        if end > start:
+            yield start, end - start
+
+    def _regular(self, inode: int) -> inodes.Record:
         record = self.record(inode)
         if not stat.S_ISREG(record.mode):
             raise errors.BadRequestError(f"inode {inode} is not a regular file")
-        return self._read(record)
+        return record
 
     def readlink(self, inode: int) -> bytes:
         record = self.record(inode)
@@ -158,16 +175,18 @@ class Files:
         elif record.layout == inodes.ROOT:
             yield from extents.runs(self.inodes.roots.get(record.where), self.disk.read)
 
-    def _read(self, record: inodes.Record) -> Iterator[bytes]:
+    def _read(self, record: inodes.Record, *, holes: bool = True) -> Iterator[bytes]:
         at = 0
         for logical, physical, count in self._runs(record):
-            yield from _zeros(logical * layout.BLOCK - at)
+            if holes:
+                yield from _zeros(logical * layout.BLOCK - at)
             at = logical * layout.BLOCK
             for start in range(0, count, _READ_BLOCKS):
                 data = self.disk.read(physical + start, min(_READ_BLOCKS, count - start))
                 yield data[: record.size - at]
                 at += len(data)
-        yield from _zeros(record.size - at)
+        if holes:
+            yield from _zeros(record.size - at)
 
     def _xattrs(self, slot: int) -> tuple[tuple[bytes, bytes], ...]:
         if not slot:

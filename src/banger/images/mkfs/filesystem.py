@@ -101,9 +101,13 @@ class Filesystem:
     def link_count(self, inode: int) -> int:
         return self._files.record(inode).links
 
-    def read(self, inode: int) -> Iterator[bytes]:
-        """The content of a regular file, holes included, in pieces."""
-        return self._files.read(inode)
+    def read(self, inode: int, *, holes: bool = True) -> Iterator[bytes]:
+        """The content of a regular file in pieces, with its holes as zeros or without them."""
+        return self._files.read(inode, holes=holes)
+
+    def segments(self, inode: int) -> Iterator[tuple[int, int]]:
+        """Offset and length in bytes of what a regular file has between its holes, in order."""
+        return self._files.segments(inode)
 
     def readlink(self, inode: int) -> bytes:
         return self._files.readlink(inode)
