@@ -17,6 +17,7 @@ from typing import Final
 
 import pytest
 
+from banger import artefacts
 from banger.contract import errors
 from banger.images import assemble, bundle, publish, recipe, records, sources
 from tests import oci_make
@@ -51,7 +52,9 @@ class SmallDisk:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
+    """Used to its last page, as when others take at the same time what is kept free."""
+    monkeypatch.setattr(artefacts, "RESERVE_BYTES", 0)
     made = SmallDisk(tmp_path / "small")
     try:
         yield made
