@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +143,7 @@ def drawn(styled: str, title: str) -> str:
     return "\n".join(line.rstrip() for line in picture.split("\n") if line.strip()) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    wanted = (argv if argv is not None else sys.argv[1:]) or [screen.name for screen in SCREENS]
+def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     TO.mkdir(exist_ok=True)
     try:
@@ -154,9 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             terminal.type(Line("banger vm run --rm -- true"))
             terminal.type(Line("export PS1='$ ' TERM=xterm-256color; cd ~/greeting; clear"))
             for screen in SCREENS:
-                picture = take(terminal, screen)
-                if screen.name in wanted:
-                    (TO / f"{screen.name}.svg").write_text(picture)
+                (TO / f"{screen.name}.svg").write_text(take(terminal, screen))
     except errors.LabError as error:
         print(f"screens: {error}", file=sys.stderr)
         return 1
