@@ -137,6 +137,14 @@ async def test_a_port_in_use_is_refused_and_none_is_taken(publisher: publish.Pub
     publish.bound(ports.parse(f"{port}:80")).close()
 
 
+async def goes_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A connection that has sent `before ` is cut off at no point."""
+    writer.write(b"after")
+    writer.write_eof()
+    async with asyncio.timeout(20):
+        assert await reader.read() == b"before after"
+
+
 async def test_changing_ports_leaves_the_others_connections_alone(publisher: publish.Publisher) -> None:
     one, two = publishing.free_port(), publishing.free_port()
     async with echo() as service:
@@ -147,10 +155,7 @@ async def test_changing_ports_leaves_the_others_connections_alone(publisher: pub
         assert await sent_back(two, b"two") == b"two"
         await publisher.serve(publishing.row(f"{one}:{service}"))
         assert await refuses(two)
-        writer.write(b"after")
-        writer.write_eof()
-        async with asyncio.timeout(20):
-            assert await reader.read() == b"before after"
+        await goes_on(reader, writer)
         writer.close()
 
 
@@ -170,10 +175,7 @@ async def test_a_change_that_meets_a_port_in_use_changes_nothing(
         assert await sent_back(old, b"still there") == b"still there"
         if not same_port:
             assert await refuses(new)
-            writer.write(b"after")
-            writer.write_eof()
-            async with asyncio.timeout(20):
-                assert await reader.read() == b"before after"
+            await goes_on(reader, writer)
         writer.close()
 
 
