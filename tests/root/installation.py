@@ -8,7 +8,7 @@ import contextlib
 import os
 import pwd
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,10 +19,22 @@ import pytest
 import banger
 from banger import pinned, run
 from banger.contract import errors, privileged
-from banger.system import asking, host, install, machine, ownership, releases, runtime, settings, uninstall
+from banger.system import (
+    alone,
+    asking,
+    host,
+    install,
+    machine,
+    ownership,
+    releases,
+    runtime,
+    settings,
+    uninstall,
+)
 
 PLACES = ("/etc", "/usr/local", "/var/lib", "/var/cache")
 PREFIX = Path("/usr/local/lib/banger")
+NEWER = Path("/usr/local/lib/banger-of-later")
 OWNER = "nobody"
 SYSTEMCTL = """\
 #!/bin/sh
@@ -45,14 +57,20 @@ def seen() -> set[str]:
     return found
 
 
-def furnish() -> None:
-    """What is there before: a virtual environment, the tools' names, no service."""
-    (PREFIX / "bin").mkdir(parents=True)
-    site = PREFIX / "lib/python3.11/site-packages"
+def environment(prefix: Path) -> None:
+    """A virtual environment, as far as an installation looks into it."""
+    (prefix / "bin").mkdir(parents=True)
+    site = prefix / "lib/python3.11/site-packages"
     (site / f"banger-{banger.__version__}.dist-info").mkdir(parents=True)
     for name in host.COMMANDS:
-        (PREFIX / "bin" / name).write_text("#!/bin/sh\nexit 0\n")
-        (PREFIX / "bin" / name).chmod(0o755)
+        (prefix / "bin" / name).write_text("#!/bin/sh\nexit 0\n")
+        (prefix / "bin" / name).chmod(0o755)
+
+
+def furnish() -> None:
+    """What is there before: virtual environments, the tools' names, no service."""
+    environment(PREFIX)
+    environment(NEWER)
     for name, script in {
         "systemctl": SYSTEMCTL,
         "modprobe": "#!/bin/sh\n",
@@ -140,14 +158,61 @@ def check_stays() -> None:
     assert settings.read() == before
 
 
-def check_installed() -> None:
+def check_way_back(*, rows: bool) -> None:
+    """A newer version does not answer: its rows go back and all with them, or it stays, whole."""
+    made = seen()
+    asked = []
+
+    def bangerd(self: machine.Machine, prefix: Path, *arguments: str) -> int:
+        asked.append((prefix, *arguments, laid.current()))
+        if not rows:
+            raise errors.ConflictError("VMs were made since")
+        return 0
+
     laid = releases.Releases()
-    assert laid.current() == PREFIX
+    with (
+        mock.patch.object(sys, "prefix", str(NEWER)),
+        mock.patch.object(machine.Machine, "bangerd", bangerd),
+    ):
+        failing.append("it")
+        with pytest.raises(errors.DeadlineError) as raised:
+            installed()
+        failing.clear()
+    assert asked == [(PREFIX, "--undo-migrations", NEWER)]
+    if rows:
+        assert seen() == made, seen() ^ made
+        check_installed()
+        return
+    told = " ".join(raised.value.__notes__)
+    assert "VMs were made since" in told
+    assert "stays installed" in told
+    check_installed(NEWER)
+    uninstall.uninstall(purge=True, force=False, say=print)
+    assert not [path for path in seen() if "bangerd" in path and "lib/banger" not in path]
+
+
+def check_alone() -> None:
+    """While another one is under way, none begins, and nothing of it is touched."""
+    made = seen()
+    changes: list[Callable[[], None]] = [
+        installed,
+        lambda: uninstall.uninstall(purge=True, force=True, say=print),
+    ]
+    with alone.on_host(host.HELPER):
+        for change in changes:
+            with pytest.raises(errors.ConflictError, match="another installation"):
+                change()
+            assert seen() == made, seen() ^ made
+
+
+def check_installed(prefix: Path = PREFIX) -> None:
+    laid = releases.Releases()
+    assert laid.current() == prefix
     for link in laid.links():
         assert link.is_symlink(), link
-        assert link.resolve().is_relative_to(PREFIX), link
+        assert link.resolve().is_relative_to(prefix), link
     text = (host.UNIT_DIR / "bangerd.service").read_text()
-    assert f"ExecStart={PREFIX}/bin/bangerd" in text
+    assert f"ExecStart={prefix}/bin/bangerd" in text
     assert f"User={OWNER}" in text
     asked = ["/usr/local/sbin/systemctl", "is-enabled", "bangerd.service", "bangerd-root.socket"]
     states = run.run(asked, deadline_s=30).text
@@ -170,8 +235,12 @@ def main(act: str) -> None:
         if act == "again":
             check_stays()
             return
+        if act in ("goes-back", "stays"):
+            check_way_back(rows=act == "goes-back")
+            return
         made = seen()
         if act == "mend-fails":
+            check_alone()
             failing.append("it")
             with pytest.raises(errors.DeadlineError) as raised:
                 installed()
@@ -183,7 +252,11 @@ def main(act: str) -> None:
         assert seen() == made, seen() ^ made
         uninstall.uninstall(purge=act == "purge", force=False, say=print)
         if act == "purge":
-            assert {line for line in before if str(PREFIX) not in line} == seen(), seen() ^ before
+            assert {
+                line
+                for line in before
+                if not line.startswith(f"{PREFIX}/") and line.split()[0] != str(PREFIX)
+            } == seen(), seen() ^ before
             return
         assert not [link for link in releases.Releases().links() if link.is_symlink()]
         installed()

@@ -229,7 +229,7 @@ def test_rows_of_a_newer_banger_are_refused_with_the_reason(host: upgraded.Host)
 def test_one_upgrade_at_a_time(host: upgraded.Host) -> None:
     with (host.helper_dir / "upgrade.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(errors.ConflictError, match="another upgrade"):
+        with pytest.raises(errors.ConflictError, match="another installation, upgrade"):
             attempt(host)
     judge_old(host)
 

@@ -21,6 +21,7 @@ from banger import pinned, run, steps
 from banger.contract import decoding, errors, names, privileged
 from banger.net import addresses
 from banger.system import (
+    alone,
     asking,
     environment,
     host,
@@ -92,6 +93,9 @@ class Install:
         self._replaced: dict[Path, str] = {}
         self._aside: list[Path] = []
         self._has_old_bridge = False
+        self._held = contextlib.ExitStack()
+        self._stays = False
+        """The rows could not go back: this version stays, since the old one cannot read them."""
         self._directories: list[Path] = []
         self._shared: list[Path] = []
         self._before = read_manifest()
@@ -126,8 +130,17 @@ class Install:
 
     async def run(self) -> str:
         """For whom it is installed."""
-        await steps.run(self.plan(), machine.Said(self._say))
+        with self._held, alone.cancelled_by_signals():
+            await self._drive()
         return self._choices.owner
+
+    async def _drive(self) -> None:
+        try:
+            await steps.run(self.plan(), machine.Said(self._say))
+        except BaseException as error:
+            if self._stays:
+                error.add_note(f"banger {banger.__version__} stays installed: its rows cannot go back")
+            raise
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
@@ -166,6 +179,7 @@ class Install:
         owner = self._found_owner()
         self._directory(host.ETC, 0, 0o755)
         self._directory(host.HELPER, 0, 0o711)
+        self._held.enter_context(alone.on_host(host.HELPER))
         self._directory(host.RUNTIME, 0, 0o755)
         self._directory(host.RELEASES, 0, 0o755)
         self._directory(host.STATE, owner.pw_uid, 0o700)
@@ -249,7 +263,7 @@ class Install:
             self._files.append(self._releases.top / releases.CURRENT)
 
     async def _switch_back(self) -> None:
-        if self._old is not None:
+        if self._old is not None and not self._stays:
             self._releases.switch_back(self._old, self._older)
 
     async def _write_manifest(self) -> None:
@@ -270,6 +284,12 @@ class Install:
         host.systemctl("stop", "bangerd.service", "bangerd-root.service")
         if self._old is None:
             host.systemctl("disable", "-q", "--now", "bangerd.service", "bangerd-root.socket")
+        elif self._old != Path(sys.prefix):
+            try:
+                await run.in_thread(machine.Machine().bangerd, self._old, "--undo-migrations")
+            except errors.BangerError:
+                self._stays = True
+                raise
 
     async def _answer(self) -> None:
         await machine.wait_answer(banger.__version__)
@@ -283,8 +303,6 @@ class Install:
 
     async def _start_old(self) -> None:
         await self._put_back()
-        if self._old is not None and self._old != Path(sys.prefix):
-            await run.in_thread(machine.Machine().bangerd, self._old, "--undo-migrations")
         if self._old is not None:
             await self._start()
 
@@ -333,6 +351,9 @@ class Install:
     async def _take_back(self) -> None:
         """What this run made; what an earlier installation made stays, or comes back."""
         await self._put_back()
+        if self._stays:
+            await self._write_manifest()
+            return
         for path in self._files:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
@@ -367,7 +388,7 @@ def _publish(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.new")
     staged.write_text(text)
     staged.chmod(0o644)
-    staged.rename(path)
+    pinned.publish(staged, path)
 
 
 def _network6(text: str) -> ipaddress.IPv6Network:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.system import asking, host, install, releases
+from banger.system import alone, asking, host, install, releases
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -23,6 +23,11 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
         raise errors.UnauthorizedError("uninstalling needs root", hint="run it with sudo")
     if not host.INSTALL_TOML.exists():
         raise errors.NotFoundError("banger is not installed on this host")
+    with alone.on_host(host.HELPER):
+        _uninstall(purge=purge, force=force, say=say)
+
+
+def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     manifest = install.read_manifest()
     running = [path.name for path in (_CGROUPS / names.CGROUP_PARENT).glob("*") if names.is_id(path.name)]
     if running and not force:

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from banger import run, steps
 from banger.contract import errors
-from banger.system import environment, machine, signed, versions
+from banger.system import alone, environment, machine, signed, versions
 
 _UNDO_S: Final = 300.0
-_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 _CURRENT: Final = 0
 _TOO_NEW: Final = 2
 """What `bangerd --check-migrations` says; 1 is that it will migrate."""
@@ -54,7 +51,7 @@ class Upgrade:
     async def run(self) -> None:
         """Raises what made it fail, once the old version is back; ConflictError when it is older."""
         os.umask(0o022)
-        with self._alone(), _cancelled_by_signals():
+        with alone.on_host(self._host.helper_dir), alone.cancelled_by_signals():
             try:
                 self._release = await run.in_thread(self._read)
                 self._new = self._releases.place(self._release.version)
@@ -234,31 +231,3 @@ class Upgrade:
         with contextlib.suppress(OSError):
             for path in self._releases.prune():
                 self._say(f"deleted {path}")
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self._host.helper_dir / "upgrade.lock", flags, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise errors.ConflictError("another upgrade of this host is under way") from None
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _cancelled_by_signals() -> Iterator[None]:
-    """Who ends it, or closes the terminal, gets the version before back."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None  # noqa: S101 - a coroutine runs in one
-    for number in _ENDING:
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        yield
-    finally:
-        for number in _ENDING:
-            loop.remove_signal_handler(number)
