@@ -199,32 +199,56 @@ async def test_a_row_does_not_say_what_could_not_be_published(daemon: conftest.D
     assert not await refuses(old)
 
 
-class _OnePort(guests.GuestClient):
-    """Knows of one port alone: what else listens on this machine is not ours to ask."""
+class _SomePorts(guests.GuestClient):
+    """Knows of some ports alone: what else listens on this machine is not ours to ask."""
 
-    only = 0
+    only: frozenset[int] = frozenset()
 
     async def ports(self) -> list[guest.Listener]:
-        return [each for each in await super().ports() if each.port == self.only]
+        return [each for each in await super().ports() if each.port in self.only]
+
+
+async def _http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
+    writer.close()
+
+
+async def _no_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers, and speaks first, as mail and ssh do."""
+    writer.write(b"220 smtp\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    writer.close()
 
 
 async def test_ports_say_where_a_service_is_reached(agent_socket: Path) -> None:
-    client = _OnePort(lambda: asyncio.open_unix_connection(str(agent_socket)))
-
-    async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
-        writer.close()
-
+    client = _SomePorts(lambda: asyncio.open_unix_connection(str(agent_socket)))
     port = publishing.free_port()
-    async with await asyncio.start_server(http, "127.0.0.1", 0) as server:
-        client.only = service = server.sockets[0].getsockname()[1]
+    async with await asyncio.start_server(_http, "127.0.0.1", 0) as server:
+        service = server.sockets[0].getsockname()[1]
+        client.only = frozenset({service})
         (here,) = await listeners.look(client, publishing.row(f"{port}:{service}"))
         assert (here.url, here.published) == (f"http://127.0.0.1:{port}/", (f"127.0.0.1:{port}",))
         assert here.pid
         assert here.target == ""  # it listens on the guest's loopback
         (closed,) = await listeners.look(client, publishing.row())
         assert closed.url == ""
+
+
+async def test_what_answers_http_has_a_link_and_nothing_else(agent_socket: Path) -> None:
+    client = _SomePorts(lambda: asyncio.open_unix_connection(str(agent_socket)))
+    async with (
+        await asyncio.start_server(_http, "0.0.0.0", 0) as web,  # noqa: S104 - as a service for others does
+        await asyncio.start_server(_no_http, "0.0.0.0", 0) as mail,  # noqa: S104
+    ):
+        has_link, has_none = (each.sockets[0].getsockname()[1] for each in (web, mail))
+        client.only = frozenset({has_link, has_none})
+        found = {each.port: each for each in await listeners.look(client, publishing.row(network=True))}
+    assert (found[has_link].target, found[has_link].url) == (
+        f"web.vm:{has_link}",
+        f"http://web.vm:{has_link}/",
+    )
+    assert (found[has_none].target, found[has_none].url) == (f"web.vm:{has_none}", "")
 
 
 async def test_a_port_in_use_is_refused_before_the_vm_exists(daemon: conftest.Daemon) -> None:
