@@ -18,6 +18,7 @@ import pytest
 from banger.contract import errors, guest, names, privileged, resources
 from banger.owner import composition, config, routes, store
 from tests.contract import conftest
+from tests.fakes import vmm
 from tests.fakes import world as worlds
 
 STEPS = [
@@ -216,6 +217,22 @@ async def test_ten_creates_at_once(daemon: conftest.Daemon) -> None:
     assert {result.status for result in results} == {resources.OperationStatus.SUCCEEDED}
     vms = await daemon.services.vms.list()
     assert len({vm.address for vm in vms}) == 10
+
+
+async def test_nobody_waits_for_another_vm_s_boot(paths: config.Paths, world: worlds.World) -> None:
+    patient = msgspec.structs.replace(conftest.SETTINGS, agent_deadline_s=60)
+    async with composition.compose(patient, conftest.NETWORK, paths, world, "0" * 64) as services:
+        daemon = conftest.Daemon(services, paths, world)
+        world.behaviour = vmm.Behaviour(silent=True)
+        slow = await services.vms.create(resources.CreateVm(name="slow"))
+        async with asyncio.timeout(10):
+            async for event in services.operations.events(slow.id):
+                if event.stage == "wait_vsock_agent":
+                    break
+        world.behaviour = vmm.Behaviour()
+        others = await asyncio.gather(*(daemon.create(f"vm-{n}") for n in range(10)))
+        assert {each.status for each in others} == {resources.OperationStatus.SUCCEEDED}
+        assert services.operations.get(slow.id).status is resources.OperationStatus.RUNNING
 
 
 @pytest.mark.parametrize(
