@@ -183,6 +183,34 @@ async def test_vm_ssh_becomes_ssh_with_bangers_own_settings(
     assert (stopped.status, "vm start web" in stopped.err) == (125, True)
 
 
+_PINNING_SSH = """#!/bin/sh
+for each; do
+    case $each in UserKnownHostsFile=*) pinned=${each#*=} ;; esac
+done
+touch "${pinned%/%n}/$each"
+"""
+"""Pins as OpenSSH does: %n is the host as it was given, here the last word."""
+
+
+async def test_a_host_key_is_pinned_under_what_is_forgotten_with_the_vm(
+    served: api_served.Served, tmp_path: Path
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text(_PINNING_SSH)
+    ssh.chmod(0o755)
+    made = await served.daemon.create()
+    assert made.vm is not None
+    pinned = served.daemon.paths.state / "ssh" / "hosts"
+    for ref in (made.vm.id, made.vm.id[:6]):
+        asked = await banger(served, "vm", "ssh", ref, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+        assert (asked.status, os.listdir(pinned)) == (0, ["web.vm"])
+        refused = await banger(served, "vm", "proxy", f"{ref}.vm")
+        assert (refused.status, "ssh web.vm" in refused.err) == (1, True)
+    assert (await banger(served, "vm", "proxy", made.vm.id, stdin=b"SSH-2")).out == b"SSH-2"
+    await served.done("DELETE", "/v1/vms/web")
+    assert os.listdir(pinned) == []
+
+
 async def test_ssh_config_is_installed_and_taken_away(served: api_served.Served, tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path)}
     printed = await banger(served, "ssh-config", env=env)

@@ -30,11 +30,24 @@ def _access(settings: command.Settings) -> reach.SshAccess:
     return settings.client().get("/v1/ssh", reach.SshAccess)
 
 
-def _require_running(settings: command.Settings, name: str) -> None:
-    vm = settings.client().get(f"/v1/vms/{client.segment(name)}", resources.Vm)
+def _found(settings: command.Settings, ref: str) -> resources.Vm:
+    return settings.client().get(f"/v1/vms/{client.segment(ref)}", resources.Vm)
+
+
+def _running(settings: command.Settings, ref: str) -> resources.Vm:
+    vm = _found(settings, ref)
     if not vm.has_vmm:
-        hint = f"start it: `banger vm start {name}`"
-        raise errors.NotRunningError(f"{name} is not running", hint=hint)
+        hint = f"start it: `banger vm start {vm.name}`"
+        raise errors.NotRunningError(f"{vm.name} is not running", hint=hint)
+    return vm
+
+
+def _require_name(settings: command.Settings, ref: str) -> None:
+    """ssh pins a host key under what it is given; it is a VM's name that is forgotten with the VM."""
+    vm = _found(settings, ref)
+    if vm.name != ref:
+        hint = f"ssh knows VMs by their names alone: `ssh {vm.name}.vm`"
+        raise errors.NotFoundError(f"there is no VM named {ref}", hint=hint)
 
 
 class _Ssh(command.TailCommand):
@@ -65,12 +78,12 @@ def ssh(ctx: click.Context, /, name: str, options: tuple[str, ...], argv: tuple[
     with exits.failures_as(exits.BEFORE_COMMAND):
         if shutil.which("ssh") is None:
             raise errors.MissingToolError("ssh is not installed", hint="install the package openssh-client")
-        _require_running(settings, name)
+        vm = _running(settings, name)
         known = ssh_config.options(_access(settings), _proxy(settings))
     given = [part for key, value in known for part in ("-o", f"{key}={value}")]
     tail = [shlex.join(argv)] if argv else []
     # What comes first wins, so the user's options do.
-    os.execvp("ssh", ["ssh", "-F", "none", *options, *given, f"{name}.vm", *tail])  # noqa: S606, S607
+    os.execvp("ssh", ["ssh", "-F", "none", *options, *given, f"{vm.name}.vm", *tail])  # noqa: S606, S607
 
 
 @command.make(
@@ -97,6 +110,8 @@ def proxy(settings: command.Settings, name: str, port: int, wait: float) -> None
     NAME may be `NAME.vm` too, as ssh has it. Made for ssh's ProxyCommand.
     """
     vm = params.VM.convert(name.removesuffix(".vm"), None, None)
+    if vm != name:
+        _require_name(settings, vm)
     tunnel.run(settings.client(), vm, reach.ConnectRequest(port=port, wait_s=wait))
 
 
