@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from banger.contract import egress, errors, names, privileged, resources
@@ -17,6 +19,14 @@ NAT = resources.SetVm(nat=True)
 
 def rules(daemon: conftest.Daemon, vm_id: str) -> privileged.SetGuestRules | None:
     return daemon.world.vm(vm_id).rules
+
+
+async def closed(daemon: conftest.Daemon, vm_id: str) -> None:
+    """By the next looks of the daemon, sooner than they would come by themselves."""
+    async with asyncio.timeout(5):
+        while (found := rules(daemon, vm_id)) is None or found.nat:
+            daemon.services.vms._host.keeper.look_again()
+            await asyncio.sleep(0.005)
 
 
 async def made(daemon: conftest.Daemon, **more: Any) -> resources.Vm:
@@ -107,17 +117,25 @@ async def test_other_changes_of_a_running_vm_are_refused_whole(daemon: conftest.
     assert not (await daemon.services.vms.get("web")).nat
 
 
-async def test_a_change_that_the_helper_refuses_is_not_remembered(daemon: conftest.Daemon) -> None:
-    await made(daemon, name="web")
+@pytest.mark.parametrize(("when", "failures"), [("before", 1), ("after", 2)])
+async def test_a_change_that_fails_is_neither_remembered_nor_left_open(
+    daemon: conftest.Daemon, when: str, failures: int
+) -> None:
+    """Also when root had opened it, as a helper has that is killed before it answers, even twice."""
+    vm = await made(daemon, name="web")
 
-    async def refuse(request: privileged.Request[Any]) -> None:
-        if isinstance(request, privileged.SetGuestRules):
-            raise errors.OperationFailedError("no")
+    async def fail(request: privileged.Request[Any]) -> None:
+        nonlocal failures
+        if isinstance(request, privileged.SetGuestRules) and failures:
+            failures -= 1
+            raise errors.UnavailableError("no")
 
-    daemon.world.before = refuse
-    with pytest.raises(errors.OperationFailedError):
+    setattr(daemon.world, when, fail)
+    with pytest.raises(errors.UnavailableError):
         await daemon.services.alterations.set("web", NAT)
     assert not (await daemon.services.vms.get("web")).nat
+    await closed(daemon, vm.id)
+    assert not failures
 
 
 async def test_a_daemon_that_starts_sets_what_rows_want(paths: config.Paths, world: worlds.World) -> None:
@@ -131,6 +149,28 @@ async def test_a_daemon_that_starts_sets_what_rows_want(paths: config.Paths, wor
         assert found is not None
         assert found.nat
         assert world.vm(orphan).rules is None
+
+
+async def test_a_starting_daemon_whom_root_does_not_answer_sets_them_later(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """The last daemon had saved the row and died before it asked root."""
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        vm = await made(conftest.Daemon(services, paths, world), name="web", nat=True)
+        row = services.vms._store.get(names.VmId(vm.id))
+        services.vms._store.save(msgspec.structs.replace(row, nat=False))
+    refused = asyncio.Event()
+
+    async def refuse(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.SetGuestRules):
+            refused.set()
+            world.before = worlds._nothing
+            raise errors.UnavailableError("the root helper does not answer")
+
+    world.before = refuse
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        assert refused.is_set()
+        await closed(conftest.Daemon(services, paths, world), vm.id)
 
 
 async def test_rules_that_were_flushed_come_back_with_the_next_start(daemon: conftest.Daemon) -> None:

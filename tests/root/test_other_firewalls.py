@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors, names, privileged
-from banger.helper import forwarding, guest_rules, network, ruleset, spares
+from banger.helper import forwarding, guest_rules, network, program, ruleset, spares
 from banger.helper.linux import netlink, nftables
 from tests.root import firewalls, helper_world, network_world
 from tests.root.network_world import BRIDGE, INTERNET, Net
@@ -90,6 +90,27 @@ def test_what_a_firewall_forgot_when_loaded_anew_is_mended(net: Net, firewall: f
     assert network_world.connects(guest.space, INTERNET, 80)
     net.unplug(guest)
     assert firewall.shown() == before
+
+
+def test_what_another_firewall_refuses_is_closed_again(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rules are locked when ours are half there; the daemon then sets what its row says."""
+    firewall = firewalls.FIREWALLS[1]
+    firewall.start()
+    guest = net.guest(1)
+    before, call = firewall.shown(), forwarding._legacy
+
+    def locked(tool: str, verb: str, rule: list[str]) -> program.Ended:
+        if (verb, rule[1]) == ("-I", "-o"):
+            return program.Ended(4, b"Another app is currently holding the xtables lock")
+        return call(tool, verb, rule)
+
+    monkeypatch.setattr(forwarding, "_legacy", locked)
+    with pytest.raises(errors.OperationFailedError, match="holding the xtables lock"):
+        net.rules(guest, nat=True)
+    net.rules(guest, nat=False)
+    assert not [each for each in ruleset.elements() if each.set == ruleset.NAT]
+    assert firewall.shown() == before
+    assert not forwards("uplink0")
 
 
 def test_a_table_that_only_its_maker_may_change_is_named(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

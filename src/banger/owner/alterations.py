@@ -10,7 +10,7 @@ import msgspec
 from banger.contract import errors, names, ports, resources
 from banger.owner import activity, changes, locks, publish, ssh, store
 from banger.vm import host, lifetime, record
-from banger.vm.capabilities import dns, packet_rules
+from banger.vm.capabilities import dns
 
 
 class Alterations:
@@ -66,10 +66,11 @@ class Alterations:
             self._activities.of(vm_id).touch()
             if changed.state is resources.VmState.RUNNING and body.changes_egress:
                 try:
-                    await self._host.privileged(packet_rules.request(changed))
+                    await self._host.keeper.set_rules(changed)
                 except errors.BangerError:
                     workspace = self._rows.get(vm_id).workspace  # it may have arrived meanwhile
                     self._rows.save(msgspec.structs.replace(vm, workspace=workspace))
+                    self._host.keeper.look_again()  # root may have opened it all the same
                     raise
                 self._zone.add(changed)
             return self._view(changed)

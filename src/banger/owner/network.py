@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Final, Protocol
 
 from banger import steps
@@ -46,6 +46,8 @@ class NetworkKeeper:
         self._again_s = again_s
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._unsure: set[names.VmId] = set()
+        """Whose rules may be others than the row wants: root was told, and has not said that it is so."""
         self.doubts = 0
         """How many looks found rules missing, or found out nothing."""
 
@@ -61,6 +63,11 @@ class NetworkKeeper:
         """Sets the rules of all that run. One that fails is logged and keeps none from its own."""
         await self._set([vm.id for vm in networked(self._rows)])
 
+    async def set_rules(self, vm: record.VmRecord) -> None:
+        """As the row wants them, or an error. After one each look sets them again, as the row is by then."""
+        self._unsure.add(vm.id)
+        await steps.finish(self._set_rules(vm))
+
     async def ensure(self) -> None:
         """Bridge and tables are there. Who runs without its rules is given them soon, by another task."""
         await steps.finish(self._ensure())
@@ -73,10 +80,10 @@ class NetworkKeeper:
             self.look_again()
 
     async def _look(self) -> Sequence[names.VmId]:
-        """The VMs that run and lack their rules."""
+        """The VMs that run and may lack their rules."""
         try:
             ensured = await self._ops.call(privileged.EnsureBridge())
-            lacking = [vm.id for vm in networked(self._rows) if vm.id not in ensured.with_rules]
+            lacking = self._lacking(ensured.with_rules)
         except BaseException:
             self.doubts += 1
             raise
@@ -91,9 +98,13 @@ class NetworkKeeper:
             # The tables may be there all the same, empty, and what failed be another firewall's doing.
             _log.warning("the network could not be made whole", extra={"error": error.message})
             world = await self._ops.call(privileged.ListWorld())
-            have = {seen.vm_id for seen in world.vms if seen.rules}
-            lacking = [vm.id for vm in networked(self._rows) if vm.id not in have]
+            lacking = self._lacking({seen.vm_id for seen in world.vms if seen.rules})
         await self._set(lacking)
+
+    def _lacking(self, with_rules: Container[str]) -> list[names.VmId]:
+        running = [vm.id for vm in networked(self._rows)]
+        self._unsure.intersection_update(running)
+        return [vm_id for vm_id in running if vm_id not in with_rules or vm_id in self._unsure]
 
     async def _set(self, vm_ids: Iterable[names.VmId]) -> None:
         for vm_id in vm_ids:
@@ -102,13 +113,15 @@ class NetworkKeeper:
                 continue
             async with self._lifecycle.hold(vm_id, ""):
                 for vm in (each for each in networked(self._rows) if each.id == vm_id):
-                    await steps.finish(self._set_one(vm))
+                    try:
+                        await self.set_rules(vm)
+                    except errors.BangerError as error:
+                        fields = {"vm": vm.id, "error": error.message}
+                        _log.error("packet rules could not be set", extra=fields)
 
-    async def _set_one(self, vm: record.VmRecord) -> None:
-        try:
-            await self._ops.call(packet_rules.request(vm))
-        except errors.BangerError as error:
-            _log.error("packet rules could not be set", extra={"vm": vm.id, "error": error.message})
+    async def _set_rules(self, vm: record.VmRecord) -> None:
+        await self._ops.call(packet_rules.request(vm))
+        self._unsure.discard(vm.id)
 
     async def _watch(self) -> None:
         """Nothing tells when another firewall is loaded anew, so it is looked at while VMs depend on it."""

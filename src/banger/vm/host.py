@@ -41,6 +41,9 @@ class Keeper(Protocol):
     def doubts(self) -> int:
         """Grows with every look after which some may be without."""
 
+    async def set_rules(self, vm: record.VmRecord, /) -> None:
+        """Of one that runs, now, or raises; then they are set later, as the row is by then."""
+
     async def ensure(self) -> None:
         """Bridge and packet rules are there; whoever runs and lost its own is given them again."""
 
