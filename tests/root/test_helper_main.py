@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +112,36 @@ def test_it_does_not_start(
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 1, said
     assert why in said
+
+
+def test_without_a_free_descriptor_it_waits_and_goes_on(listener: socket.socket, config: Path) -> None:
+    """A real limit of the real process; the journal is told once."""
+    process = start(listener, "passed", "root", "--config", config)
+    assert process.stdout is not None
+    path = Path(listener.getsockname())
+    answers: list[bytes] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(servers.raw(path, servers.framed(servers.GET_HOST)))
+    )
+    try:
+        said = process.stdout.readline()
+        assert "serving" in said
+        servers.raw(path, servers.framed(servers.GET_HOST))
+        used = {int(number) for number in os.listdir(f"/proc/{process.pid}/fd")}
+        full = next(number for number in range(len(used) + 1) if number not in used)
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (full, before[1]))
+        asking.start()
+        while "cannot take connections" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        assert "LimitNOFILE" in said
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        asking.join(timeout=20)
+        assert "version" in answers[0].decode()
+    finally:
+        process.terminate()
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said + rest
+    assert "cannot take connections" not in rest

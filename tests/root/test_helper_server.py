@@ -226,6 +226,22 @@ def test_an_unexpected_error_is_answered_and_logged(
     assert "<3>" in capfd.readouterr().err
 
 
+def test_a_request_that_gets_no_thread_is_told_and_keeps_no_place(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for _ in range(server.MAX_CONNECTIONS + 1):
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        refused = error_of(raw(socket_path, framed(GET_HOST)))
+        assert (refused.code, "TasksMax=" in refused.hint) == ("unavailable", True)
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    assert "version" in raw(socket_path, framed(GET_HOST)).decode()
+
+
 def test_stopping_lets_a_request_finish(
     helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

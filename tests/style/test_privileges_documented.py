@@ -60,6 +60,7 @@ UNCOUNTED = {
         "RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6",
         "RestrictNamespaces=mnt pid",
         "PrivateIPC=yes",
+        "LimitNOFILE=4096",
         "ReadWritePaths=-/var/lib/banger",
         "ReadWritePaths=/sys/fs/cgroup/banger.slice",
         "DevicePolicy=closed",

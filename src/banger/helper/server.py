@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import select
@@ -24,6 +25,8 @@ READ_DEADLINE_S: Final = 5.0
 WRITE_DEADLINE_S: Final = 10.0
 PART_DEADLINE_S: Final = 0.5
 STOP_DEADLINE_S: Final = 20.0
+SHORT_S: Final = 0.1
+"""Until the next try, when there is no descriptor for a connection."""
 MAX_CONNECTIONS: Final = 64
 RATE: Final = 200.0
 """Requests of the owner a second, when it goes on for long; a hundred starts at once fit into the burst."""
@@ -57,6 +60,7 @@ class Server:
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._turns = limits.Bucket(rate=RATE, burst=BURST)
         self._stop = os.eventfd(0)
+        self._is_short = False
 
     def serve(self) -> None:
         """Returns after `stop`, once what runs has ended or a moment has passed."""
@@ -64,9 +68,8 @@ class Server:
         poll.register(self._listener, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
         while all(fd != self._stop for fd, _ in poll.poll()):
-            self._places.acquire()
-            connection, _ = self._listener.accept()
-            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+            if (connection := self._accept()) is not None:
+                self._begin(connection)
         deadline = time.monotonic() + STOP_DEADLINE_S
         for _ in range(MAX_CONNECTIONS):
             self._places.acquire(timeout=max(0.0, deadline - time.monotonic()))
@@ -74,6 +77,32 @@ class Server:
     def stop(self) -> None:
         """Safe in a signal handler. The listener is systemd's too: shutting it down would be for good."""
         os.eventfd_write(self._stop, 1)
+
+    def _accept(self) -> socket.socket | None:
+        """None when there was no descriptor for it: said once, and tried again; it waits in the backlog."""
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            if (known := errors.exhausted(error)) is None:
+                raise
+            if not self._is_short:
+                log("error", "cannot take connections", error=known.message, hint=known.hint)
+            self._is_short = True
+            select.select([self._stop], [], [], SHORT_S)
+            return None
+        self._is_short = False
+        return connection
+
+    def _begin(self, connection: socket.socket) -> None:
+        """Without a thread for it, the peer is told so."""
+        self._places.acquire()
+        try:
+            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        except RuntimeError as error:
+            self._places.release()
+            body = errors.to_body(error)
+            log("error", "a request cannot be taken", error=body.message, hint=body.hint)
+            _turn_away(connection, body)
 
     def _handle(self, connection: socket.socket) -> None:
         try:
@@ -116,11 +145,23 @@ def exchange(policy: policies.Policy, connection: socket.socket) -> None:
         reply = privileged.Reply(error=errors.to_body(caught, op_id=envelope.op_id if envelope else ""))
     _record(policy, envelope, _log_end(envelope, error, uid, pid, time.monotonic() - began))
     connection.settimeout(WRITE_DEADLINE_S)
-    data = _encoder.encode(reply)
-    connection.sendall(_LENGTH.pack(len(data)) + data)
+    connection.sendall(_framed(reply))
     if error is None and envelope is not None and isinstance(envelope.request, _TAKES_TAPS):
         _refill(policy)
     _part(connection)
+
+
+def _framed(reply: privileged.Reply) -> bytes:
+    data = _encoder.encode(reply)
+    return _LENGTH.pack(len(data)) + data
+
+
+def _turn_away(connection: socket.socket, body: errors.ErrorBody) -> None:
+    """At once, whatever the peer does; that little always fits into a socket that nothing was sent by."""
+    with connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        connection.sendall(_framed(privileged.Reply(error=body)))
+        connection.recv(privileged.MAX_REQUEST_BYTES)
 
 
 def _refill(policy: policies.Policy) -> None:
