@@ -22,6 +22,7 @@ IMAGE_ID: Final = "0123456789ab"
 KERNEL_ID: Final = "ba9876543210"
 DISK_MIB: Final = 64
 SETTINGS: Final = config.Config(image="tiny", disk_size_mib=DISK_MIB, memory_mib=128, dns_listen="")
+NETWORK: Final = ipaddress.IPv4Network(names.NETWORK)
 END_S: Final = 30.0
 
 
@@ -62,14 +63,18 @@ def _vm_of(ended: resources.Operation) -> resources.Vm:
 
 
 @contextlib.asynccontextmanager
-async def running(*, agent: Path | None = None) -> AsyncIterator[FakeHost]:
+async def running(
+    *,
+    agent: Path | None = None,
+    settings: config.Config = SETTINGS,
+    network: ipaddress.IPv4Network = NETWORK,
+) -> AsyncIterator[FakeHost]:
     """In a directory whose sockets' paths fit into a socket address. `agent`: a real one's socket."""
     with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as directory:
         paths = _prepared(Path(directory))
-        network = ipaddress.IPv4Network(names.NETWORK)
         async with _helper(paths, agent):
             ops = Recorder(helper.Client(paths.helper_socket))
-            async with composition.compose(SETTINGS, network, paths, ops, "0" * 64) as services:
+            async with composition.compose(settings, network, paths, ops, "0" * 64) as services:
                 yield FakeHost(services, paths, ops)
 
 

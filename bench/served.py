@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from banger.owner import app, server
+from banger.owner import app, config, server
 from bench import fake_host
 
 TREE: Final = fake_host.TREE
@@ -24,9 +25,14 @@ sys.exit(main())
 
 
 @contextlib.asynccontextmanager
-async def running(*, agent: Path | None = None) -> AsyncIterator[tuple[fake_host.FakeHost, Path]]:
+async def running(
+    *,
+    agent: Path | None = None,
+    settings: config.Config = fake_host.SETTINGS,
+    network: ipaddress.IPv4Network = fake_host.NETWORK,
+) -> AsyncIterator[tuple[fake_host.FakeHost, Path]]:
     """The daemon and its socket; with `agent`, that one does what is asked for in the guests."""
-    async with fake_host.running(agent=agent) as daemon:
+    async with fake_host.running(agent=agent, settings=settings, network=network) as daemon:
         stop = asyncio.Event()
         with server.listening(daemon.paths.socket) as listener:
             serving = asyncio.create_task(

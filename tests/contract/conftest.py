@@ -6,16 +6,19 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from banger.contract import names, resources
 from banger.owner import composition, config, routes
-from tests.contract import agent, cli_process, workspaces
+from tests.contract import agent, cli_process, publishing, workspaces
 from tests.fakes import daemon as fakes
 from tests.fakes import world as worlds
 
@@ -30,6 +33,18 @@ SETTINGS = config.Config(
     memory_mib=128,
     dns_listen="",
 )
+
+
+def own_network() -> ipaddress.IPv4Network:
+    """This process's alone, for a daemon that answers guests: the port there is a fixed one."""
+    first = ipaddress.IPv4Address("10.0.0.0") + (os.getpid() % (1 << 12) << 12)
+    return ipaddress.IPv4Network(f"{first}/20")
+
+
+def answering(settings: config.Config = SETTINGS, **more: Any) -> config.Config:
+    """The same with DNS, for this host at a free port, and for guests."""
+    listen = f"127.0.0.1:{publishing.free_port()}"
+    return msgspec.structs.replace(settings, **{"dns_listen": listen, **more})
 
 
 @dataclass(slots=True)

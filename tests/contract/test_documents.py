@@ -22,7 +22,8 @@ import pytest
 from banger.cli import command, main
 from banger.images import catalog, recipe
 from banger.owner import config
-from bench import served
+from bench import fake_host, served
+from tests.contract import conftest
 
 TREE: Final = Path(__file__).parents[2]
 GENERATED: Final = {"cli.md", "api.md"}
@@ -218,7 +219,8 @@ async def test_the_pages_about_the_network_and_ssh_are_true() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as home:
-        async with served.running() as (daemon, address):
+        answering = conftest.answering(fake_host.SETTINGS)
+        async with served.running(settings=answering, network=conftest.own_network()) as (daemon, address):
             await daemon.start("web")
             program = served.program(Path(home))
             env = served.environment(address) | {"HOME": home}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -35,7 +36,18 @@ async def made(daemon: conftest.Daemon, **more: Any) -> resources.Vm:
     return operation.vm
 
 
-async def test_a_start_sets_what_was_asked_for(daemon: conftest.Daemon) -> None:
+@pytest.fixture
+async def answering(paths: config.Paths, world: worlds.World) -> AsyncIterator[conftest.Daemon]:
+    """A daemon that answers what guests ask."""
+    composed = composition.compose(
+        conftest.answering(), conftest.own_network(), paths, world, "0" * 64, bridge="lo"
+    )
+    async with composed as services:
+        yield conftest.Daemon(services, paths, world)
+
+
+async def test_a_start_sets_what_was_asked_for(answering: conftest.Daemon) -> None:
+    daemon = answering
     vm = await made(
         daemon, nat=True, egress=egress.Egress.ALL, allow=("10.1.0.0/16:80", "a.org"), peer_network="x"
     )
@@ -108,6 +120,49 @@ async def test_a_list_that_is_not_to_be_widened_stays_with_root(daemon: conftest
     with pytest.raises(errors.BadRequestError, match="NAT alone"):
         await daemon.services.alterations.set("web", NAT)
     assert rules(daemon, vm.id) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"dns_listen": ""}, "dns_listen"),
+        ({"dns_guests": False}, "dns_guests"),
+        ({"dns_guests": False, "dns": (str(names.bridge_address(conftest.own_network())),)}, "dns_guests"),
+        ({"dns": ("192.0.2.53",)}, "192.0.2.53"),
+    ],
+)
+async def test_a_name_that_nobody_would_open_is_refused(
+    settings: dict[str, Any], why: str, paths: config.Paths, world: worlds.World
+) -> None:
+    """It would be there in `vm show`, and reach nothing ever."""
+    composed = composition.compose(
+        conftest.answering(**settings), conftest.own_network(), paths, world, "0" * 64, bridge="lo"
+    )
+    async with composed as services:
+        daemon = conftest.Daemon(services, paths, world)
+        allow = ("192.0.2.0/24", "a.org:443")
+        with pytest.raises(errors.BadRequestError, match=rf"a\.org.*{why}"):
+            await made(daemon, name="web", allow=allow)
+        assert await services.vms.list() == []
+        vm = await made(daemon, name="web", allow=allow[:1])
+        for runs in (True, False):
+            with pytest.raises(errors.BadRequestError, match=rf"a\.org.*{why}"):
+                await services.alterations.set("web", resources.SetVm(allow=allow))
+            assert (await services.vms.get("web")).allow == allow[:1]
+            if runs:
+                await daemon.done(await services.vms.stop("web"))
+        assert rules(daemon, vm.id) is None
+
+
+async def test_a_name_is_allowed_where_guests_ask_us_too(paths: config.Paths, world: worlds.World) -> None:
+    """The first is not reached while only names are open, and then we are asked."""
+    here = str(names.bridge_address(conftest.own_network()))
+    settings = conftest.answering(dns=("192.0.2.53", here))
+    composed = composition.compose(settings, conftest.own_network(), paths, world, "0" * 64, bridge="lo")
+    async with composed as services:
+        daemon = conftest.Daemon(services, paths, world)
+        vm = await made(daemon, name="web", allow=("a.org",))
+        assert vm.allow == ("a.org",)
 
 
 async def test_other_changes_of_a_running_vm_are_refused_whole(daemon: conftest.Daemon) -> None:

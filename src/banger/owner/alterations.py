@@ -9,7 +9,7 @@ import msgspec
 
 from banger.contract import errors, names, ports, resources
 from banger.owner import activity, changes, locks, publish, ssh, store
-from banger.vm import host, lifetime, record
+from banger.vm import create, host, lifetime, record
 from banger.vm.capabilities import dns
 
 
@@ -42,6 +42,7 @@ class Alterations:
     async def set(self, ref: str, body: resources.SetVm) -> resources.Vm:
         """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
         vm = self._rows.find(ref)
+        create.require_opened(body.allow or (), self._host.names_closed)
         runs = vm.state is resources.VmState.RUNNING
         if runs and body.needs_no_stop and not self._lifecycle.holder(vm.id):
             return await self._set_at_once(vm.id, body)

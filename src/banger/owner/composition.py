@@ -166,6 +166,7 @@ async def compose(
         vmm_gone=lambda vm_id: firecracker.wait_gone(layout.api_socket(vm_id)),
         keeper=keeper,
         dns=_guests_dns(settings, network),
+        names_closed=naming.names_closed(settings, network),
         guest_sha256=guest_sha256,
         limits=settings.limits,
         boot_id=host_boot_id,

@@ -168,6 +168,17 @@ class Naming:
         return upstream.of_host(never=[str(names.bridge_address(self._network))])
 
 
+def names_closed(settings: config.Config, network: ipaddress.IPv4Network) -> str:
+    """Why a guest is never told by us which addresses a name stands for; empty when it is."""
+    if settings.dns_endpoint is None:
+        return "`dns_listen` is empty"
+    if not settings.dns_guests:
+        return "`dns_guests` is false"
+    if settings.dns and str(names.bridge_address(network)) not in settings.dns:
+        return f"by `dns` guests ask {', '.join(settings.dns)}"
+    return ""
+
+
 def _link_number(name: str) -> int:
     """0 when there is no such link."""
     try:

@@ -140,6 +140,7 @@ class VmService:
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
         name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
+        create.require_opened(body.allow, self._host.names_closed)
         missing = self._resolver.missing(body)
         if missing:
             return self._create_with(missing, name, body)

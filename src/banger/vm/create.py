@@ -71,6 +71,15 @@ def require_ipv6(allow: tuple[str, ...], *, has_ipv6: bool) -> None:
             )
 
 
+def require_opened(allow: tuple[str, ...], closed: str) -> None:
+    """Raises BadRequestError for a name that no guest could have opened; `closed` says why, if so."""
+    for rule in destinations.named(allow) if closed else ():
+        raise errors.BadRequestError(
+            f"{rule.name} would never be reached: names are opened when a guest asks us, and {closed}",
+            hint="allow its addresses instead, or change config.toml: `dns_listen`, `dns_guests`, `dns`",
+        )
+
+
 def allowed(rules: tuple[str, ...]) -> tuple[str, ...]:
     """Checked, each once, in the order given. Raises BadRequestError."""
     if len(rules) > egresses.MAX_RULES:

@@ -115,6 +115,8 @@ class Host:
     keeper: Keeper
     network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6
     dns: tuple[str, ...] = ()
+    names_closed: str = ""
+    """Why no guest can have a name of its policy opened; empty when it can."""
     guest_sha256: str = ""
     """Of the guest binary this program carries; an image with another one is patched at start."""
     limits: Limits = Limits()
