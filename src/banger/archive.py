@@ -47,6 +47,16 @@ def _raise(error: OSError) -> None:
     raise errors.OperationFailedError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
+def content_bytes(members: Iterable[tuple[str, str]]) -> int:
+    """About how much `packed` will report of these: a file with many hard links is counted for each."""
+    total = 0
+    for _, path in members:
+        with contextlib.suppress(OSError):
+            found = os.lstat(path)
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
+
+
 def packed(members: Iterable[tuple[str, str]], report: Report = lambda _: None) -> Iterator[bytes]:
     """The archive of these files, in this order. Sockets are left out: they are of this moment only.
 

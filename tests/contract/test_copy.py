@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
+import re
+import shlex
 import stat
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.contract import workspaces
+from tests.contract import cli_process, workspaces
 
 Guest = workspaces.Guest
 MTIME_NS = 1_700_000_000_123_456_789
@@ -91,6 +94,30 @@ async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:
         assert "tree/sub/link" in tar.getnames()
     await guest.banger("vm", "cp", "-", f"web:{tmp_path / 'again'}", stdin=done.out)
     assert described(tmp_path / "again" / "tree") == described(tmp_path / "tree")
+
+
+async def test_progress_is_seen_on_a_terminal(guest: Guest, tmp_path: Path) -> None:
+    """Of a stream too, whose other end is a file or another program."""
+    large, inside = tmp_path / "large", tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "content").write_bytes(bytes(24 << 20))
+    with tarfile.open(large, "w") as tar:
+        tar.add(tmp_path / "content", "content")
+    cli = cli_process.Cli(guest.served.path)
+
+    def watched(words: str) -> tuple[int, bytes]:
+        shell = f"exec {shlex.join(cli.argv('vm', 'cp'))} {words}"
+        with cli_process.on_terminal(["sh", "-c", shell], cli.environment(TERM="xterm")) as terminal:
+            return terminal.wait(), re.sub(rb"\x1b\[[0-9;]*m", b"", terminal.seen)
+
+    for words, shown in (
+        (f"{large} web:{inside}/", rb"copying [0-9]+%"),
+        (f"- web:{inside} <{large}", rb"copying [0-9]+%"),
+        (f"web:{large} - >{tmp_path / 'out'}", rb"copying [0-9.]+ MiB"),
+    ):
+        status, seen = await asyncio.to_thread(watched, words)
+        assert status == 0, seen
+        assert re.search(shown, seen), seen
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The CLI's parts that need no daemon: sizes, what a terminal is shown, WebSocket frames, help, progress."""
+"""The CLI's parts that need no daemon: sizes, what a terminal is shown, WebSocket frames, help."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import json
 import os
@@ -24,7 +23,7 @@ from hypothesis import strategies
 from websockets import frames, streams
 
 import banger
-from banger.cli import attach, bootstrap, command, exits, live, main, render, vm_workspace, websocket
+from banger.cli import attach, bootstrap, command, exits, main, render, vm_workspace, websocket
 from banger.contract import egress, errors, resources, sizes
 from banger.owner import config, defaults
 
@@ -324,32 +323,6 @@ def test_the_module_is_the_program() -> None:
         [sys.executable, "-m", "banger.cli.main", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"banger {banger.__version__}\n"
-
-
-# --- progress ---
-
-
-def test_layers_are_shown_beside_their_sum() -> None:
-    track = live._Track("pull")
-    track.hear(_event("stage", stage="pull_image"))
-    for name, current, total in (
-        ("layer 1 of 2", 3, 10),
-        ("layer 2 of 2", 9, 10),
-        ("layers", 12, 20),
-        ("layer 1 of 2", 10, 10),
-        ("layers", 19, 20),
-    ):
-        track.hear(_event("progress", stage="pull_image", detail=name, current=current, total=total))
-    (stage,) = track.stages
-    assert (stage.detail, stage.share) == ("layers", "95%")
-    assert [row[1].plain for row in stage.part_rows()] == ["  layer 2 of 2 90%"]
-    track.hear(_event("stage", stage="build_image"))
-    assert list(stage.part_rows()) == []
-
-
-def _event(kind: str, **fields: Any) -> resources.Event:
-    now = datetime.datetime.now(datetime.UTC)
-    return resources.Event(operation="0123456789ab", seq=0, time=now, kind=kind, **fields)
 
 
 # --- vm create, set, run ---

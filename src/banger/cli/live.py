@@ -15,7 +15,7 @@ import rich.table
 import rich.text
 
 from banger.cli import render
-from banger.contract import resources
+from banger.contract import resources, sizes
 
 
 @dataclasses.dataclass(slots=True)
@@ -30,7 +30,8 @@ class _Stage:
 
     def count(self, event: resources.Event) -> None:
         whole = event.total > 0 and event.current >= event.total
-        self.share = f"{100 * event.current // event.total}%" if event.total else ""
+        known = f"{100 * event.current // event.total}%" if event.total else ""
+        self.share = known or sizes.text_of_bytes(event.current)
         self.detail = event.detail or self.detail
         self.parts.pop(self.detail, None)
         if event.total and not whole:
@@ -88,9 +89,10 @@ class Live:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._live.start()
 
     def hear(self, operation: resources.Operation, event: resources.Event) -> None:
+        if not self._live.is_started:  # with nothing to show, other programs have the screen for themselves
+            self._live.start()
         track = self._tracks.setdefault(operation.id, _Track(operation.target))
         if event.kind == "note":
             self._live.console.print(rich.text.Text(render.safe(event.detail)))

@@ -67,19 +67,21 @@ class Lines:
         self._shown: dict[str, str] = {}
 
     def hear(self, operation: resources.Operation, event: resources.Event) -> None:
-        if event.kind == "end" or (event.kind == "progress" and not self._is_news(operation, event)):
+        if event.kind == "end" or not self._is_news(operation, event):
             return
         name = event.stage or event.kind
         detail = event.detail or (operation.target if event.kind == "stage" else "")
-        if event.total:
+        if event.total and event.kind == "progress":
             detail = f"{detail} {100 * event.current // event.total}%".strip()
         line = f"{name:<22} {render.safe(detail):<32} {render.elapsed(event.elapsed_ms)}"
         print(line, file=sys.stderr, flush=True)
 
     def _is_news(self, operation: resources.Operation, event: resources.Event) -> bool:
-        """Of a count only every tenth of the whole."""
+        """Of a count only every tenth of the whole, or where nobody knows that, only that it began."""
+        if event.kind == "note":
+            return True
         tenth = f"{event.stage} {event.detail} {10 * event.current // event.total if event.total else 0}"
-        if self._shown.get(operation.id) == tenth:
+        if event.kind == "progress" and self._shown.get(operation.id) == tenth:
             return False
         self._shown[operation.id] = tenth
         return True

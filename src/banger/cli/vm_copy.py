@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from banger.cli import client, command, exchange, output, progress, render, sign
 from banger.contract import errors, names, sizes, transfers
 
 _PIPE: Final = "-"
+_COPYING: Final = "copying"
+_LISTED_BYTES: Final = 4 << 20
+"""What reads so little from a pipe of ours is a `tar -t`, whose lines are not to be written over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def _into(
     api = settings.client()
     report = _report(settings, there.vm)
     if here.is_pipe:
-        directory, pieces = there.path, _piped()
+        directory, pieces = there.path, _counted(_piped(), report, total=_piped_bytes())
     else:
         source = Path(here.path)
         if not os.path.lexists(source):
@@ -102,7 +106,8 @@ def _into(
         if follow_link:
             source = source.resolve()
         directory, name = _place_in_guest(api, there, source)
-        pieces = archives.packed(archives.walk(source, name), lambda count: report("copying", count))
+        total = archives.content_bytes(archives.walk(source, name))
+        pieces = archives.packed(archives.walk(source, name), lambda count: report(_COPYING, count, total))
     owner = None if archive or here.is_pipe else 0
     try:
         with exchange.opened(api, f"/v1/vms/{client.segment(there.vm)}/put") as talk:
@@ -142,10 +147,14 @@ def _out_of(
     if there.is_pipe:
         if sys.stdout.isatty():
             raise errors.BadRequestError("a tar stream is not for terminals", hint="pipe it: `… - | tar -x`")
-        with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
-            for piece in pieces:
-                sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+        report = _report(settings, here.vm)
+        try:
+            with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
+                for piece in _counted(pieces, report, silent_bytes=_LISTED_BYTES):
+                    sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+        finally:
+            report.close()
         return transfers.Transferred()
     return _unpack(settings, api, here, there, follow_link=follow_link)
 
@@ -165,7 +174,7 @@ def _unpack(
     try:
         with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
             done = archives.unpack(
-                pieces, directory, rename=name, report=lambda count: report("copying", count)
+                pieces, directory, rename=name, report=lambda count: report(_COPYING, count)
             )
     finally:
         report.close()
@@ -199,6 +208,23 @@ def _whole(talk: exchange.Exchange) -> Iterator[bytes]:
 
 def _piped() -> Iterable[bytes]:
     while piece := os.read(0, 1 << 18):
+        yield piece
+
+
+def _piped_bytes() -> int:
+    """How much will come of stdin; 0 where nobody knows."""
+    found = os.fstat(0)
+    return found.st_size - os.lseek(0, 0, os.SEEK_CUR) if stat.S_ISREG(found.st_mode) else 0
+
+
+def _counted(
+    pieces: Iterable[bytes], report: workspaces.Report, *, total: int = 0, silent_bytes: int = 0
+) -> Iterator[bytes]:
+    count = 0
+    for piece in pieces:
+        count += len(piece)
+        if count > silent_bytes:
+            report(_COPYING, count, total)
         yield piece
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 GUEST_PATH: Final = "/root/repo"
+_TOLD_BYTES: Final = 8 << 20
+"""Nobody reads a count more often than each so many."""
 
 
 def repository_options(when: str = "") -> Callable[[_F], _F]:
@@ -246,23 +248,24 @@ class Report:
         )
         self._shown = shown
         self._began = time.monotonic()
-        self._stage = ""
+        self._doing = ""
         self._told_bytes = 0
 
-    def __call__(self, stage: str, count: int) -> None:
-        if stage == self._stage and count - self._told_bytes < 8 << 20:
+    def __call__(self, doing: str, count: int, total: int = 0) -> None:
+        """So many bytes of `total`, which is 0 where nobody knows."""
+        is_new = doing != self._doing
+        if not is_new and count - self._told_bytes < _TOLD_BYTES:
             return
-        if stage == self._stage and not sys.stderr.isatty():
-            return
-        self._stage, self._told_bytes = stage, count
-        detail = f"{stage} {sizes.text_of_bytes(count)}" if count else stage
+        self._doing, self._told_bytes = doing, count
         event = resources.Event(
             operation="",
             seq=0,
             time=datetime.datetime.now(datetime.UTC),
-            kind="stage",
+            kind="stage" if is_new else "progress",
             stage=self._operation.kind.rpartition(".")[2],
-            detail=detail,
+            detail=doing,
+            current=count,
+            total=total,
             elapsed_ms=(time.monotonic() - self._began) * 1000,
         )
         self._shown.hear(self._operation, event)

@@ -414,7 +414,9 @@ class Event(Resource, frozen=True, kw_only=True):
     stage: str = ""
     detail: str = ""
     current: int = 0
+    """Bytes."""
     total: int = 0
+    """Bytes; 0 where nobody knows."""
     elapsed_ms: float = 0.0
     """Since the operation began."""
     result: Operation | None = None

@@ -68,7 +68,8 @@ def send(
             options=(*choice.options, "full_copy"),
         )
     )
-    count = exchange.send(archive.packed(copy.members(), lambda count: report("sending files", count)))
+    total = archive.content_bytes(copy.members())
+    count = exchange.send(archive.packed(copy.members(), lambda sent: report("sending files", sent, total)))
     made = exchange.hear(transfers.Prepared).workspace
     if made is None:
         raise errors.ProtocolError("bangerd did not say what it prepared")

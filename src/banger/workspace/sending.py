@@ -15,8 +15,8 @@ from banger.workspace import snapshot as snapshots
 
 T = TypeVar("T")
 _PIECE_BYTES: Final = 256 * 1024
-Report = Callable[[str, int], None]
-"""Hears what is being sent, and how many bytes of it have been."""
+Report = Callable[[str, int, int], None]
+"""Hears what is being sent, how many bytes of it have been, and of how many; 0 where nobody knows."""
 
 
 class Exchange(Protocol):
@@ -82,7 +82,7 @@ def send(
         with scratch.pack_of_all(snapshot) as pack:
             count = exchange.send(_pieces(pack, report))
     count += exchange.send([_side_files(snapshot)])
-    report("checking it out", count)
+    report("checking it out", count, 0)
     made = exchange.hear(transfers.Prepared).workspace
     if made is None:
         raise errors.ProtocolError("bangerd did not say what it prepared")
@@ -121,7 +121,7 @@ def _pieces(pack: IO[bytes], report: Report) -> Iterator[bytes]:
     count = 0
     while piece := pack.read(_PIECE_BYTES):
         count += len(piece)
-        report("sending history and files", count)
+        report("sending history and files", count, 0)
         yield piece
 
 

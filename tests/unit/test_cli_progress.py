@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""What is shown of work that goes on: on a terminal, and in a pipe."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Any
+
+import pytest
+
+from banger.cli import live, progress, workspaces
+from banger.contract import resources
+
+
+def test_layers_are_shown_beside_their_sum() -> None:
+    track = live._Track("pull")
+    track.hear(_event("stage", stage="pull_image"))
+    for name, current, total in (
+        ("layer 1 of 2", 3, 10),
+        ("layer 2 of 2", 9, 10),
+        ("layers", 12, 20),
+        ("layer 1 of 2", 10, 10),
+        ("layers", 19, 20),
+    ):
+        track.hear(_event("progress", stage="pull_image", detail=name, current=current, total=total))
+    (stage,) = track.stages
+    assert (stage.detail, stage.share) == ("layers", "95%")
+    assert [row[1].plain for row in stage.part_rows()] == ["  layer 2 of 2 90%"]
+    track.hear(_event("stage", stage="build_image"))
+    assert list(stage.part_rows()) == []
+
+
+class Heard:
+    """A display that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.events: list[resources.Event] = []
+
+    def hear(self, operation: resources.Operation, event: resources.Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        return
+
+
+@pytest.mark.parametrize(("total_mib", "share"), [(0, "592 MiB"), (800, "74%")])
+def test_much_that_is_copied_stays_one_row(total_mib: int, share: str) -> None:
+    """A row for every few MiB would fill the screen, and then the screen would stand still."""
+    heard = Heard()
+    report = workspaces.Report("vm.cp", "web", heard)
+    for at_mib in range(600):
+        report("copying", at_mib << 20, total_mib << 20)
+    track = live._Track("web")
+    for event in heard.events:
+        track.hear(event)
+    (stage,) = track.stages
+    assert stage.row(stage.began)[1].plain == f"copying {share}"
+    assert list(stage.part_rows()) == []
+
+
+@pytest.mark.parametrize(
+    ("total_mib", "shown"),
+    [(0, ["copying"]), (600, ["copying", *(f"copying {tenth}0%" for tenth in range(1, 10))])],
+)
+def test_much_that_is_copied_is_a_line_for_each_tenth_in_a_pipe(
+    total_mib: int, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = workspaces.Report("vm.cp", "web", progress.Lines())
+    for at_mib in range(600):
+        report("copying", at_mib << 20, total_mib << 20)
+    said = [re.split(r"  +", line)[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == shown
+
+
+def _event(kind: str, **fields: Any) -> resources.Event:
+    now = datetime.datetime.now(datetime.UTC)
+    return resources.Event(operation="0123456789ab", seq=0, time=now, kind=kind, **fields)
