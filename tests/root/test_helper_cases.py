@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import threading
@@ -13,7 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from banger.contract import privileged
+from banger import inprocess
+from banger.contract import errors, privileged
 from banger.helper import server
 from tests.contract import privileged_cases
 from tests.root import helper_world
@@ -26,18 +28,32 @@ class Sources:
 
 
 HERE = [case for case in privileged_cases.cases(Sources()) if not case.needs_machine]
+IN_PROCESS = (
+    "the helper says what it speaks",
+    "a bridge with a tap is kept",
+    "a name needs NAT",
+    "a slot belongs to one VM",
+    "a jail is made anew where it exists",
+    "a work disk is attached once",
+)
 
 
 @pytest.fixture
-def served(helper_world_here: helper_world.HelperWorld, own_network: None) -> Iterator[Path]:
-    """A served socket in a network of its own; an image, and the disks of two VMs to be."""
+def furnished(helper_world_here: helper_world.HelperWorld, own_network: None) -> helper_world.HelperWorld:
+    """A host with a network of its own, an image, and the disks of two VMs to be."""
     here = helper_world_here
     here.owned(f"images/{Sources.image}/rootfs.ext4")
     here.owned(f"kernels/{Sources.kernel}/vmlinux")
     for vm_id in (privileged_cases.VM, privileged_cases.OTHER):
         here.owned(f"vms/{vm_id}/overlay.cow")
         helper_world.make_ext4(here.owned(f"vms/{vm_id}/work.ext4"))
-    path = here.root / "helper.sock"
+    return here
+
+
+@pytest.fixture
+def served(furnished: helper_world.HelperWorld) -> Iterator[Path]:
+    """The socket of a helper that serves there."""
+    here, path = furnished, furnished.root / "helper.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(64)
@@ -74,6 +90,26 @@ def batch(path: Path, requests: Sequence[privileged.Request[Any]]) -> list[privi
 @pytest.mark.parametrize("case", HERE, ids=str)
 def test_case(served: Path, case: privileged_cases.Case) -> None:
     privileged_cases.judge(case, lambda requests: batch(served, requests))
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_case_in_process(furnished: helper_world.HelperWorld, name: str) -> None:
+    """The same operations behind the other adapter; some of each kind are enough for it."""
+    [case] = [each for each in HERE if str(each) == name]
+
+    async def asked(requests: Sequence[privileged.Request[Any]]) -> list[privileged.Reply]:
+        adapter = inprocess.InProcess(furnished.policy)
+        replies: list[privileged.Reply] = []
+        for request in requests:
+            try:
+                replies.append(privileged.Reply(result=await adapter.call(request)))
+            except errors.BangerError as error:
+                replies.append(privileged.Reply(error=errors.to_body(error)))
+                break
+        adapter.close()
+        return replies
+
+    privileged_cases.judge(case, lambda requests: asyncio.run(asked(requests)))
 
 
 @pytest.mark.parametrize("name", privileged_cases.MALFORMED)
