@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from banger import guest_binary
-from bench import served
+from bench import fake_host, served
+from tests.contract import conftest
 from tests.lab import documents
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,7 +51,8 @@ def _agent(directory: Path, home: Path) -> Iterator[Path]:
 
 
 async def _follow(script: str, top: Path, agent: Path) -> None:
-    async with served.running(agent=agent) as (_, address):
+    settings, network = conftest.answering(fake_host.SETTINGS), conftest.own_network()
+    async with served.running(agent=agent, settings=settings, network=network) as (_, address):
         served.program(top)
         (top / "home").mkdir()
         env = served.environment(address) | {
