@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import os
@@ -27,7 +28,10 @@ PART_DEADLINE_S: Final = 0.5
 STOP_DEADLINE_S: Final = 20.0
 SHORT_S: Final = 0.1
 """Until the next try, when there is no descriptor for a connection."""
+QUIET_S: Final = 60.0
 MAX_CONNECTIONS: Final = 64
+MAX_WAITING: Final = 256
+"""Of the owner: what is worked on at once, and what waits for that. What comes beyond is sent away."""
 RATE: Final = 200.0
 """Requests of the owner a second, when it goes on for long; a hundred starts at once fit into the burst."""
 BURST: Final = 2_000
@@ -38,6 +42,7 @@ _LEVELS: Final = {"error": "<3>", "warning": "<4>", "info": "<6>", "debug": "<7>
 _QUIET: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
 _TAKES_TAPS: Final = (privileged.EnsureBridge, privileged.CreateTap)
 """A start ensures the bridge some time before it takes a tap."""
+_TOO_MANY_HINT: Final = "try again in a moment; `banger audit` shows what is asked so often"
 _REFUSALS: Final = (errors.UnauthorizedError, errors.BadRequestError)
 
 _decoder: Final = decoding.decoder(privileged.Envelope)
@@ -52,68 +57,92 @@ def log(level: str, message: str, **fields: object) -> None:
 
 
 class Server:
-    """Accepts until told to stop; each connection has a thread, and there are never many."""
+    """Accepts until told to stop. Each connection has a thread; many of the owner's wait for one."""
 
     def __init__(self, policy: policies.Policy, listener: socket.socket) -> None:
         self._policy = policy
         self._listener = listener
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._changed = threading.Condition()
+        self._roots = 0
+        self._owners = 0
+        self._waiting: collections.deque[socket.socket] = collections.deque()
         self._turns = limits.Bucket(rate=RATE, burst=BURST)
         self._stop = os.eventfd(0)
-        self._is_short = False
+        self._quiet_until = 0.0
 
     def serve(self) -> None:
-        """Returns after `stop`, once what runs has ended or a moment has passed."""
+        """Returns after `stop`, once what was accepted has ended or a moment has passed."""
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
         while all(fd != self._stop for fd, _ in poll.poll()):
             if (connection := self._accept()) is not None:
-                self._begin(connection)
-        deadline = time.monotonic() + STOP_DEADLINE_S
-        for _ in range(MAX_CONNECTIONS):
-            self._places.acquire(timeout=max(0.0, deadline - time.monotonic()))
+                self._admit(connection)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._roots + self._owners, STOP_DEADLINE_S)
 
     def stop(self) -> None:
         """Safe in a signal handler. The listener is systemd's too: shutting it down would be for good."""
         os.eventfd_write(self._stop, 1)
 
     def _accept(self) -> socket.socket | None:
-        """None when there was no descriptor for it: said once, and tried again; it waits in the backlog."""
+        """None when there was no descriptor for it: it waits in the backlog for the next try."""
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
-            if (known := errors.exhausted(error)) is None:
+            if errors.exhausted(error) is None:
                 raise
-            if not self._is_short:
-                log("error", "cannot take connections", error=known.message, hint=known.hint)
-            self._is_short = True
+            self._say_short(error)
             select.select([self._stop], [], [], SHORT_S)
             return None
-        self._is_short = False
         return connection
 
-    def _begin(self, connection: socket.socket) -> None:
-        """Without a thread for it, the peer is told so."""
-        self._places.acquire()
+    def _admit(self, connection: socket.socket) -> None:
+        """Root's at once: whatever the owner's daemon does, root is heard."""
+        of_root = _peer(connection)[1] == 0
         try:
-            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
-        except RuntimeError as error:
-            self._places.release()
-            body = errors.to_body(error)
-            log("error", "a request cannot be taken", error=body.message, hint=body.hint)
-            _turn_away(connection, body)
+            with self._changed:
+                if of_root or self._owners < MAX_CONNECTIONS:
+                    threading.Thread(target=self._work, args=(connection, of_root), daemon=True).start()
+                    self._roots += of_root
+                    self._owners += not of_root
+                elif len(self._waiting) < MAX_WAITING:
+                    self._waiting.append(connection)
+                else:
+                    raise errors.UnavailableError("too many requests wait for root", hint=_TOO_MANY_HINT)
+        except (RuntimeError, errors.UnavailableError) as error:
+            _turn_away(connection, self._say_short(error))
 
-    def _handle(self, connection: socket.socket) -> None:
+    def _say_short(self, error: Exception) -> errors.ErrorBody:
+        """In the journal once a minute, however many it meets."""
+        body = errors.to_body(error)
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + QUIET_S
+            log("error", "cannot take connections", error=body.message, hint=body.hint)
+        return body
+
+    def _work(self, connection: socket.socket, of_root: bool) -> None:
+        """A thread of the owner's goes on with those of the owner's that wait."""
+        while True:
+            self._handle(connection, of_root)
+            with self._changed:
+                if of_root or not self._waiting:
+                    self._roots -= of_root
+                    self._owners -= not of_root
+                    self._changed.notify_all()
+                    return
+                connection = self._waiting.popleft()
+
+    def _handle(self, connection: socket.socket, of_root: bool) -> None:
         try:
             with connection:
-                if _peer(connection)[1] != 0:
+                if not of_root:
                     self._await_turn(self._turns.take(time.monotonic()))
                 exchange(self._policy, connection)
         except OSError as error:
             log("debug", "peer went away", error=str(error))
-        finally:
-            self._places.release()
+        except Exception as error:
+            log("error", "a connection ended by a fault", error=repr(error))
 
     def _await_turn(self, wait_s: float) -> None:
         """Stopping ends the wait."""
@@ -157,7 +186,7 @@ def _framed(reply: privileged.Reply) -> bytes:
 
 
 def _turn_away(connection: socket.socket, body: errors.ErrorBody) -> None:
-    """At once, whatever the peer does; that little always fits into a socket that nothing was sent by."""
+    """At once, whatever the peer does. One that only then sends its request may find a broken pipe."""
     with connection, contextlib.suppress(OSError):
         connection.setblocking(False)
         connection.sendall(_framed(privileged.Reply(error=body)))
