@@ -16,6 +16,7 @@ from banger.owner import composition, config, helper, operations, publish
 from banger.storage import workdisk
 from banger.vm import start
 from tests.contract import conftest, publishing
+from tests.contract.test_leftovers import nothing_is_left
 from tests.contract.test_lifecycle import STEPS
 from tests.fakes import helper as helpers
 from tests.fakes import world as worlds
@@ -56,6 +57,21 @@ class Sabotage:
 
         self._replace(name, stuck)
 
+    def break_undos(self) -> None:
+        """As `fail` or `hang` has left the steps, but none of them can be taken back."""
+        planned = start.Start.steps
+
+        async def broken() -> None:
+            raise errors.OperationFailedError("the undo was told to fail")
+
+        def without_undos(self: start.Start) -> list[steps.Step]:
+            return [
+                steps.Step(step.name, step.run, step.undo and broken, step.stage, step.detail)
+                for step in planned(self)
+            ]
+
+        self._patch.setattr(start.Start, "steps", without_undos)
+
     def mend(self) -> None:
         self._patch.setattr(start.Start, "steps", self._steps)
 
@@ -84,12 +100,17 @@ async def begun(daemon: conftest.Daemon) -> resources.Operation:
 
 
 async def assert_clean(daemon: conftest.Daemon, step: str) -> resources.Vm:
+    vm = await assert_empty(daemon, step)
+    assert not (daemon.paths.state / "vms" / vm.id).exists()
+    return vm
+
+
+async def assert_empty(daemon: conftest.Daemon, step: str) -> resources.Vm:
     assert daemon.world.leftovers() == {}
     vm = await daemon.services.vms.get("web")
     assert vm.state is resources.VmState.ERROR
     assert vm.last_error is not None
     assert vm.last_error.step == step
-    assert not (daemon.paths.state / "vms" / vm.id).exists()
     for each in ports.parse_all(vm.publish):
         publish.bound(each).close()
     return vm
@@ -109,6 +130,28 @@ async def test_a_step_that_fails(
     assert vm.last_error is not None
     assert vm.last_error.op_id == operation.id
     sabotage.mend()
+    again = await daemon.done(await daemon.services.vms.start("web"))
+    assert again.status is resources.OperationStatus.SUCCEEDED, again.error
+
+
+@pytest.mark.parametrize("name", STEPS)
+async def test_a_step_that_fails_and_nothing_can_be_taken_back(
+    daemon: conftest.Daemon, sabotage: Sabotage, name: str
+) -> None:
+    """Not then. What the start left is taken away in the background, and nobody waits for it."""
+    sabotage.fail(name, after=True)
+    sabotage.break_undos()
+    operation = await daemon.done(await begun(daemon))
+    assert operation.error is not None
+    assert operation.error.message == f"{name} was told to fail"
+    undone = [each for each in STEPS[: STEPS.index(name) + 1] if each in UNDOS]
+    assert operation.error.also == tuple(
+        f"rollback_{each}: the undo was told to fail" for each in reversed(undone)
+    )
+    sabotage.mend()
+    await nothing_is_left(daemon.services)
+    await assert_empty(daemon, name)
+    assert not daemon.services.naming._running
     again = await daemon.done(await daemon.services.vms.start("web"))
     assert again.status is resources.OperationStatus.SUCCEEDED, again.error
 

@@ -262,11 +262,11 @@ class VmService:
         return self._lifecycle.holder(vm_id)
 
     async def take_down(self, vm_id: names.VmId) -> None:
-        """Nothing of a VM that does not run stays on the host but its disks and logs."""
+        """Nothing of a VM that does not run stays but its disks and logs: no port and no name either."""
         async with self._lifecycle.hold(vm_id, ""):
             vm = self._store.get(vm_id)
             if vm.state is not resources.VmState.RUNNING:
-                await self._host.privileged(privileged.TearDown(vm_id=vm_id))
+                await stop.take_down(self._host, vm, self._features)
             elif not await self._has_vmm(vm_id):
                 async with self._ending(vm):
                     await self.collect(vm)

@@ -51,6 +51,14 @@ async def release(host: host.Host, vm: record.VmRecord, features: Sequence[capab
     await host.privileged(privileged.TearDown(vm_id=vm.id))
 
 
+async def take_down(
+    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+) -> None:
+    """What is left of a start whose rollback failed. Root's part first: a VMM may hold the rest."""
+    await host.privileged(privileged.TearDown(vm_id=vm.id))
+    await capabilities.clean_up_all(features, capabilities.Context(host=host, vm=vm))
+
+
 async def _ask_guest(host: host.Host, vm: record.VmRecord) -> None:
     limits = host.limits
     agent = host.agent(vm.id)
