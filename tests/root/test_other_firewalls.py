@@ -113,6 +113,29 @@ def test_what_another_firewall_refuses_is_closed_again(net: Net, monkeypatch: py
     assert not forwards("uplink0")
 
 
+@pytest.mark.parametrize("firewall", firewalls.FIREWALLS[:2], ids=["nft", "legacy"])
+def test_a_last_stop_that_was_cut_off_is_finished_when_tried_again(
+    net: Net, firewall: firewalls.Firewall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its elements had gone by then, and no guest is left for whose sake somebody would look."""
+    firewall.start()
+    before = firewall.shown()
+    guest = net.guest(1, nat=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(forwarding, "sync", helper_killed)
+        with pytest.raises(KeyboardInterrupt):
+            net.unplug(guest)
+    assert not ruleset.elements() - {ruleset.Element(ruleset.OPENED, '"uplink0"')}
+    assert forwards("uplink0")
+    net.ask(privileged.TearDown(vm_id=guest.vm_id))
+    assert firewall.shown() == before
+    assert not any(map(forwards, ("br-fc", "uplink0")))
+
+
+def helper_killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_table_that_only_its_maker_may_change_is_named(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     """firewalld 2 does so; its own tool can let the bridge pass."""
     firewall = firewalls.FIREWALLS[4]

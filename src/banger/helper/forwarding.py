@@ -59,8 +59,13 @@ def needed(elements: Iterable[ruleset.Element]) -> Need:
 
 
 def follow(policy: policies.Policy, change: ruleset.Change) -> None:
-    """`sync` when a change of elements changes what they need."""
-    if needed(change.before) != needed(change.after):
+    """`sync` when a change of elements changes what they need, and whenever no guest is left.
+
+    What was cut off between the elements and here is made whole by the daemon's next `EnsureBridge`, which
+    comes while guests run; after the last one, by whoever tries its end again.
+    """
+    need = needed(change.after)
+    if need != needed(change.before) or need == Need():
         sync(policy, change.after)
 
 
