@@ -35,6 +35,15 @@ async def test_a_command_runs_in_the_repository_and_gives_its_status(guest: Gues
     assert await names(guest) == ["web"]
 
 
+async def test_without_a_command_it_is_a_shell_in_the_repository(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    done = await guest.banger(
+        *run_words(guest, "--name", "shop"), stdin=b"pwd; cat README; exit 4\n", status=4
+    )
+    assert done.text == f"{guest.repo}\nhello\nagain\n"
+    assert sorted(await names(guest)) == ["shop", "web"]
+
+
 async def test_it_stays_without_rm_and_detached(guest: Guest) -> None:
     repositories.plain(guest.source)
     done = await guest.banger(*run_words(guest, "-d", "--name", "shop", "--branch", "fix"))
