@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import json
 import os
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -20,7 +21,11 @@ from banger.contract import names, resources
 from banger.owner import composition, config, routes
 from tests.contract import agent, cli_process, publishing, workspaces
 from tests.fakes import daemon as fakes
+from tests.fakes import helper as helpers
 from tests.fakes import world as worlds
+
+if TYPE_CHECKING:
+    from tests.contract import crash_host
 
 IMAGE_ID = "0123456789ab"
 KERNEL_ID = "ba9876543210"
@@ -155,3 +160,14 @@ async def guest(daemon: Daemon, native_agent: Path, tmp_path: Path) -> AsyncIter
     await daemon.create()
     async with api_served.serving(daemon) as served:
         yield workspaces.Guest(served, tmp_path / "here", tmp_path / "there" / "repo")
+
+
+@pytest.fixture
+async def survivors(paths: config.Paths, world: worlds.World) -> AsyncIterator[crash_host.Host]:
+    """A helper on its socket, and no daemon."""
+    from tests.contract import crash_host  # its daemons need this module
+
+    host = crash_host.Host(paths, world)
+    async with helpers.FakeHelper(world).serving(paths.helper_socket):
+        yield host
+    gc.collect()  # here, where what asyncio lost is nobody's fault

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
-import multiprocessing
 import os
 import platform
 import shutil
 import signal
 import sqlite3
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from multiprocessing import connection
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,184 +24,22 @@ import msgspec
 import pytest
 
 from banger import guest_binary
-from banger.contract import privileged, resources
+from banger.contract import privileged
 from banger.images import publish, recipe, records
 from banger.owner import config, migrations, store
 from tests import oci_make
 from tests.contract import crash_daemon
-from tests.contract.crash_daemon import Order, Report
+from tests.contract.crash_daemon import Report
+from tests.contract.crash_host import ACTS, AGENT, FORKS, Host, KilledError, nothing
 from tests.contract.test_image_service import BASE, TOP, add
 from tests.fakes import helper as helpers
 from tests.fakes import registry as registries
-from tests.fakes import world as worlds
 
 pytestmark = [
     pytest.mark.timeout(240),
     # asyncio loses a connection that is accepted in the very moment in which a fake VMM dies.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-RUNNING = resources.VmState.RUNNING
-ACTS: dict[str, tuple[str, ...]] = {
-    "create": (),
-    "throw_away": (),
-    "start": ("create", "stop"),
-    "stop": ("create",),
-    "kill": ("create",),
-    "restart": ("create",),
-    "delete": ("create",),
-}
-"""Operations, and what comes before them."""
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.contract.crash_daemon"])
-_TRUE_WITHIN_S = 10.0
-
-
-class KilledError(Exception):
-    """The daemon is no more."""
-
-
-class Life:
-    """A daemon from its start to its end."""
-
-    def __init__(self, pid: int, pipe: connection.Connection) -> None:
-        self.pid = pid
-        self._pipe = pipe
-
-    async def _ask(self, order: Order) -> Report:
-        return await asyncio.to_thread(self._exchange, msgspec.json.encode(order))
-
-    def _exchange(self, order: bytes) -> Report:
-        try:
-            self._pipe.send_bytes(order)
-            return msgspec.json.decode(self._pipe.recv_bytes(), type=Report)
-        except (EOFError, OSError):
-            raise KilledError from None
-
-    async def hello(self) -> None:
-        await self._ask(Order("hello"))
-
-    async def arm(self) -> None:
-        await self._ask(Order("arm"))
-
-    async def do(self, *names: str) -> Report:
-        """The report of the last; those before it succeed."""
-        for name in names[:-1]:
-            report = await self._ask(Order("do", name))
-            assert report.error == "", f"{name}: {report.error}"
-        return await self._ask(Order("do", names[-1])) if names else Report()
-
-    async def make(self, way: str, subject: str) -> Report:
-        """An image."""
-        return await self._ask(Order("do", way, subject))
-
-    async def look(self) -> Report:
-        return await self._ask(Order("look"))
-
-
-class Host:
-    """What survives: a helper, its world, and the VMMs in it.
-
-    `strike` is called at each part of a request.
-    """
-
-    def __init__(self, paths: config.Paths, world: worlds.World) -> None:
-        self.paths = paths
-        self.world = world
-        self.parts: list[str] = []
-        self.strike: Callable[[privileged.Request[Any]], Awaitable[None]] = _nothing
-        for part in ("before", "middle", "after"):
-            setattr(world, part, self._hook(part))
-
-    def _hook(self, part: str) -> worlds.Hook:
-        async def heard(request: privileged.Request[Any]) -> None:
-            self.parts.append(f"{type(request).__name__} {part}")
-            await self.strike(request)
-
-        return heard
-
-    @contextlib.asynccontextmanager
-    async def daemon(self, at: int = -1, *, files: bool = False) -> AsyncIterator[Life]:
-        """A daemon that is ready. Leaving the block ends it; that it is dead already is fine."""
-        ours, theirs = _FORKS.Pipe()
-        process = _FORKS.Process(target=crash_daemon.live, args=(self.paths, at, files, theirs))
-        await asyncio.to_thread(process.start)
-        theirs.close()
-        assert process.pid is not None
-        try:
-            life = Life(process.pid, ours)
-            await life.hello()
-            yield life
-        finally:
-            ours.close()
-            await asyncio.to_thread(process.join)
-
-    async def act(self, act: str, at: int = -1) -> Report | None:
-        """Does what comes before, then the operation; None when it killed the daemon."""
-        async with self.daemon(at) as life:
-            await life.do(*ACTS[act])
-            await life.arm()
-            self.parts.clear()
-            try:
-                return await life.do(act)
-            except KilledError:
-                return None
-
-    async def judge(self, where: str) -> None:
-        """The next daemon finds order, works, and leaves nothing."""
-        self.strike = _nothing
-        async with self.daemon() as life:
-            await self.judge_living(life, where)
-
-    async def judge_living(self, life: Life, where: str) -> None:
-        found = await self._true(life, where)
-        if not found.vms:
-            acts = ["create"]
-        elif found.vms[0].state is RUNNING:
-            acts = ["stop"]
-        else:
-            acts = ["start"]
-        for act in (*acts, "delete"):
-            again = await life.do(act)
-            assert again.error == "", f"{where}: {act} afterwards: {again.error}"
-            await self._true(life, f"{where}: {act} afterwards")
-        assert self.world.leftovers() == {}, where
-        assert not any(vm.logs for vm in self.world.vms.values()), where
-        vms = self.paths.state / "vms"
-        assert not vms.exists() or not any(vms.iterdir()), where
-
-    async def _true(self, life: Life, where: str) -> Report:
-        """Everything has an owner and rows say what is so, at once or as soon as the daemon has noticed."""
-        deadline = time.monotonic() + _TRUE_WITHIN_S
-        while True:
-            report = await life.look()
-            wrong = self._wrong(report)
-            if not wrong:
-                return report
-            assert time.monotonic() < deadline, f"{where}: {wrong}"
-            await asyncio.sleep(0.02)  # the daemon notices by itself; nothing tells us that it has
-
-    def _wrong(self, report: Report) -> str:
-        if report.leftovers:
-            return f"nobody owns {report.leftovers}"
-        running = {vm.id for vm in report.vms if vm.state is RUNNING}
-        alive = {vm_id for vm_id, vm in self.world.vms.items() if vm.runs}
-        if running != alive:
-            return f"rows say that {running} run, and {alive} do"
-        left = set(self.world.leftovers())
-        return f"{left - running} have something left" if left - running else ""
-
-
-async def _nothing(_: privileged.Request[Any]) -> None:
-    return
-
-
-@pytest.fixture
-async def survivors(paths: config.Paths, world: worlds.World) -> AsyncIterator[Host]:
-    """A helper on its socket, and no daemon."""
-    host = Host(paths, world)
-    async with helpers.FakeHelper(world).serving(paths.helper_socket):
-        yield host
-    gc.collect()  # here, where what asyncio lost is nobody's fault
 
 
 # --- the daemon ---
@@ -233,7 +67,7 @@ async def test_a_daemon_killed_while_root_works(survivors: Host, act: str, both:
     """
     part = "middle" if both else "before"
     for at, name in await _parts(survivors, act):
-        if not name.endswith(part):
+        if name.startswith(AGENT) or not name.endswith(part):
             continue
         where = f"{act}, killed in {name}"
         struck, looked = asyncio.Event(), asyncio.Event()
@@ -241,7 +75,7 @@ async def test_a_daemon_killed_while_root_works(survivors: Host, act: str, both:
             await life.do(*ACTS[act])
 
             async def strike(
-                request: privileged.Request[Any],
+                request: privileged.Request[Any] | None,
                 at: int = at,
                 pid: int = life.pid,
                 struck: asyncio.Event = struck,
@@ -264,7 +98,7 @@ async def test_a_daemon_killed_while_root_works(survivors: Host, act: str, both:
         assert struck.is_set(), where
         async with survivors.daemon() as life:
             await life.look()
-            survivors.strike = _nothing
+            survivors.strike = nothing
             await survivors.judge_living(life, where)
 
 
@@ -283,7 +117,7 @@ async def test_a_host_that_loses_its_power(survivors: Host, act: str) -> None:
 
 
 async def _parts(host: Host, act: str) -> list[tuple[int, str]]:
-    """Every request of an operation, as it begins, between its parts, and as it ends."""
+    """Every request of an operation, to root and to agents: as it begins, between its parts, as it ends."""
     whole = await host.act(act)
     assert whole is not None
     parts = list(enumerate(host.parts))
@@ -297,40 +131,49 @@ async def _parts(host: Host, act: str) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("act", ACTS)
 async def test_a_helper_killed_in_every_request(survivors: Host, act: str) -> None:
     """The daemon lives, and cannot know whether what it asked was done."""
-    await _struck_in_every_part(survivors, act, _kill_helper)
+
+    async def kill_helper() -> None:
+        raise helpers.Killed
+
+    parts = [part for part in await _parts(survivors, act) if not part[1].startswith(AGENT)]
+    await _struck(survivors, act, parts, kill_helper)
 
 
 @pytest.mark.parametrize("act", ACTS)
 async def test_a_vmm_killed_around_every_request(survivors: Host, act: str) -> None:
+    """Also right after its agent answered, when nothing more is asked of it."""
+
     async def kill_vmm() -> None:
         for vm in list(survivors.world.vms.values()):
             if vm.vmm is not None:
                 await vm.vmm.kill()
 
-    await _struck_in_every_part(survivors, act, kill_vmm)
+    parts = await _parts(survivors, act)
+    asked = [name for _, name in parts if name.startswith(AGENT)]
+    assert ("agent HEALTH after" in asked) == (act in {"create", "throw_away", "start", "restart"})
+    await _struck(survivors, act, parts, kill_vmm)
 
 
-async def _kill_helper() -> None:
-    raise helpers.Killed
-
-
-async def _struck_in_every_part(host: Host, act: str, blow: Callable[[], Awaitable[None]]) -> None:
-    parts = await _parts(host, act)
+async def _struck(
+    host: Host, act: str, parts: list[tuple[int, str]], blow: Callable[[], Awaitable[None]]
+) -> None:
     async with host.daemon() as life:
         for at, name in parts:
             await life.do(*ACTS[act])
             counting = itertools.count()
 
             async def strike(
-                _: privileged.Request[Any], at: int = at, counting: Iterator[int] = counting
+                _: privileged.Request[Any] | None, at: int = at, counting: Iterator[int] = counting
             ) -> None:
                 if next(counting) == at:
                     await blow()
 
             host.strike = strike
             await life.do(act)
-            host.strike = _nothing
-            await host.judge_living(life, f"{act}, struck in {name}")
+            host.strike = nothing
+            where = f"{act}, struck in {name}"
+            assert next(counting) > at, f"{where}: it did not get so far"
+            await host.judge_living(life, where)
 
 
 # --- files and rows ---
@@ -487,8 +330,8 @@ def _old_database(path: Path, version: int) -> Path:
 
 def _migrated(path: Path, at: int) -> list[str] | None:
     """The statements of a daemon that opens it; None when it was killed before one."""
-    ours, theirs = _FORKS.Pipe()
-    process = _FORKS.Process(target=crash_daemon.migrate, args=(path, at, theirs))
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=crash_daemon.migrate, args=(path, at, theirs))
     process.start()
     theirs.close()
     try:

@@ -41,6 +41,8 @@ class Behaviour:
     """Socket of a real agent, which gets what concerns commands and files."""
     on_put: Callable[[], Awaitable[object]] | None = None
     """Awaited before files are taken."""
+    on_agent: Callable[[guest.FrameType, str], Awaitable[object]] | None = None
+    """Awaited `before` and `after` the agent does what it is asked."""
 
 
 class FakeVmm:
@@ -160,6 +162,14 @@ class FakeVmm:
         greeting = guest.encode([(T.MAGIC, guest.MAGIC), (T.BOOT_ID, self.boot_id)])
         writer.write(guest.frame(F.HELLO, greeting))
         kind, payload = await _receive(reader)
+        told = self._behaviour.on_agent or _nobody
+        await told(F(kind), "before")
+        await self._answer(reader, writer, kind, payload)
+        await told(F(kind), "after")
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: int, payload: bytes
+    ) -> None:
         if self._behaviour.agent is not None and kind in {F.EXEC, F.PUT, F.GET, F.MORE, F.PORTS}:
             if kind == F.PUT and self._behaviour.on_put is not None:
                 await self._behaviour.on_put()
@@ -200,6 +210,10 @@ class FakeVmm:
         await _receive(reader)
         lost = [(T.CODE, "io_error"), (T.MESSAGE, "the connection in the guest was lost")]
         writer.write(guest.frame(F.ERROR, guest.encode(lost)))
+
+
+async def _nobody(_kind: guest.FrameType, _part: str) -> None:
+    return
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
