@@ -61,6 +61,7 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "remove_on_failure": False,
         "for_command": False,
         "needs_git": False,
+        "needs_mise": False,
     }
     assert re.search(r"banger: mine: 0\.0\ds \(preflight 0\.01s, .*finalize 0\.01s\)", done.err)
 

@@ -20,7 +20,8 @@ import click
 import pytest
 
 from banger.cli import command, main
-from banger.images import catalog, recipe
+from banger.images import catalog, edit, paths, recipe
+from banger.images.mkfs import filesystem
 from banger.owner import config
 from bench import fake_host, served
 from tests.contract import conftest
@@ -166,6 +167,29 @@ def test_the_settings_on_the_page_about_images_are_read(tmp_path: Path) -> None:
     base = recipe.load("busybox").tree
     assert [file.path for file in changed.file[len(base.file) :]] == ["/usr/local/bin/hello"]
     assert [link.path for link in changed.link[len(base.link) :]] == ["/usr/local/bin/hi"]
+
+
+def test_the_recipe_on_the_page_about_workspaces_brings_mise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `vm run` looks for it, and with git, which it wants too."""
+    (block,) = re.findall(
+        r"^## Tools$.*?^```toml\n(.*?)^```$",
+        (TREE / "docs/workspace.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".local/bin").mkdir(parents=True)
+    (tmp_path / ".local/bin/mise").write_text("program")
+    made = recipe.parse(block.encode())
+    assert "git" in made.packages
+    made.tree.check_sources()
+    with filesystem.Filesystem(tmp_path / "root.ext4") as fs:
+        made.tree.apply(edit.Edits(fs))
+        directory = paths.Paths(fs).make_directory(b"/usr/local/bin")[-1]
+        mise = fs.lookup(directory, b"mise")
+        assert mise is not None
+        assert (b"".join(fs.read(mise)), fs.attributes(mise).mode & 0o777) == (b"program", 0o755)
 
 
 def test_the_page_about_images_has_every_key_of_a_recipe() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from banger.contract import resources
+from banger.images import edit
+from banger.images.mkfs import filesystem
 from tests.contract import cli_process, conftest, repositories, workspaces
 
 Guest = workspaces.Guest
@@ -193,6 +195,39 @@ async def test_a_command_that_takes_too_long_is_ended(guest: Guest) -> None:
     await guest.banger("vm", "exec", "--timeout", "soon", "web", "--", "true", status=2)
 
 
+async def test_an_image_that_lacks_a_program_is_refused_before_anything_is_made(guest: Guest) -> None:
+    """Of git and mise the image's files tell; what is in `/root` nobody sees before the VM runs."""
+    repositories.plain(guest.source)
+    (guest.source / "mise.toml").write_text("[tools]\n")
+    repositories.commit(guest.source)
+    image = guest.served.daemon.paths.state / "images" / conftest.IMAGE_ID
+    words = (*run_words(guest, "--rm", "--nat", "--name", "shop"), "--", "true")
+    for held, lacking, hint in (
+        ([], "git", "full-copy"),
+        (["usr/bin/git"], "mise", "--no-bootstrap"),
+        (["usr/bin/git", "opt/bin/mise"], "mise", "docs/workspace.md"),
+    ):
+        _say_of_image(guest, size_bytes=_files(image / "rootfs.ext4", "usr/bin/sh", *held))
+        refused = (await guest.banger(*words, status=125)).err
+        assert f"image tiny has no {lacking}" in refused, refused
+        assert hint in refused
+    kinds = [each.kind for each in guest.served.daemon.services.operations.list()]
+    assert kinds == ["vm.create"], "that of `web`"
+    for path in ("/opt/bin", "/root/.local/bin"):
+        _say_of_image(guest, run={"env": [f"PATH={path}"]})
+        assert "which shop does not have" in (await guest.banger(*words, status=125)).err
+
+
+def _files(rootfs: Path, *names: str) -> int:
+    """A file system with these files, and how large it is."""
+    rootfs.unlink()
+    with filesystem.Filesystem(rootfs) as made:
+        edits = edit.Edits(made)
+        for name in names:
+            edits.write(f"/{name}", [b"program"], permissions=0o755)
+        return made.finish(headroom_bytes=1 << 20, label="root")
+
+
 async def test_tools_that_cannot_be_installed_are_loud(guest: Guest) -> None:
     repositories.plain(guest.source)
     (guest.source / ".tool-versions").write_text("zig 0.13\n")
@@ -212,11 +247,14 @@ def _image_with_mise(guest: Guest, directory: Path, script: str) -> Path:
     home.mkdir()
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    about = guest.served.daemon.paths.state / "images" / conftest.IMAGE_ID / "image.json"
-    image = json.loads(about.read_text())
-    image["run"] = {"env": [f"PATH={program.parent}:{os.environ['PATH']}", f"HOME={home}"]}
-    about.write_text(json.dumps(image))
+    env = [f"PATH={program.parent}:{os.environ['PATH']}", f"HOME={home}"]
+    _say_of_image(guest, run={"env": env})
     return home
+
+
+def _say_of_image(guest: Guest, **fields: object) -> None:
+    about = guest.served.daemon.paths.state / "images" / conftest.IMAGE_ID / "image.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | fields))
 
 
 async def test_declared_tools_are_installed_before_the_command_runs(guest: Guest, tmp_path: Path) -> None:

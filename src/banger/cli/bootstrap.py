@@ -49,7 +49,7 @@ def install(api: client.Client, vm: resources.Vm, path: str) -> None:
     if status == _NO_MISE:
         raise errors.MissingToolError(
             f"the repository declares tools for mise, which {vm.name} does not have",
-            hint="use an image with mise, or --no-bootstrap",
+            hint="docs/workspace.md says how to make an image with mise; or do without: --no-bootstrap",
             tool="mise",
         )
     if status:

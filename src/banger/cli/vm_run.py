@@ -218,7 +218,12 @@ def run(
         exec_fields = {field: chosen.pop(field) for field in _EXEC_FIELDS}
         needs_git = ready is not None and ready.snapshot is not None
         asked = vm_life.request(
-            name, chosen, remove_on_failure=remove, for_command=remove, needs_git=needs_git
+            name,
+            chosen,
+            remove_on_failure=remove,
+            for_command=remove,
+            needs_git=needs_git,
+            needs_mise=tools,
         )
         if tools:
             bootstrap.require_network(asked)

@@ -111,6 +111,8 @@ class CreateVm(Body, frozen=True, kw_only=True):
     """Delete it when no command with `remove` (ExecRequest) comes within a minute of its being there."""
     needs_git: bool = False
     """Refuse an image without git, before anything is made: a repository is to go in."""
+    needs_mise: bool = False
+    """Refuse an image without mise, before anything is made: the repository's tools are to be installed."""
 
 
 class SetVm(Body, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -57,6 +57,8 @@ Package = Annotated[
 ]
 Glob = Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]{0,1000}$(?!\n)")]
 Unit = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9@:_.-]{1,200}\.[a-z]+$(?!\n)")]
+OnHost = Annotated[str, msgspec.Meta(pattern=r"^(~/|/)[^\x00]{1,4000}$(?!\n)")]
+"""Absolute, or in the owner's home."""
 # In the image; `..` is refused where they are used.
 InImage = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]{1,4000}$(?!\n)")]
 Permissions = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
@@ -68,9 +70,29 @@ class Directory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """With a text of the recipe's, or with what a file of this host holds when the image is built."""
+
     path: InImage
-    content: str
+    content: str | None = None
     mode: Permissions = 0o644
+    source: OnHost | None = None
+
+    def __post_init__(self) -> None:
+        if (self.content is None) == (self.source is None):
+            raise ValueError(f"{self.path} wants `content` or `source`, one of them")
+
+    def check_source(self) -> None:
+        """Raises BadRequestError for a source that cannot be taken, before a build takes minutes."""
+        if self.source is not None:
+            os.close(_open(self.source))
+
+    def pieces(self) -> Iterator[bytes]:
+        if self.source is None:
+            yield (self.content or "").removeprefix("\n").encode()
+            return
+        with open(_open(self.source), "rb") as file:
+            while piece := file.read(_CHUNK):
+                yield piece
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +118,10 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     links: tuple[Links, ...] = ()
     mask: tuple[Unit, ...] = ()
 
+    def check_sources(self) -> None:
+        for file in self.file:
+            file.check_source()
+
     def apply(self, edits: edit.Edits) -> None:
         from banger.images.mkfs import filesystem
 
@@ -104,7 +130,7 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for directory in self.directory:
             edits.mkdir(directory.path, filesystem.Attributes(stat.S_IFDIR | directory.mode))
         for file in self.file:
-            edits.write(file.path, [file.content.removeprefix("\n").encode()], permissions=file.mode)
+            edits.write(file.path, file.pieces(), permissions=file.mode)
         for link in self.link:
             edits.symlink(link.path, link.target)
         for many in self.links:
@@ -112,6 +138,21 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 edits.symlink(f"{many.directory}/{name}", many.target)
         for unit in self.mask:
             edits.symlink(f"{_SYSTEMD_UNITS}/{unit}", "/dev/null")
+
+
+def _open(source: str) -> int:
+    """A descriptor of a file of this host. Raises BadRequestError for one that there is not."""
+    try:
+        # A pipe would be waited for without end.
+        found = os.open(os.path.expanduser(source), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise errors.BadRequestError(
+            f"the recipe's source {source} cannot be read: {error.strerror}"
+        ) from error
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise errors.BadRequestError(f"the recipe's source {source} is not a file")
+    return found
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

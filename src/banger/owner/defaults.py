@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from banger.contract import errors, names, ports, resources
@@ -18,6 +19,27 @@ _VCPUS: Final = 2
 _MEMORY_MIB: Final = 1024
 _DISK_SIZE_MIB: Final = 8 * 1024
 _LEAST_MEMORY_MIB: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """What a workspace may want of an image."""
+
+    name: str
+    does: str
+    hint: str
+
+
+_GIT: Final = _Program(
+    "git",
+    "takes a repository's history in",
+    "use an image with git, or `--mode full-copy`, which needs none",
+)
+_MISE: Final = _Program(
+    "mise",
+    "installs the tools that the repository declares",
+    "docs/workspace.md says how to make an image with mise; or do without: --no-bootstrap",
+)
 
 
 class Defaults:
@@ -74,14 +96,16 @@ class Defaults:
             **sizes(body, self._config),
         )
 
-    async def require_git(self, image_id: names.ImageId) -> None:
-        """Raises MissingToolError for an image that certainly has none."""
-        if not await asyncio.to_thread(self._images.may_have, image_id, "git"):
-            raise errors.MissingToolError(
-                f"image {self._images.name(image_id)} has no git, which takes a repository's history in",
-                hint="use an image with git, or `--mode full-copy`, which needs none",
-                tool="git",
-            )
+    async def require_programs(self, image_id: names.ImageId, body: resources.CreateVm) -> None:
+        """Raises MissingToolError for an image that certainly lacks what is wanted of it."""
+        wanted = {_GIT: body.needs_git, _MISE: body.needs_mise}
+        for program in (each for each, is_needed in wanted.items() if is_needed):
+            if not await asyncio.to_thread(self._images.may_have, image_id, program.name):
+                raise errors.MissingToolError(
+                    f"image {self._images.name(image_id)} has no {program.name}, which {program.does}",
+                    hint=program.hint,
+                    tool=program.name,
+                )
 
     def kernel_id(self, ref: str) -> names.KernelId:
         return names.KernelId(self._kernels.find(ref).id)

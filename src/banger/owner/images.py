@@ -15,6 +15,7 @@ from banger.images import ext4, lookup, recipe, records
 from banger.owner import locks, operations, store
 
 _PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
+_HOME: Final = "/root"
 Make = Callable[[operations.Progress], Awaitable[records.Image]]
 
 
@@ -72,12 +73,17 @@ class ImageService:
             return image_id
 
     def may_have(self, image_id: str, program: str) -> bool:
-        """False when the image's usual directories certainly lack it; blocking."""
+        """False when all directories where it would be found certainly lack it; blocking."""
         rootfs = self.records.rootfs(image_id)
         try:
+            said = dict(item.partition("=")[::2] for item in self.records.read(image_id).run.env)
+            places = dict.fromkeys((*_PROGRAMS, *filter(None, said.get("PATH", "").split(":"))))
+            # What an image has in /root comes with the work disk, and is not in this file.
+            if any(f"{place}/".startswith(f"{_HOME}/") for place in places):
+                return True
             if not ext4.exists(rootfs, "/usr/bin"):
                 return True
-            return any(ext4.exists(rootfs, f"{place}/{program}") for place in _PROGRAMS)
+            return any(ext4.exists(rootfs, f"{place}/{program}") for place in places)
         except errors.BangerError:  # it will be seen in the guest
             return True
 
@@ -88,6 +94,7 @@ class ImageService:
 
     def building(self, body: requests.BuildImage, wanted: recipe.Recipe) -> Making:
         name = names.parse_artefact_name(body.name or wanted.name, "an image")
+        wanted.tree.check_sources()
 
         from banger.images import publish
 

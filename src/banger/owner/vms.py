@@ -58,7 +58,8 @@ class Resolver(Protocol):
 
     def kernel_id(self, ref: str, /) -> names.KernelId: ...
 
-    async def require_git(self, image_id: names.ImageId, /) -> None: ...
+    async def require_programs(self, image_id: names.ImageId, body: resources.CreateVm, /) -> None: ...
+
     def run_config(self, image_id: names.ImageId, /) -> bundle.RunConfig: ...
 
 
@@ -163,8 +164,8 @@ class VmService:
 
     async def _reserve(self, name: names.VmName, body: resources.CreateVm) -> record.VmRecord:
         resolved = self._resolver.resolve(body)
-        if body.needs_git:
-            await self._resolver.require_git(resolved.image_id)
+        if body.needs_git or body.needs_mise:
+            await self._resolver.require_programs(resolved.image_id, body)
             resolved = self._resolver.resolve(body)  # it may have been deleted meanwhile
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         for each in resolved.publish:
