@@ -40,6 +40,12 @@ def forwards(link: str) -> bool:
 def test_nat_works_and_leaves_no_trace(net: Net, firewall: firewalls.Firewall) -> None:
     firewall.start()
     before = firewall.shown()
+    one, two = (net.guest(slot, peers="shop") for slot in (2, 3))
+    net.tcp_server(two.address, 80, two.space)
+    assert network_world.connects(one.space, two.address, 80)  # br_netfilter shows it to the firewall
+    net.unplug(one)
+    net.unplug(two)
+    assert firewall.shown() == before
     guest = net.guest(1, nat=True)
     server = net.tcp_server(INTERNET, 80, net.internet)
     assert network_world.connects(guest.space, INTERNET, 80)
