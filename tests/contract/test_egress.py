@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -247,3 +248,17 @@ async def test_addresses_are_stable_and_never_handed_out_twice(daemon: conftest.
     assert (await daemon.services.vms.get("vm-4")).address == addresses[4]
     assert (await made(daemon, name="new", start=False)).address == addresses[2]
     assert str(names.guest_address(conftest.NETWORK, 1)) == addresses[0]
+
+
+async def test_addresses_are_of_the_network_that_this_host_has(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    network, network6 = ipaddress.IPv4Network("172.29.64.0/19"), ipaddress.IPv6Network("fd98:7:6:5::/64")
+    async with composition.compose(
+        conftest.SETTINGS, network, paths, world, "0" * 64, network6=network6
+    ) as services:
+        vm = await made(conftest.Daemon(services, paths, world), name="web", ipv6=True)
+        assert (vm.address, vm.address6) == ("172.29.64.2", "fd98:7:6:5::2")
+        launch = next(each for each in world.requests if isinstance(each, privileged.LaunchVmm))
+        assert "ip=172.29.64.2::172.29.64.1:255.255.224.0:web:eth0:off" in launch.boot_args
+        assert "banger.ip6=fd98:7:6:5::2/64,fd98:7:6:5::1" in launch.boot_args.split()

@@ -32,6 +32,7 @@ METADATA: Final = "169.254.169.254"
 UPLINK: Final = "198.51.100.2"
 GATEWAY: Final = "198.51.100.1"
 BRIDGE: Final = "10.213.240.1"
+"""Of the default network, as `BRIDGE6`."""
 INTERNET6: Final = "2001:db8:77::10"
 PRIVATE6: Final = "fd77::10"
 METADATA6: Final = "fd00:ec2::254"
@@ -140,8 +141,9 @@ class Net:
     def guest(self, slot: int, *, peers: str = "", ipv6: bool = False, **more: Any) -> Guest:
         """Makes its tap and its rules, and plugs it in."""
         vm_id = f"{slot:04x}" * 3
-        address = str(names.guest_address(self.world.policy.prefix, slot))
-        address6 = str(names.guest_address6(self.world.policy.prefix6, slot)) if ipv6 else ""
+        prefix, prefix6 = self.world.policy.prefix, self.world.policy.prefix6
+        address = str(names.guest_address(prefix, slot))
+        address6 = str(names.guest_address6(prefix6, slot)) if ipv6 else ""
         made = Guest(vm_id, slot, Namespace(), address, address6)
         self.ask(privileged.CreateTap(vm_id=vm_id, slot=slot, peers=bool(peers)))
         self.rules(made, peers=peers, ipv6=ipv6, **more)
@@ -150,12 +152,12 @@ class Net:
             inside = open_tap("eth0")
         made.space.ip("link", "set", "eth0", "address", made.mac)
         made.space.run("sysctl", "-qw", f"net.ipv6.conf.eth0.disable_ipv6={int(not ipv6)}")
-        made.space.ip("addr", "add", f"{address}/20", "dev", "eth0")
+        made.space.ip("addr", "add", f"{address}/{prefix.prefixlen}", "dev", "eth0")
         made.space.ip("link", "set", "eth0", "up")
-        made.space.ip("route", "add", "default", "via", BRIDGE)
+        made.space.ip("route", "add", "default", "via", str(names.bridge_address(prefix)))
         if ipv6:
             made.space.ip("addr", "add", f"{address6}/64", "dev", "eth0", "nodad")
-            made.space.ip("route", "add", "default", "via", BRIDGE6)
+            made.space.ip("route", "add", "default", "via", str(names.bridge_address6(prefix6)))
         self._pairs |= {outside: inside, inside: outside}
         self.guests.append(made)
         return made
@@ -245,8 +247,8 @@ def networks(world: helper_world.HelperWorld) -> Iterator[Net]:
     for address in (INTERNET, PRIVATE, METADATA):
         net.internet.ip("addr", "add", f"{address}/32", "dev", "lo")
     net.internet.ip("link", "set", "inet0", "up")
-    net.internet.ip("route", "add", "10.213.240.0/20", "via", UPLINK)
-    _add_ipv6(net.internet)
+    net.internet.ip("route", "add", world.policy.network, "via", UPLINK)
+    _add_ipv6(net.internet, world.policy.network6)
     net.start()
     try:
         net.ask(privileged.EnsureBridge())
@@ -255,7 +257,7 @@ def networks(world: helper_world.HelperWorld) -> Iterator[Net]:
         net.stop()
 
 
-def _add_ipv6(internet: Namespace) -> None:
+def _add_ipv6(internet: Namespace, guests: str) -> None:
     """The host forwards IPv6: that is a switch of its own, which we never touch."""
     run("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
     run("ip", "addr", "add", f"{UPLINK6}/64", "dev", "uplink0", "nodad")
@@ -263,7 +265,7 @@ def _add_ipv6(internet: Namespace) -> None:
     for address in (INTERNET6, PRIVATE6, METADATA6):
         internet.ip("addr", "add", f"{address}/128", "dev", "lo", "nodad")
     run("ip", "route", "add", "default", "via", GATEWAY6)
-    internet.ip("route", "add", "fd62:616e:6765:7200::/64", "via", UPLINK6)
+    internet.ip("route", "add", guests, "via", UPLINK6)
 
 
 def family_of(address: str) -> socket.AddressFamily:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import socket
@@ -10,9 +11,10 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
-from banger.contract import privileged
+from banger.contract import names, privileged
 from tests.root import helper_world, network_world, packets
 from tests.root.network_world import BRIDGE, GATEWAY, INTERNET, METADATA, PRIVATE, UPLINK, Net
 
@@ -277,6 +279,34 @@ def test_peers_of_one_network_reach_each_other_alone(net: Net) -> None:
         assert not arp_fails(timeout_s=0.5)
         assert net.drops()["guest_to_guest"] > before
     server.close()
+
+
+def test_another_network_is_ruled_like_the_default_one(
+    helper_world_here: helper_world.HelperWorld, own_network: None
+) -> None:
+    policy = msgspec.structs.replace(
+        helper_world_here.policy, network="172.29.64.0/19", network6="fd98:7:6:5::/64"
+    )
+    with network_world.networks(dataclasses.replace(helper_world_here, policy=policy)) as net:
+        one, two = net.guest(1, nat=True, ipv6=True, peers="shop"), net.guest(2, ipv6=True, peers="shop")
+        assert (one.address, one.address6) == ("172.29.64.2", "fd98:7:6:5::2")
+        for address, space in (
+            (INTERNET, net.internet),
+            (network_world.INTERNET6, net.internet),
+            (two.address, two.space),
+            (two.address6, two.space),
+            ("172.29.64.1", None),
+        ):
+            net.tcp_server(address, names.DNS_PORT, space)
+            assert network_world.connects(one.space, address, names.DNS_PORT), address
+        assert network_world.connects(one.space, "172.29.64.1", 53)
+        outside = packets.udp(net, two, INTERNET, at=net.internet)
+        host = packets.udp(net, two, "172.29.64.1", at=None)
+        of_default = packets.datagram("10.213.240.3", "172.29.64.1", b"spoofed")
+        head = packets.BRIDGE_MAC + packets.packed(two.mac) + b"\x08\x00"
+        spoofed = packets.frame(net, two, head + of_default), packets.sniffed(net, "br-fc", b"spoofed")
+        fates = [network_world.fate(net, *each) for each in (outside, host, spoofed)]
+        assert fates == ["no_nat", "host_service", "spoofed"]
 
 
 def test_isolated_ports_keep_guests_apart_even_without_rules(net: Net) -> None:
