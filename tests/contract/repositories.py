@@ -224,6 +224,15 @@ def sha256(where: Path) -> None:
     (where / "README").write_text("changed\n")
 
 
+def with_submodule(where: Path) -> None:
+    """One, `libs/below`, fetched; it takes a full copy."""
+    below = where.with_name("below")
+    plain(below)
+    plain(where)
+    git(where, "submodule", "add", "-q", str(below), "libs/below")
+    git(where, "commit", "-q", "-m", "submodule")
+
+
 STATES: dict[str, Callable[[Path], None]] = {
     made.__name__: made
     for made in (

@@ -220,19 +220,15 @@ async def test_what_cannot_be_sent_is_refused_at_once(guest: Guest, tmp_path: Pa
     assert not guest.repo.exists()
 
 
-def with_submodule(where: Path) -> None:
-    below = where.with_name("below")
-    repositories.plain(below)
-    repositories.plain(where)
-    git(where, "submodule", "add", "-q", str(below), "libs/below")
-    git(where, "commit", "-q", "-m", "submodule")
+def changed_below(where: Path) -> None:
     (where / "libs" / "below" / "ignored.log").write_text("no\n")
     (where / "libs" / "below" / "README").write_text("changed\n")
     (where / ".git" / "hooks" / "post-checkout").write_text("#!/bin/sh\n")
 
 
 async def test_submodules_need_a_full_copy(guest: Guest) -> None:
-    with_submodule(guest.source)
+    repositories.with_submodule(guest.source)
+    changed_below(guest.source)
     assert "--mode full-copy" in (await guest.prepare(status=2)).err
     assert not guest.repo.exists()
     await guest.prepare("--mode", "full-copy")

@@ -21,7 +21,7 @@ from banger import archive
 from banger.cli import vm_copy
 from banger.contract import decoding, errors, transfers
 from banger.owner import workspaces
-from banger.vm import workspace
+from banger.vm import workspace, workspace_out
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, **values: object) -> tarfile.TarInfo:
@@ -301,13 +301,32 @@ def test_a_guest_names_objects_and_no_revisions(word: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         decoding.json(msgspec.json.encode({"exists": True, "tips": [word]}), transfers.WorkspaceState)
     for pair in ((word, "none"), ("none", word), ("a1" * 20, word)):
-        said = " ".join(pair).encode() + b"\nPACK"
+        said = " ".join(pair).encode() + b" /root/repo\n\nPACK"
         with pytest.raises(errors.ProtocolError):
             asyncio.run(workspaces._Headed(_Deaf()).take(said))
         if word:
             exported = msgspec.json.encode(dict(zip(("base", "head"), pair, strict=True)))
             with pytest.raises(msgspec.ValidationError):
                 decoding.json(exported, transfers.Exported)
+
+
+LINES = ("", "work", "else vendor", f"aside {'z' * 40} refs/heads/x", "aside HEAD refs/heads/x")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_guest_says_what_its_export_holds_or_is_not_listened_to(line: str) -> None:
+    head = workspace_out.Head()
+    said = f"none {'1' * 40} /root/repo\n"
+    assert head.take(said.encode()) is None
+    found = head.take(f"work a\nfetched b/c\naside {'2' * 40} refs/heads/x\n\nPACK".encode())
+    assert found is not None
+    assert [(each.path, each.is_fetched) for each in found[0].nested] == [("a", False), ("b/c", True)]
+    assert [(each.name, each.commit) for each in found[0].aside] == [("x", "2" * 40)]
+    assert (found[0].path, found[1]) == ("/root/repo", b"PACK")
+    with pytest.raises(errors.ProtocolError):
+        workspace_out.Head().take(f"{said}{line}\n\n".encode() if line else said.encode() * 20_000)
+    with pytest.raises(errors.ConflictError, match="no text"):
+        workspace_out.Head().take(said.encode() + b"work \xff\n\n")
 
 
 def test_a_guest_answers_no_more_than_it_was_asked() -> None:

@@ -8,12 +8,15 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from banger.cli import client, command, output, params, progress, render, workspaces
-from banger.contract import errors, resources, transfers
+from banger.cli import client, command, output, params, progress, pulling, render, workspaces
+from banger.contract import resources, transfers
+
+if TYPE_CHECKING:
+    from banger.workspace import receiving
 
 _COLOURS: Final = ((b"+", b"32"), (b"-", b"31"), (b"@@", b"36"), (b"diff ", b"1"))
 
@@ -205,27 +208,26 @@ def pull(
     """Bring what changed in the guest into a branch of the repository on this host.
 
     With the guest's own commits; what is not committed there becomes one more. Your files, your index and
-    the branch you are on are not touched.
+    the branch you are on are not touched. Work in submodules goes into a branch of the same name in each.
     """
-    from banger.workspace import receiving, repository, snapshot
+    from banger.workspace import receiving, repository
 
     vm = _vm(settings, name)
     found = repository.find(workspaces.source_of(vm, path))
-    target = receiving.branch_name(found, branch or f"banger/{vm.name}")
+    asked = pulling.Asked(
+        settings.client(), vm, receiving.branch_name(found, branch or f"banger/{vm.name}"), force=force
+    )
     request = transfers.ExportRequest(form=transfers.ExportForm.PACK, path=guest_path, base=base_commit)
-    with (
-        snapshot.scratch(found) as scratch,
-        workspaces.exported(settings.client(), vm.id, request) as (exported, pieces),
-    ):
-        if exported.head in {"", exported.base}:
-            raise errors.ConflictError(f"nothing was changed in {vm.name}")
-        receiving.check_base(found, exported.base)
-        landed = receiving.land(
-            scratch, pieces, base=exported.base, head=exported.head, branch=target, force=force
-        )
+    brought = pulling.bring(asked, found, request)
     if settings.json:
-        output.json({"branch": landed.branch, "commit": landed.commit, "commits": landed.commits})
-    else:
-        plural = "commit" if landed.commits == 1 else "commits"
-        render.note(f"{landed.commits} {plural}; take them in with `git merge {landed.branch}`")
-        output.text(landed.branch)
+        output.json(pulling.told(brought))
+        return
+    for path_inside, landed in brought.nested:
+        render.note(f"{_counted(landed)} in branch {landed.branch} of {path_inside}")
+    if brought.landed.commits:
+        render.note(f"{_counted(brought.landed)}; take them in with `git merge {brought.landed.branch}`")
+    output.text(brought.landed.branch)
+
+
+def _counted(landed: receiving.Landed) -> str:
+    return "1 commit" if landed.commits == 1 else f"{landed.commits} commits"

@@ -87,12 +87,34 @@ class ExportRequest(resources.Body, frozen=True, kw_only=True):
     """Absent: the commit that the workspace was made from."""
 
 
+class Nested(resources.Resource, frozen=True, kw_only=True):
+    """A repository inside the one that is exported, with work that the outer one's objects do not hold."""
+
+    path: str
+    """Below the outer one's `path`. It is exported by itself."""
+    is_fetched: bool = False
+    """All of it is committed, and what it was cloned from has these commits."""
+
+
+class Aside(resources.Resource, frozen=True, kw_only=True):
+    """A branch, or the last stash, with commits that what is checked out has not: it is not exported."""
+
+    name: str
+    commit: ObjectId
+
+
 class Exported(resources.Resource, frozen=True, kw_only=True):
     """What the binary stream that follows holds: everything from `base` to `head`."""
 
     base: ObjectIdOrNone
     head: ObjectIdOrNone
     """A commit of everything, also of what the guest has not committed. Equal to `base`: nothing changed."""
+    path: str = ""
+    """The repository's own directory in the guest."""
+    nested: tuple[Nested, ...] = ()
+    """Empty for a patch, which holds their changes too. While there are any, something changed."""
+    aside: tuple[Aside, ...] = ()
+    """For commits only."""
 
 
 class PutRequest(resources.Body, frozen=True, kw_only=True):

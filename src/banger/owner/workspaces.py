@@ -20,7 +20,7 @@ import msgspec
 from banger.contract import errors, guest, names, resources, transfers
 from banger.owner import guest as guests
 from banger.owner import locks, operations
-from banger.vm import record, workspace
+from banger.vm import record, workspace, workspace_out
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ _MAX_SAID_BYTES: Final = 64 << 20
 _MAX_LINE_BYTES: Final = 4096
 _KEPT_LINES: Final = 20
 _MESSAGE: Final = "Work in progress in {name}"
-_NOTHING: Final = "none"
 
 T = TypeVar("T")
 
@@ -92,11 +91,12 @@ class WorkspaceService:
         path = workspace.clean_path(request.path) if request.path else _path_of(vm)
         output = _Headed(peer)
         await _Guest(vm.name, self._connect(vm.id)).run(
-            workspace.EXPORT,
+            workspace_out.EXPORT,
             path,
             request.form,
             request.base or "",
             _MESSAGE.format(name=vm.name),
+            _base_of_copy(vm, path),
             output=output.take,
         )
         await output.finish()
@@ -150,6 +150,14 @@ class WorkspaceService:
         )
         self._store.save(msgspec.structs.replace(self._store.get(vm.id), workspace=made))
         return made
+
+
+def _base_of_copy(vm: record.VmRecord, path: str) -> str:
+    """The commit that a full copy began from, which only the row knows; empty for all else."""
+    known = vm.workspace
+    if known is None or known.path != path or "full_copy" not in known.options:
+        return ""
+    return known.head or workspace_out.NOTHING
 
 
 def _path_of(vm: record.VmRecord) -> str:
@@ -229,40 +237,29 @@ class _Asking:
 
 
 class _Headed:
-    """Output of EXPORT: a line that says what it is, then the data, which goes on to the client."""
+    """Output of EXPORT: what it holds, then the data, which goes on to the client."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
-        self._held: bytearray | None = bytearray()
+        self._head: workspace_out.Head | None = workspace_out.Head()
         self.sent_bytes = 0
 
     async def take(self, data: bytes) -> None:
-        if self._held is None:
-            await self._pass_on(data)
-            return
-        self._held += data
-        line, end, rest = bytes(self._held).partition(b"\n")
-        if not end and len(line) <= _MAX_LINE_BYTES:
-            return
-        words = line.decode(errors="replace").split()
-        if not end or len(words) != 2:
-            raise errors.ProtocolError("the guest did not say what its export holds")
-        self._held = None
-        base, head = ("" if word == _NOTHING else word for word in words)
-        if not all(not word or transfers.is_object_id(word) for word in (base, head)):
-            raise errors.ProtocolError("the guest named as a commit what is no object's id")
-        await self._peer.tell(transfers.Exported(base=base, head=head))
-        await self._pass_on(rest)
-
-    async def finish(self) -> None:
-        if self._held is not None:
-            raise errors.ProtocolError("the guest exported nothing")
-        await self._peer.end()
-
-    async def _pass_on(self, data: bytes) -> None:
+        if self._head is not None:
+            said = self._head.take(data)
+            if said is None:
+                return
+            self._head = None
+            exported, data = said
+            await self._peer.tell(exported)
         if data:
             self.sent_bytes += len(data)
             await self._peer.send(data)
+
+    async def finish(self) -> None:
+        if self._head is not None:
+            raise errors.ProtocolError("the guest exported nothing")
+        await self._peer.end()
 
 
 @dataclasses.dataclass(slots=True)

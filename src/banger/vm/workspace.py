@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is done in a guest to take a repository in and give its changes out: scripts, and what they print.
+"""What is done in a guest to take a repository in: scripts, and what they print.
 
 Each script is one constant; whatever varies is an argument, so that nothing is ever quoted. The guest's own
 git configuration is kept out of it. Beside the repository's own git directory lies ours, `.git/banger`: a
@@ -18,7 +18,7 @@ from banger.contract import errors, guest, transfers
 INCOMING: Final = ".git/banger/incoming"
 _MAX_CHANGES: Final = 20
 
-_COMMON: Final = r"""
+COMMON: Final = r"""
 set -eu
 export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_TERMINAL_PROMPT=0 GIT_PAGER=cat
 export GIT_NO_REPLACE_OBJECTS=1 GIT_LITERAL_PATHSPECS=1
@@ -35,7 +35,7 @@ need_git() {
 """
 
 INSPECT: Final = (
-    _COMMON
+    COMMON
     + r"""
 path=$1
 [ "$2" = copy ] || need_git
@@ -61,7 +61,7 @@ rm -f $own/now
 )
 
 RECEIVE: Final = (
-    _COMMON
+    COMMON
     + r"""
 root=$1 format=$2 new=$3
 if [ "$new" = 1 ]; then
@@ -85,10 +85,10 @@ exec git -c core.bigFileThreshold=16m -c pack.threads=1 index-pack --stdin --fix
 """
 )
 
-MISSING: Final = _COMMON + 'cd "$1"; exec git cat-file --batch-check="%(objectname)"\n'
+MISSING: Final = COMMON + 'cd "$1"; exec git cat-file --batch-check="%(objectname)"\n'
 
 SETTLE: Final = (
-    _COMMON
+    COMMON
     + r"""
 root=$1 final=$2 head=$3 branch=$4 worktree=$5 index=$6 discard=$7
 cd "$root"
@@ -134,58 +134,6 @@ fi
 """
 )
 
-EXPORT: Final = (
-    _COMMON
-    + r"""
-path=$1 form=$2 base=$3 message=$4
-need_git
-cd "$path" || exit 91
-git=$(deaf rev-parse --absolute-git-dir)
-objects=$(cd "$(deaf rev-parse --git-path objects)" && pwd)
-cd "$(deaf rev-parse --show-toplevel)"
-if [ -z "$base" ] && [ -e "$git/banger/state" ]; then
-  read -r base <"$git/banger/state"
-elif [ -z "$base" ]; then
-  base=$(deaf rev-parse -q --verify HEAD) || base=
-fi
-work=$(mktemp -d "$git/banger-export.XXXXXX" 2>/dev/null || mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' HUP INT TERM
-mkdir "$work/objects"
-export GIT_OBJECT_DIRECTORY="$work/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$objects"
-nothing=$(deaf hash-object -w -t tree --stdin </dev/null)
-if [ -n "$base" ]; then
-  base=$(deaf rev-parse -q --verify "$base^{commit}") || { echo "the guest has no commit $3" >&2; exit 92; }
-fi
-if [ -e "$git/index" ]; then cp -p "$git/index" "$work/index"; fi
-for shared in "$git"/sharedindex.*; do [ -e "$shared" ] && cp -p "$shared" "$work/"; done
-export GIT_INDEX_FILE="$work/index"
-unset GIT_LITERAL_PATHSPECS
-deaf -c advice.addEmbeddedRepo=false add -A -- ':/'
-tree=$(deaf write-tree)
-head=$(deaf rev-parse -q --verify HEAD) || head=
-if [ "$form" = patch ]; then
-  printf '%s %s\n' "${base:-none}" "${head:-none}"
-  deaf diff-tree -r -p --binary --full-index -M --no-ext-diff --no-textconv "${base:-$nothing}" "$tree"
-  exit
-fi
-unset GIT_CONFIG_GLOBAL GIT_CONFIG_NOSYSTEM
-if [ -z "$head" ] || [ "$tree" != "$(deaf rev-parse "$head^{tree}")" ]; then
-  name=$(deaf config user.name) || name=banger
-  mail=$(deaf config user.email) || mail=banger@localhost
-  export GIT_AUTHOR_NAME="$name" GIT_AUTHOR_EMAIL="$mail"
-  export GIT_COMMITTER_NAME="$name" GIT_COMMITTER_EMAIL="$mail"
-  if [ -n "$head" ] || [ "$tree" != "$nothing" ]; then
-    head=$(deaf -c commit.gpgSign=false commit-tree "$tree" ${head:+-p "$head"} -m "$message")
-  fi
-fi
-printf '%s %s\n' "${base:-none}" "${head:-none}"
-[ -n "$head" ] || exit 0
-{ echo "$head"; [ -z "$base" ] || echo "^$base"; } |
-  deaf -c pack.threads=1 pack-objects --revs --stdout -q --delta-base-offset
-"""
-)
-
 LOCK: Final = (
     'set -eu; umount "$1" 2>/dev/null || :; '
     '[ "$2" = 0 ] || { mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"; }'
@@ -203,6 +151,7 @@ PLACE: Final = (
 NO_GIT: Final = 90
 NO_DIRECTORY: Final = 91
 NO_COMMIT: Final = 92
+STAYS_BEHIND: Final = 93
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +227,9 @@ def script_failure(name: str, status: int, said: Sequence[str]) -> errors.Banger
         return errors.MissingToolError(f"{name} has no git in it", hint=hint, tool="git")
     if status in {NO_DIRECTORY, NO_COMMIT}:
         return errors.NotFoundError(f"{name}: {last}")
+    if status == STAYS_BEHIND:
+        hint = f"take it with `banger vm cp {name}:… .` and move it away there, or have git ignore it there"
+        return errors.ConflictError(f"work in {name} would stay behind: {last}", hint=hint)
     if status == 127:
         return errors.MissingToolError(f"{name} has no /bin/sh, or a basic tool is missing: {last}")
     if "No space left" in " ".join(said):

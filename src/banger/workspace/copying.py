@@ -2,14 +2,14 @@
 """A repository with its submodules, as plain files: for guests without git, and for what has submodules.
 
 The files that git tracks in each of them (and, when asked, those it does not), and the git directory itself
-without its hooks. Ignored files stay here.
+without its hooks. Ignored files stay here. A linked working tree arrives as one of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,15 @@ from banger.workspace import snapshot as snapshots
 
 _GITLINK: Final = b"160000"
 _NOT_COPIED: Final = frozenset({"hooks", "fsmonitor--daemon.ipc", "fsmonitor--daemon"})
+_SHARED: Final = frozenset(
+    {
+        *("branches", "common", "config", "description", "info", "lfs", "logs", "objects", "packed-refs"),
+        *("refs", "reftable", "remotes", "rr-cache", "shallow", "svn"),
+    }
+)
+"""What linked working trees take from the main one's git directory, as gitrepository-layout(5) has it."""
+_LINKS: Final = frozenset({"commondir", "gitdir", "locked"})
+"""What is in a linked one's because of where it lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +50,28 @@ class Copy:
             for parent in _parents(name, made):
                 yield parent, os.path.join(top, parent)
             yield name, os.path.join(top, name)
-        if self.repository.git_dir == self.repository.top / ".git":
-            yield from _git_directory(self.repository.git_dir, ".git")
+        common, own = self.repository.common_dir, self.repository.git_dir
+        yield ".git", str(common)
+        if own == common:
+            yield from _entries(common, ".git")
+        else:
+            yield from _entries(common, ".git", lambda name: name in _SHARED)
+            yield from _entries(own, ".git", lambda name: name not in _LINKS)
 
 
 def take(repository: repositories.Repository, *, include_untracked: bool) -> Copy:
-    """Reads which files there are; their content is read when it is sent."""
+    """Reads which files there are; their content is read when it is sent.
+
+    Raises BadRequestError for a repository whose git directory cannot become a part of the copy.
+    """
+    if _is_tied(repository):
+        raise errors.BadRequestError(
+            f"the git directory of {repository.top}, {repository.common_dir}, is bare or of another tree: "
+            "it would be of no use in a copy",
+            hint="leave out --mode full-copy, or name a clone",
+        )
     head, branch = repository.head()
     files, notes = _files(repository, include_untracked=include_untracked)
-    if repository.git_dir != repository.top / ".git":
-        notes = (*notes, f"{repository.top} is a linked working tree: its history stays here")
     return Copy(repository, head, branch, tuple(sorted(files)), notes)
 
 
@@ -103,6 +124,12 @@ def _submodule(
     if found.top != top:
         return [], (f"submodule {os.fsdecode(path)} is not a repository",)
     files, notes = _files(found, include_untracked=include_untracked)
+    if not found.git_dir.is_relative_to(parent.top):
+        raise errors.BadRequestError(
+            f"submodule {os.fsdecode(path)} of {parent.top} keeps its git directory elsewhere, "
+            f"in {found.git_dir}: a copy would have none",
+            hint="name the main working tree, or a clone",
+        )
     inside = [b".git", *files] if (top / ".git").is_file() else files
     return [path + b"/" + name for name in inside], notes
 
@@ -117,15 +144,22 @@ def _parents(name: str, made: set[str]) -> Iterable[str]:
             yield parent
 
 
-def _git_directory(directory: Path, name: str) -> Iterator[tuple[str, str]]:
-    """Without hooks, which would run in the guest unseen, and without what only lives while git runs."""
-    yield name, str(directory)
+def _is_tied(repository: repositories.Repository) -> bool:
+    """Its configuration says where the files are, as a submodule's does, or that there are none."""
+    said = ("config", "--file", str(repository.common_dir / "config"))
+    bare = repository.git.text(*said, "--type=bool", "core.bare", ok=(0, 1))
+    return bare == "true" or bool(repository.git.text(*said, "core.worktree", ok=(0, 1)))
+
+
+def _entries(
+    directory: Path, name: str, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, str]]:
+    """Of a git directory: no hooks, which would run in the guest unseen, and nothing of a git that runs."""
     with contextlib.suppress(FileNotFoundError):
         for entry in sorted(os.scandir(directory), key=lambda each: each.name):
-            if entry.name in _NOT_COPIED or entry.name.endswith(".lock"):
+            if entry.name in _NOT_COPIED or entry.name.endswith(".lock") or not wanted(entry.name):
                 continue
             below = f"{name}/{entry.name}"
+            yield below, entry.path
             if entry.is_dir(follow_symlinks=False):
-                yield from _git_directory(Path(entry.path), below)
-            else:
-                yield below, entry.path
+                yield from _entries(Path(entry.path), below)

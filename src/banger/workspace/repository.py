@@ -67,6 +67,12 @@ class Repository:
             raise errors.NotFoundError(f"{self.top} has no commit {name!r}")
         return found
 
+    def gitlink(self, commit: str, path: str) -> str:
+        """The commit of another repository that a commit has at a path; empty for none."""
+        listed = self.git.records("ls-tree", "-z", commit, "--", path) if commit else []
+        words = listed[0].split(b"\t")[0].split(b" ") if listed else []
+        return words[2].decode() if words[:1] == [b"160000"] else ""
+
     def refs(self) -> dict[str, str]:
         """Branches, tags and what remotes had; not stashes, notes and other private refs."""
         return {name: object_id for object_id, name, symref in self._listed_refs() if not symref}
@@ -116,6 +122,21 @@ def find(path: Path) -> Repository:
         config=_config(here),
         remotes=dict(_values(here, _REMOTES)),
     )
+
+
+def inside(outer: Repository, path: str) -> Repository | None:
+    """The repository of its own that lies at a path inside another, if there is one.
+
+    A guest names the path: raises ProtocolError for one that is not below, and no link is followed.
+    """
+    parts = path.split("/")
+    if not {"", ".", "..", ".git"}.isdisjoint(parts):
+        raise errors.ProtocolError(f"the guest named {path!r} as a repository inside its own")
+    top = outer.top.joinpath(*parts)
+    if not (top / ".git").exists() or top.resolve() != top:
+        return None
+    found = find(top)
+    return found if found.top == top else None
 
 
 def _config(git: gits.Git) -> dict[str, str]:
