@@ -6,15 +6,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from banger.contract import names, privileged
+from banger.helper import tables
 from tests.root import helper_world, network_world, packets
 from tests.root.network_world import BRIDGE, GATEWAY, INTERNET, METADATA, PRIVATE, UPLINK, Net
 
@@ -233,6 +236,16 @@ def test_it_is_dropped_and_counted_and_passes_without_the_rule(
     net: Net, packet: Callable[[Net], packets.Try], reason: str, also: tuple[str, ...]
 ) -> None:
     packets.check_dropped_and_counted(net, packet, reason, also)
+
+
+def test_whatever_is_dropped_is_counted_for_a_reason_that_the_page_gives(
+    helper_world_here: helper_world.HelperWorld,
+) -> None:
+    rules = tables.text(helper_world_here.policy).splitlines()
+    assert [rule for rule in rules if rule.endswith(" drop") and " counter name " not in rule] == []
+    page = Path(__file__).parents[2].joinpath("docs/network.md").read_text()
+    reasons = [name for family in tables.COUNTERS.values() for name in family]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(reasons)
 
 
 # --- what works ---

@@ -113,6 +113,43 @@ def a_router_advertisement(net: Net) -> packets.Try:
     return to_host(net, guest, packets.ipv6(58, body, source=link_local(guest)), ALL_NODES)
 
 
+def a_redirect(net: Net) -> packets.Try:
+    guest = net.guest(1, ipv6=True)
+    better, target = (socket.inet_pton(socket.AF_INET6, each) for each in (link_local(guest), INTERNET6))
+    body = struct.pack("!BBHI", 137, 0, 0, 0) + better + target
+    return to_host(net, guest, packets.ipv6(58, body, source=link_local(guest)), ALL_NODES)
+
+
+def a_question_who_listens(net: Net) -> packets.Try:
+    """Whoever asks it is the router for multicast."""
+    guest = net.guest(1, ipv6=True)
+    body = struct.pack("!BBHHH16x", 130, 0, 0, 1000, 0)
+    return to_host(net, guest, packets.ipv6(58, body, source=link_local(guest), hops=1), ALL_NODES)
+
+
+def a_question_for_a_router(net: Net) -> packets.Try:
+    body = struct.pack("!BBHI", 133, 0, 0, 0)
+    return to_routers(net, body, "333300000002", "ff02::2")
+
+
+def a_listener(net: Net) -> packets.Try:
+    body = struct.pack("!BBHHH", 131, 0, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, "ff02::77")
+    return to_routers(net, body, "333300000077", "ff02::77")
+
+
+def a_listener_as_kernels_are_today(net: Net) -> packets.Try:
+    body = struct.pack("!BBHHHBBH", 143, 0, 0, 0, 1, 4, 0, 0) + socket.inet_pton(socket.AF_INET6, "ff02::77")
+    return to_routers(net, body, "333300000016", "ff02::16")
+
+
+def to_routers(net: Net, body: bytes, mac: str, target: str) -> packets.Try:
+    """Of a guest whose own kernel says nothing by itself."""
+    guest = net.guest(1)
+    net.rules(guest, ipv6=True)
+    packet = packets.ipv6(58, body, source=link_local(guest), target=target)
+    return to_host(net, guest, packet, bytes.fromhex(mac))
+
+
 def an_answer_for_another_guest(net: Net) -> packets.Try:
     guest = net.guest(1, ipv6=True)
     body = packets.neighbour(136, OTHER, packets.packed(guest.mac))
@@ -196,6 +233,11 @@ CASES: list[tuple[Callable[[Net], packets.Try], str, tuple[str, ...]]] = [
     (the_bridges_own_address, "ipv6_frame", ("spoofed",)),
     (more_than_neighbour_discovery_from_the_links_address, "ipv6_frame", ("spoofed",)),
     (a_router_advertisement, "router_advertisement", ("ipv6_frame", "spoofed")),
+    (a_redirect, "router_advertisement", ("ipv6_frame", "spoofed")),
+    (a_question_who_listens, "router_advertisement", ("ipv6_frame", "spoofed")),
+    (a_question_for_a_router, "to_routers", ("ipv6_frame",)),
+    (a_listener, "to_routers", ("ipv6_frame",)),
+    (a_listener_as_kernels_are_today, "to_routers", ("ipv6_frame",)),
     (an_answer_for_another_guest, "spoofed_ndp", ()),
     (an_answer_for_the_bridge, "spoofed_ndp", ()),
     (an_answer_in_anothers_name, "spoofed_ndp", ()),

@@ -39,6 +39,7 @@ COUNTERS: Final = {
         "spoofed_arp",
         "spoofed_ndp",
         "router_advertisement",
+        "to_routers",
         "ipv6_frame",
         "guest_to_guest",
     ),
@@ -86,9 +87,10 @@ table bridge banger {
 
     chain ipv6 {
         icmpv6 type { nd-router-advert, nd-redirect } counter name router_advertisement drop
+        icmpv6 type mld-listener-query counter name router_advertisement drop
         iifname != @with_ipv6 counter name ipv6_frame drop
-        icmpv6 type { nd-router-solicit, mld-listener-query, mld-listener-report } drop
-        icmpv6 type { mld-listener-reduction, mld2-listener-report } drop
+        icmpv6 type { nd-router-solicit, mld-listener-report } counter name to_routers drop
+        icmpv6 type { mld-listener-reduction, mld2-listener-report } counter name to_routers drop
         icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } goto neighbours
         ip6 saddr fe80::/10 counter name ipv6_frame drop
         iifname . ether saddr . ip6 saddr @sources6 accept
