@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from banger.contract import errors, guest
 from banger.owner import guest as guests
 from tests.contract import agent
 
+F, T = guest.FrameType, guest.Tag
 MIB = 1 << 20
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -29,8 +32,18 @@ def agent_socket(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture(scope="module")
+def half_a_request(native_agent: Path) -> Iterator[socket.socket]:
+    """A connection of a client that says hello, and then nothing; open while the other tests run."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(native_agent))
+        client.sendall(guest.hello() + guest.frame(guest.FrameType.HEALTH)[:-1])
+        yield client
+
+
 @pytest.fixture
-def client(agent_socket: Path) -> guests.GuestClient:
+def client(agent_socket: Path, half_a_request: socket.socket) -> guests.GuestClient:
     """A client of that agent."""
     return guests.GuestClient(lambda: asyncio.open_unix_connection(str(agent_socket)))
 
@@ -204,6 +217,96 @@ async def test_nonsense_is_refused_and_harms_nobody(agent_socket: Path, sent: by
     assert (await client.health()).boot_id
 
 
+def sent_size(pid: int) -> int:
+    """How many bytes a process has written."""
+    return int(Path(f"/proc/{pid}/io").read_text().split("wchar:")[1].split()[0])
+
+
+async def test_output_that_nobody_takes_stops_the_command(client: guests.GuestClient) -> None:
+    """And goes on when it is taken: nothing in between holds more than its buffers."""
+    async with client.exec(guest.ExecSpec(argv=("sh", "-c", "echo $$; exec yes"))) as running:
+        output = running.output()
+        first = await anext(output)
+        assert isinstance(first, tuple)
+        pid = int(first[1].split()[0])
+        async with asyncio.timeout(20):
+            sizes = [-1, 0]
+            while sizes[-1] == 0 or sizes[-1] != sizes[-2]:
+                await asyncio.sleep(0.05)  # nothing tells of a command that stands still
+                sizes.append(sent_size(pid))
+        assert sizes[-1] < 2 * MIB
+        taken = 0
+        while taken < 2 * MIB:
+            event = await anext(output)
+            assert isinstance(event, tuple)
+            taken += len(event[1])
+        assert sent_size(pid) > sizes[-1]
+
+
+async def answers(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes]]:
+    """Frames, to the end of the connection."""
+    while header := await reader.read(1):
+        kind, size = guest.parse_header(header + await reader.readexactly(guest.HEADER.size - 1))
+        yield kind, await reader.readexactly(size)
+
+
+async def test_input_that_nobody_reads_is_held_back_and_no_signal_behind_it(agent_socket: Path) -> None:
+    """What fits into the window and the command's pipe waits there; what goes beyond is refused."""
+    script = "trap 'echo here' USR1; echo ready; while :; do sleep 60 & wait; done"
+    spec = guest.ExecSpec(argv=("sh", "-c", script))
+    reader, writer = await asyncio.open_unix_connection(str(agent_socket))
+    frames, given_back = answers(reader), 0
+
+    async def until(kind: guest.FrameType) -> bytes:
+        nonlocal given_back
+        async for seen, payload in frames:
+            if seen == F.WINDOW:
+                given_back += guest.Fields(payload).number(T.COUNT)
+            if seen == kind:
+                return payload
+        raise AssertionError("the agent hung up")
+
+    async with asyncio.timeout(20):
+        writer.write(guest.hello() + guest.request(F.EXEC, guest.exec_payload(spec, stdin=True)))
+        assert await until(F.STDOUT) == b"ready\n"
+        writer.write(guest.frame(F.STDIN, bytes(MIB // 16)) * 4)
+        writer.write(guest.frame(F.SIGNAL, guest.encode([(T.SIGNAL, signal.SIGUSR1)])))
+        assert await until(F.STDOUT) == b"here\n"
+        assert given_back <= MIB // 16, "as much as a pipe holds"
+        writer.write(guest.frame(F.STDIN, bytes(MIB // 16)) * 2)
+        assert "beyond the window" in str(guest.parse_error(await until(F.ERROR)))
+    writer.transport.abort()
+
+
+async def test_a_hundred_and_twenty_eight_connections_are_served_and_others_told() -> None:
+    """The next thirty-two are told that the agent is busy, and then nobody is listened to at all."""
+    with agent.running("shipped") as path:
+        client = guests.GuestClient(lambda: asyncio.open_unix_connection(str(path)))
+        held: list[asyncio.StreamWriter] = []
+
+        async def hold() -> None:
+            reader, writer = await asyncio.open_unix_connection(str(path))
+            held.append(writer)
+            writer.write(guest.hello())
+            assert (await anext(answers(reader)))[0] == F.HELLO
+
+        for _ in range(128):
+            await hold()
+        with pytest.raises(errors.BangerError, match="too many connections"):
+            await client.health()
+        for _ in range(32):
+            await hold()
+        with pytest.raises(errors.UnavailableError, match="closed the connection"):
+            await client.health()
+        for writer in held:
+            writer.close()
+        async with asyncio.timeout(20):
+            while True:  # nothing tells when the agent has seen them go
+                with contextlib.suppress(errors.BangerError):
+                    await client.health()
+                    break
+
+
 def test_the_binaries_are_small_and_static() -> None:
     for arch in ("x86_64", "aarch64"):
         path = guest_binary.path(arch)
@@ -216,3 +319,11 @@ async def test_the_agent_takes_less_than_2_mib() -> None:
         client = guests.GuestClient(lambda: asyncio.open_unix_connection(str(path)))
         rss_bytes = (await client.health()).rss_bytes
     assert 0 < rss_bytes < 2 * MIB
+
+
+def test_a_request_that_does_not_come_whole_is_not_waited_for(half_a_request: socket.socket) -> None:
+    """The last test here: most of its ten seconds have passed by now."""
+    said = b""
+    while piece := half_a_request.recv(65536):
+        said += piece
+    assert said[guest.HEADER.size - 1] == F.HELLO
