@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import msgspec
@@ -108,3 +109,48 @@ async def test_one_that_runs_and_cannot_be_looked_at_is_watched(
             while (await services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert world.leftovers() == {}
+
+
+@pytest.mark.parametrize(
+    ("refused", "running"),
+    [
+        (privileged.KillVmm, True),
+        (privileged.TearDown, True),
+        (privileged.TearDown, False),
+        (privileged.PurgeLogs, True),
+        (None, False),
+    ],
+)
+async def test_a_delete_that_fails_keeps_the_row_by_which_it_is_done_again(
+    daemon: conftest.Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: type[privileged.Request[Any]] | None,
+    running: bool,
+) -> None:
+    """Whoever refuses: root, or for None the disk. Without its row nobody could name what is left of it."""
+    await daemon.create()
+    if not running:
+        await daemon.done(await daemon.services.vms.stop("web"))
+
+    async def refuse(request: privileged.Request[Any]) -> None:
+        if refused is not None and isinstance(request, refused):
+            raise errors.ConflictError("busy")
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patch:
+        if refused is None:
+            patch.setattr("shutil.rmtree", busy)
+        daemon.world.before = refuse
+        operation = await daemon.done(await daemon.services.vms.delete("web"))
+        assert operation.error is not None
+        assert "busy" in operation.error.message
+        assert "unexpected" not in operation.error.message
+        assert [vm.name for vm in await daemon.services.vms.list()] == ["web"]
+        daemon.world.before = worlds._nothing
+    operation = await daemon.done(await daemon.services.vms.delete("web"))
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert daemon.world.leftovers() == {}
+    assert await daemon.services.vms.list() == []
+    assert not any((daemon.paths.state / "vms").glob("*"))

@@ -22,7 +22,7 @@ from banger.contract import inventory as contract
 from banger.contract.inventory import Kind, Thing
 from banger.owner import operations, store
 from banger.vm import host as hosts
-from banger.vm import record
+from banger.vm import record, stop
 
 _log = logging.getLogger(__name__)
 
@@ -284,16 +284,4 @@ async def collect_vm(host: hosts.Host, vm_id: names.VmId) -> None:
     await host.privileged(privileged.PurgeLogs(vm_id=vm_id))
     directory = host.layout.vm_dir(vm_id)
     if directory.is_dir() and not directory.is_symlink():
-        await delete_disks(directory)
-
-
-async def delete_disks(directory: Path) -> None:
-    """Raises OperationFailedError: something else may be mounted there, or hold it open."""
-    try:
-        await asyncio.to_thread(shutil.rmtree, directory)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise errors.OperationFailedError(
-            f"{directory} cannot be deleted: {why}",
-            hint="is something mounted there, or its disk read-only?",
-        ) from error
+        await stop.delete_disks(directory)

@@ -12,7 +12,7 @@ from banger.contract import errors, names, privileged, resources
 from banger.owner import inventory
 from banger.owner import store as stores
 from banger.vm import host as hosts
-from banger.vm import record
+from banger.vm import record, stop
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
             vms.try_again(names.VmId(vm_id))
     left = await asyncio.to_thread(inventory.disks_of_nobody, host.layout, set(rows))
     for path in left:
-        await _guarded(path.name, inventory.delete_disks(path))
+        await _guarded(path.name, stop.delete_disks(path))
 
 
 async def _reconcile_row(

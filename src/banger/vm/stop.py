@@ -7,6 +7,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -42,7 +43,20 @@ async def delete(host: host.Host, vm: record.VmRecord, features: Sequence[capabi
     await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
     await release(host, vm, features)
     await host.privileged(privileged.PurgeLogs(vm_id=vm.id))
-    await steps.finish(asyncio.to_thread(_delete_files, host, vm))
+    if host.layout.vm_dir(vm.id).is_dir():
+        await steps.finish(delete_disks(host.layout.vm_dir(vm.id)))
+
+
+async def delete_disks(directory: Path) -> None:
+    """Raises OperationFailedError: something else may be mounted there, or hold it open."""
+    try:
+        await asyncio.to_thread(shutil.rmtree, directory)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise errors.OperationFailedError(
+            f"{directory} cannot be deleted: {why}",
+            hint="is something mounted there, or its disk read-only?",
+        ) from error
 
 
 async def release(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:
@@ -84,9 +98,3 @@ async def _end(
     stopped = msgspec.structs.replace(latest, state=resources.VmState.STOPPED, boot_id="", last_error=None)
     host.records.save(stopped)
     return stopped
-
-
-def _delete_files(host: host.Host, vm: record.VmRecord) -> None:
-    directory = host.layout.vm_dir(vm.id)
-    if directory.is_dir():
-        shutil.rmtree(directory)
