@@ -46,13 +46,14 @@ class Record(Protocol):
 R = TypeVar("R", bound=Record)
 
 
+def is_half_made(name: str) -> bool:
+    """How a directory is called that is being published or deleted."""
+    return name.startswith(".") and name.endswith((_STAGED, _DELETED))
+
+
 def half_made(root: Path) -> list[Path]:
     """What a crash left half made or half deleted below a root, or what is being made right now."""
-    return [
-        path
-        for path in _directories(root)
-        if path.name.startswith(".") and path.suffix in (_STAGED, _DELETED)
-    ]
+    return [path for path in _directories(root) if is_half_made(path.name)]
 
 
 def scratch_left(parent: Path) -> list[Path]:

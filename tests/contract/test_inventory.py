@@ -90,15 +90,37 @@ async def test_what_nobody_owns_is_taken_away_and_nothing_else(daemon: conftest.
     for path in strays:
         path.mkdir(parents=True)
         (path / "half").write_bytes(b"x")
+    elsewhere = daemon.paths.run / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    plain = [
+        daemon.paths.state / "vms" / "notes",
+        daemon.paths.state / "images" / "notes",
+        daemon.paths.state / "kernels" / ".notes",
+        daemon.paths.state / ".banger.db.v3.new",
+    ]
+    for path in plain:
+        path.write_bytes(b"x")
+    links = [daemon.paths.state / "vms" / "eeeeeeeeeeee", daemon.paths.state / "images" / "eeeeeeeeeeee"]
+    for path in links:
+        path.symlink_to(elsewhere)
+    misnamed = daemon.paths.state / "images" / "not-an-id"
+    misnamed.mkdir()
+    strays += [*plain, *links, misnamed]
+    theirs = [daemon.paths.state / "notes", daemon.paths.cache / "notes"]
+    for path in theirs:
+        path.write_bytes(b"x")
     found = await take(daemon)
-    assert {Path(name) for kind, name in left(found) if kind in {Kind.DISKS, Kind.STAGED}} == {*strays}
-    assert {kind for kind, name in left(found)} == {
-        Kind.SNAPSHOT, Kind.LOOP, Kind.LOGS, Kind.TAP, Kind.DISKS, Kind.STAGED
+    assert {Path(thing.name) for thing in found.things if thing.foreign} == {*theirs}
+    files = {Kind.DISKS, Kind.STAGED, Kind.IMAGE, Kind.KERNEL}
+    assert {Path(name) for kind, name in left(found) if kind in files} == {*strays}
+    assert {kind for kind, name in left(found)} == files | {
+        Kind.SNAPSHOT, Kind.LOOP, Kind.LOGS, Kind.TAP
     }  # fmt: skip
     assert {thing.why for thing in found.leftovers if thing.vm_id == idle.id} == {"idle is created"}
     assert (await collect(daemon)).status is resources.OperationStatus.SUCCEEDED
     assert (await take(daemon)).leftovers == ()
-    assert not any(path.exists() for path in strays)
+    assert not any(path.exists() or path.is_symlink() for path in strays)
+    assert all(path.exists() for path in (*theirs, elsewhere))
     assert set(daemon.world.leftovers()) == {web.id}
     assert (await daemon.services.vms.get("web")).pid == web.pid
 

@@ -27,6 +27,7 @@ class Kind(enum.StrEnum):
     IMAGE = "image"
     KERNEL = "kernel"
     STAGED = "staged"
+    FILE = "file"
     ADDRESS = "address"
     UID = "uid"
 

@@ -8,6 +8,7 @@ after everything, so what was seen and has no row is nobody's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import shutil
@@ -20,13 +21,17 @@ from banger import artefacts, workers
 from banger.contract import errors, names, privileged, resources
 from banger.contract import inventory as contract
 from banger.contract.inventory import Kind, Thing
-from banger.owner import operations, store
+from banger.owner import config, operations, store
 from banger.vm import host as hosts
 from banger.vm import record, stop
 
 _log = logging.getLogger(__name__)
 
 _BANGER: Final = "banger"
+_OF_STATE: Final = frozenset({"vms", "images", "kernels", "ssh", "daemon.lock"})
+_OF_CACHE: Final = frozenset({"blobs", "imports", "pinned", "recipes"})
+_OURS: Final = (config.DATABASE, f".{config.DATABASE}.", *artefacts.SCRATCH)
+"""How the other names there begin that are ours."""
 _MAKING: Final = ("image.", "kernel.", "runtime.", "vm.create")
 
 
@@ -109,10 +114,15 @@ class Inventory:
     def _remove(self, paths: Collection[Path]) -> None:
         tops = (self._places.state, self._places.cache)
         for path in paths:
-            if path.is_dir() and not path.is_symlink() and any(top in path.parents for top in tops):
-                _log.warning("deleting files that nobody owns", extra={"path": str(path)})
+            if not any(top in path.parents for top in tops):
+                continue
+            _log.warning("deleting files that nobody owns", extra={"path": str(path)})
+            if _is_directory(path):
                 self._end_workers(path)
                 shutil.rmtree(path, ignore_errors=True)
+            else:  # a link is not followed
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _end_workers(self, path: Path) -> None:
         """Outside a unit, programs that a daemon had started outlive it, and would go on writing there."""
@@ -135,6 +145,7 @@ class Inventory:
         found += judge.leases(self._host.network)
         found += judge.disks(self._places.state / "vms")
         found += self._owners_files()
+        found += _strangers(self._places)
         return found, [*_half_made(self._places)]
 
     def _staged(self, half_made: Collection[Path]) -> Iterator[Thing]:
@@ -149,14 +160,16 @@ class Inventory:
     def _owners_files(self) -> Iterator[Thing]:
         known = self._names_of()
         for kind in (Kind.IMAGE, Kind.KERNEL):
-            for path in _directories(self._places.state / f"{kind}s"):
-                if not path.name.startswith("."):
-                    name = known.get(path.name, "")
+            for path in _entries(self._places.state / f"{kind}s"):
+                name = known.get(path.name, "")
+                if names.is_id(path.name) and _is_directory(path):
                     why = f"{kind} {name}" if name else f"its record cannot be read; `banger {kind} delete`"
                     yield Thing(kind, str(path), why, name or _BANGER)
+                elif not artefacts.is_half_made(path.name):
+                    yield Thing(kind, str(path), f"no {kind} is called so")
 
 
-_OUR_FILES: Final = frozenset({Kind.DISKS, Kind.STAGED})
+_OUR_FILES: Final = frozenset({Kind.DISKS, Kind.STAGED, Kind.IMAGE, Kind.KERNEL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +211,9 @@ class _Judge:
                 yield Thing(Kind.ADDRESS, address, "leased to it", vm.name, vm.id)
 
     def disks(self, parent: Path) -> Iterator[Thing]:
-        for path in _directories(parent):
-            if names.is_id(path.name):
+        for path in _entries(parent):
+            is_id = names.is_id(path.name)
+            if is_id and (path.name in self.rows or _is_directory(path)):
                 yield self._kept(Kind.DISKS, str(path), names.VmId(path.name))
             else:
                 yield Thing(Kind.DISKS, str(path), "no VM has such an id")
@@ -251,14 +265,30 @@ def _is_there(path: Path) -> bool:
         return False
 
 
+def _entries(parent: Path) -> list[Path]:
+    """Whatever lies there, links and plain files too."""
+    return sorted(parent.iterdir()) if parent.is_dir() else []
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _directories(parent: Path) -> list[Path]:
-    if not parent.is_dir():
-        return []
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
+    return [path for path in _entries(parent) if _is_directory(path)]
+
+
+def _strangers(places: Places) -> Iterator[Thing]:
+    """Beside what is ours, and so perhaps somebody's: only shown."""
+    for parent, known in ((places.state, _OF_STATE), (places.cache, _OF_CACHE)):
+        for path in _entries(parent):
+            if path.name not in known and not path.name.startswith(_OURS):
+                yield Thing(Kind.FILE, str(path), "beside ours and not made by us", foreign=True)
 
 
 def _half_made(places: Places) -> Iterator[Path]:
-    """Directories that whoever makes them removes, unless the daemon is killed meanwhile."""
+    """What whoever makes it removes, unless the daemon is killed meanwhile."""
+    yield from places.state.glob(f".{config.DATABASE}.*")
     for kind in ("images", "kernels"):
         yield from artefacts.half_made(places.state / kind)
     for parent in (places.state / "ssh", places.cache, *_directories(places.cache)):
