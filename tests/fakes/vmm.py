@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class Behaviour:
     panic: str = ""
     """The guest's kernel panics with this reason instead of coming up."""
     ignores_power_off: bool = False
+    clock_off_ns: int = 0
+    """How far the guest's clock is from the host's when it has booted."""
+    keeps_its_clock: bool = False
+    """The agent lets nobody set it."""
     late_service: int = 0
     """So many connections find nobody listening in the guest."""
     answers: bytes | None = None
@@ -53,6 +58,10 @@ class FakeVmm:
         self.boot_id = str(uuid.uuid4())
         self.flushes = 0
         self.knocks = 0
+        self.clock_off_ns = behaviour.clock_off_ns
+        self.clock_asked = 0
+        self.clock_sets = 0
+        self.clock_was_set = asyncio.Event()
         self._paths = (api, vsock)
         self._console = console
         self._behaviour = behaviour
@@ -176,7 +185,10 @@ class FakeVmm:
             await self._relay(reader, writer, guest.frame(F(kind), payload))
             return
         if kind == F.HEALTH:
-            writer.write(guest.frame(F.REPLY, guest.encode([(T.UPTIME_MS, 5)])))
+            told = [(T.UPTIME_MS, 5), (T.REALTIME_NS, time.time_ns() + self.clock_off_ns)]
+            writer.write(guest.frame(F.REPLY, guest.encode(told)))
+        elif kind == F.TIME:
+            writer.write(self._time(guest.Fields(payload).number(T.REALTIME_NS)))
         elif kind == F.FLUSH:
             self.flushes += 1
             writer.write(guest.frame(F.REPLY))
@@ -190,6 +202,16 @@ class FakeVmm:
             await self._connect(reader, writer, guest.Fields(payload).number(T.PORT))
         else:
             writer.write(guest.frame(F.ERROR, guest.encode([(T.CODE, "bad_request"), (T.MESSAGE, "no")])))
+
+    def _time(self, wanted_ns: int) -> bytes:
+        self.clock_asked += not wanted_ns
+        if wanted_ns and self._behaviour.keeps_its_clock:
+            return guest.frame(F.ERROR, guest.encode([(T.CODE, "unsupported"), (T.MESSAGE, "not mine")]))
+        if wanted_ns:
+            self.clock_off_ns = wanted_ns - time.time_ns()
+            self.clock_sets += 1
+            self.clock_was_set.set()
+        return guest.frame(F.REPLY, guest.encode([(T.REALTIME_NS, time.time_ns() + self.clock_off_ns)]))
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
         """Port 22 gives back what it gets, once it was asked often enough; port 81 breaks off."""

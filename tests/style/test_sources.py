@@ -28,6 +28,7 @@ SLEEPS: dict[str, str] = {
     "owner/live.py": "a root helper that does not answer is asked again: its return is announced to nobody",
     "owner/routes/machines.py": "a followed log is a file on disk that another process appends to",
     "owner/claims.py": "a client that is gone announces nothing; others are heard of at once",
+    "owner/clocks.py": "a clock that drifts announces nothing: it is looked at now and then",
     "owner/lifetimes.py": "time itself is what is waited for",
     "owner/silence.py": "a guest that has fallen silent announces nothing: it is asked now and then",
     "system/machine.py": "a service that starts is asked until it answers, or a deadline is over",

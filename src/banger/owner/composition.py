@@ -24,6 +24,7 @@ from banger.images import catalog
 from banger.owner import (
     activity,
     app,
+    clocks,
     config,
     defaults,
     firecracker,
@@ -48,7 +49,7 @@ from banger.owner import (
     workspaces,
 )
 from banger.owner import network as network_keeper
-from banger.vm import host
+from banger.vm import host, record
 from banger.vm.capabilities import dns, file_sync, packet_rules, work_disk
 from banger.vm.capabilities import publish as publishing
 
@@ -200,14 +201,15 @@ async def compose(
         inventory.Places(paths.state, paths.cache, bridge),
         lambda: image_service.records.names() | kernel_service.names(),
     )
+    times = clocks.Clocks(lambda: _running(rows), connect)
     try:
         await asyncio.to_thread(holdings.sweep)
         await zone.start()
         await reconcile.reconcile(rows, machine, vm_service)
         await _restore_network(keeper, rows)
-        running_now = [vm for vm in rows.list() if vm.state is resources.VmState.RUNNING]
-        await publisher.serve_all(running_now)
+        await publisher.serve_all(_running(rows))
         keeper.start()
+        times.start()
         vm_service.lifetimes.start()
         for vm in network_keeper.networked(rows):
             zone.add(vm)
@@ -229,12 +231,17 @@ async def compose(
             started_at=datetime.datetime.now(datetime.UTC),
         )
     finally:
+        await times.close()
         await keeper.close()
         await running.close()
         await publisher.close()
         await vm_service.close()
         await zone.close()
         rows.close()
+
+
+def _running(rows: store.Store) -> list[record.VmRecord]:
+    return [vm for vm in rows.list() if vm.state is resources.VmState.RUNNING]
 
 
 async def _restore_network(keeper: network_keeper.NetworkKeeper, rows: store.Store) -> None:

@@ -25,6 +25,10 @@ class Agent(Protocol):
 
     async def power_off(self, *, grace_ms: int) -> None: ...
 
+    async def time_ns(self) -> int: ...
+
+    async def set_time(self, realtime_ns: int, /) -> None: ...
+
 
 class Records(Protocol):
     """Where the row is kept."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,7 +15,7 @@ import msgspec
 from banger import steps
 from banger.contract import errors, names, privileged, resources
 from banger.storage import overlay
-from banger.vm import boot_args, capabilities, host, lifetime, readiness, record, sources
+from banger.vm import boot_args, capabilities, clock, host, lifetime, readiness, record, sources
 
 _SUN_PATH_BYTES: Final = 107
 _RESERVE_BYTES: Final = 64 * 1024 * 1024
@@ -209,7 +210,12 @@ class Start:
     # --- the guest ---
 
     async def _wait_agent(self) -> None:
+        asked_ns = time.time_ns()
         health = await readiness.wait_for_agent(self._host, self._vm)
+        if health.realtime_ns:
+            with contextlib.suppress(errors.BangerError):  # the daemon looks at it again, and says why
+                agent = self._host.agent(self._vm.id)
+                await clock.correct(agent, health.realtime_ns, asked_ns=asked_ns)
         self.started = msgspec.structs.replace(
             lifetime.begun(self._vm),
             state=resources.VmState.RUNNING,
