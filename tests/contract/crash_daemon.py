@@ -15,18 +15,19 @@ import shutil
 import signal
 import sqlite3
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from banger import steps
-from banger.contract import inventory, requests, resources
-from banger.owner import composition, config, helper, operations, routes, store
+from banger.contract import errors, inventory, requests, resources, transfers
+from banger.owner import composition, config, helper, operations, routes, store, workspaces
 from tests.contract import conftest
 
+T = TypeVar("T")
 NAME = "web"
 IMAGE = "made"
 _DONE_WITHIN_S = 60
@@ -50,7 +51,9 @@ class Order(msgspec.Struct, frozen=True):
     name: str = ""
     """Of the operation to do."""
     subject: str = ""
-    """What an image is made of: a reference, a path, another image, a recipe."""
+    """What an image is made of: a reference, a path, another image, a recipe. For `prepare`, a file that
+    holds what the client says.
+    """
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -85,7 +88,7 @@ class Boundaries:
         self.passed.append(name)
 
     def watch_steps(self, database: Path) -> None:
-        """Before each step and undo, each request to the helper and each change of a row.
+        """Before each step and undo, each request to the helper, each script in a guest and change of a row.
 
         After one is before the next; after the last is the end of the operation.
         """
@@ -101,6 +104,8 @@ class Boundaries:
 
         steps._observed = observed
         helper.Client.call = called  # type: ignore[method-assign]
+        for kind, name in ((workspaces._Guest, "run"), (workspaces._Guest, "put")):
+            setattr(kind, name, self._around_script(name, getattr(kind, name)))
         for name in ("reserve", "save", "delete", "set_throw_away"):
             setattr(store.Store, name, self._around(name, getattr(store.Store, name)))
         lasting = store.Store._lasting
@@ -120,6 +125,13 @@ class Boundaries:
 
         return wrapped
 
+    def _around_script(self, name: str, function: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
+        async def wrapped(*arguments: Any, **more: Any) -> None:
+            self.reach(f"script {name}")
+            await function(*arguments, **more)
+
+        return wrapped
+
     def watch_files(self, *tops: Path) -> None:
         """Before each change below these directories; an audit hook sees those of every thread."""
         below = tuple(f"{top}/" for top in tops)
@@ -134,6 +146,44 @@ class Boundaries:
                 self.reach(event)
 
         sys.addaudithook(heard)
+
+
+class Client:
+    """Who has a repository taken in, by the messages that one sent: each of them is a boundary.
+
+    `scripts`: the first message, what follows when the guest has no such workspace, and when it has one.
+    """
+
+    def __init__(self, boundaries: Boundaries, scripts: list[list[bytes]]) -> None:
+        self._boundaries = boundaries
+        first, *self._later = scripts
+        self._messages = iter(first)
+        self._answered = False
+
+    async def hear(self, kind: type[T], /) -> T:
+        self._boundaries.reach(f"message {kind.__name__}")
+        return msgspec.json.decode(next(self._messages), type=kind)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        while True:
+            self._boundaries.reach("message of data")
+            data = next(self._messages)
+            if not data:
+                return
+            yield data
+
+    async def tell(self, message: resources.Resource, /) -> None:
+        self._boundaries.reach(f"answer {type(message).__name__}")
+        if isinstance(message, transfers.WorkspaceState):
+            self._messages = iter(self._later[message.exists])
+
+    async def send(self, data: bytes, /) -> None:
+        if not self._answered:  # however many pieces it comes in
+            self._boundaries.reach("answer of data")
+        self._answered = True
+
+    async def end(self) -> None:
+        self._boundaries.reach("end of data")
 
 
 def keep_what_lasts(database: Path) -> None:
@@ -189,7 +239,7 @@ async def _obey(order: Order, services: routes.Services, boundaries: Boundaries)
         boundaries.arm()
         return Report()
     if order.kind == "do":
-        error = await _done(services, order.name, order.subject)
+        error = await _done(services, boundaries, order)
         boundaries.reach("end")
         boundaries.disarm()
         return Report(error, tuple(boundaries.passed))
@@ -201,16 +251,26 @@ async def _obey(order: Order, services: routes.Services, boundaries: Boundaries)
     )
 
 
-async def _done(services: routes.Services, name: str, subject: str) -> str:
+async def _done(services: routes.Services, boundaries: Boundaries, order: Order) -> str:
     """Begins an operation and waits for it; the error it ended with, or nothing."""
+    name = order.name
     try:
         async with asyncio.timeout(_DONE_WITHIN_S):
-            begun = _MAKE[name](services, subject) if name in _MAKE else _BEGIN[name](services)
+            if name == "prepare":
+                await services.workspaces.prepare(NAME, Client(boundaries, _read(order.subject)))
+                return ""
+            begun = _MAKE[name](services, order.subject) if name in _MAKE else _BEGIN[name](services)
             operation = await begun if isinstance(begun, Awaitable) else begun
             ended = await services.operations.wait(operation.id)
+    except errors.BangerError as failure:
+        return str(failure)
     except Exception as failure:
-        return str(failure) or type(failure).__name__
+        return f"unexpected error: {failure!r}"
     return ended.error.message if ended.error is not None else ""
+
+
+def _read(path: str) -> list[list[bytes]]:
+    return msgspec.msgpack.decode(Path(path).read_bytes(), type=list[list[bytes]])
 
 
 _BEGIN: dict[str, Callable[[routes.Services], Awaitable[resources.Operation]]] = {

@@ -74,7 +74,7 @@ class Life:
         return await self._ask(Order("do", names[-1])) if names else Report()
 
     async def make(self, way: str, subject: str) -> Report:
-        """An image."""
+        """An image; or a workspace."""
         return await self._ask(Order("do", way, subject))
 
     async def look(self) -> Report:
@@ -141,7 +141,7 @@ class Host:
             await self.judge_living(life, where)
 
     async def judge_living(self, life: Life, where: str) -> None:
-        found = await self._true(life, where)
+        found = await self.true(life, where)
         if not found.vms:
             acts = ["create"]
         elif found.vms[0].state is RUNNING:
@@ -151,13 +151,13 @@ class Host:
         for act in (*acts, "delete"):
             again = await life.do(act)
             assert again.error == "", f"{where}: {act} afterwards: {again.error}"
-            await self._true(life, f"{where}: {act} afterwards")
+            await self.true(life, f"{where}: {act} afterwards")
         assert self.world.leftovers() == {}, where
         assert not any(vm.logs for vm in self.world.vms.values()), where
         vms = self.paths.state / "vms"
         assert not vms.exists() or not any(vms.iterdir()), where
 
-    async def _true(self, life: Life, where: str) -> Report:
+    async def true(self, life: Life, where: str) -> Report:
         """Everything has an owner and rows say what is so, at once or as soon as the daemon has noticed."""
         deadline = time.monotonic() + _TRUE_WITHIN_S
         while True:

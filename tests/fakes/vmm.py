@@ -173,7 +173,8 @@ class FakeVmm:
         kind, payload = await _receive(reader)
         told = self._behaviour.on_agent or _nobody
         await told(F(kind), "before")
-        await self._answer(reader, writer, kind, payload)
+        if self.is_running:
+            await self._answer(reader, writer, kind, payload)
         await told(F(kind), "after")
 
     async def _answer(

@@ -13,7 +13,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -77,7 +77,12 @@ class WorkspaceService:
             await peer.tell(transfers.WorkspaceState(exists=state.exists, tips=state.tips))
             plan = await peer.hear(transfers.PreparePlan)
             taking = _Taking(inside, peer, path, plan, state, discard=request.discard)
-            await (taking.copy() if request.full_copy else taking.repository())
+            if request.full_copy:
+                await taking.copy()
+                self._save(vm.id, placing=path)
+                await taking.place()
+            else:
+                await taking.repository()
             if plan.read_only:
                 await inside.run(workspace.LOCK, path, "1")
             made = self._remember(vm, path, plan)
@@ -129,7 +134,7 @@ class WorkspaceService:
     ) -> workspace.Found:
         kind = "copy" if request.full_copy else "git"
         found = workspace.parse_found(await inside.said(workspace.INSPECT, path, kind))
-        known = vm.workspace is not None and vm.workspace.path == path
+        known = path == vm.placing or (vm.workspace is not None and vm.workspace.path == path)
         if request.full_copy or (found.foreign and known):
             # Nothing tells what was changed in a copy.
             changed = () if not (found.exists or found.foreign) else ("it is there already",)
@@ -148,8 +153,12 @@ class WorkspaceService:
             prepared_at=datetime.datetime.now(datetime.UTC),
             options=plan.options,
         )
-        self._store.save(msgspec.structs.replace(self._store.get(vm.id), workspace=made))
+        self._save(vm.id, workspace=made, placing="")
         return made
+
+    def _save(self, vm_id: names.VmId, **changes: Any) -> None:
+        """On the row as it is now: others change it meanwhile."""
+        self._store.save(msgspec.structs.replace(self._store.get(vm_id), **changes))
 
 
 def _base_of_copy(vm: record.VmRecord, path: str) -> str:
@@ -205,10 +214,14 @@ class _Taking:
         )
 
     async def copy(self) -> None:
-        """The tree appears under its name only when it is whole."""
+        """The tree, beside its place."""
         root = workspace.staging(self.path)
         await self.inside.run(workspace.CLEAR, root)
         await self.inside.put(root, self.peer.pieces())
+
+    async def place(self) -> None:
+        """It appears under its name only when it is whole."""
+        root = workspace.staging(self.path)
         await self.inside.run(workspace.PLACE, root, self.path, str(int(self.discard)))
 
 

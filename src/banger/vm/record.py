@@ -43,6 +43,8 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sources: dict[str, resources.SizeSource] = {}
     last_start: tuple[resources.StepTiming, ...] = ()
     workspace: resources.Workspace | None = None
+    placing: str = ""
+    """Where a full copy is about to appear in the guest: ours, should nobody live to write `workspace`."""
     idle_stop_s: int = 0
     """Stopped after so long without use; 0 for never."""
     ttl_s: int = 0
