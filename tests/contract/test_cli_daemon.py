@@ -54,6 +54,28 @@ async def test_life_of_a_vm(served: api_served.Served) -> None:
     assert await names(served) == []
 
 
+@pytest.mark.parametrize("words", [("logs", "-f"), ("console",)])
+async def test_logs_are_followed_until_the_user_has_seen_enough(
+    served: api_served.Served, words: tuple[str, ...]
+) -> None:
+    await served.daemon.create()
+    vm = await served.get("/v1/vms/web", resources.Vm)
+    log = served.daemon.paths.layout.logs / vm.id / "console.log"
+    log.write_bytes(b"one\n")
+
+    def follow() -> tuple[int, bytes]:
+        with cli_process.Cli(served.path).on_terminal("vm", *words, "web") as terminal:
+            terminal.read_until(b"one\r\n")
+            with log.open("ab") as file:
+                file.write(b"two\n")
+            terminal.read_until(b"two\r\n")
+            terminal.process.send_signal(signal.SIGINT)
+            return terminal.wait(), terminal.seen
+
+    status, seen = await asyncio.to_thread(follow)
+    assert (status, seen.count(b"one"), seen.count(b"two")) == (130, 1, 1), seen
+
+
 async def test_images_kernels_and_versions(served: api_served.Served) -> None:
     assert (await banger(served, "image", "list", "-q")).text == "tiny\n"
     assert "tiny" in (await banger(served, "image", "show", "tiny")).text
