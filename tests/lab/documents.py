@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The commands of a page, and whether what it shows came: in `console` blocks, `…` stands for any lines, and
-within a line for anything.
+within a line for anything. In `sh` blocks are commands alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 _BLOCK: Final = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMANDS: Final = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ANYTHING: Final = "…"
 
 
@@ -26,6 +27,11 @@ def console(page: Path) -> Iterator[tuple[str, list[str]]]:
             else:
                 shown.append(line)
         yield command, shown
+
+
+def commands(page: Path) -> list[str]:
+    """Each line of the `sh` blocks."""
+    return [line for block in _COMMANDS.findall(page.read_text()) for line in block.splitlines()]
 
 
 def is_shown(shown: list[str], text: str) -> bool:

@@ -28,9 +28,12 @@ from banger.images import records as image_records
 from banger.images.mkfs import filesystem
 from banger.kernels import catalog, elf
 from banger.kernels import records as kernel_records
+from banger.owner import pulls
 from tests import ext4_read
+from tests.lab import documents
 from tests.root import compared
 
+TREE = Path(__file__).parents[2]
 NOBODY = 65534
 ARCH = platform.machine()
 PR_SET_DUMPABLE = 4
@@ -259,5 +262,8 @@ def test_kernels_of_the_catalog(home: Path, name: str, kind: str) -> None:
     assert made.kind == kind
     assert made.version.startswith(name.partition("-")[2])
     assert elf.parse(kernels.vmlinux(made.id).read_bytes()).machine == "x86_64"
+    if name == pulls.DEFAULT_KERNEL:
+        [(_, shown)] = documents.console(TREE / "README.md")
+        assert shown[0] == made.version
     if kind == "initrd":
         assert {"virtio_mmio", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"} <= set(made.modules)
