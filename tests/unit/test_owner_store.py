@@ -394,11 +394,14 @@ def test_what_was_kept_goes_when_the_newer_program_has_held(
         migrations.undo(path)
 
 
-def test_rows_are_looked_at_also_where_nothing_is_installed(path: Path) -> None:
+def test_what_check_migrations_says_also_where_nothing_is_installed(path: Path) -> None:
     asked = ["--check-migrations", f"--state-dir={path.parent}", f"--install={path.parent / 'gone.toml'}"]
     assert main.main(asked) == 1
     store.Store(path).close()
     assert main.main(asked) == 0
+    with contextlib.closing(store.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 1000")
+    assert main.main(asked) == 2, "rows of a newer banger"
 
 
 def test_without_what_was_kept_nothing_is_undone(path: Path) -> None:
