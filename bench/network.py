@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import names, privileged
-from banger.helper import network, operations, spares
+from banger.helper import filesystem, network, operations, spares
 from banger.helper.linux import netlink
 from bench import host, report
 from tests.root import helper_world, network_world
@@ -59,9 +59,11 @@ def _steps(world: helper_world.HelperWorld) -> list[report.Row]:
     rows = [report.Row("bridge, made", _once_ms(ask(privileged.EnsureBridge())), "ms")]
     for others in (0, _GUESTS):
         for slot in range(1, others + 1):
+            filesystem.make_jail(world.policy, _id(slot), slot)
             ask(privileged.CreateTap(vm_id=_id(slot), slot=slot))()
             ask(privileged.SetGuestRules(vm_id=_id(slot), slot=slot, nat=slot % 2 == 0))()
         slot = 3000
+        filesystem.make_jail(world.policy, _id(slot), slot)
         make = privileged.CreateTap(vm_id=_id(slot), slot=slot)
         rules = privileged.SetGuestRules(vm_id=_id(slot), slot=slot, nat=True)
         timed: dict[str, list[float]] = {}

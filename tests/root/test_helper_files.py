@@ -180,6 +180,27 @@ def test_a_slot_in_use_is_refused(helper_world_here: HelperWorld) -> None:
         world.policy.uid(world.policy.uid_count + 1)
 
 
+def test_a_vm_that_has_a_jail_is_compared_with_no_other(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a tap takes no longer beside many VMs. The slot was nobody else's when the jail was made."""
+    world = helper_world_here
+    filesystem.make_jail(world.policy, OTHER_VM, 8)
+    uid = filesystem.make_jail(world.policy, VM, 7)
+    looked: list[str] = []
+    look = os.lstat
+
+    def lstat(path: str) -> os.stat_result:
+        looked.append(path)
+        return look(path)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    assert filesystem.claim(world.policy, VM, 7) == uid
+    assert looked == [f"{filesystem.jail(world.policy, VM)}/uid"]
+    with pytest.raises(errors.ConflictError, match=VM):
+        filesystem.claim(world.policy, VM, 8)
+
+
 def test_frozen_jail_is_no_longer_the_vmms(helper_world_here: HelperWorld) -> None:
     world = helper_world_here
     uid = filesystem.make_jail(world.policy, VM, 1)

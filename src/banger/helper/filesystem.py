@@ -83,16 +83,25 @@ def jail(policy: policies.Policy, vm_id: str) -> str:
 
 
 def claim(policy: policies.Policy, vm_id: str, slot: int) -> int:
-    """The VM's uid; refused while another VM's jail has it. A jail's file `uid` is owned by that uid."""
+    """The VM's uid; refused while another VM's jail has it. A jail's file `uid` is owned by that uid.
+
+    No two jails have one uid: who has a jail was compared with all others when it was made.
+    """
     uid = policy.uid(slot)
     base = os.path.dirname(jail(policy, vm_id))
-    with contextlib.suppress(FileNotFoundError):
-        for other in os.listdir(base):
-            with contextlib.suppress(FileNotFoundError):
-                taken = os.lstat(f"{base}/{other}/uid").st_uid
-                if (taken == uid) != (other == vm_id):
-                    raise errors.ConflictError(f"slot {slot}: VM {other} has uid {taken}", vm=vm_id)
+    own = _claimed(base, vm_id)
+    found = {other: _claimed(base, other) for other in _listed(base)} if own is None else {vm_id: own}
+    for other, taken in found.items():
+        if taken is not None and (taken == uid) != (other == vm_id):
+            raise errors.ConflictError(f"slot {slot}: VM {other} has uid {taken}", vm=vm_id)
     return uid
+
+
+def _claimed(base: str, vm_id: str) -> int | None:
+    """The uid of that VM's jail; None when it has none."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.lstat(f"{base}/{vm_id}/uid").st_uid
+    return None
 
 
 def make_jail(policy: policies.Policy, vm_id: str, slot: int) -> int:
