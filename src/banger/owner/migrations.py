@@ -31,6 +31,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     "UPDATE vms SET record = json_set(record, '$.nat', json('false')) WHERE json_valid(record)",
     "UPDATE vms SET record = json_set(record, '$.ttl_s', 0) WHERE json_valid(record)",
     "UPDATE vms SET record = json_set(record, '$.host_boot_id', '') WHERE json_valid(record)",
+    "UPDATE vms SET record = json_set(record, '$.placing', '') WHERE json_valid(record)",
 )
 
 
