@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import logging
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors
-from banger.images import blobs, bundle, connections, pull, reference
+from banger.images import blobs, bundle, connections, manifest, pull, reference
 from tests.fakes import registry as registries
 
 BASE = b"\x1f\x8b base " + bytes(range(256)) * 20_000
@@ -47,11 +48,12 @@ class Client:
         self.store = blobs.Blobs(root / "blobs", blobs.Tries(attempts=3, first_wait_s=0.01))
         self.watch = Watch()
         self.logins: tuple[Path, ...] = ()
+        self.limits = LIMITS
 
     @contextlib.asynccontextmanager
     async def opened(self, name: str = "team/app:v1") -> AsyncIterator[pull.Puller]:
         wanted = reference.parse(f"{self.registry.host}/{name}")
-        settings = pull.Settings(login_files=self.logins, limits=LIMITS)
+        settings = pull.Settings(login_files=self.logins, limits=self.limits)
         async with asyncio.timeout(20), pull.opened(wanted, settings, self.store, self.watch) as puller:
             yield puller
 
@@ -92,6 +94,10 @@ async def test_a_pull_brings_the_layers_and_what_to_run(client: Client) -> None:
     assert (made.run.env, made.run.user) == (("A=1",), "7")
     assert made.reference == f"{client.registry.host}/team/app:v1"
     assert client.watch.told[-1] == (len(BASE) + len(TOP), len(BASE) + len(TOP), "layers")
+    whole = {detail: (current, size) for current, size, detail in client.watch.told}
+    for number, layer in enumerate((BASE, TOP), 1):
+        name = f"layer {number} of 2 {_digest(layer).partition(':')[2][:12]}"
+        assert whole[name] == (len(layer), len(layer))
     assert client.left() == []
 
 
@@ -132,7 +138,8 @@ async def test_a_layer_that_occurs_twice_is_fetched_once(client: Client) -> None
     assert client.registry.sent[_digest(TOP)] == len(TOP)
 
 
-async def test_an_index_gives_what_this_machine_runs(client: Client) -> None:
+@pytest.mark.parametrize("media_type", [registries.INDEX, manifest.DOCKER_INDEX])
+async def test_an_index_gives_what_this_machine_runs(client: Client, media_type: str) -> None:
     registry = client.registry
     arm, amd = registry.add_image("arm", TOP, arch="arm64"), registry.add_image("amd", BASE)
     entries = [
@@ -143,12 +150,12 @@ async def test_an_index_gives_what_this_machine_runs(client: Client) -> None:
             (amd, {"architecture": "amd64", "os": "linux"}),
         )
     ]
-    document = {"schemaVersion": 2, "mediaType": registries.INDEX, "manifests": entries}
-    index = registry.add_manifest("multi", document, registries.INDEX)
+    document = {"schemaVersion": 2, "mediaType": media_type, "manifests": entries}
+    index = registry.add_manifest("multi", document, media_type)
     made = await client.pull("team/app:multi")
     assert (made.digest, [layer.digest for layer in made.layers]) == (index, [_digest(BASE)])
     document["manifests"] = entries[:2]
-    registry.add_manifest("multi", document, registries.INDEX)
+    registry.add_manifest("multi", document, media_type)
     with pytest.raises(errors.NotFoundError, match="nothing for linux/amd64") as caught:
         await client.pull("team/app:multi")
     assert caught.value.hint == "it has: linux/arm64/v8"
@@ -295,10 +302,49 @@ async def test_what_does_not_pass_says_what_to_do(
     assert hint in caught.value.hint
 
 
+def _waits(client: Client) -> list[str]:
+    return [note.rpartition("trying again in ")[2] for note in client.watch.notes if "trying again" in note]
+
+
 async def test_retry_after_is_heeded(client: Client) -> None:
+    client.limits = dataclasses.replace(LIMITS, first_wait_s=5.0)
     client.registry.faults += [registries.on("/manifests/v1", then=registries.status(429, Retry_After="0"))]
     await client.pull()
-    assert [note for note in client.watch.notes if "trying again in 0.0 s" in note]
+    assert _waits(client) == ["0.0 s"]
+
+
+async def test_each_wait_is_twice_the_one_before_up_to_a_limit(client: Client) -> None:
+    client.limits = dataclasses.replace(LIMITS, attempts=5, first_wait_s=0.1, longest_wait_s=0.3)
+    client.registry.faults += [registries.on("/manifests/v1", times=4, then=registries.status(503))]
+    await client.pull()
+    assert _waits(client) == ["0.1 s", "0.2 s", "0.3 s", "0.3 s"]
+
+
+async def test_a_few_layers_come_at_once_and_not_all(client: Client) -> None:
+    """Those that came first are held; what is asked after them would have come after the others too."""
+    held, arrived, go = [], threading.Semaphore(0), threading.Event()
+    layers = [b"\x1f\x8b layer %d" % number for number in range(9)]
+    client.registry.add_image("many", *layers)
+    digests = {_digest(layer) for layer in layers}
+
+    def holds(handler: registries._Handler) -> bool:
+        if handler.path.rpartition("/")[2] in digests:
+            held.append(handler.path)
+            arrived.release()
+            go.wait(20)
+        return False
+
+    client.registry.faults.append(holds)
+    async with asyncio.TaskGroup() as group:
+        pulled = group.create_task(client.pull("team/app:many"))
+        for _ in range(4):
+            assert await asyncio.to_thread(arrived.acquire, timeout=20)
+        for _ in range(5):
+            async with client.opened() as other:
+                await other.digest()
+        assert len(held) == 4
+        go.set()
+    assert [layer.path.read_bytes() for layer in pulled.result().layers] == layers
 
 
 async def test_nobody_there_says_so(client: Client) -> None:

@@ -248,8 +248,8 @@ def breaks_after(count: int) -> Callable[[_Handler], None]:
             handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         handler.send_header("Content-Length", str(len(data) - start))
         handler.end_headers()
-        handler.wfile.write(piece)
         handler.registry.sent[digest] += len(piece)
+        handler.wfile.write(piece)
         handler.hang_up()
 
     return then

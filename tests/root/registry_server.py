@@ -29,10 +29,11 @@ _START_S: Final = 20.0
 class Registry:
     """A docker-registry process over a directory; may be killed and started again at the same address."""
 
-    def __init__(self, root: Path, auth: str = "") -> None:
+    def __init__(self, root: Path, auth: str = "", tls: str = "") -> None:
         self.root = root
         self.port = 0
         self._auth = auth
+        self._tls = tls
         self._process: subprocess.Popen[str] | None = None
         root.mkdir(exist_ok=True)
 
@@ -43,7 +44,7 @@ class Registry:
     def start(self) -> None:
         config = self.root / "config.yml"
         config.write_text(
-            f"version: 0.1\nlog: {{level: info}}\nhttp: {{addr: '127.0.0.1:{self.port}'}}\n"
+            f"version: 0.1\nlog: {{level: info}}\nhttp: {{addr: '127.0.0.1:{self.port}'{self._tls}}}\n"
             f"storage: {{filesystem: {{rootdirectory: {self.root}/data}}}}\n{self._auth}"
         )
         argv = ["docker-registry", "serve", str(config)]
@@ -83,13 +84,28 @@ def _drain(stream: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def registry(root: Path, auth: str = "") -> Iterator[Registry]:
-    made = Registry(root, auth)
+def registry(root: Path, auth: str = "", tls: str = "") -> Iterator[Registry]:
+    made = Registry(root, auth, tls)
     made.start()
     try:
         yield made
     finally:
         made.kill()
+
+
+def make_certificate(certificate: Path, key: Path) -> None:
+    """Of the loopback, signed by itself."""
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=tests"]
+    argv += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+
+
+def with_tls(root: Path) -> tuple[str, Path]:
+    """What makes it speak TLS, and its certificate."""
+    root.mkdir(exist_ok=True)
+    certificate, key = root / "cert.pem", root / "key.pem"
+    make_certificate(certificate, key)
+    return f", tls: {{certificate: {certificate}, key: {key}}}", certificate
 
 
 def with_passwords(root: Path) -> str:
@@ -108,20 +124,7 @@ class Tokens:
         root.mkdir(exist_ok=True)
         self._key = root / "key.pem"
         self.certificate = root / "cert.pem"
-        argv = [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=tests",
-        ]
-        argv += ["-keyout", str(self._key), "-out", str(self.certificate)]
-        subprocess.run(argv, check=True, capture_output=True, timeout=60)
+        make_certificate(self.certificate, self._key)
         self.port = 0
         self.asked: list[str] = []
 

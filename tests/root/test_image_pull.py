@@ -36,10 +36,14 @@ class Silent:
 
 
 async def _pull(
-    name: str, cache: Path, logins: tuple[Path, ...] = (), watch: pull.Watch | None = None
+    name: str,
+    cache: Path,
+    logins: tuple[Path, ...] = (),
+    watch: pull.Watch | None = None,
+    insecure: tuple[str, ...] = (),
 ) -> bundle.Bundle:
     store = blobs.Blobs(cache / "blobs", blobs.Tries(attempts=2, first_wait_s=0.05))
-    settings = pull.Settings(login_files=logins, limits=LIMITS)
+    settings = pull.Settings(login_files=logins, limits=LIMITS, insecure=insecure)
     opened = pull.opened(reference.parse(name), settings, store, watch or Silent())
     async with asyncio.timeout(50), opened as puller, puller.bundle("x86_64", await puller.digest()) as made:
         return made
@@ -73,6 +77,24 @@ def open_registry(
         made.push(layout, "v1", "team/app:v1")
         made.push(layout, "v2", "team/app:v2")
         yield made
+
+
+async def test_a_certificate_must_be_vouched_for_unless_configured(
+    layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls, certificate = registry_server.with_tls(tmp_path / "tls")
+    with registry_server.registry(tmp_path / "registry", tls=tls) as made:
+        made.push(layout, "v1", "team/app:v1")
+        wanted = f"{made.host}/team/app:v1"
+        with pytest.raises(errors.BangerError, match="certificate") as caught:
+            await _pull(wanted, tmp_path / "refused")
+        assert "insecure_registries" in caught.value.hint
+        asked = await _pull(wanted, tmp_path / "insecure", insecure=(made.host,))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        connections._context.cache_clear()
+        trusted = await _pull(wanted, tmp_path / "trusted")
+        connections._context.cache_clear()
+    assert _tars(asked) == _tars(trusted) == [BASE, TOP]
 
 
 @pytest.mark.parametrize(

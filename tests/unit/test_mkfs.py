@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import os
 import stat
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,35 @@ def test_more_content_than_allowed_is_refused_while_it_arrives(image: Path) -> N
         made.write(made.ROOT, b"data", FILE, content())  # type: ignore[arg-type]
     assert written <= 2 * MIB
     assert not image.exists()
+
+
+def _fill(made: Filesystem, count: int, name: bytes, attributes: Attributes) -> None:
+    for number in range(count):
+        made.write(made.ROOT, name % number, attributes, ())
+
+
+def test_names_that_take_more_memory_than_allowed_are_refused(image: Path) -> None:
+    """Names, files and attributes count alike."""
+    note = Attributes(FILE.mode, xattrs=((b"user.note", b"yes"),))
+    counts = []
+    for attributes, name in ((FILE, b"%d"), (FILE, b"a" * 200 + b"%d"), (note, b"%d")):
+        with Filesystem(image, limits=filesystem.Limits(max_packed_bytes=MIB)) as made:
+            with pytest.raises(errors.BadRequestError, match="files take more than 1 MiB of memory"):
+                _fill(made, 20_000, name, attributes)
+            counts.append(made.inode_count)
+    plain, longer, noted = counts
+    assert longer < noted < plain < 16_000
+
+
+def test_finishing_takes_little_memory_beyond_what_is_kept(image: Path) -> None:
+    """Even of one directory with everything: its leaves are packed one by one."""
+    with Filesystem(image) as made:
+        _fill(made, 30_000, b"%d", FILE)
+        tracemalloc.start()
+        made.finish()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 6 * MIB
 
 
 def test_more_files_than_allowed_are_refused(image: Path) -> None:

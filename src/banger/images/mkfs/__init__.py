@@ -2,7 +2,7 @@
 """Makes ext4 file systems in files, without mounting them, without root, and while the content arrives.
 
 `filesystem.Filesystem` is the only way in. The content of files goes straight to where it will stay; names
-and inodes are kept packed in memory (about 100 bytes a file) and are written at the end, when the size is
+and inodes are kept packed in memory (about 90 bytes a file) and are written at the end, when the size is
 known. Nothing is written that reads as zeros anyway, so the file is as sparse as its content.
 
 The features, and why:

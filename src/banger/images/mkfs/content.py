@@ -6,6 +6,7 @@ Used by `mkfs` only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Final
 
@@ -29,7 +30,8 @@ class Stored:
         self._space = space
         self._at = 0
         self.size = 0
-        self.tree = extents.Tree(self._store_node)
+        # Not a method: this and its tree would be a cycle, and wait for the search for garbage.
+        self.tree = extents.Tree(functools.partial(_store_node, disk, space))
 
     def take(self, content: Iterable[bytes | memoryview | Hole], limit: int = MAX_BYTES) -> None:
         """Writes everything; more than `limit` is refused before it is written."""
@@ -92,7 +94,8 @@ class Stored:
             self._at += count
             view = view[count * BLOCK :]
 
-    def _store_node(self, node: bytes) -> int:
-        start, _ = self._space.allocate(1)
-        self._disk.write(start, node)
-        return start
+
+def _store_node(disk: Disk, space: Space, node: bytes) -> int:
+    start, _ = space.allocate(1)
+    disk.write(start, node)
+    return start

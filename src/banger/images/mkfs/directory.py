@@ -7,6 +7,7 @@ Used by `mkfs` only.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ _NODE_MAX: Final = (BLOCK - _ENTRY.size) // _INDEX.size
 _LEAF_FILL: Final = BLOCK * 7 // 8
 """A leaf has room for a few more names before the guest must split it."""
 _BATCH: Final = 4096
+_PARTS: Final = 256
+_PART_SHIFT: Final = 24
+"""Of a hash of 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,66 +43,67 @@ class Names:
     """Inode and file type."""
 
 
-def blocks(own: int, parent: int, listed: array[int], names: Names, hash_seed: bytes) -> list[bytes]:
+def blocks(own: int, parent: int, listed: array[int], names: Names, hash_seed: bytes) -> Iterator[bytes]:
     """A directory's content: a block of entries, or an index and as many as are needed."""
     if _DOTS_BYTES + sum(_length(names.name(entry)) for entry in listed) <= BLOCK:
         packed = [_dot(own, b"."), _dot(parent, b".."), *_packed(listed, names)]
-        return [_filled(packed)]
-    return _Indexed(names, hash_seed).blocks(own, parent, listed)
+        yield _filled(packed)
+        return
+    yield from _Indexed(listed, names, hash_seed).blocks(own, parent)
 
 
 class _Indexed:
-    def __init__(self, names: Names, hash_seed: bytes) -> None:
+    """Many entries, in leaves in order of hash. Numbers are kept; a leaf is packed when it is asked for."""
+
+    def __init__(self, listed: array[int], names: Names, hash_seed: bytes) -> None:
         self._names = names
-        self._hash_seed = hash_seed
-
-    def blocks(self, own: int, parent: int, listed: array[int]) -> list[bytes]:
-        hashes = self._hashes(listed)
-        order = sorted(range(len(listed)), key=hashes.__getitem__)
-        bounds, leaves = self._leaves(listed, hashes, order)
-        if len(leaves) <= _ROOT_MAX:
-            return [_root(own, parent, 0, _numbered(bounds, 1)), *leaves]
-        parts = [
-            range(start, min(start + _NODE_MAX, len(leaves))) for start in range(0, len(leaves), _NODE_MAX)
-        ]
-        if len(parts) > _ROOT_MAX:
-            raise errors.BadRequestError(
-                f"a directory of {len(listed)} entries is larger than ext4 can hold"
-            )
-        leaf_numbers = _numbered(bounds, 1 + len(parts))
-        nodes = [_node(leaf_numbers[part.start : part.stop]) for part in parts]
-        top = _numbered([bounds[part.start] for part in parts], 1)
-        return [_root(own, parent, 1, top), *nodes, *leaves]
-
-    def _hashes(self, listed: array[int]) -> array[int]:
-        found = array("I")
-        for start in range(0, len(listed), _BATCH):
-            run.check_cancelled()
-            batch = [self._names.name(entry) for entry in listed[start : start + _BATCH]]
-            found += dirhash.hashes(batch, self._hash_seed)
-        return found
-
-    def _leaves(
-        self, listed: array[int], hashes: array[int], order: list[int]
-    ) -> tuple[list[int], list[bytes]]:
-        """Leaves in order of hash, each with the hash it starts at."""
-        bounds: list[int] = []
-        leaves: list[bytes] = []
-        leaf: list[int] = []
+        hashes = _hashes(listed, names, hash_seed)
+        self._ordered, self._bounds, self._starts = array("I"), array("I"), array("I")
         size = last = 0
-        for number in order:
-            length = _length(self._names.name(listed[number]))
-            if size + length > _LEAF_FILL:
-                leaves.append(_filled(_packed(leaf, self._names)))
-                leaf, size = [], 0
-            if not leaf:
+        for number in _in_order(hashes):
+            length = _length(names.name(listed[number]))
+            if not self._starts or size + length > _LEAF_FILL:
                 # The lowest bit says that names of this hash began in the leaf before.
-                bounds.append(hashes[number] | (bool(leaves) and hashes[number] == last))
-            leaf.append(listed[number])
+                self._bounds.append(hashes[number] | (bool(self._starts) and hashes[number] == last))
+                self._starts.append(len(self._ordered))
+                size = 0
+            self._ordered.append(listed[number])
             size += length
             last = hashes[number]
-        leaves.append(_filled(_packed(leaf, self._names)))
-        return bounds, leaves
+
+    def blocks(self, own: int, parent: int) -> Iterator[bytes]:
+        bounds, leaves = self._bounds, len(self._bounds)
+        if leaves <= _ROOT_MAX:
+            yield _root(own, parent, 0, _numbered(bounds, 1))
+        else:
+            parts = [range(start, min(start + _NODE_MAX, leaves)) for start in range(0, leaves, _NODE_MAX)]
+            if len(parts) > _ROOT_MAX:
+                raise errors.BadRequestError(
+                    f"a directory of {len(self._ordered)} entries is larger than ext4 can hold"
+                )
+            yield _root(own, parent, 1, _numbered([bounds[part.start] for part in parts], 1))
+            for part in parts:
+                yield _node(_numbered(bounds[part.start : part.stop], 1 + len(parts) + part.start))
+        for start, end in itertools.pairwise((*self._starts, len(self._ordered))):
+            yield _filled(_packed(self._ordered[start:end], self._names))
+
+
+def _hashes(listed: array[int], names: Names, hash_seed: bytes) -> array[int]:
+    found = array("I")
+    for start in range(0, len(listed), _BATCH):
+        run.check_cancelled()
+        batch = [names.name(entry) for entry in listed[start : start + _BATCH]]
+        found += dirhash.hashes(batch, hash_seed)
+    return found
+
+
+def _in_order(hashes: array[int]) -> Iterator[int]:
+    """Places in order of their hash, by parts: a list of them all would take ten times as much memory."""
+    parts = [array("I") for _ in range(_PARTS)]
+    for number, each in enumerate(hashes):
+        parts[each >> _PART_SHIFT].append(number)
+    for part in parts:
+        yield from sorted(part, key=hashes.__getitem__)
 
 
 def _packed(entries: Sequence[int], names: Names) -> Iterator[bytes]:
@@ -126,7 +131,7 @@ def _filled(packed: Sequence[bytes] | Iterator[bytes]) -> bytes:
     return (before + head + last[_ENTRY.size :]).ljust(BLOCK, b"\0")
 
 
-def _numbered(bounds: list[int], first_block: int) -> list[tuple[int, int]]:
+def _numbered(bounds: Sequence[int], first_block: int) -> list[tuple[int, int]]:
     return [(bound, first_block + number) for number, bound in enumerate(bounds)]
 
 

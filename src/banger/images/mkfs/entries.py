@@ -16,6 +16,8 @@ _REMOVED: Final = 1
 _FIRST: Final = 2
 _START_SLOTS: Final = 1 << 10
 _COMPACT_BYTES: Final = 1 << 20
+_ARRAYS: Final = 5
+"""Numbers of four bytes that are kept of each entry."""
 
 
 class Entries:
@@ -33,6 +35,11 @@ class Entries:
         self._slots = array("I", bytes(4 * _START_SLOTS))
         self._filled = 0
         self.used = 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """What all this takes of memory."""
+        return 4 * (_ARRAYS * len(self._inode) + len(self._slots)) + len(self._names)
 
     def find(self, directory: int, name: bytes) -> int:
         slots, mask = self._slots, len(self._slots) - 1
@@ -127,7 +134,8 @@ class Entries:
         size = len(self._slots)
         while size < (self.used + 1) * 3:
             size *= 2
-        self._slots = array("I", bytes(4 * size))
+        self._slots = array("I")  # the old one goes first
+        self._slots = array("I", [0]) * size
         self._filled = 0
         for entry in self._living():
             self._insert(entry, self.name(entry))

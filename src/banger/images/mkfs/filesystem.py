@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import stat
 from array import array
@@ -36,10 +37,15 @@ _LOST_AND_FOUND: Final = b"lost+found"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_bytes` bounds the blocks of the content, `max_inodes` the files and, separately, the names."""
+    """`max_bytes` bounds the blocks of the content, `max_inodes` the files and, separately, the names.
+
+    `max_packed_bytes` bounds what is kept in memory of all of them: of the order of 100 bytes a file, and
+    100 more for one with extended attributes.
+    """
 
     max_bytes: int = 1 << 40
     max_inodes: int = 1_000_000
+    max_packed_bytes: int = 80 << 20
 
 
 class Filesystem:
@@ -254,6 +260,11 @@ class Filesystem:
             raise errors.AlreadyExistsError(f"{_shown(name)} is already there")
         if self._entries.used >= self._limits.max_inodes:
             raise errors.BadRequestError(f"there are more than {self._limits.max_inodes} names")
+        if self._files.inodes.packed_bytes + self._entries.packed_bytes > self._limits.max_packed_bytes:
+            raise errors.BadRequestError(
+                f"names and attributes of {self._files.inodes.used} files take more than "
+                f"{self._limits.max_packed_bytes >> 20} MiB of memory"
+            )
 
     def _add_entry(self, directory: int, name: bytes, inode: int) -> None:
         record = self._files.inodes.get(directory)
@@ -288,7 +299,7 @@ class Filesystem:
 
     def _write_directories(self, hash_seed: bytes) -> None:
         names = directories.Names(self._entries.name, self._target)
-        for number in (self.ROOT, *range(layout.FIRST_INODE, self._files.inodes.last + 1)):
+        for number in itertools.chain((self.ROOT,), range(layout.FIRST_INODE, self._files.inodes.last + 1)):
             if not stat.S_ISDIR(self._files.inodes.mode(number)):
                 continue
             run.check_cancelled()

@@ -60,6 +60,10 @@ class Slots:
         self._data = bytearray(size)
         self._free = 0
 
+    @property
+    def packed_bytes(self) -> int:
+        return len(self._data)
+
     def add(self, piece: bytes) -> int:
         piece = piece.ljust(self._size, b"\0")
         slot = self._free
@@ -91,6 +95,11 @@ class Inodes:
         """Without the reserved ones."""
         self.roots = Slots(extents.ROOT_BYTES)
         self.bodies = Slots(_XATTR_BLOCK.size + xattrs.BODY_BYTES)
+
+    @property
+    def packed_bytes(self) -> int:
+        """What all this takes of memory."""
+        return len(self._records) + self.roots.packed_bytes + self.bodies.packed_bytes
 
     @property
     def last(self) -> int:
