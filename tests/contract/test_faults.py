@@ -189,6 +189,38 @@ async def test_what_a_start_finds_exhausted_is_named_with_its_remedy(
     assert (await _act(daemon, "start")).error is None
 
 
+@pytest.mark.parametrize("place", ["state", "root's"])
+@pytest.mark.parametrize(
+    ("free", "files", "said"), [(10, 5000, "no space left"), (1 << 30, 5, "no more files")]
+)
+async def test_a_start_asks_for_room_before_it_makes_anything(
+    daemon: conftest.Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    free: int,
+    files: int,
+    said: str,
+) -> None:
+    layout = daemon.services.vms._host.layout
+    full = layout.state if place == "state" else layout.jails.parent
+    look = os.statvfs
+
+    def looked(path: Path) -> os.statvfs_result:
+        few = os.statvfs_result((4096, 4096, 1 << 31, free, free, 9999, files, files, 0, 255))
+        return few if path == full else look(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", looked)
+        failed = await daemon.create()
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.step) == ("no_space", "preflight")
+    assert f"{said} in" in failed.error.message.replace("can be made ", "")
+    assert str(full) in failed.error.message
+    assert failed.error.hint
+    assert daemon.world.leftovers() == {}
+    assert (await _act(daemon, "start")).error is None
+
+
 async def test_a_door_that_cannot_be_opened_blames_nobody_behind_it(short_path: Path) -> None:
     """Out of descriptors, it is not the helper that does not answer."""
     client = helper.Client(short_path / "h.sock")

@@ -13,9 +13,11 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,63 @@ def test_a_vmm_whose_first_thread_has_ended_is_seen_and_ends(world: HelperWorld,
         cgroup.delete(world.policy, names.VmId(VM), deadline=time.monotonic() + 5)
     assert not Path(f"/proc/{vmm.pid}").exists()
     assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)).pid == 0
+
+
+@pytest.mark.parametrize("of", ["blocks", "inodes"])
+def test_a_directory_of_root_s_that_is_full_is_named_and_holds_no_half_a_vm(
+    world: HelperWorld, of: str
+) -> None:
+    """One more unit of room each time, until there is enough; each time before, nothing of the VM stays."""
+    with _own_file_system(world.root) as fill:
+        refused: list[errors.BangerError | None] = []
+        while not refused or refused[-1] is not None:
+            fill(of, len(refused))
+            refused.append(_refused_for_room(world))
+        operations.execute(world.policy, privileged.KillVmm(vm_id=VM, force=True))
+    assert len(refused) > 3
+    for error in refused[:-1]:
+        assert error is not None
+        assert "o space left" in error.message
+        if "Firecracker ended" not in error.message:  # what it could not make is in its own words
+            assert error.code == "no_space"
+            assert str(world.root) in error.message
+            assert "df -i" in error.hint
+
+
+def _refused_for_room(world: HelperWorld) -> errors.BangerError | None:
+    """What a launch says; a failed one leaves nothing that runs, and its jail can be deleted."""
+    try:
+        launch(world)
+    except errors.BangerError as error:
+        assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)).pid == 0
+        operations.execute(world.policy, privileged.DeleteJail(vm_id=VM))
+        assert not Path(filesystem.jail(world.policy, VM)).exists()
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _own_file_system(path: Path) -> Iterator[Callable[[str, int], None]]:
+    """What is in `path`, in a file system of its own. Call it with what is to be free, and how much."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(path, copy, dirs_exist_ok=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=1000,mode=711", "tmpfs", path], check=True
+        )
+        shutil.copytree(copy, path, dirs_exist_ok=True)
+
+    def fill(of: str, room: int) -> None:
+        found = os.statvfs(path)
+        if of == "blocks":
+            option = f"size={(found.f_blocks - found.f_bfree + room) * found.f_frsize}"
+        else:
+            option = f"nr_inodes={found.f_files - found.f_ffree + room}"
+        subprocess.run(["mount", "-o", f"remount,{option}", path], check=True)
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 def test_a_process_outside_the_vm_is_never_held(world: HelperWorld) -> None:

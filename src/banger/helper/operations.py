@@ -57,7 +57,7 @@ def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileg
         try:
             OPERATIONS[type(part)](policy, part)
         except (errors.BangerError, OSError) as error:
-            failed.append(_explained(part, error))
+            failed.append(_explained(policy, part, error))
     if failed:
         for other in failed[1:]:
             failed[0].add_note(str(other))
@@ -114,7 +114,7 @@ def run(policy: policies.Policy, request: privileged.Request[Any]) -> Any:
         try:
             return OPERATIONS[type(request)](policy, request)
         except OSError as error:
-            raise _explained(request, error) from error
+            raise _explained(policy, request, error) from error
 
 
 class _Lock:
@@ -171,14 +171,18 @@ def _alone(request: privileged.Request[Any]) -> Generator[None]:
         held.lock.release()
 
 
-def _explained(request: privileged.Request[Any], error: Exception) -> errors.BangerError:
+def _explained(
+    policy: policies.Policy, request: privileged.Request[Any], error: Exception
+) -> errors.BangerError:
     if isinstance(error, errors.BangerError):
         return error
     number = error.errno if isinstance(error, OSError) else None
     what = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
     message = f"{operation_name(request)}{what}: {os.strerror(number) if number else error}"
     if (known := errors.exhausted(error)) is not None:
-        return type(known)(message, hint=known.hint)
+        # What is written by descriptor has no path, and all of it lies there.
+        where = f", in {policy.helper_dir}" if number == errno.ENOSPC and "/" not in what else ""
+        return type(known)(f"{message}{where}", hint=known.hint)
     if number == errno.ENOENT and isinstance(error, OSError) and str(error.filename).startswith("/dev/"):
         return errors.MissingToolError(
             message, hint="load the kernel modules loop, dm_snapshot, tun and kvm"

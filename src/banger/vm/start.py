@@ -8,6 +8,7 @@ import datetime
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -19,6 +20,7 @@ from banger.vm import boot_args, capabilities, clock, host, lifetime, readiness,
 
 _SUN_PATH_BYTES: Final = 107
 _RESERVE_BYTES: Final = 64 * 1024 * 1024
+_RESERVE_FILES: Final = 64
 Stage = resources.Stage
 
 
@@ -84,12 +86,9 @@ class Start:
 
     async def _preflight(self) -> None:
         self._files = sources.look(self._host.layout, self._vm)
-        free = os.statvfs(self._host.layout.state)
-        if free.f_bavail * free.f_frsize < _RESERVE_BYTES:
-            raise errors.NoSpaceError(
-                f"no space left in {self._host.layout.state} to start {self._vm.name}",
-                hint="delete VMs or images that are no longer needed, or give the file system more room",
-            )
+        # Root's directory is looked at from here: who is refused there has begun to make things.
+        for place in (self._host.layout.state, self._host.layout.jails.parent):
+            _check_room(place, self._vm.name)
         await capabilities.check_all(self._features, self._context)
 
     async def _forget_preflight(self) -> None:
@@ -254,3 +253,17 @@ class Start:
         network = self._host.network
         address = names.guest_address(network, self._vm.slot)
         return boot_args.ip_argument(self._vm.name, address, network, self._host.dns)
+
+
+def _check_room(directory: Path, name: str) -> None:
+    found = os.statvfs(directory)
+    if found.f_bavail * found.f_frsize < _RESERVE_BYTES:
+        raise errors.NoSpaceError(
+            f"no space left in {directory} to start {name}",
+            hint="delete VMs or images that are no longer needed, or give the file system more room",
+        )
+    if found.f_files and found.f_favail < _RESERVE_FILES:  # some file systems have no such number
+        raise errors.NoSpaceError(
+            f"no more files can be made in {directory} to start {name}",
+            hint=f"its file system is out of inodes: `df -i {directory}`; delete what has many small files",
+        )
