@@ -189,6 +189,32 @@ async def test_what_a_start_finds_exhausted_is_named_with_its_remedy(
     assert (await _act(daemon, "start")).error is None
 
 
+@pytest.mark.parametrize(
+    "door",
+    [
+        "banger.vm.sources.look",
+        "banger.storage.workdisk.create",
+        "banger.vm.boot_args.compose",
+        "banger.vm.readiness.wait_for_agent",
+        "banger.owner.store.Store.save",
+    ],
+)
+async def test_wherever_a_start_has_no_memory_it_is_named_and_taken_back(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(door, fail)
+        failed = await daemon.create()
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.message) == ("unavailable", "the host has no memory left")
+    assert daemon.world.leftovers() == {}
+    assert (await _act(daemon, "start")).error is None
+    assert (await _act(daemon, "delete")).error is None
+
+
 @pytest.mark.parametrize("place", ["state", "root's"])
 @pytest.mark.parametrize(
     ("free", "files", "said"), [(10, 5000, "no space left"), (1 << 30, 5, "no more files")]
