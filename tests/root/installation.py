@@ -205,6 +205,27 @@ def check_alone() -> None:
             assert seen() == made, seen() ^ made
 
 
+def check_older_is_refused() -> None:
+    """Over a newer version, and over rows that a newer one wrote, before anything is touched."""
+    made = seen()
+    with (
+        mock.patch.object(banger, "__version__", "0.0.1"),
+        pytest.raises(errors.ConflictError, match=r"is installed, and 0\.0\.1 is older"),
+    ):
+        installed()
+    rows, program = host.STATE / "banger.db", PREFIX / "bin/bangerd"
+    rows.write_bytes(b"of later")
+    before = program.read_text()
+    program.write_text('#!/bin/sh\n[ "$*" != "--check-migrations --state-dir=/var/lib/banger" ] || exit 2\n')
+    with pytest.raises(errors.ConflictError, match="written by a newer banger") as raised:
+        installed()
+    assert f"sudo -u {OWNER} bangerd --undo-migrations" in raised.value.hint
+    program.write_text(before)
+    rows.unlink()
+    assert seen() == made, seen() ^ made
+    check_installed()
+
+
 def check_installed(prefix: Path = PREFIX) -> None:
     laid = releases.Releases()
     assert laid.current() == prefix
@@ -241,6 +262,7 @@ def main(act: str) -> None:
         made = seen()
         if act == "mend-fails":
             check_alone()
+            check_older_is_refused()
             failing.append("it")
             with pytest.raises(errors.DeadlineError) as raised:
                 installed()
