@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from banger.contract import audit as records
-from banger.contract import errors
-from banger.helper import audit, server
+from banger.contract import errors, privileged
+from banger.helper import audit, operations, server
 from banger.system import audit as reader
 from tests.root.helper_world import OWNER, STRANGER, VM, HelperWorld
 
@@ -55,6 +56,48 @@ def test_what_changes_something_and_what_is_refused_is_recorded(
         "check_runtime", "failed", "missing_tool", "op-2"
     )  # fmt: skip
     assert (refused.op, refused.outcome, refused.code) == ("", "refused", "bad_request")
+
+
+def test_a_request_that_is_cut_off_is_recorded_as_begun(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The helper is killed in the middle of it: what it was about to do is on record before it does it."""
+    world = helper_world_here
+    seen: list[records.Entry] = []
+
+    def cut_off(*_: object) -> privileged.Result:
+        seen.extend(reader.read(directory(world)))
+        raise SystemExit
+
+    table: dict[Any, Any] = operations.OPERATIONS
+    monkeypatch.setitem(table, privileged.PurgeLogs, cut_off)
+    request = json.dumps({"request": {"op": "purge_logs", "vm_id": VM}, "op_id": "op-1"})
+    with pytest.raises(SystemExit):
+        ask(world, request)
+    monkeypatch.undo()
+    assert [(each.outcome, each.op, each.vm, each.asked["op"]) for each in seen] == [
+        ("begun", "purge_logs", VM, "purge_logs")
+    ]
+    ask(world, request)
+    assert [each.outcome for each in reader.read(directory(world))] == ["begun", "done"]
+
+
+def test_a_flood_of_the_one_pushes_out_nothing_of_the_other(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_FILE_BYTES", 1000)
+    policy = helper_world_here.policy
+    audit.append(policy, entry(op_id="granted"))
+    for _ in range(100):
+        audit.append(policy, msgspec.structs.replace(entry(), outcome="refused"))
+    assert [each.op_id for each in reader.read(directory(helper_world_here)) if each.op_id] == ["granted"]
+    audit.append(policy, msgspec.structs.replace(entry(op_id="asked"), outcome="refused"))
+    for _ in range(100):
+        audit.append(policy, entry())
+    assert [each.op_id for each in reader.read(directory(helper_world_here)) if each.op_id] == ["asked"]
+    sizes = [path.stat().st_size for path in directory(helper_world_here).iterdir()]
+    assert len(sizes) == len(records.FILES) + len(records.REFUSED)
+    assert max(sizes) <= 1000
 
 
 def test_it_is_root_s_and_the_owner_may_read_it(helper_world_here: HelperWorld) -> None:

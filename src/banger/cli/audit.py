@@ -40,7 +40,8 @@ def audit(
     """Show what root was asked, and what came of it.
 
     The helper alone can write it; the owner and root can read it. It works without the daemon. Requests that
-    only look, and went well, are not recorded; the four newest files of 4 MiB are kept.
+    only look, and went well, are not recorded. One that is only `begun` is under way, or was cut off.
+    Of what was refused the two newest files of 4 MiB are kept, of all else four.
     """
     from banger.system import audit as record
 

@@ -11,6 +11,8 @@ DIRECTORY: Final = "audit"
 """Below the helper's own directory."""
 FILES: Final = ("audit.log", "audit.log.1", "audit.log.2", "audit.log.3")
 """The newest first."""
+REFUSED: Final = ("refused.log", "refused.log.1")
+"""Likewise. What is refused has its own, so that neither crowds out the other."""
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_TEXT: Final = 300
 
@@ -21,10 +23,12 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     time: str
     """RFC 3339, UTC."""
     outcome: str
-    """done, refused or failed."""
+    """`begun`, before anything is changed; then `done`, `refused` or `failed`."""
     peer_uid: int
     peer_pid: int
     elapsed_ms: float
+    id: str = ""
+    """The request's: of its beginning and its end."""
     op: str = ""
     """Empty for what was no request at all."""
     op_id: str = ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from typing import Final
@@ -21,31 +22,32 @@ _encoder: Final = msgspec.json.Encoder()
 def append(policy: policies.Policy, entry: audit.Entry) -> None:
     """One line in one write, so that a kill leaves whole lines. Raises OSError, as when the disk is full."""
     line = _encoder.encode(entry) + b"\n"
+    files = audit.REFUSED if entry.outcome == "refused" else audit.FILES
     directory = f"{policy.helper_dir}/{audit.DIRECTORY}"
     with _lock:
         filesystem.make_directory(directory, 0o750, gid=policy.owner_gid)
-        fd = _opened(policy, directory)
+        fd = _opened(policy, f"{directory}/{files[0]}")
         try:
             if os.fstat(fd).st_size + len(line) > audit.MAX_FILE_BYTES:
                 os.close(fd)
                 fd = -1
-                _rotate(directory)
-                fd = _opened(policy, directory)
+                _rotate(directory, files)
+                fd = _opened(policy, f"{directory}/{files[0]}")
             os.write(fd, line)
         finally:
             if fd >= 0:
                 os.close(fd)
 
 
-def _opened(policy: policies.Policy, directory: str) -> int:
-    fd = os.open(f"{directory}/{audit.FILES[0]}", _FLAGS, 0o600)
+def _opened(policy: policies.Policy, path: str) -> int:
+    fd = os.open(path, _FLAGS, 0o600)
     os.fchown(fd, 0, policy.owner_gid)
     os.fchmod(fd, 0o640)
     return fd
 
 
-def _rotate(directory: str) -> None:
+def _rotate(directory: str, files: tuple[str, ...]) -> None:
     """The oldest goes."""
-    for newer, older in reversed(list(zip(audit.FILES, audit.FILES[1:], strict=False))):
+    for newer, older in reversed(list(itertools.pairwise(files))):
         if os.path.exists(f"{directory}/{newer}"):
             os.rename(f"{directory}/{newer}", f"{directory}/{older}")

@@ -163,16 +163,21 @@ def exchange(policy: policies.Policy, connection: socket.socket) -> None:
     began = time.monotonic()
     pid, uid = _peer(connection)
     envelope: privileged.Envelope | None = None
+    entry = {"id": os.urandom(6).hex(), "peer_uid": uid, "peer_pid": pid}
     try:
         if uid not in {0, policy.owner_uid}:
             raise errors.UnauthorizedError(f"uid {uid} may not ask the helper")
         envelope = _decode(_receive(connection, began + READ_DEADLINE_S))
+        if not isinstance(envelope.request, _QUIET):  # a kill in the middle leaves this trace of it
+            _record(policy, envelope, entry | _named(envelope) | {"outcome": "begun", "elapsed_ms": 0.0})
         reply = privileged.Reply(result=operations.run(policy, envelope.request))
         error = None
     except Exception as caught:  # whatever fails, the peer gets an answer and the journal a line
         error = caught
         reply = privileged.Reply(error=errors.to_body(caught, op_id=envelope.op_id if envelope else ""))
-    _record(policy, envelope, _log_end(envelope, error, uid, pid, time.monotonic() - began))
+    ended = _log_end(envelope, error, uid, pid, time.monotonic() - began)
+    if envelope is None or error is not None or not isinstance(envelope.request, _QUIET):
+        _record(policy, envelope, entry | ended)
     connection.settimeout(WRITE_DEADLINE_S)
     connection.sendall(_framed(reply))
     if error is None and envelope is not None and isinstance(envelope.request, _TAKES_TAPS):
@@ -238,6 +243,14 @@ def _decode(data: bytes) -> privileged.Envelope:
         raise errors.BadRequestError(f"the request is not valid: {error}") from None
 
 
+def _named(envelope: privileged.Envelope) -> dict[str, Any]:
+    return {
+        "op": operations.operation_name(envelope.request),
+        "op_id": envelope.op_id,
+        "vm": getattr(envelope.request, "vm_id", ""),
+    }
+
+
 def _log_end(
     envelope: privileged.Envelope | None, error: Exception | None, uid: int, pid: int, elapsed_s: float
 ) -> dict[str, Any]:
@@ -245,11 +258,7 @@ def _log_end(
     fields: dict[str, Any] = {"peer_uid": uid, "peer_pid": pid, "elapsed_ms": round(elapsed_s * 1000, 1)}
     level = "info"
     if envelope is not None:
-        fields |= {
-            "op": operations.operation_name(envelope.request),
-            "op_id": envelope.op_id,
-            "vm": getattr(envelope.request, "vm_id", ""),
-        }
+        fields |= _named(envelope)
         level = "debug" if isinstance(envelope.request, _QUIET) else "info"
     if error is not None:
         level = "warning" if isinstance(error, errors.BangerError) else "error"
@@ -263,8 +272,6 @@ def _log_end(
 
 def _record(policy: policies.Policy, envelope: privileged.Envelope | None, fields: dict[str, Any]) -> None:
     """A record that cannot be written is said in the journal: a full disk must not keep VMs from ending."""
-    if envelope is not None and isinstance(envelope.request, _QUIET) and fields["outcome"] == "done":
-        return
     asked: dict[str, Any] = {} if envelope is None else msgspec.to_builtins(envelope.request)
     fields["error"] = fields.get("error", "")[: records.MAX_TEXT]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
