@@ -139,7 +139,7 @@ async def test_what_is_saved_of_a_vm_while_it_stops_is_kept(daemon: conftest.Dae
         index="",
         prepared_at=datetime.now(UTC),
     )
-    rows.save(msgspec.structs.replace(rows.find("web"), workspace=workspace))
+    rows.save(rows.find("web").with_workspace(workspace))
     rows.close()
     assert (await daemon.done(stopping)).status is resources.OperationStatus.SUCCEEDED
     vm = await daemon.services.vms.get("web")

@@ -25,6 +25,7 @@ WORKSPACE = resources.Workspace(
     prepared_at=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     options=(),
 )
+OTHER = msgspec.structs.replace(WORKSPACE, path="/root/other")
 
 
 async def dies(daemon: conftest.Daemon, vm: resources.Vm) -> None:
@@ -76,10 +77,10 @@ async def test_a_workspace_that_arrives_meanwhile_stays(
     async def meanwhile(request: privileged.Request[Any]) -> None:
         if isinstance(request, during):
             latest = rows.get(names.VmId(created.id))
-            rows.save(msgspec.structs.replace(latest, workspace=WORKSPACE))
+            rows.save(latest.with_workspace(WORKSPACE).with_workspace(OTHER))
             if fails:
                 raise errors.OperationFailedError("no")
 
     daemon.world.before = meanwhile
     await change(daemon, created)
-    assert rows.get(names.VmId(created.id)).workspace == WORKSPACE
+    assert rows.get(names.VmId(created.id)).workspaces == (OTHER, WORKSPACE)

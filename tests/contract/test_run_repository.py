@@ -161,6 +161,67 @@ async def test_exec_begins_in_the_workspace_and_says_that_the_host_moved_on(gues
     assert "has other commits" in (await guest.banger("vm", "exec", "web", "--", "true")).err
 
 
+async def test_each_workspace_of_a_vm_is_known(guest: Guest, tmp_path: Path) -> None:
+    """Not only the one that was sent last."""
+    repositories.plain(guest.source)
+    await guest.prepare()
+    other, there = tmp_path / "other", tmp_path / "there" / "other"
+    repositories.plain(other)
+    await guest.banger("vm", "workspace", "prepare", "web", str(other), "--guest-path", str(there))
+    assert (await guest.banger("vm", "exec", "web", "--", "pwd")).text == f"{there}\n"
+    first = ("vm", "exec", "--guest-path", f"{guest.repo}/")
+    same = await guest.banger(*first, "web", "--", "pwd")
+    assert (same.text, same.err) == (f"{guest.repo}\n", "")
+    (guest.source / "README").write_text("newer\n")
+    assert (await guest.banger("vm", "exec", "web", "--", "true")).err == ""
+    old = await guest.banger(*first, "web", "--", "cat", "README")
+    assert f"files in {guest.source} have changed since it was sent" in old.err
+    new = await guest.banger(*first, "--auto-prepare", "web", "--", "cat", "README")
+    assert new.text == "newer\n"
+    (there / "README").write_text("done in the guest\n")
+    await guest.banger("vm", "workspace", "pull", "web", "--guest-path", str(there))
+    assert git(other, "show", "banger/web:README") == b"done in the guest\n"
+    shown = (await guest.banger("vm", "show", "web")).text
+    assert f"{there}, from {other}" in shown
+    assert f"{guest.repo}, from {guest.source}" in shown
+    words = ("vm", "exec", "--guest-path", "/nowhere/else", "--auto-prepare", "web", "--", "true")
+    refused = (await guest.banger(*words, status=125)).err
+    assert "no workspace at /nowhere/else" in refused
+    assert "--guest-path /nowhere/else" in refused
+
+
+async def test_exec_in_a_full_copy_never_runs_old_files_silently(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    below = guest.source.with_name("below")
+    repositories.plain(below)
+    git(guest.source, "submodule", "add", "-q", str(below), "libs/below")
+    repositories.commit(guest.source)
+    await guest.prepare("--mode", "full-copy")
+    words = ("vm", "exec", "web", "--", "cat", "libs/below/README")
+    auto = ("vm", "exec", "--auto-prepare", "web", "--", "cat", "libs/below/README")
+    git(guest.source, "status")
+    for each in (words, auto):
+        assert (await guest.banger(*each)).err == ""
+    (guest.source / "libs/below/README").write_text("newer\n")
+    assert f"files in {guest.source} have changed since it was sent" in (await guest.banger(*words)).err
+    refused = (await guest.banger(*auto, status=125)).err
+    assert "--mode full-copy --discard" in refused
+    await guest.prepare("--mode", "full-copy", "--discard")
+    done = await guest.banger(*auto)
+    assert (done.text, done.err) == ("newer\n", "")
+
+
+async def test_auto_prepare_says_that_a_commit_does_not_change(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare("--from", "main")
+    (guest.source / "README").write_text("newer\n")
+    assert (await guest.banger("vm", "exec", "web", "--", "true")).err == ""
+    done = await guest.banger("vm", "exec", "--auto-prepare", "web", "--", "cat", "README")
+    assert done.text == "hello\nagain\n"
+    assert "--from" in done.err
+    assert "nothing is sent" in done.err
+
+
 async def test_auto_prepare_never_replaces_the_guests_work(guest: Guest) -> None:
     repositories.plain(guest.source)
     await guest.prepare()

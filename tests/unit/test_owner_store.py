@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import random
 import sqlite3
 import threading
@@ -21,6 +22,16 @@ from banger.vm import record
 
 IMAGE, OTHER_IMAGE = names.ImageId("aaaaaaaaaaaa"), names.ImageId("bbbbbbbbbbbb")
 KERNEL = names.KernelId("cccccccccccc")
+WORKSPACE = resources.Workspace(
+    path="/root/repo",
+    source="/home/ada/shop",
+    head="1" * 40,
+    branch="",
+    worktree="2" * 40,
+    index="2" * 40,
+    prepared_at=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    options=("read_only",),
+)
 
 
 @pytest.fixture
@@ -281,6 +292,25 @@ def test_rows_of_the_first_schema_come_through(path: Path) -> None:
     connection.close()
     migrated = store.Store(path)
     assert (migrated.list(), migrated.throw_aways()) == ([vm], frozenset())
+    migrated.close()
+
+
+@pytest.mark.parametrize("known", [(), (WORKSPACE,)], ids=["none", "one"])
+def test_the_workspace_of_a_row_is_the_first_of_its_workspaces(
+    path: Path, known: tuple[resources.Workspace, ...]
+) -> None:
+    _at_version(path, 6)
+    vm = draft(1)
+    columns = store._row(vm)[:-1]
+    said = json.loads(msgspec.json.encode(vm))
+    assert said.pop("workspaces") == []
+    said["workspace"] = msgspec.to_builtins(known[0]) if known else None
+    connection = store.connect(path)
+    marks = ",".join("?" * 9)
+    connection.execute(f"INSERT INTO vms VALUES ({marks})", (*columns, json.dumps(said), 0))  # noqa: S608
+    connection.close()
+    migrated = store.Store(path)
+    assert migrated.list() == [msgspec.structs.replace(vm, workspaces=known)]
     migrated.close()
 
 

@@ -163,9 +163,8 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         yield "VMM", f"pid {vm.pid}"
     if vm.boot_id:
         yield "boot id", vm.boot_id
-    if vm.workspace is not None:
-        when = render.age(vm.workspace.prepared_at)
-        yield "workspace", f"{vm.workspace.path}, from {vm.workspace.source}, {when} ago"
+    for each in vm.all_workspaces:
+        yield "workspace", f"{each.path}, from {each.source}, {render.age(each.prepared_at)} ago"
     if vm.last_error is not None:
         yield from _error_facts(vm.last_error)
     if vm.last_start:

@@ -75,7 +75,7 @@ def prepare(
     """
     vm = _vm(settings, name)
     known = vm.workspace.path if vm.workspace else workspaces.GUEST_PATH
-    source = workspaces.source_of(vm, path)
+    source = workspaces.source_of(vm, path, chosen["guest_path"])
     wanted = dataclasses.replace(workspaces.chosen(source, chosen, path=known), discard=discard)
     with workspaces.taken(wanted) as ready:
         if dry_run:
@@ -213,7 +213,7 @@ def pull(
     from banger.workspace import receiving, repository
 
     vm = _vm(settings, name)
-    found = repository.find(workspaces.source_of(vm, path))
+    found = repository.find(workspaces.source_of(vm, path, guest_path))
     asked = pulling.Asked(
         settings.client(), vm, receiving.branch_name(found, branch or f"banger/{vm.name}"), force=force
     )

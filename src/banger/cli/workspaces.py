@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import posixpath
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,6 +98,9 @@ class Taken:
     files: tuple[bytes, ...]
     notes: tuple[str, ...]
     send: Callable[[sending.Exchange, sending.Choice, sending.Report], sending.Sent]
+    head: str
+    worktree: str
+    index: str
     snapshot: snapshots.Snapshot | None = None
     """None for a full copy."""
 
@@ -136,6 +141,9 @@ def taken(wanted: Wanted) -> Iterator[Taken]:
             copy.files,
             copy.notes,
             lambda talk, choice, report: copying.send(talk, copy, choice, report),
+            head=copy.head,
+            worktree=copy.digest,
+            index="",
         )
         return
     if wanted.branch:
@@ -149,7 +157,10 @@ def taken(wanted: Wanted) -> Iterator[Taken]:
             snapshot.files,
             snapshot.notes,
             lambda talk, choice, report: sending.send(talk, scratch, snapshot, choice, report),
-            snapshot,
+            head=snapshot.head,
+            worktree=snapshot.worktree,
+            index=snapshot.index,
+            snapshot=snapshot,
         )
 
 
@@ -194,17 +205,22 @@ def keep_up(
 ) -> None:
     """Says that the repository here has changed since it was sent, or sends what did."""
     vm = api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
-    known = vm.workspace
-    if known is None or not vm.has_vmm or path not in {None, known.path}:
+    known = _known(vm, path)
+    if known is None or not vm.has_vmm:
         if send_changes and vm.has_vmm:
-            hint = f"`banger vm workspace prepare {name}` sends it the first time"
-            raise errors.NotFoundError(f"{name} has no workspace to send changes to", hint=hint)
+            raise _nothing_known(name, path)
         return
     if "fixed" in known.options:
+        if send_changes:
+            render.note(
+                f"{known.path} was made with --from a commit, which does not change: nothing is sent"
+            )
         return
     try:
         with taken(wanted_again(known)) as ready:
             news = _news(known, ready)
+            if news and send_changes and ready.snapshot is None:
+                raise _wants_discard(name, known, news)
             if news and send_changes:
                 send_into(settings, api, vm, ready)
             elif news:
@@ -215,14 +231,33 @@ def keep_up(
         render.note(f"cannot compare with {known.source}: {error.message}")
 
 
+def _known(vm: resources.Vm, path: str | None) -> resources.Workspace | None:
+    """What was sent to this place in the guest last; without one, wherever."""
+    if path is None:
+        return vm.workspace
+    return next((each for each in vm.all_workspaces if each.path == posixpath.normpath(path)), None)
+
+
+def _nothing_known(name: str, path: str | None) -> errors.BangerError:
+    where, option = (f" at {path}", f" --guest-path {shlex.quote(path)}") if path else ("", "")
+    hint = f"`banger vm workspace prepare {name}{option}` sends it the first time"
+    return errors.NotFoundError(f"{name} has no workspace{where} to send changes to", hint=hint)
+
+
+def _wants_discard(name: str, known: resources.Workspace, news: str) -> errors.BangerError:
+    """Only what git sent is brought up to date: nothing tells what was changed in a copy."""
+    words = f"{shlex.quote(known.source)} --guest-path {shlex.quote(known.path)} --mode full-copy --discard"
+    return errors.ConflictError(
+        f"{news} since it was copied to {known.path} in {name}, and a full copy is replaced as a whole",
+        hint=f"`banger vm workspace prepare {name} {words}` does, with what was changed in the guest",
+    )
+
+
 def _news(known: resources.Workspace, ready: Taken) -> str:
-    """How the repository differs from what was sent; empty when it does not, or cannot be told."""
-    now = ready.snapshot
-    if now is None:
-        return ""
-    if now.head != known.head:
+    """How the repository differs from what was sent; empty when it does not."""
+    if ready.head != known.head:
         return f"{known.source} has other commits"
-    if (now.worktree, now.index) != (known.worktree, known.index):
+    if (ready.worktree, ready.index) != (known.worktree, known.index):
         return f"files in {known.source} have changed"
     return ""
 
@@ -305,11 +340,14 @@ def wanted_again(workspace: resources.Workspace) -> Wanted:
     )
 
 
-def source_of(vm: resources.Vm, given: Path | None, here: Callable[[], Path] = Path.cwd) -> Path:
+def source_of(
+    vm: resources.Vm, given: Path | None, path: str | None, here: Callable[[], Path] = Path.cwd
+) -> Path:
     """The repository that a command means: the one named, the one sent before, or the one we stand in."""
     if given is not None:
         return given
-    return Path(vm.workspace.source) if vm.workspace is not None else here()
+    known = _known(vm, path) or vm.workspace
+    return Path(known.source) if known is not None else here()
 
 
 def show_files(settings: command.Settings, ready: Taken) -> None:

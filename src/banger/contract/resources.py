@@ -176,7 +176,7 @@ class Workspace(Resource, frozen=True, kw_only=True):
     branch: str
     """Such as refs/heads/main; empty when detached."""
     worktree: str
-    """The files, as a git tree."""
+    """The files, as a git tree; of a full copy a digest of their names, modes, sizes and times."""
     index: str
     """What was staged, as a git tree."""
     prepared_at: datetime.datetime
@@ -220,6 +220,9 @@ class Vm(Resource, frozen=True, kw_only=True):
     last_start: tuple[StepTiming, ...] = ()
     """Only in the answer for one VM, not in lists."""
     workspace: Workspace | None = None
+    """The one that was sent last."""
+    other_workspaces: tuple[Workspace, ...] = ()
+    """Those at other paths."""
     idle_stop_s: int = 0
     ttl_s: int = 0
     idle_stop_at: datetime.datetime | None = None
@@ -227,6 +230,11 @@ class Vm(Resource, frozen=True, kw_only=True):
     ttl_ends_at: datetime.datetime | None = None
     stopped_because: str = ""
     """Why time stopped it, to come after its name, such as `had been idle for 30 minutes`."""
+
+    @property
+    def all_workspaces(self) -> tuple[Workspace, ...]:
+        """The one that was sent last first."""
+        return (self.workspace, *self.other_workspaces) if self.workspace is not None else ()
 
     @property
     def has_vmm(self) -> bool:

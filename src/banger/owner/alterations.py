@@ -69,8 +69,8 @@ class Alterations:
                 try:
                     await self._host.keeper.set_rules(changed)
                 except errors.BangerError:
-                    workspace = self._rows.get(vm_id).workspace  # it may have arrived meanwhile
-                    self._rows.save(msgspec.structs.replace(vm, workspace=workspace))
+                    workspaces = self._rows.get(vm_id).workspaces  # one may have arrived meanwhile
+                    self._rows.save(msgspec.structs.replace(vm, workspaces=workspaces))
                     self._host.keeper.look_again()  # root may have opened it all the same
                     raise
                 self._zone.add(changed)

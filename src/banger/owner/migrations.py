@@ -32,6 +32,15 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     "UPDATE vms SET record = json_set(record, '$.ttl_s', 0) WHERE json_valid(record)",
     "UPDATE vms SET record = json_set(record, '$.host_boot_id', '') WHERE json_valid(record)",
     "UPDATE vms SET record = json_set(record, '$.placing', '') WHERE json_valid(record)",
+    """
+    UPDATE vms SET record = json_set(
+        json_remove(record, '$.workspace'),
+        '$.workspaces',
+        json(CASE json_type(record, '$.workspace')
+             WHEN 'object' THEN json_array(json_extract(record, '$.workspace'))
+             ELSE '[]' END)
+    ) WHERE json_valid(record)
+    """,
 )
 
 

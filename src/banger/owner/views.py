@@ -78,6 +78,7 @@ class Views:
             sources=vm.sources,
             last_start=vm.last_start if with_timings else (),
             workspace=vm.workspace,
+            other_workspaces=vm.workspaces[1:],
             idle_stop_s=vm.idle_stop_s,
             ttl_s=vm.ttl_s,
             idle_stop_at=_in(vm.idle_stop_s - seen.idle_s) if idles and seen.idle_s is not None else None,

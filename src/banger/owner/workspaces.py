@@ -13,7 +13,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
@@ -79,7 +79,7 @@ class WorkspaceService:
             taking = _Taking(inside, peer, path, plan, state, discard=request.discard)
             if request.full_copy:
                 await taking.copy()
-                self._save(vm.id, placing=path)
+                self._store.save(msgspec.structs.replace(self._store.get(vm.id), placing=path))
                 await taking.place()
             else:
                 await taking.repository()
@@ -125,8 +125,8 @@ class WorkspaceService:
         return transfers.Transferred(content_bytes=count)
 
     async def _make_writable(self, inside: _Guest, vm: record.VmRecord, path: str) -> None:
-        known = vm.workspace
-        if known is not None and known.path == path and "read_only" in known.options:
+        known = vm.workspace_at(path)
+        if known is not None and "read_only" in known.options:
             await inside.run(workspace.LOCK, path, "0")
 
     async def _inspect(
@@ -134,7 +134,7 @@ class WorkspaceService:
     ) -> workspace.Found:
         kind = "copy" if request.full_copy else "git"
         found = workspace.parse_found(await inside.said(workspace.INSPECT, path, kind))
-        known = path == vm.placing or (vm.workspace is not None and vm.workspace.path == path)
+        known = path == vm.placing or vm.workspace_at(path) is not None
         if request.full_copy or (found.foreign and known):
             # Nothing tells what was changed in a copy.
             changed = () if not (found.exists or found.foreign) else ("it is there already",)
@@ -153,18 +153,15 @@ class WorkspaceService:
             prepared_at=datetime.datetime.now(datetime.UTC),
             options=plan.options,
         )
-        self._save(vm.id, workspace=made, placing="")
+        row = self._store.get(vm.id)
+        self._store.save(msgspec.structs.replace(row.with_workspace(made), placing=""))
         return made
-
-    def _save(self, vm_id: names.VmId, **changes: Any) -> None:
-        """On the row as it is now: others change it meanwhile."""
-        self._store.save(msgspec.structs.replace(self._store.get(vm_id), **changes))
 
 
 def _base_of_copy(vm: record.VmRecord, path: str) -> str:
     """The commit that a full copy began from, which only the row knows; empty for all else."""
-    known = vm.workspace
-    if known is None or known.path != path or "full_copy" not in known.options:
+    known = vm.workspace_at(path)
+    if known is None or "full_copy" not in known.options:
         return ""
     return known.head or workspace_out.NOTHING
 

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import datetime
+from typing import Final
 
 import msgspec
 
 from banger.contract import egress as egresses
 from banger.contract import errors, names, resources
+
+_MAX_WORKSPACES: Final = 100
 
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,9 +45,10 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     last_error: errors.ErrorBody | None = None
     sources: dict[str, resources.SizeSource] = {}
     last_start: tuple[resources.StepTiming, ...] = ()
-    workspace: resources.Workspace | None = None
+    workspaces: tuple[resources.Workspace, ...] = ()
+    """One for each path, the one that was sent last first; of very many, the first are forgotten."""
     placing: str = ""
-    """Where a full copy is about to appear in the guest: ours, should nobody live to write `workspace`."""
+    """Where a full copy is about to appear in the guest: ours, should nobody live to write `workspaces`."""
     idle_stop_s: int = 0
     """Stopped after so long without use; 0 for never."""
     ttl_s: int = 0
@@ -53,3 +57,14 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """On CLOCK_BOOTTIME, of the run that `ttl_s` is for."""
     stopped_because: str = ""
     """When time has stopped it: what it `had`, until its next start."""
+
+    @property
+    def workspace(self) -> resources.Workspace | None:
+        return self.workspaces[0] if self.workspaces else None
+
+    def workspace_at(self, path: str) -> resources.Workspace | None:
+        return next((each for each in self.workspaces if each.path == path), None)
+
+    def with_workspace(self, sent: resources.Workspace) -> VmRecord:
+        others = tuple(each for each in self.workspaces if each.path != sent.path)
+        return msgspec.structs.replace(self, workspaces=(sent, *others)[:_MAX_WORKSPACES])

@@ -8,6 +8,7 @@ without its hooks. Ignored files stay here. A linked working tree arrives as one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Copy:
     head: str
     branch: str
     files: tuple[bytes, ...]
+    digest: str
+    """Of the files' names, modes, sizes and times, as they were when it was taken."""
     notes: tuple[str, ...] = ()
 
     def members(self) -> Iterator[tuple[str, str]]:
@@ -72,7 +75,17 @@ def take(repository: repositories.Repository, *, include_untracked: bool) -> Cop
         )
     head, branch = repository.head()
     files, notes = _files(repository, include_untracked=include_untracked)
-    return Copy(repository, head, branch, tuple(sorted(files)), notes)
+    named = tuple(sorted(files))
+    return Copy(repository, head, branch, named, _digest(repository.top, named), notes)
+
+
+def _digest(top: Path, files: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for name in files:
+        with contextlib.suppress(FileNotFoundError):
+            about = os.lstat(os.path.join(os.fsencode(top), name))
+            found.update(b"%s\0%o %d %d\0" % (name, about.st_mode, about.st_size, about.st_mtime_ns))
+    return found.hexdigest()
 
 
 def send(
@@ -85,6 +98,7 @@ def send(
             source=os.fsencode(copy.repository.top).decode(errors="replace"),
             head=copy.head or None,
             branch=copy.branch or None,
+            worktree=copy.digest,
             read_only=choice.read_only,
             options=(*choice.options, "full_copy"),
         )
