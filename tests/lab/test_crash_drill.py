@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The crash drill on the real thing: a random walk of operations and kills, judged after every kill.
 
-`BANGER_DRILL_KILLS` sets its length, `BANGER_DRILL_SEED` repeats one; the seed is printed.
+`BANGER_DRILL_KILLS` sets its length, `BANGER_DRILL_SEED` repeats one; the seed is printed. What is drawn for
+a kill follows from the seed and its number: `BANGER_DRILL_FIRST` can begin just before the one that failed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from lab import artefacts
 from lab.session import Lab
-from tests.lab import user
+from tests.lab import crash_walk, user
 
 KILLS = int(os.environ.get("BANGER_DRILL_KILLS", "25"))
+FIRST = int(os.environ.get("BANGER_DRILL_FIRST", "0"))
 SEED = int(os.environ.get("BANGER_DRILL_SEED") or random.SystemRandom().randrange(10**6))
 DRIVER = "/root/crash_walk.py"
-IMAGE = "busybox"
 _S_PER_KILL = 30
 
 pytestmark = pytest.mark.timeout(300 + KILLS * _S_PER_KILL)
@@ -27,19 +29,26 @@ pytestmark = pytest.mark.timeout(300 + KILLS * _S_PER_KILL)
 
 @pytest.fixture
 def drilled(installed_host: Lab) -> Iterator[Lab]:
-    """With the smallest image there is: a kill is worth more than a boot."""
     yield installed_host
     for vm in ("one", "two", "web"):
         user.banger(installed_host, "vm", "delete", vm, check=False)
 
 
 def test_a_random_walk_of_kills(drilled: Lab) -> None:
+    """The host's power is cut from out here; the next walk goes on, and judges it."""
     print(f"seed {SEED}, {KILLS} kills")
     drilled.write(DRIVER, Path(__file__).with_name("crash_walk.py").read_bytes())
-    done = drilled.run(
-        ["python3", DRIVER, str(SEED), str(KILLS), IMAGE], check=False, timeout_s=200 + KILLS * _S_PER_KILL
-    )
-    print(done.text)
+    first, end, after, limit_s = FIRST, FIRST + KILLS, -1, 200 + KILLS * _S_PER_KILL
+    while True:
+        words = [str(SEED), str(first), str(end), str(after), *artefacts.IMAGES]
+        done = drilled.run(["python3", DRIVER, *words], check=False, timeout_s=limit_s)
+        print(done.text)
+        if done.status != crash_walk.POWER:
+            break
+        drilled.power_cut()
+        drilled.start()
+        after = next(number for number in range(first, end) if crash_walk.is_power(number))
+        first = after + 1
     assert done.status == 0, f"BANGER_DRILL_SEED={SEED}: {done.error_text}"
     assert user.leftovers(drilled) == ""
 
