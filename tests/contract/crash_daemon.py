@@ -69,8 +69,10 @@ class Report(msgspec.Struct, frozen=True):
 class Boundaries:
     """Counts from `arm` on, and ends the process at the one it was told."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, *, power: bool = False) -> None:
+        """`power`: what this process did to files, and did not wait for, goes with it."""
         self._at = at
+        self._disk = Disk() if power else None
         self._armed = False
         self.passed: list[str] = []
 
@@ -84,6 +86,9 @@ class Boundaries:
         if not self._armed:
             return
         if len(self.passed) == self._at:
+            self._armed = False  # losing files is a change of files too
+            if self._disk is not None:
+                self._disk.lose()
             os.kill(os.getpid(), signal.SIGKILL)
         self.passed.append(name)
 
@@ -144,8 +149,53 @@ class Boundaries:
                 path, changes = (arguments or ("",))[0], event in _CHANGES
             if changes and (not isinstance(path, str | bytes | os.PathLike) or _is_below(path, below)):
                 self.reach(event)
+                if self._armed and self._disk is not None:
+                    self._disk.heard(event, arguments)
 
         sys.addaudithook(heard)
+
+
+class Disk:
+    """What of files would be lost with the power: content without fsync, names whose directory had none.
+
+    In the worst case: a disk may well have kept it. Directories that are made are kept.
+    """
+
+    def __init__(self) -> None:
+        self._written: set[str] = set()
+        self._named: list[tuple[str, str]] = []
+        fsync = os.fsync
+
+        def synced(descriptor: Any) -> None:
+            fsync(descriptor)
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            self._written.discard(path)
+            self._named = [(old, new) for old, new in self._named if os.path.dirname(new) != path]
+
+        os.fsync = synced  # type: ignore[assignment]
+
+    def heard(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not isinstance(arguments[0], str | bytes | os.PathLike):
+            return
+        path = os.fsdecode(arguments[0])
+        if event in {"open", "os.truncate"}:
+            self._written.add(path)
+        elif event in {"os.rename", "os.link"}:
+            new = os.fsdecode(arguments[1])
+            self._named.append((path if event == "os.rename" else "", new))
+            moved = {each for each in self._written if each == path or each.startswith(f"{path}/")}
+            self._written |= {new + each.removeprefix(path) for each in moved}
+
+    def lose(self) -> None:
+        for path in self._written:
+            with contextlib.suppress(OSError):
+                os.truncate(path, 0)
+        for old, new in reversed(self._named):
+            with contextlib.suppress(OSError):
+                if old:
+                    os.rename(new, old)
+                else:
+                    os.unlink(new)
 
 
 class Client:
@@ -209,12 +259,12 @@ def _is_below(path: Any, tops: tuple[str, ...]) -> bool:
     return not text.startswith("/") or text.startswith(tops)
 
 
-def live(paths: config.Paths, at: int, files: bool, pipe: connection.Connection) -> None:
+def live(paths: config.Paths, at: int, files: bool, power: bool, pipe: connection.Connection) -> None:
     """One life of a daemon, in a process of its own: it starts and obeys until the pipe closes.
 
     `at` is the boundary, counted from `arm`, that it does not outlive; `files` says which are counted.
     """
-    boundaries = Boundaries(at)
+    boundaries = Boundaries(at, power=power)
     if files:
         boundaries.watch_files(paths.state, paths.cache)
     else:
@@ -296,8 +346,12 @@ _MAKE: dict[str, Callable[[routes.Services, str], resources.Operation | Awaitabl
 
 
 def migrate(path: Path, at: int, pipe: connection.Connection) -> None:
-    """Opens the database, and dies before its statement number `at`; else says what it executed."""
-    boundaries = Boundaries(at)
+    """Opens the database, and dies with the host before its statement or change of a file number `at`.
+
+    Else says what it did. SQLite itself waits for what it writes.
+    """
+    boundaries = Boundaries(at, power=True)
+    boundaries.watch_files(path.parent)
     boundaries.arm()
     connect = store.connect
 

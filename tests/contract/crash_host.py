@@ -108,10 +108,10 @@ class Host:
         await self.strike(None)
 
     @contextlib.asynccontextmanager
-    async def daemon(self, at: int = -1, *, files: bool = False) -> AsyncIterator[Life]:
+    async def daemon(self, at: int = -1, *, files: bool = False, power: bool = False) -> AsyncIterator[Life]:
         """A daemon that is ready. Leaving the block ends it; that it is dead already is fine."""
         ours, theirs = FORKS.Pipe()
-        process = FORKS.Process(target=crash_daemon.live, args=(self.paths, at, files, theirs))
+        process = FORKS.Process(target=crash_daemon.live, args=(self.paths, at, files, power, theirs))
         await asyncio.to_thread(process.start)
         theirs.close()
         assert process.pid is not None
@@ -123,9 +123,11 @@ class Host:
             ours.close()
             await asyncio.to_thread(process.join)
 
-    async def act(self, act: str, at: int = -1) -> Report | None:
+    async def act(
+        self, act: str, at: int = -1, *, files: bool = False, power: bool = False
+    ) -> Report | None:
         """Does what comes before, then the operation; None when it killed the daemon."""
-        async with self.daemon(at) as life:
+        async with self.daemon(at, files=files, power=power) as life:
             await life.do(*ACTS[act])
             await life.arm()
             self.parts.clear()

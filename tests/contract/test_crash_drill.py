@@ -29,7 +29,6 @@ from banger.images import publish, recipe, records
 from banger.owner import config, migrations, store
 from tests import oci_make
 from tests.contract import crash_daemon
-from tests.contract.crash_daemon import Report
 from tests.contract.crash_host import ACTS, AGENT, FORKS, Host, KilledError, nothing
 from tests.contract.test_image_service import BASE, TOP, add
 from tests.fakes import helper as helpers
@@ -275,24 +274,56 @@ def _forget(paths: config.Paths, *, keep: set[str]) -> None:
     shutil.rmtree(paths.cache / "blobs", ignore_errors=True)
 
 
-@pytest.mark.parametrize("act", ["create", "delete"])
-async def test_a_vm_killed_before_every_change_of_a_file(survivors: Host, act: str) -> None:
-    async def life_of(at: int = -1) -> Report | None:
-        async with survivors.daemon(at, files=True) as life:
-            await life.do(*ACTS[act])
+@pytest.mark.parametrize("way", ["import", "promote"])
+async def test_an_image_is_on_the_disk_when_it_has_its_name(
+    survivors: Host, subjects: dict[str, str], way: str
+) -> None:
+    """The power goes around its publication, and when it was said to be there: from then on it has to be."""
+    kept = [*(survivors.paths.state / "images").iterdir()]
+    async with survivors.daemon(files=True) as life:
+        await life.arm()
+        whole = (await life.make(way, subjects[way])).passed
+    sizes = _new_image(survivors.paths, kept)
+    assert sizes
+    _forget(survivors.paths, keep={path.name for path in kept})
+    assert "os.rename" in whole[-8:], whole
+    for at in range(max(0, len(whole) - 8), len(whole)):
+        where = f"{way}, no power before {whole[at:][:1]}, {at} of {len(whole)}"
+        async with survivors.daemon(at, files=True, power=True) as life:
             await life.arm()
-            try:
-                return await life.do(act)
-            except KilledError:
-                return None
+            with pytest.raises(KilledError):
+                await life.make(way, subjects[way])
+        async with survivors.daemon() as life:
+            assert (await life.look()).leftovers == (), where
+        found = _new_image(survivors.paths, kept)
+        assert found in ({}, sizes), where
+        assert found or whole[at] != "end", where
+        _forget(survivors.paths, keep={path.name for path in kept})
 
-    whole = await life_of()
+
+def _new_image(paths: config.Paths, kept: list[Path]) -> dict[str, int]:
+    """The sizes of its files; nothing when there is none."""
+    return {
+        file.name: file.stat().st_size
+        for path in (paths.state / "images").iterdir()
+        if path not in kept
+        for file in path.iterdir()
+    }
+
+
+@pytest.mark.parametrize("act", ["create", "delete"])
+@pytest.mark.parametrize("power", [False, True], ids=["daemon", "power"])
+async def test_a_vm_killed_before_every_change_of_a_file(survivors: Host, act: str, power: bool) -> None:
+    """Or the host's power lost, and with it whatever was not waited for."""
+    whole = await survivors.act(act, files=True)
     assert whole is not None
     await survivors.judge("not killed")
     kills = 0
     for at, event in enumerate(whole.passed):
         # The first life makes keys besides, so a later one may pass fewer.
-        kills += await life_of(at) is None
+        kills += await survivors.act(act, at, files=True, power=power) is None
+        if power:
+            await survivors.world.lose_power()
         await survivors.judge(f"{act}, killed at {at}, {event}")
     assert kills >= 5
     print(f"{kills} kills")
@@ -300,14 +331,18 @@ async def test_a_vm_killed_before_every_change_of_a_file(survivors: Host, act: s
 
 @pytest.mark.parametrize("version", range(len(migrations.MIGRATIONS)))
 def test_a_migration_killed_before_every_statement(tmp_path: Path, version: int) -> None:
-    path = tmp_path / "banger.db"
+    """And before every change of a file, with the power gone: what is kept for the way back is there."""
+    path, kept = tmp_path / "banger.db", tmp_path / f"banger.db.v{version}"
     whole = _migrated(_old_database(path, version), -1)
     assert whole is not None
+    assert ("os.rename" in whole) == kept.exists() == (version > 0)
     for at, statement in enumerate(whole):
+        kept.unlink(missing_ok=True)
         assert _migrated(_old_database(path, version), at) is None, statement
         with contextlib.closing(store.Store(path)) as rows:
             assert len(rows.list()) == min(version, 1), statement
         assert migrations.check(path) is migrations.Verdict.CURRENT, statement
+        assert kept.exists() == (version > 0), statement
     print(f"{len(whole)} kills")
 
 

@@ -64,6 +64,7 @@ def _create(path: Path, size_bytes: int) -> None:
     descriptor = os.open(staged, flags, 0o600)
     try:
         os.ftruncate(descriptor, size_bytes)
+        os.fsync(descriptor)  # with the power gone there would be one that is too short
         staged.rename(path)
     except OSError as error:
         with contextlib.suppress(FileNotFoundError):
