@@ -60,7 +60,13 @@ def _composed(
     return composition.compose(conftest.SETTINGS, network, paths, world, "0" * 64, host_boot_id=host_boot_id)
 
 
-CAPABILITIES = {"prepare_work_disk", "prepare_packet_rules", "prepare_publish", "prepare_dns"}
+CAPABILITIES = {
+    "prepare_work_disk",
+    "prepare_packet_rules",
+    "prepare_read_only",
+    "prepare_publish",
+    "prepare_dns",
+}
 
 
 async def test_a_start_runs_the_nineteen_steps_in_their_order(daemon: conftest.Daemon) -> None:

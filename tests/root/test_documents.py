@@ -8,49 +8,24 @@ CLI, daemon and agent are the real ones. Only the machine is missing: the agent 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import platform
 import shutil
 import socket
-import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from banger import guest_binary
 from bench import fake_host, served
 from tests import oci_make
 from tests.contract import conftest
 from tests.lab import documents
+from tests.root import rooted_agent
 from tests.unit import kernel_samples
 
 DOCS = Path(__file__).parents[2] / "docs"
-_INSIDE = 'mount --bind "$1" /root && hostname hello && exec -a @banger-guest "$2" agent --listen-fd "$3"'
-
-
-@contextlib.contextmanager
-def _agent(directory: Path, home: Path) -> Iterator[Path]:
-    """The socket of an agent whose /root is `home`."""
-    path = directory / "agent.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(64)
-        number = listener.fileno()
-        program = str(guest_binary.path(platform.machine()))
-        agent = subprocess.Popen(
-            ["unshare", "--mount", "--uts", "bash", "-c", _INSIDE, "agent", str(home), program, str(number)],
-            pass_fds=[number],
-            stdin=subprocess.DEVNULL,
-        )
-    try:
-        yield path
-    finally:
-        agent.terminate()
-        agent.wait(timeout=10)
 
 
 async def _follow(script: str, top: Path, agent: Path) -> None:
@@ -142,7 +117,7 @@ def test_the_tutorial_and_other_pages_are_true() -> None:
         ]
         # There is one guest behind all VMs here, so what a new VM would not have is taken away.
         renewed = [f"{line}\nrm -rf {guest}/repo" if "vm delete" in line else line for line, _ in lines]
-        with _agent(top, guest) as agent:
+        with rooted_agent.running(top, guest) as agent:
             asyncio.run(_follow(documents.session(renewed, str(top / "out")), top, agent))
         for number, (line, shown) in enumerate(lines):
             status, said, complained = (

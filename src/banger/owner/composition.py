@@ -50,7 +50,7 @@ from banger.owner import (
 )
 from banger.owner import network as network_keeper
 from banger.vm import host, record
-from banger.vm.capabilities import dns, file_sync, packet_rules, work_disk
+from banger.vm.capabilities import dns, file_sync, packet_rules, read_only, work_disk
 from banger.vm.capabilities import publish as publishing
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ async def compose(
         boot_id=host_boot_id,
     )
     publisher = publish.Publisher(network, connect)
+    workspace_service = workspaces.WorkspaceService(rows, connect)
     vm_service = vms.VmService(
         host=machine,
         store=rows,
@@ -186,6 +187,7 @@ async def compose(
             packet_rules.PacketRules(),
             dns.Dns(zone),
             *_file_sync(settings),
+            read_only.ReadOnly(workspace_service.guard),
             publishing.Publish(publisher),
         ),
         publisher=publisher,
@@ -218,7 +220,7 @@ async def compose(
             vms=vm_service,
             alterations=vm_service.alterations,
             sessions=vm_service.sessions,
-            workspaces=workspaces.WorkspaceService(rows, connect),
+            workspaces=workspace_service,
             images=image_service,
             pulls=pull_service,
             kernels=kernel_service,

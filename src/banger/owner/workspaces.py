@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 _MAX_SAID_BYTES: Final = 64 << 20
 _MAX_LINE_BYTES: Final = 4096
 _KEPT_LINES: Final = 20
+_GUARD_S: Final = 20.0
+"""For one mount in a guest that has just started."""
 _MESSAGE: Final = "Work in progress in {name}"
 
 T = TypeVar("T")
@@ -123,6 +125,18 @@ class WorkspaceService:
                 await peer.send(piece)
         await peer.end()
         return transfers.Transferred(content_bytes=count)
+
+    async def guard(self, vm: record.VmRecord) -> None:
+        """Makes read-only again what was sent so. What cannot be is said, and keeps no VM from starting."""
+        for each in vm.workspaces:
+            if "read_only" not in each.options:
+                continue
+            try:
+                async with asyncio.timeout(_GUARD_S):
+                    await _Guest(vm.name, self._connect(vm.id)).run(workspace.LOCK, each.path, "1")
+            except (errors.BangerError, TimeoutError) as error:
+                _log.error("not read-only", extra={"vm": vm.id, "path": each.path, "error": str(error)})
+                operations.note(f"{each.path} in {vm.name} is not read-only any more: {error}")
 
     async def _make_writable(self, inside: _Guest, vm: record.VmRecord, path: str) -> None:
         known = vm.workspace_at(path)
