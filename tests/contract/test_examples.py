@@ -109,15 +109,17 @@ def test_the_first_page_has_every_package_that_doctor_asks_for() -> None:
     assert {"git", "mmdebstrap"} <= asked <= set(shown)
 
 
-def toml_of(page: str) -> str:
-    """With something in place of what a reader puts in."""
-    text = "".join(re.findall(r"^```toml\n(.*?)^```$", (TREE / page).read_text(), re.MULTILINE | re.DOTALL))
+def toml_of(page: str, after: str = "") -> str:
+    """Of a page, or of what comes after a heading, with something in place of what a reader puts in."""
+    shown = (TREE / page).read_text()
+    shown = shown[shown.index(after) :]
+    text = "".join(re.findall(r"^```toml\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL))
     return text.replace('"…"', f'"{"0" * 64}"')
 
 
 def test_the_settings_on_the_page_about_workspaces_are_read(tmp_path: Path) -> None:
     settings = tmp_path / "config.toml"
-    settings.write_text(toml_of("docs/workspace.md"))
+    settings.write_text(toml_of("docs/workspace.md", "## Files of your home\n"))
     assert [(each.source, each.target) for each in config.load(settings).file_sync] == [
         ("~/.gitconfig", config.FileSync(source="~/.gitconfig").target),
         ("~/.config/tool", ".config/tool"),
