@@ -78,7 +78,9 @@ class Cli:
         return Done(done.returncode, done.stdout, done.stderr.decode())
 
     @contextlib.contextmanager
-    def started(self, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    def started(
+        self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any
+    ) -> Iterator[subprocess.Popen[bytes]]:
         """Running, with pipes; gone when the block ends."""
         pipes: dict[str, Any] = {
             "stdin": subprocess.PIPE,
@@ -86,7 +88,7 @@ class Cli:
             "stderr": subprocess.PIPE,
         }
         with subprocess.Popen(
-            self.argv(*arguments), env=self.environment(), bufsize=0, **(pipes | options)
+            self.argv(*arguments), env=self.environment(**(env or {})), bufsize=0, **(pipes | options)
         ) as process:
             try:
                 yield process

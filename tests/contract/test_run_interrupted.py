@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from banger.contract import privileged, resources
+from banger.owner import operations
 from banger.vm import start
 from tests.contract import api_served, cli_process, conftest
 
@@ -103,6 +104,65 @@ async def test_an_end_in_any_stage_of_the_start(
     else:
         assert left == [("shop", resources.VmState.ERROR)]
         assert number is signal.SIGKILL or "shop is kept, error" in said
+
+
+GAPS = [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True), (signal.SIGINT, False)]
+
+
+@pytest.mark.parametrize(("number", "remove"), GAPS)
+async def test_an_end_after_the_vm_was_made_and_before_its_command_is_known(
+    served: api_served.Served, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, remove: bool
+) -> None:
+    reached, let_go = asyncio.Event(), asyncio.Event()
+    images = type(served.daemon.services.images)
+    get = images.get
+
+    async def hold(self: Any, ref: str) -> resources.Image:
+        reached.set()
+        await let_go.wait()
+        return get(self, ref)
+
+    monkeypatch.setattr(images, "get", hold)
+    words = ("vm", "run", "--name", "shop", *(["--rm"] if remove else []))
+    with cli_process.Cli(served.path).started(*words) as process:
+        await asyncio.wait_for(reached.wait(), cli_process.DEADLINE_S)
+        process.send_signal(number)
+        status = await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        let_go.set()
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert status == STATUS[number], said
+    left = [vm.name for vm in await served.daemon.services.vms.list()]
+    assert left == ([] if remove else ["shop"])
+    assert ("nothing is left of shop" if remove else "shop goes on") in said
+
+
+@pytest.mark.parametrize(
+    ("number", "remove"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+)
+async def test_an_end_while_its_kernel_is_pulled(
+    served: api_served.Served, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, remove: bool
+) -> None:
+    reached = asyncio.Event()
+
+    async def pull(progress: operations.Progress) -> None:
+        progress.stage(resources.Stage.PULL_KERNEL, "pulling tiny")
+        reached.set()
+        await asyncio.Event().wait()
+
+    kernels = served.daemon.services.kernels
+    monkeypatch.setattr(type(kernels), "how_to_obtain", lambda *_: pull)
+    words = ("vm", "run", "--name", "shop", "--kernel", "mine", *(["--rm"] if remove else []), "--", "true")
+    with cli_process.Cli(served.path).started(*words) as process:
+        await asyncio.wait_for(reached.wait(), cli_process.DEADLINE_S)
+        assert process.stderr is not None
+        assert await asyncio.to_thread(process.stderr.readline)
+        process.send_signal(number)
+        status = await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        said = process.stderr.read().decode()
+    assert status == STATUS[number], said
+    assert await served.daemon.services.vms.list() == []
+    assert "nothing is left of shop" in said
 
 
 async def test_the_next_start_of_one_that_was_kept_works(

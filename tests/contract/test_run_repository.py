@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -130,6 +131,110 @@ async def test_an_end_while_the_repository_goes_in(
     else:
         assert await names(guest) == ["shop", "web"] or sorted(await names(guest)) == ["shop", "web"]
         assert number is signal.SIGKILL or "shop goes on" in said
+
+
+def stuck(source: Path) -> Path:
+    """A pipe: reading this repository goes on when somebody has opened it for writing, and closed it."""
+    pipe = source.with_name(f"pipe-{len(os.listdir(source.parent))}")
+    os.mkfifo(pipe)
+    git(source, "config", "core.attributesFile", str(pipe))
+    return pipe
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_an_end_while_the_repository_is_read_leaves_nothing(
+    guest: Guest, tmp_path: Path, number: signal.Signals
+) -> None:
+    repositories.plain(guest.source)
+    scratch, pipe = tmp_path / "scratch", stuck(guest.source)
+    scratch.mkdir()
+    words = run_words(guest, "--name", "shop")
+    with cli_process.Cli(guest.served.path).started(*words, env={"TMPDIR": str(scratch)}) as process:
+        held = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
+        assert len(os.listdir(scratch)) == 1
+        process.send_signal(number)
+        assert await asyncio.to_thread(process.wait, cli_process.DEADLINE_S) == 128 + number
+        os.close(held)
+    assert os.listdir(scratch) == []
+    assert await names(guest) == ["web"]
+
+
+async def test_what_a_killed_client_left_is_swept_by_the_next_and_nothing_else(
+    guest: Guest, tmp_path: Path
+) -> None:
+    repositories.plain(guest.source)
+    scratch, pipe = tmp_path / "scratch", stuck(guest.source)
+    scratch.mkdir()
+    cli, env = cli_process.Cli(guest.served.path), {"TMPDIR": str(scratch)}
+    words = ("vm", "run", "--dry-run", str(guest.source))
+    with cli.started(*words, env=env) as killed:
+        held = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        os.close(held)
+    (left,) = os.listdir(scratch)
+    (scratch / "banger-git-of-a-link").symlink_to(guest.source)
+    pipe = stuck(guest.source)
+    with cli.started(*words, env=env) as living:
+        held = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
+        before = sorted(os.listdir(scratch))
+        assert len(before) == 2
+        assert left not in before
+        git(guest.source, "config", "--unset", "core.attributesFile")
+        assert (await asyncio.to_thread(cli.run, *words, env=env)).status == 0
+        assert sorted(os.listdir(scratch)) == before
+        os.close(held)
+        assert await asyncio.to_thread(living.wait, cli_process.DEADLINE_S) == 0
+    assert os.listdir(scratch) == ["banger-git-of-a-link"]
+    assert (guest.source / "README").exists()
+
+
+BOOTSTRAPS = [
+    (signal.SIGINT, ()),
+    (signal.SIGTERM, ("--rm",)),
+    (signal.SIGHUP, ("-d",)),
+    (signal.SIGTERM, ()),
+    (signal.SIGKILL, ()),
+]
+
+
+@pytest.mark.parametrize(("number", "options"), BOOTSTRAPS)
+async def test_an_end_while_tools_are_installed(
+    guest: Guest, tmp_path: Path, number: signal.Signals, options: tuple[str, ...]
+) -> None:
+    """The installation ends in the guest too."""
+    repositories.plain(guest.source)
+    (guest.source / "mise.toml").write_text("[tools]\n")
+    repositories.commit(guest.source)
+    os.mkfifo(tmp_path / "pid")
+    script = (
+        f'[ "$1" = install ] || exit 0\ntrap "" INT TERM\necho $$ > {tmp_path}/pid\nsleep 1000\nsleep 1000'
+    )
+    _image_with_mise(guest, tmp_path / "image", script)
+    words = run_words(guest, "--name", "shop", "--nat", *options)
+    tail = () if "-d" in options else ("--", "true")
+    with cli_process.Cli(guest.served.path).started(*words, *tail) as process:
+        installer = os.pidfd_open(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
+        process.send_signal(number)
+        status = await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert status == (-9 if number is signal.SIGKILL else 128 + number), said
+    assert await asyncio.to_thread(has_ended, installer), "it goes on"
+    if "--rm" in options:
+        await until_deleted(guest)
+    assert ("shop" in await names(guest)) is ("--rm" not in options)
+    if number is not signal.SIGKILL:
+        assert "tools are not all installed" in said
+        assert ("nothing is left of shop" if "--rm" in options else "shop goes on") in said
+
+
+def has_ended(process: int) -> bool:
+    """By its pidfd, which is closed."""
+    try:
+        return bool(select.select([process], [], [], cli_process.DEADLINE_S)[0])
+    finally:
+        os.close(process)
 
 
 async def until_deleted(guest: Guest) -> None:

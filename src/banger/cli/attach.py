@@ -10,7 +10,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -24,7 +24,7 @@ _GRACE_S: Final = 5.0
 """How long a command has for SIGTERM, and how long its guest has to say that SIGKILL ended it."""
 TIMED_OUT: Final = 124
 """As timeout(1) has it."""
-_FORWARDED: Final = (
+FORWARDED: Final = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGHUP,
@@ -44,10 +44,12 @@ def run(
     before: Callable[[], None] | None = None,
     timeout_s: float | None = None,
     kept: Kept | None = None,
+    forwarded: Sequence[signal.Signals] = FORWARDED,
 ) -> int:
     """The command's exit status. `on_begin` is called when the daemon has the request.
 
-    Its output is ours, byte for byte; with `kept` it goes there instead.
+    Its output is ours, byte for byte; with `kept` it goes there instead. Signals that are not `forwarded`
+    do here what they did before, and when they raise, the guest ends the command: its client has gone.
 
     `before` prepares the VM once the daemon knows that it belongs to this command (`request.hold`). A
     command that takes longer than `timeout_s` is ended, and the status is TIMED_OUT; also when the guest
@@ -64,7 +66,7 @@ def run(
             channel.send(websocket.Opcode.TEXT, msgspec.json.encode(resources.ExecControl(begin=True)))
         outputs = None if kept is None else (kept, kept)
         session = _Session(
-            channel, stack.enter_context(_handled_signals()), tty=request.tty, outputs=outputs
+            channel, stack.enter_context(_handled_signals(forwarded)), tty=request.tty, outputs=outputs
         )
         session.end_after(timeout_s)
         if stdin:
@@ -88,8 +90,8 @@ def _flush(channel: websocket.WebSocket) -> None:
 
 
 @contextlib.contextmanager
-def _handled_signals() -> Iterator[socket.socket]:
-    with signals.collected((*_FORWARDED, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)) as reader:
+def _handled_signals(forwarded: Sequence[signal.Signals]) -> Iterator[socket.socket]:
+    with signals.collected((*forwarded, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)) as reader:
         yield reader
 
 

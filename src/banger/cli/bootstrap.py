@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection
 from typing import Final
 
-from banger.cli import attach, client, render
+from banger.cli import attach, client, exits, render
 from banger.contract import destinations, egress, errors, resources
 
 LOG: Final = "~/.banger-bootstrap.log"
@@ -41,11 +41,19 @@ def require_network(asked: resources.CreateVm) -> None:
 
 
 def install(api: client.Client, vm: resources.Vm, path: str) -> None:
-    """Raises OperationFailedError when it did not work; the end of its log is on stderr then."""
+    """Raises OperationFailedError when it did not work; the end of its log is on stderr then.
+
+    A signal that ends us ends the installation, for the guest ends what its client leaves.
+    """
     render.note(f"installing the repository's tools in {vm.name}; the log is {LOG} there")
     argv = ("/bin/sh", "-c", _SCRIPT, "banger-bootstrap", path)
     said = attach.Kept(_SHOWN_BYTES)
-    status = attach.run(api, vm.id, resources.ExecRequest(argv=argv, cwd="/"), stdin=False, kept=said)
+    request = resources.ExecRequest(argv=argv, cwd="/")
+    try:
+        status = attach.run(api, vm.id, request, stdin=False, kept=said, forwarded=())
+    except (KeyboardInterrupt, exits.SignalledError):
+        render.note(f"the repository's tools are not all installed in {vm.name}")
+        raise
     if status == _NO_MISE:
         raise errors.MissingToolError(
             f"the repository declares tools for mise, which {vm.name} does not have",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from banger.cli import client, render, workspaces
+from banger.cli import client, render, signals, workspaces
 from banger.contract import errors, resources, transfers
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def bring(asked: Asked, found: repository.Repository, request: transfers.ExportR
     from banger.workspace import receiving, snapshot
 
     with (
+        signals.raised(),
         snapshot.scratch(found) as scratch,
         workspaces.exported(asked.api, asked.vm.id, request) as (exported, pieces),
     ):

@@ -7,6 +7,7 @@ Its exit status is ours. Whatever else goes wrong ends with 125 and a message, s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -152,7 +153,8 @@ def execute(
     settings = ctx.ensure_object(command.Settings)
     with exits.failures_as(exits.BEFORE_COMMAND):
         api = settings.client()
-        workspaces.keep_up(settings, api, name, path=guest_path, send_changes=auto_prepare)
+        with signals.raised():
+            workspaces.keep_up(settings, api, name, path=guest_path, send_changes=auto_prepare)
         chosen["cwd"] = chosen["cwd"] or guest_path or ""
         request = _exec_request(words or argv or _SHELL, chosen, remove=False)
         status = attach.run(api, name, request, stdin=chosen["stdin"], timeout_s=chosen["timeout"])
@@ -209,7 +211,7 @@ def run(
     """
     wanted = workspaces.wanted(words, chosen)
     _refuse_what_cannot_be(words, argv, detach=detach, remove=remove, dry_run=dry_run)
-    with exits.failures_as(exits.BEFORE_COMMAND), contextlib.ExitStack() as stack:
+    with exits.failures_as(exits.BEFORE_COMMAND), signals.raised(), contextlib.ExitStack() as stack:
         ready = stack.enter_context(workspaces.taken(wanted)) if wanted is not None else None
         if dry_run and ready is not None:
             workspaces.show_files(settings, ready)
@@ -228,8 +230,7 @@ def run(
         if tools:
             bootstrap.require_network(asked)
         api = settings.client()
-        with signals.raised():
-            outcome = vm_life.submit_create(api, asked, progress.display(json=settings.json))
+        outcome = vm_life.submit_create(api, asked, progress.display(json=settings.json))
         vm = vm_life.made_vm(outcome.require())
         vm_life.say_timing(outcome, json=settings.json)
 
@@ -243,26 +244,31 @@ def run(
         if detach:
             _detached(settings, vm, prepare)
             return
-        default = _SHELL if argv or ready is not None else _default_command(api, vm, remove=remove)
-        request = _exec_request(argv or default, exec_fields, remove=remove, hold=ready is not None)
-        before = prepare if ready is not None else None
-        status = _attached(api, vm, request, exec_fields, before=before)
+        with _Made(api, vm, remove=remove) as made:
+            default = _SHELL if argv or ready is not None else _default_command(api, vm)
+            request = _exec_request(argv or default, exec_fields, remove=remove, hold=ready is not None)
+            status = attach.run(
+                api,
+                vm.id,
+                request,
+                stdin=exec_fields["stdin"],
+                on_begin=made.hand_over,
+                before=prepare if ready is not None else None,
+                timeout_s=exec_fields["timeout"],
+            )
     raise exits.CommandEnd(status)
 
 
-def _default_command(api: client.Client, vm: resources.Vm, *, remove: bool) -> tuple[str, ...]:
+def _default_command(api: client.Client, vm: resources.Vm) -> tuple[str, ...]:
     """What the image runs, which is for the daemon to fill in; a shell where it says nothing."""
     image = api.get(f"/v1/images/{vm.image_id}", resources.Image)
     if image.run.entrypoint or image.run.command:
         return ()
     if image.has_shell:
         return _SHELL
-    if remove:
-        _wait_until_gone(api, vm, deletes_itself=False)
-    left = "" if remove else f"; the VM goes on: `banger vm exec {vm.name} -- /the/program`"
     raise errors.NotFoundError(
         f"the image {image.name} has no shell, and does not say what it runs",
-        hint=f"name a program of it: `banger vm run --image {image.name} -- /the/program`{left}",
+        hint=f"name a program of it: `banger vm run --image {image.name} -- /the/program`",
     )
 
 
@@ -317,49 +323,49 @@ def _say_kept(vm: resources.Vm) -> None:
     render.note(f"{vm.name} goes on; `banger vm exec {vm.name}`, `banger vm delete {vm.name}`")
 
 
-def _attached(
-    api: client.Client,
-    vm: resources.Vm,
-    request: resources.ExecRequest,
-    chosen: dict[str, Any],
-    *,
-    before: Callable[[], None] | None,
-) -> int:
-    """The command's status. With `remove` the VM is gone when this returns or raises."""
-    handed_over = False
+@dataclasses.dataclass(slots=True)
+class _Made:
+    """The VM that was made, while its command is looked for, waited for and runs.
 
-    def begun() -> None:
-        nonlocal handed_over
-        handed_over = True
+    With `remove` it is gone when the block ends, else it is named, in whatever way that is.
+    """
 
-    try:
-        with signals.raised():
-            return attach.run(
-                api,
-                vm.id,
-                request,
-                stdin=chosen["stdin"],
-                on_begin=begun,
-                before=before,
-                timeout_s=chosen["timeout"],
-            )
-    finally:
-        if request.remove:
-            _wait_until_gone(api, vm, deletes_itself=handed_over)
-        else:
-            _say_kept(vm)
+    api: client.Client
+    vm: resources.Vm
+    remove: bool
+    is_handed_over: bool = False
+    """The daemon knows the command, and deletes the VM when its connection ends."""
+
+    def hand_over(self) -> None:
+        self.is_handed_over = True
+
+    def __enter__(self) -> _Made:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not self.remove:
+            _say_kept(self.vm)
+        elif _wait_until_gone(self.api, self.vm, deletes_itself=self.is_handed_over) and isinstance(
+            error, (KeyboardInterrupt, exits.SignalledError)
+        ):
+            render.note(f"nothing is left of {self.vm.name}")
 
 
-def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bool) -> None:
-    """The daemon deletes the VM when the command's connection ends; without one, that is ours to do."""
+def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bool) -> bool:
+    """The daemon deletes the VM when the command's connection ends; without one, that is ours to do.
+
+    False, and said, when that failed.
+    """
     try:
         deletion = _running_deletion(api, vm) if deletes_itself else None
         found = deletion or vm_life.submit_action(api, vm.id, "delete")
         progress.follow_one(api, lambda: found, progress.Silent(), cancellable=False).require()
     except errors.NotFoundError:
-        return
+        pass
     except errors.BangerError as error:
         render.note(f"{vm.name} may not be deleted: {error.message}; `banger vm delete {vm.name}`")
+        return False
+    return True
 
 
 def _running_deletion(api: client.Client, vm: resources.Vm) -> resources.Operation | None:

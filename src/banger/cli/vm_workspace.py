@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from banger.cli import client, command, output, params, progress, pulling, render, workspaces
+from banger.cli import client, command, output, params, progress, pulling, render, signals, workspaces
 from banger.contract import resources, transfers
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def prepare(
     known = vm.workspace.path if vm.workspace else workspaces.GUEST_PATH
     source = workspaces.source_of(vm, path, chosen["guest_path"])
     wanted = dataclasses.replace(workspaces.chosen(source, chosen, path=known), discard=discard)
-    with workspaces.taken(wanted) as ready:
+    with signals.raised(), workspaces.taken(wanted) as ready:
         if dry_run:
             workspaces.show_files(settings, ready)
             return

@@ -11,7 +11,6 @@ import contextlib
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, Final
 from banger.contract import errors
 from banger.workspace import git as gits
 from banger.workspace import repository as repositories
+from banger.workspace import scratch_directory
 
 _RAW: Final = "* -text -eol -crlf -filter -ident -working-tree-encoding\n"
 _CONVERTING: Final = ("filter", "ident", "working-tree-encoding")
@@ -28,7 +28,6 @@ _COPIED_KEYS: Final = (
     *("core.trustctime", "core.checkStat"),
 )
 _GITLINK: Final = b"160000"
-_LARGE: Final = "/var/tmp"  # noqa: S108  # a directory of our own in it is made as tempfile makes any
 _KEPT_BYTES: Final = 256 << 20
 """Of a large disk; of a small one, a twentieth stays free."""
 
@@ -305,15 +304,9 @@ _PACKING: Final = ("--stdout", "-q", "--delta-base-offset")
 @contextlib.contextmanager
 def scratch(repository: repositories.Repository) -> Iterator[Scratch]:
     """Gone with everything in it when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="banger-git-", dir=_large()) as name:
-        directory = Path(name)
+    with scratch_directory.made("banger-git-") as directory:
         _lay_out(directory, repository)
         yield Scratch(directory, repository)
-
-
-def _large() -> str | None:
-    """Where much can lie for a while: /tmp is often memory."""
-    return None if os.environ.get("TMPDIR") or not os.access(_LARGE, os.W_OK | os.X_OK) else _LARGE
 
 
 def _check_room(directory: Path) -> None:
