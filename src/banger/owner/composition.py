@@ -30,6 +30,7 @@ from banger.owner import (
     firecracker,
     guest,
     helper,
+    identity,
     images,
     inventory,
     kernels,
@@ -183,7 +184,7 @@ async def compose(
         views=views.Views(layout, network, network6, image_service.name, kernel_service.name),
         connect=connect,
         features=(
-            work_disk.WorkDisk(keys.public_key),
+            work_disk.WorkDisk(keys.public_key, _git_config),
             packet_rules.PacketRules(),
             dns.Dns(zone),
             *_file_sync(settings),
@@ -266,6 +267,13 @@ def _file_sync(settings: config.Config) -> Iterator[file_sync.FileSync]:
     """Nothing that does nothing shows in a start."""
     if settings.file_sync:
         yield file_sync.FileSync(_home(), [each.entry for each in settings.file_sync])
+
+
+def _git_config() -> bytes:
+    try:
+        return identity.git_config(_home())
+    except KeyError:  # a user whom the system does not know
+        return b""
 
 
 def _home() -> Path:

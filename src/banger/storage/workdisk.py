@@ -25,21 +25,30 @@ MIB: Final = 1 << 20
 _CHUNK: Final = 1 << 20
 _SSH: Final = b".ssh"
 _AUTHORIZED_KEYS: Final = b"authorized_keys"
+_GIT_CONFIG: Final = (b".config", b"git", b"config")
 _MAX_KEYS_BYTES: Final = 1 << 20
 
 
-def create(path: Path, *, size_mib: int, seed: Path | None = None, authorized_key: str = "") -> None:
+def create(
+    path: Path,
+    *,
+    size_mib: int,
+    seed: Path | None = None,
+    authorized_key: str = "",
+    git_config: bytes = b"",
+) -> None:
     """Makes the disk; the seed is a tar of what `/root` shall hold, an absent one leaves it empty.
 
-    `authorized_key` is a line for the guest's ssh server; it comes after those of the seed. The caller holds
-    the VM's lifecycle lock: two makers of one disk would meet.
+    `authorized_key` is a line for the guest's ssh server; it comes after those of the seed.
+    `git_config` goes where git looks before `~/.gitconfig`, which counts more; a seed's own there stays.
+    The caller holds the VM's lifecycle lock: two makers of one disk would meet.
     """
     if path.exists():
         raise errors.AlreadyExistsError(f"work disk {path} is already there", hint="it is the user's data")
     staged = path.with_name(f".{path.name}.new")
     staged.unlink(missing_ok=True)  # what a crash left
     try:
-        _make(staged, size_mib * MIB, seed, authorized_key)
+        _make(staged, size_mib * MIB, seed, authorized_key, git_config)
         artefacts.sync(staged)  # its row is on the disk: with the power gone there would be half of one
         os.link(staged, path)  # unlike a rename, never onto a disk that appeared meanwhile
         artefacts.sync(path.parent)
@@ -54,7 +63,7 @@ def create(path: Path, *, size_mib: int, seed: Path | None = None, authorized_ke
         staged.unlink(missing_ok=True)
 
 
-def _make(staged: Path, size_bytes: int, seed: Path | None, authorized_key: str) -> None:
+def _make(staged: Path, size_bytes: int, seed: Path | None, authorized_key: str, git_config: bytes) -> None:
     limits = filesystem.Limits(max_bytes=size_bytes)
     with filesystem.Filesystem(staged, limits=limits) as made:
         made.set_attributes(made.ROOT, _private(stat.S_IFDIR | 0o700))
@@ -64,6 +73,8 @@ def _make(staged: Path, size_bytes: int, seed: Path | None, authorized_key: str)
                 flatten.Tree(made).add(reader.entries(pieces), "the work seed")
         if authorized_key:
             _authorize(made, authorized_key.encode())
+        if git_config:
+            _configure_git(made, git_config)
         made.finish(size_bytes=size_bytes, label=LABEL)
 
 
@@ -80,6 +91,19 @@ def _authorize(made: filesystem.Filesystem, key: bytes) -> None:
     lines = [*_take_keys(made, directory), key]
     wanted = _private(stat.S_IFREG | 0o600)
     made.write(directory, _AUTHORIZED_KEYS, wanted, [b"\n".join(lines) + b"\n"])
+
+
+def _configure_git(made: filesystem.Filesystem, text: bytes) -> None:
+    directory = made.ROOT
+    for name in _GIT_CONFIG[:-1]:
+        below = made.lookup(directory, name)
+        if below is None:
+            below = made.mkdir(directory, name, _private(stat.S_IFDIR | 0o755))
+        elif not _is(made, below, stat.S_IFDIR):
+            return
+        directory = below
+    if made.lookup(directory, _GIT_CONFIG[-1]) is None:
+        made.write(directory, _GIT_CONFIG[-1], _private(stat.S_IFREG | 0o644), [text])
 
 
 def _take_keys(made: filesystem.Filesystem, directory: int) -> list[bytes]:

@@ -16,9 +16,12 @@ class WorkDisk:
 
     name = "work_disk"
 
-    def __init__(self, authorized_key: Callable[[], str] = lambda: "") -> None:
-        """`authorized_key`: the line that lets the host's ssh in; asked for each new disk, may block."""
+    def __init__(
+        self, authorized_key: Callable[[], str] = lambda: "", git_config: Callable[[], bytes] = lambda: b""
+    ) -> None:
+        """The line that lets the host's ssh in, and who commits there: asked for each disk, may block."""
         self._authorized_key = authorized_key
+        self._git_config = git_config
 
     async def check(self, context: capabilities.Context) -> None:
         """Nothing beyond what the image already proved by being there."""
@@ -35,12 +38,14 @@ class WorkDisk:
             context.created.add(self.name)
             # Threads that a cancelled start has ended before it takes anything back.
             key = await run.in_thread(self._authorized_key)
+            git_config = await run.in_thread(self._git_config)
             await run.in_thread(
                 workdisk.create,
                 path,
                 size_mib=vm.disk_size_mib,
                 seed=layout.work_seed(vm.image_id),
                 authorized_key=key,
+                git_config=git_config,
             )
         else:
             await run.in_thread(grow.grow, path, size_mib=vm.disk_size_mib)
