@@ -159,6 +159,8 @@ def publish(staged: Path, final: Path) -> None:
 def install(source: Path, directory: Path, name: str, sha256: str) -> Path:
     """Copies an executable into `directory` while hashing what is copied; a wrong hash leaves nothing."""
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f".{name}-*"):  # by one that was killed: nobody installs beside another
+        left.unlink(missing_ok=True)
     descriptor, scratch = tempfile.mkstemp(dir=directory, prefix=f".{name}-")
     try:
         digest = hashlib.sha256()

@@ -250,6 +250,15 @@ def test_install_verifies_what_it_copies(tmp_path: Path) -> None:
     assert done.read_bytes() == CONTENT
 
 
+def test_install_takes_away_what_a_killed_one_left(tmp_path: Path) -> None:
+    source, runtime_dir = tmp_path / "source", tmp_path / "runtime"
+    source.write_bytes(CONTENT)
+    runtime_dir.mkdir()
+    (runtime_dir / ".firecracker-x1y2z3").write_bytes(CONTENT[:3])
+    pinned.install(source, runtime_dir, "firecracker", SHA256)
+    assert [path.name for path in runtime_dir.iterdir()] == ["firecracker"]
+
+
 def test_the_catalog_pins_both_files() -> None:
     files = {file.name: file for file in runtime.catalog("x86_64")}
     assert set(files) == {"firecracker", "jailer"}
