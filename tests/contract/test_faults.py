@@ -25,6 +25,7 @@ from banger.contract import errors, names, privileged, resources
 from banger.owner import composition, config, helper, operations, store
 from banger.storage import overlay
 from banger.vm import record
+from tests import wall_clock
 from tests.contract import conftest
 from tests.contract import programs as programs_
 from tests.fakes import helper as helpers
@@ -324,20 +325,19 @@ async def test_a_wall_clock_that_jumps_during_a_start_changes_nothing(
     daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch, jump_h: int
 ) -> None:
     """Neither what the client sees of it, nor when it is stopped, nor for how long it can be asked about."""
-    jumped = [False]
-
-    def now() -> datetime.datetime:
-        return datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=jump_h * jumped[0])
+    wall, jumped = wall_clock.WallClock(monkeypatch), [False]
 
     async def jump(request: privileged.Request[Any]) -> None:
-        jumped[0] = jumped[0] or isinstance(request, privileged.LaunchVmm)
+        if isinstance(request, privileged.LaunchVmm) and not jumped[0]:
+            jumped[0] = True
+            wall.jump(jump_h * 3600)
 
-    monkeypatch.setattr(operations, "_now", now)
+    before = datetime.datetime.now(datetime.UTC)
     daemon.world.before = jump
     body = resources.CreateVm(name="web", ttl_s=3600, idle_stop_s=3600)
     created = await daemon.done(await daemon.services.vms.create(body))
     assert created.error is None
-    assert jumped[0]
+    assert abs(datetime.datetime.now(datetime.UTC) - before) > datetime.timedelta(hours=47)
     other = await daemon.create("other")
     assert daemon.services.operations.get(created.id).status is SUCCEEDED
     elapsed = [event.elapsed_ms async for event in daemon.services.operations.events(created.id)]

@@ -15,6 +15,7 @@ from banger.cli import render
 from banger.contract import errors, names, resources
 from banger.owner import activity, lifetimes
 from banger.vm import lifetime, record
+from tests import wall_clock
 
 VM = record.VmRecord(
     id=names.VmId("0123456789ab"),
@@ -157,12 +158,17 @@ async def test_a_daemon_that_starts_again_warns_again_before_it_stops(clock: Clo
     assert keeping.stopped == []
 
 
+@pytest.mark.parametrize("jump_s", [-1e9, 1e9])
 async def test_a_wall_clock_that_jumps_changes_nothing(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    keeping = Keeping(limited(idle_s=60, ttl_s=60))
-    monkeypatch.setattr("time.time", lambda: 4e9)
+    before = datetime.datetime.now(datetime.UTC)
+    wall = wall_clock.WallClock(monkeypatch)
+    keeping = Keeping(limited(idle_s=3600, ttl_s=3600))
+    wall.jump(jump_s)
+    assert abs(datetime.datetime.now(datetime.UTC) - before) > datetime.timedelta(days=10_000)
     assert await keeping.look() == []
+    assert [3590 < end.left_s <= 3600 for end in keeping.keeper.ends(keeping.vm)] == [True, True]
 
 
 async def test_an_extended_vm_lives_on(clock: Clock) -> None:
