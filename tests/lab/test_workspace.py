@@ -122,11 +122,11 @@ def test_files_go_in_and_come_back(work: Lab) -> None:
     work.run(["rm", "/home/dev/back.bin"], user=user.NAME)
 
 
-def test_a_workspace_survives_a_stop_and_can_be_read_only(work: Lab) -> None:
+def test_a_workspace_survives_a_stop_and_is_read_only_until_it_is_prepared_otherwise(work: Lab) -> None:
+    banger(work, "vm", "workspace", "prepare", "work", "--discard", "--readonly")
     banger(work, "vm", "stop", "work")
     banger(work, "vm", "start", "work")
     assert in_guest(work, "pwd") == "/root/repo\n"
-    banger(work, "vm", "workspace", "prepare", "work", "--discard", "--readonly")
     refused = banger(work, "vm", "exec", "work", "--", "touch", "/root/repo/x", check=False)
     assert "Read-only" in refused.error_text
     banger(work, "vm", "workspace", "prepare", "work")
