@@ -13,7 +13,7 @@ from lab import errors, qemu, remote
 COMMAND_LIMIT_S = 15
 TOTAL_LIMIT_S = 60
 JAILS = "/var/lib/banger-root/jails"
-VM_LOGS = "/var/lib/banger/vms"
+VM_LOGS = "/var/lib/banger-root/logs"
 LARGEST_LOG = "4M"
 PROCESSOR_LOOKS = 10
 

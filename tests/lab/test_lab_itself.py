@@ -182,12 +182,14 @@ def test_layer_carries_on_where_it_was_kept(tmp_path: Path, with_state: bool, ne
 
 
 def test_evidence_is_saved(fresh_host: Lab, tmp_path: Path) -> None:
-    fresh_host.write("/var/lib/banger-root/jails/firecracker/x/root/console.log", b"a guest's words")
+    fresh_host.write("/var/lib/banger-root/logs/0123456789ab/console.log", b"a guest's words")
+    fresh_host.write("/var/lib/banger-root/jails/firecracker/x/root/vmlinux.config", b"a jail's file")
     fresh_host.evidence(tmp_path)
     saved = {path.name for path in tmp_path.iterdir()}
-    assert {"console.log", "journal.txt", "nft.json", "ip-addr.json", "losetup.txt", "jails.tar"} <= saved
+    assert {"console.log", "journal.txt", "nft.json", "ip-addr.json", "losetup.txt"} <= saved
     assert "problems.txt" not in saved
-    assert b"a guest's words" in (tmp_path / "jails.tar").read_bytes()
+    assert b"a guest's words" in (tmp_path / "logs.tar").read_bytes()
+    assert b"a jail's file" in (tmp_path / "jails.tar").read_bytes()
 
 
 def test_evidence_of_a_dead_lab_says_so(fresh_host: Lab, tmp_path: Path) -> None:
