@@ -172,16 +172,6 @@ def test_openrc_takes_over(machine: Lab) -> None:
 
 # --- Debian 13 ---
 
-BOOTED = """
-until [ -S /run/systemd/private ]; do sleep 0.2; done
-systemctl is-system-running --wait
-systemctl --failed --no-legend
-systemctl list-jobs --no-legend
-. /etc/os-release
-echo $ID $VERSION_ID
-"""
-"""The agent answers before the image's init has made a bus to ask."""
-
 
 @pytest.fixture
 def handed_trixie(new_name: Callable[[str], str], tmp_path: Path, no_lab_left: None) -> Iterator[Lab]:
@@ -198,4 +188,4 @@ def handed_trixie(new_name: Callable[[str], str], tmp_path: Path, no_lab_left: N
 def test_debian_13_reaches_its_target(handed_trixie: Lab) -> None:
     """With no unit that failed and no job that waits."""
     user.banger(handed_trixie, "image", "register", "/artefacts")
-    assert _told(handed_trixie, "debian-trixie", BOOTED) == "running\ndebian 13\n"
+    assert _told(handed_trixie, "debian-trixie", user.BOOTED) == "running\ndebian 13\n"

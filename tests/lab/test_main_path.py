@@ -55,6 +55,12 @@ def test_services_restarted_or_killed_leave_the_guest_running(web: Lab) -> None:
     assert seen == before["boot_id"]
 
 
+def test_the_default_image_reaches_its_target(web: Lab) -> None:
+    """With no unit that failed and no job that waits, for a device that never comes or anything else."""
+    told = user.banger(web, "vm", "exec", "web", "--", "sh", "-c", user.BOOTED).text
+    assert told == "running\ndebian 12\n"
+
+
 def test_what_was_written_just_before_stop_is_there_after_start(web: Lab) -> None:
     write = "echo unsynced > /root/kept; echo unsynced > /var/kept"
     user.banger(web, "vm", "exec", "web", "--", "sh", "-c", write)

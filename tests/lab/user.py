@@ -20,6 +20,16 @@ SMALL = (*ONE_CPU, "--memory", "128M", "--disk-size", "64M")
 # Where the guest's system is not what is looked at: one of systemd takes a dozen times as long to boot.
 TINY = ("--image", "busybox", *SMALL)
 
+# The agent answers before the image's init has made a bus to ask.
+BOOTED = """
+until [ -S /run/systemd/private ]; do sleep 0.2; done
+systemctl is-system-running --wait
+systemctl --failed --no-legend
+systemctl list-jobs --no-legend
+. /etc/os-release
+echo $ID $VERSION_ID
+"""
+
 _LEFTOVERS = """
 dmsetup ls 2>/dev/null | grep fc-
 losetup -l -n -O BACK-FILE | grep /var/lib/banger/
