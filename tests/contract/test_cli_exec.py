@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import filecmp
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors, resources
-from tests.contract import cli_process
+from tests.contract import cli_process, workspaces
 from tests.fakes import daemon
 
 STUBBORN = """
@@ -61,11 +62,21 @@ def test_stdout_and_stderr_stay_apart(cli: cli_process.Cli) -> None:
     assert (done.out, done.err) == (b"out\n", "err\n")
 
 
-def test_a_stream_each_way_is_intact(cli: cli_process.Cli, tmp_path: Path) -> None:
-    data = os.urandom(1 << 20) * 24
-    done = cli.run("vm", "exec", "web", "--", "cat", stdin=data)
-    assert done.status == 0
-    assert hashlib.sha256(done.out).digest() == hashlib.sha256(data).digest()
+async def test_256_mib_each_way_arrive_intact(guest: workspaces.Guest, tmp_path: Path) -> None:
+    """From file to file: the command line, the daemon, the real agent, and all the way back."""
+    block = os.urandom(1 << 20)
+    with (tmp_path / "in").open("wb") as file:
+        for number in range(256):
+            file.write(number.to_bytes(4, "big") + block[4:])
+    cli = cli_process.Cli(guest.served.path)
+    argv = cli.argv("vm", "exec", "web", "--", "cat")
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("wb") as target:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=source, stdout=target, stderr=asyncio.subprocess.PIPE, env=cli.environment()
+        )
+        _, said = await process.communicate()
+    assert (process.returncode, said) == (0, b"")
+    assert filecmp.cmp(tmp_path / "in", tmp_path / "out", shallow=False)
 
 
 def test_input_that_is_a_file_or_closed(cli: cli_process.Cli, tmp_path: Path) -> None:
