@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from lab import artefacts
+from lab import artefacts, demo, provision
 from lab.session import Lab
 from tests.lab import user
 
@@ -37,6 +38,20 @@ def test_vm_run_gives_the_command_s_output_and_status(installed_host: Lab, kerne
     assert "wait_vsock_agent" in result.error_text
     assert user.leftovers(installed_host) == ""
     assert json.loads(user.banger(installed_host, "vm", "list", "--json").text) == []
+
+
+def test_make_run_shows_the_stages_and_what_the_guest_says(
+    installed_host: Lab, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As far as it differs from here: the lab is this one, and its guest as small as these."""
+    monkeypatch.setattr(demo, "COMMAND", (*demo.COMMAND[:4], *ROOMY, *demo.COMMAND[4:]))
+    monkeypatch.setattr(provision, "installed", lambda name: contextlib.nullcontext(installed_host))
+    assert demo.main([]) == 0
+    out, err = capfd.readouterr()
+    assert "Linux" in out
+    assert 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"' in out
+    stages = [err.find(stage) for stage in ("preflight", "boot_firecracker", "wait_vsock_agent", "finalize")]
+    assert -1 < stages[0] < stages[1] < stages[2] < stages[3], err
 
 
 def test_services_restarted_or_killed_leave_the_guest_running(web: Lab) -> None:
