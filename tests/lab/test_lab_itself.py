@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import cache, errors, instance, process, remote
+from lab import cache, errors, instance, process, qemu, remote
 from lab.session import Lab
 
 NewName = Callable[[str], str]
@@ -228,14 +228,27 @@ signal.pause()
     assert gone
 
 
-def test_command_line_lab_outlives_its_command_until_down(new_name: NewName) -> None:
+def test_command_line_lab_outlives_its_command_until_down(new_name: NewName, tmp_path: Path) -> None:
     name = new_name("cli")
+    sent, back = tmp_path / "sent", tmp_path / "back"
+    sent.write_text("there and back")
     assert _lab("up", "--name", name).returncode == 0
     try:
         assert name in _lab("status").stdout
         done = _lab("run", "--name", name, "--", "sh", "-c", "echo out; echo err >&2; exit 9")
         assert (done.returncode, done.stdout, done.stderr) == (9, "out\n", "err\n")
         assert _lab("up", "--name", name).returncode == 1
+        typed = _lab("ssh", "--name", name, "--user", "dev", typed="id -un; exit 5\n")
+        assert (typed.returncode, typed.stdout.splitlines()[-1]) == (5, "dev")
+        assert _lab("cp", "--name", name, str(sent), "lab:/root/there").returncode == 0
+        assert _lab("cp", "--name", name, "lab:/root/there", str(back)).returncode == 0
+        assert back.read_text() == "there and back"
+        assert "one side must be in the lab" in _lab("cp", "--name", name, str(sent), str(back)).stderr
+        assert "systemd" in _lab("logs", "--name", name, "--journal").stdout
+        kept = cache.default_root() / "labs" / name
+        for option, file in (("", qemu.CONSOLE), ("--qemu", qemu.QEMU_LOG)):
+            (kept / file).write_text(f"what {file} says")
+            assert _lab("logs", "--name", name, *option.split()).stdout == f"what {file} says"
     finally:
         assert _lab("down", "--name", name).returncode == 0
     assert _lab("run", "--name", name, "--", "true").returncode == 1
@@ -247,8 +260,8 @@ def _expect_right_clock(lab: Lab) -> None:
     assert before - CLOCK_ERROR_S < told < time.time() + CLOCK_ERROR_S
 
 
-def _lab(*words: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "lab", *words]
+def _lab(*words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+    argv, tree = [sys.executable, "-m", "lab", *words], Path(__file__).parents[2]
     return subprocess.run(
-        argv, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
+        argv, cwd=tree, input=typed, capture_output=True, text=True, timeout=120, check=False
     )
