@@ -8,6 +8,7 @@ nothing appears outside the target, no link is followed, no device or privilege 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tarfile
@@ -25,6 +26,10 @@ _END: Final = bytes(2 * tarfile.BLOCKSIZE)
 _MAX_MEMBERS: Final = 50_000_000
 _MAX_SKIPPED: Final = 100
 _MAX_CLOSED: Final = 10_000
+_KEPT_BYTES: Final = 256 << 20
+_KEPT_FILES: Final = 10_000
+_SMALL: Final = 20
+"""Of a disk that is small, only so small a part is kept free."""
 Report = Callable[[int], None]
 
 
@@ -155,21 +160,36 @@ class Unpacked:
             self.skipped.append(what)
 
 
+def lacks_room(place: int | Path) -> bool:
+    """Whether the disk has no more left than others need: who sends without end does not fill it."""
+    found = os.statvfs(place)
+    files = min(_KEPT_FILES, found.f_files // _SMALL)  # 0 on file systems that have no such number
+    size = min(_KEPT_BYTES, found.f_blocks * found.f_frsize // _SMALL)
+    return found.f_bavail * found.f_frsize < size or found.f_favail < files
+
+
 def unpack(pieces: Iterable[bytes], target: Path, *, rename: str | None, report: Report) -> Unpacked:
     """Unpacks into the directory `target`. All members lie under one name; `rename` replaces it.
 
     Existing files are replaced, existing directories filled. Raises ProtocolError for names that lead out,
-    and for whatever else no agent of ours would send.
+    and for whatever else no agent of ours would send; NoSpaceError before the disk is full.
     """
     top = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _read(pieces, report) as entries:
-            return _Unpacking(top, rename).all(entries)
+            return _Unpacking(top, rename, target).all(entries)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(target) from error
         where = error.filename or target
         raise errors.OperationFailedError(f"cannot write {os.fsdecode(where)}: {error.strerror}") from error
     finally:
         os.close(top)
+
+
+def _full(target: Path) -> errors.NoSpaceError:
+    hint = "free space there, or copy less at a time; what had been copied is there"
+    return errors.NoSpaceError(f"no space left in {target} for what the guest sends", hint=hint)
 
 
 def begins_with_directory(pieces: Iterable[bytes]) -> bool:
@@ -221,9 +241,10 @@ class _Unpacking:
     One that its owner may not look into waits for the end of all, for a hard link may need its way.
     """
 
-    def __init__(self, top: int, rename: str | None) -> None:
+    def __init__(self, top: int, rename: str | None, target: Path) -> None:
         self._top = top
         self._rename = rename
+        self._target = target
         self._open: list[_Directory] = []
         self._closed: list[_Directory] = []
         self._done = Unpacked()
@@ -231,6 +252,7 @@ class _Unpacking:
     def all(self, entries: Iterator[reader.Entry]) -> Unpacked:
         for entry in entries:
             self._done.entries += 1
+            self._keep_room()
             if self._done.entries > _MAX_MEMBERS:
                 raise errors.ProtocolError("the guest sent too many files")
             name = os.fsdecode(entry.name)
@@ -241,6 +263,10 @@ class _Unpacking:
         for each in self._closed:  # what lies within another is before it
             self._finish(each)
         return self._done
+
+    def _keep_room(self) -> None:
+        if lacks_room(self._top):
+            raise _full(self._target)
 
     def _leave(self, name: str) -> None:
         while self._open and not name.startswith(self._open[-1].name + "/"):
@@ -277,7 +303,7 @@ class _Unpacking:
         elif stat.S_ISFIFO(entry.mode):
             os.mkfifo(name, entry.mode & 0o777, dir_fd=parent)
         else:
-            _write(parent, name, entry)
+            _write(parent, name, entry, self._keep_room)
 
 
 def _parts(name: str, rename: str | None) -> tuple[str, ...]:
@@ -331,13 +357,14 @@ def _link(top: int, target: tuple[str, ...], parent: int, name: str) -> None:
         os.link(target[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
 
 
-def _write(parent: int, name: str, entry: reader.Entry) -> None:
+def _write(parent: int, name: str, entry: reader.Entry, keep_room: Callable[[], None]) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(name, flags, 0o600, dir_fd=parent), "wb", buffering=0) as file:
         for piece in entry.content:
             if isinstance(piece, hole.Hole):
                 # A few bytes would claim a whole disk; the agent sends every byte.
                 raise errors.ProtocolError(f"the guest sent a sparse file, {name!r}")
+            keep_room()
             view = memoryview(piece)
             while view:
                 view = view[file.write(view) :]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from banger import archive
 from banger.contract import errors
 from banger.workspace import receiving, repository, snapshot
 from tests.contract import repositories
@@ -89,7 +90,7 @@ def _used(path: Path) -> int:
 def test_a_pack_without_end_leaves_room_on_the_disk(
     here: repository.Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "_KEPT_BYTES", 1 << 60)
+    monkeypatch.setattr(archive, "_KEPT_BYTES", 1 << 60)
     found = os.statvfs_result((4096, 4096, 1000, 49, 49, 100, 100, 100, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: found)
 

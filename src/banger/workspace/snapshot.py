@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
+from banger import archive
 from banger.contract import errors
 from banger.workspace import git as gits
 from banger.workspace import repository as repositories
@@ -28,8 +29,6 @@ _COPIED_KEYS: Final = (
     *("core.trustctime", "core.checkStat"),
 )
 _GITLINK: Final = b"160000"
-_KEPT_BYTES: Final = 256 << 20
-"""Of a large disk; of a small one, a twentieth stays free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +310,7 @@ def scratch(repository: repositories.Repository) -> Iterator[Scratch]:
 
 def _check_room(directory: Path) -> None:
     """Whoever sends without end does not fill a disk that others need too."""
-    found = os.statvfs(directory)
-    if found.f_bavail * found.f_frsize < min(_KEPT_BYTES, found.f_blocks * found.f_frsize // 20):
+    if archive.lacks_room(directory):
         raise errors.NoSpaceError(
             f"no space left for the guest's work in {directory.parent}",
             hint="free space there, or name another place with TMPDIR=…",
