@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -150,12 +151,27 @@ def odd_names(where: Path) -> None:
 
 
 def pointers(where: Path) -> None:
-    """Large files kept elsewhere: one is a pointer here, one is the content."""
+    """Large files kept elsewhere, with only the pointers here."""
     plain(where)
     (where / ".gitattributes").write_text("*.big filter=lfs diff=lfs merge=lfs -text\n")
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
-    (where / "pointer.big").write_text(pointer)
+    (where / "pointer.big").write_text(pointer(b"content" * 1000))
     commit(where)
+
+
+def pointer(content: bytes) -> str:
+    """As git-lfs has it."""
+    oid = hashlib.sha256(content).hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n"
+
+
+def fetched(where: Path) -> None:
+    """The same, and here is the content; like git-lfs, a filter makes git call it unchanged."""
+    pointers(where)
+    content = b"content" * 1000
+    git(where, "config", "filter.lfs.clean", f"cat >/dev/null; printf '%s' '{pointer(content)}'")
+    (where / "pointer.big").write_bytes(content)
+    git(where, "add", "pointer.big")
+    assert git(where, "status", "--porcelain") == b""
 
 
 def unborn(where: Path) -> None:
@@ -244,6 +260,7 @@ STATES: dict[str, Callable[[Path], None]] = {
         automatic_line_ends,
         odd_names,
         pointers,
+        fetched,
         unborn,
         empty,
         detached,
@@ -252,6 +269,7 @@ STATES: dict[str, Callable[[Path], None]] = {
         conflicted,
         sparse,
         split_index,
+        assumed,
         sha256,
     )
 }

@@ -82,7 +82,7 @@ def change_anything(repo: Path) -> None:
     (repo / "to-new").symlink_to("nowhere/ü")
 
 
-@pytest.mark.parametrize("state", sorted(repositories.STATES.keys() - {"conflicted"}))
+@pytest.mark.parametrize("state", sorted(repositories.STATES.keys() - {"assumed"}))
 async def test_the_guest_s_work_lands_exactly_whatever_the_repository(guest: Guest, state: str) -> None:
     repositories.STATES[state](guest.source)
     await guest.prepare()
@@ -91,6 +91,68 @@ async def test_the_guest_s_work_lands_exactly_whatever_the_repository(guest: Gue
     await guest.banger("vm", "workspace", "pull", "web")
     assert git(guest.source, "rev-parse", "banger/web^{tree}").decode().strip() == wanted
     assert git(guest.source, "fsck", "--no-dangling") == b""
+
+
+PULL = ("vm", "workspace", "pull", "web")
+
+
+async def test_what_git_is_told_not_to_look_at_comes_out_when_it_was_changed_there(guest: Guest) -> None:
+    repositories.assumed(guest.source)
+    await guest.prepare()
+    (guest.repo / "more").write_text("more\n")
+    await guest.banger(*PULL)
+    assert git(guest.source, "diff", "--name-only", "main..banger/web") == b"more\n"
+    (guest.repo / "README").write_text("work\n")
+    await guest.banger(*PULL, "--force")
+    assert git(guest.source, "show", "banger/web:README") == b"work\n"
+    (guest.repo / "README").unlink()
+    await guest.banger(*PULL, "--force")
+    assert b"README" not in git(guest.source, "ls-tree", "--name-only", "banger/web")
+
+
+async def test_a_file_that_is_no_part_of_a_sparse_checkout_comes_out_when_it_was_made_there(
+    guest: Guest,
+) -> None:
+    repositories.sparse(guest.source)
+    await guest.prepare()
+    (guest.repo / "src").mkdir()
+    (guest.repo / "src" / "tool.sh").write_text("work\n")
+    await guest.banger(*PULL)
+    assert git(guest.source, "diff", "--name-only", "main..banger/web") == b"src/tool.sh\n"
+
+
+async def test_content_that_a_filter_made_does_not_replace_what_git_keeps_of_it(guest: Guest) -> None:
+    repositories.fetched(guest.source)
+    pointer = git(guest.source, "rev-parse", "main:pointer.big")
+    await guest.prepare()
+    (guest.repo / "README").write_text("work\n")
+    await guest.banger(*PULL)
+    assert git(guest.source, "diff", "--name-only", "main..banger/web") == b"README\n"
+    repositories.commit(guest.repo, "as agents do")
+    assert git(guest.repo, "diff", "--name-only", "HEAD~1..HEAD") == b"README\n"
+    git(guest.repo, "update-index", "--no-assume-unchanged", "pointer.big")
+    repositories.commit(guest.repo, "all the same")
+    await guest.banger(*PULL, "--force")
+    assert git(guest.source, "rev-parse", "banger/web:pointer.big") == pointer
+
+
+@pytest.mark.parametrize("mode", ["history", "full-copy"])
+async def test_work_on_what_a_filter_made_is_named_and_refused(guest: Guest, mode: str) -> None:
+    repositories.fetched(guest.source)
+    pointer = git(guest.source, "rev-parse", "main:pointer.big")
+    await guest.prepare("--mode", mode)
+    git(guest.repo, "config", "--unset", "filter.lfs.clean", check=False)
+    (guest.repo / "README").write_text("work\n")
+    await guest.banger(*PULL)
+    assert git(guest.source, "diff", "--name-only", "main..banger/web") == b"README\n"
+    (guest.repo / "pointer.big").write_bytes(b"work")
+    for words in (PULL, ("vm", "workspace", "export", "web")):
+        assert "pointer.big needs a filter" in (await guest.banger(*words, status=1)).err
+    git(guest.repo, "checkout", "HEAD", "--", "pointer.big")
+    await guest.banger(*PULL, "--force")
+    assert git(guest.source, "rev-parse", "banger/web:pointer.big") == pointer
+    (guest.repo / "new.big").write_bytes(b"new")
+    assert "new.big needs a filter" in (await guest.banger(*PULL, status=1)).err
 
 
 async def test_an_export_against_a_commit(guest: Guest) -> None:

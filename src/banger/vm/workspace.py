@@ -29,6 +29,18 @@ raw() {
   GIT_DIR=$PWD/.git/banger GIT_WORK_TREE=$PWD GIT_OBJECT_DIRECTORY=$PWD/.git/objects deaf \
     -c core.autocrlf=false -c core.safecrlf=false -c core.filemode=true -c core.symlinks=true "$@"
 }
+# Of the paths on stdin those that a filter makes, `any` or one that has git keep something else than
+# content: kept elsewhere, or encrypted. All end in NUL.
+filtered() {
+  deaf check-attr -z --stdin filter | xargs -0 -n 90 sh -c '
+    while [ $# -ge 3 ]; do
+      case $3:$0 in
+        unspecified:* | unset:*) ;;
+        lfs:* | annex:* | git-crypt*:* | crypt*:* | *:any) printf "%s\0" "$1" ;;
+      esac
+      shift 3
+    done' "$1"
+}
 need_git() {
   command -v git >/dev/null 2>&1 || { echo "the guest has no git" >&2; exit 90; }
 }
@@ -123,6 +135,12 @@ if [ -s $new/unmerged ]; then deaf update-index -z --index-info <$new/unmerged; 
 if [ -s $new/intended ]; then xargs -0 git -c core.fsmonitor=false add --intent-to-add -- <$new/intended; fi
 deaf update-index -q --refresh >/dev/null || :
 if [ -s $new/skipped ]; then deaf update-index -z --skip-worktree --stdin <$new/skipped; fi
+if [ -s $new/assumed ]; then deaf update-index -z --assume-unchanged --stdin <$new/assumed; fi
+# A filter that is not here makes git take its files for changes, and commit them as they lie here.
+if ! (unset GIT_CONFIG_GLOBAL GIT_CONFIG_NOSYSTEM; git config --get-regexp '^filter[.]' >/dev/null); then
+  deaf diff-files --name-only --diff-filter=M -z | filtered any >$new/filtered
+  deaf update-index -z --assume-unchanged --stdin <$new/filtered
+fi
 cp $new/sent $own/sent
 printf '%s\n%s\n%s\n' "$head" "$branch" "$index" >$own/state
 rm -rf $new $own/unsettled
@@ -228,7 +246,7 @@ def script_failure(name: str, status: int, said: Sequence[str]) -> errors.Banger
     if status in {NO_DIRECTORY, NO_COMMIT}:
         return errors.NotFoundError(f"{name}: {last}")
     if status == STAYS_BEHIND:
-        hint = f"take it with `banger vm cp {name}:… .` and move it away there, or have git ignore it there"
+        hint = f"take it with `banger vm cp {name}:… .`; there, move it away or check out what git had"
         return errors.ConflictError(f"work in {name} would stay behind: {last}", hint=hint)
     if status == 127:
         return errors.MissingToolError(f"{name} has no /bin/sh, or a basic tool is missing: {last}")

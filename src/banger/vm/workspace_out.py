@@ -22,7 +22,61 @@ path=$1 form=$2 asked=$3 message=$4 copied=$5
 tab=$(printf '\t')
 fail() { echo "$2" >&2; exit "$1"; }
 
-# The repository that we stand in: its HEAD in $head, in $tree all its files but ignored ones.
+# Of the paths in the file $1 those that lie here as a prepare of ours sent them.
+as_sent() {
+  [ -s "$1" ] && [ -s "$own/sent-index" ] || return 0
+  (
+    export GIT_DIR="$git/banger" GIT_WORK_TREE="$PWD" GIT_INDEX_FILE="$own/sent-index"
+    xargs -0 git -c safe.directory='*' ls-files -z -- <"$1"
+  )
+}
+
+# What the host's git does not see as changed, because it is told not to look or has a filter, is no work
+# when it lies here as it was sent: then git keeps of it what it kept there.
+restore() {
+  as_sent "$1" >"$own/restored"
+  [ -s "$own/restored" ] || return 0
+  deaf update-index -z --force-remove --stdin <"$own/restored"
+  xargs -0 git -c safe.directory='*' ls-tree -r -z "$kept" -- <"$own/restored" |
+    deaf update-index -z --index-info
+}
+
+sent() {
+  kept= head=$(deaf rev-parse -q --verify HEAD) || head=
+  if [ -e "$git/banger/index" ] && [ -e "$git/banger/state" ]; then
+    { read -r _; read -r _; read -r kept; } <"$git/banger/state"
+    cp -p "$git/banger/index" "$own/sent-index"
+    (
+      export GIT_INDEX_FILE="$own/sent-index"
+      raw update-index -q --refresh >/dev/null 2>&1 || :
+      raw diff-files --name-only -z >"$own/changed"
+      raw update-index -z --force-remove --stdin <"$own/changed"
+    )
+  fi
+}
+
+# Files that git is told not to look at, in the index; it looks now.
+uncover() {
+  : >"$own/covered"
+  deaf ls-files -v | grep -q '^[a-zS]' || return 0
+  deaf ls-files -v -z | xargs -0 sh -c '
+    for each; do
+      name=${each#? }
+      case $each in
+        [a-rt-z]" "*) ;;
+        [Ss]" "*) [ -e "$name" ] || [ -L "$name" ] || continue ;;
+        *) continue ;;
+      esac
+      printf "%s\0" "$name"
+    done' sh >"$own/covered"
+  deaf update-index -z --no-assume-unchanged --stdin <"$own/covered"
+  deaf update-index -z --no-skip-worktree --stdin <"$own/covered"
+}
+
+changed() { deaf diff-index --cached --name-only --no-renames --diff-filter=d -z "$1"; }
+
+# The repository that we stand in: its HEAD in $head, in $tree all its files but ignored ones. They are held
+# against what the commit $1 has of those that a filter makes.
 look() {
   unset GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_INDEX_FILE
   git=$(deaf rev-parse --absolute-git-dir)
@@ -35,14 +89,24 @@ look() {
   nothing=$(deaf hash-object -w -t tree --stdin </dev/null)
   if [ -e "$git/index" ]; then cp -p "$git/index" "$own/index"; fi
   for shared in "$git"/sharedindex.*; do [ -e "$shared" ] && cp -p "$shared" "$own/"; done
-  if ! deaf -c advice.addEmbeddedRepo=false add -A 2>"$own/said"; then
+  sent
+  uncover
+  if ! deaf -c advice.addEmbeddedRepo=false -c filter.lfs.required=false \
+    -c filter.lfs.clean='sh "$POINTER" %f' add -A 2>"$own/said"; then
     cat "$own/said" >&2
     without=$(sed -n "s,^error: '\(.*\)/' does not have a commit checked out,\1,p" "$own/said" | head -n 1)
     [ -z "$without" ] || fail 93 "$without is a repository of its own without a commit"
     exit 1
   fi
+  restore "$own/covered"
+  before=${kept:-${1:-${head:-$nothing}}}
+  deaf cat-file -e "$before" 2>/dev/null || before=${head:-$nothing}
+  changed "$before" | filtered any >"$own/filtered"
+  restore "$own/filtered"
+  changed "$before" | filtered foreign >"$own/filtered"
+  [ ! -s "$own/filtered" ] || fail 93 "$(tr '\0' '\n' <"$own/filtered" | head -n 1) needs a filter, \
+such as git-lfs, which is not here, for git to keep it"
   tree=$(deaf write-tree)
-  head=$(deaf rev-parse -q --verify HEAD) || head=
 }
 
 # In each repository inside this one: "$@", with its path in $below, and in $since what commit $1 has there.
@@ -60,7 +124,7 @@ inside() {
       cd "$below"
       [ "$(deaf rev-parse --show-toplevel 2>/dev/null)" = "$(pwd -P)" ] ||
         fail 93 "$below is a repository of its own that git cannot read there"
-      look
+      look "$since"
       "$@"
     ) 3<&-
   done 3<"$own/below"
@@ -96,7 +160,16 @@ git=$(deaf rev-parse --absolute-git-dir)
 work=$(mktemp -d "$git/banger-export.XXXXXX" 2>/dev/null || mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
-look
+export POINTER="$work/pointer"
+cat >"$POINTER" <<'END'
+# What git keeps of a file that git-lfs has elsewhere: its own pointer, or that of content.
+cat >/dev/null
+line="version https://git-lfs.github.com/spec/v1"
+if [ ! -s "$1" ] || [ "$(head -c 42 "$1" | tr -d '\0')" = "$line" ]; then exec cat "$1"; fi
+sum=$(sha256sum <"$1") || exit 1
+printf '%s\noid sha256:%s\nsize %s\n' "$line" "${sum%% *}" "$(wc -c <"$1" | tr -d ' ')"
+END
+look "${copied#none}"
 base=
 if [ -n "$asked" ]; then base=$asked
 elif [ -n "$copied" ]; then [ "$copied" = none ] || base=$copied

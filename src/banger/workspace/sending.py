@@ -148,6 +148,7 @@ def _side_files(snapshot: snapshots.Snapshot) -> bytes:
         "unmerged": snapshot.unmerged,
         "intended": b"".join(path + b"\0" for path in snapshot.intended),
         "skipped": b"".join(path + b"\0" for path in snapshot.skipped),
+        "assumed": b"".join(path + b"\0" for path in snapshot.assumed),
     }
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -72,6 +72,8 @@ class Snapshot:
     """Paths that are to be added, with nothing staged yet."""
     skipped: tuple[bytes, ...] = ()
     """Paths of a sparse checkout that are not there."""
+    assumed: tuple[bytes, ...] = ()
+    """Paths that git is told to take for unchanged."""
     notes: tuple[str, ...] = ()
     extra: tuple[str, ...] = field(default=())
     """Objects that only unmerged entries name."""
@@ -124,6 +126,7 @@ class Scratch:
             skipped=tuple(
                 entry.path for entry in entries if entry.is_skipped and not self.exists(entry.path)
             ),
+            assumed=tuple(entry.path for entry in entries if entry.is_trusted and entry.stage == b"0"),
             notes=notes,
             extra=tuple(entry.object_id.decode() for entry in conflicted),
         )
