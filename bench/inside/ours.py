@@ -17,6 +17,7 @@ STATE: Final = Path("/var/lib/banger")
 JAILS: Final = "/var/lib/banger-root/jails"
 KERNEL: Final = "generic-6.12"
 IMAGE: Final = "debian-bookworm"
+SMALLEST: Final = "busybox"
 NAME: Final = "bench"
 
 
@@ -28,11 +29,11 @@ def prepare_bare(api: client.Client) -> None:
 
 
 @contextlib.contextmanager
-def running(api: client.Client) -> Iterator[resources.Vm]:
+def running(api: client.Client, image: str = IMAGE) -> Iterator[resources.Vm]:
     """A VM whose agent answers, as large as the rival's; deleted afterwards."""
     body = resources.CreateVm(
         name=NAME,
-        image=IMAGE,
+        image=image,
         kernel=KERNEL,
         vcpus=1,
         memory_mib=bare.MEMORY_MIB,

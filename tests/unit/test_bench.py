@@ -68,11 +68,13 @@ def test_starts_are_summed_up_as_medians() -> None:
         {
             "banger": {**dict.fromkeys(CLOCKS, ours), "steps_ms": {"tap": ours}},
             "bare": dict.fromkeys(CLOCKS, 2),
+            "smallest": dict.fromkeys(CLOCKS, ours),
         }
         for ours in (2.0, 3.0, 40.0)
     ]
     found = start.summed_up(rounds)
-    assert {row.ratio for row in found.rows} == {1.5}
+    assert {row.ratio for row in found.rows if row.rival} == {1.5}
+    assert [row.ours for row in found.rows if not row.rival] == [3.0, 3.0]
     assert "tap 3 ms" in found.notes[-1]
 
 
