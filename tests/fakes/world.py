@@ -28,6 +28,8 @@ class VmState:
     """What exists of one VM."""
 
     snapshot: bool = False
+    base_loops: bool = False
+    """The loop devices below a snapshot, which are made first and go last."""
     work_disk: bool = False
     tap: bool = False
     tap_slot: int = 0
@@ -46,7 +48,16 @@ class VmState:
 
     @property
     def is_empty(self) -> bool:
-        kept = (self.snapshot, self.work_disk, self.tap, self.rules, self.jail, self.cgroup, self.runs)
+        kept = (
+            self.snapshot,
+            self.base_loops,
+            self.work_disk,
+            self.tap,
+            self.rules,
+            self.jail,
+            self.cgroup,
+            self.runs,
+        )
         return not any(kept)
 
 
@@ -146,7 +157,7 @@ async def _list_world(world: World, request: Any) -> privileged.Result:
             privileged.VmWorld(
                 vm_id=vm_id,
                 snapshot=vm.snapshot,
-                loops=int(vm.work_disk) + 2 * int(vm.snapshot),
+                loops=int(vm.work_disk) + 2 * int(vm.base_loops),
                 tap=vm.tap,
                 rules=vm.rules is not None,
                 jail=vm.jail,
@@ -193,6 +204,8 @@ async def _create_snapshot(world: World, request: privileged.CreateSnapshot) -> 
     _need(not vm.snapshot, "the snapshot exists already")
     _need_file(world.state / "images" / request.image_id / "rootfs.ext4")
     _need_file(world.state / "vms" / request.vm_id / "overlay.cow")
+    vm.base_loops = True
+    await world.middle(request)
     vm.snapshot = True
     return privileged.Snapshot(device=f"/dev/mapper/fc-rootfs-{request.vm_id}")
 
@@ -213,6 +226,8 @@ async def _delete_snapshot(world: World, request: privileged.DeleteSnapshot) -> 
     vm = world.vm(request.vm_id)
     _need(not (vm.snapshot and vm.runs), "the snapshot is in use")
     vm.snapshot = False
+    await world.middle(request)
+    vm.base_loops = False
     return privileged.Done()
 
 
@@ -221,6 +236,7 @@ async def _attach_work_disk(world: World, request: privileged.AttachWorkDisk) ->
     _need(not vm.work_disk, "the work disk is attached already")
     _need_file(world.state / "vms" / request.vm_id / "work.ext4")
     vm.work_disk = True
+    await world.middle(request)
     return privileged.Done()
 
 
@@ -235,6 +251,7 @@ async def _create_tap(world: World, request: privileged.CreateTap) -> privileged
     vm = world.claim(request.vm_id, request.slot)
     _need(world.bridge, "there is no bridge", errors.NotFoundError)
     vm.tap, vm.tap_slot = True, request.slot
+    await world.middle(request)
     return privileged.Done()
 
 
@@ -293,7 +310,9 @@ async def _prepare_jail(world: World, request: privileged.PrepareJail) -> privil
 async def _delete_jail(world: World, request: privileged.DeleteJail) -> privileged.Result:
     vm = world.vm(request.vm_id)
     _need(not vm.runs, "the VMM still runs")
-    vm.jail = vm.cgroup = False
+    vm.cgroup = False
+    await world.middle(request)
+    vm.jail = False
     return privileged.Done()
 
 
@@ -357,7 +376,7 @@ async def _tear_down(world: World, request: privileged.TearDown) -> privileged.R
     await world.middle(request)
     vm.tap, vm.rules = False, None
     await world.middle(request)
-    vm.snapshot = vm.work_disk = False
+    vm.snapshot = vm.base_loops = vm.work_disk = False
     await world.middle(request)
     world.vms[request.vm_id] = VmState(logs=vm.logs)
     return privileged.Done()
