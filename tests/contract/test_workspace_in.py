@@ -405,6 +405,9 @@ async def test_fifty_thousand_files(guest: Guest) -> None:
     (guest.source / "d2" / "f2").write_text("changed\n")
     assert await guest.served_bytes() < 50_000
     assert repositories.status(guest.repo) == repositories.status(guest.source)
+    (guest.repo / "d3" / "f3").write_text("work\n")
+    await guest.banger("vm", "workspace", "pull", "web")
+    assert git(guest.source, "diff", "--name-only", "banger/web") == b"d3/f3\n"
 
 
 _GIB = 1 << 30

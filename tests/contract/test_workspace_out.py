@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.contract import repositories, workspaces
+from tests.contract import cli_process, repositories, workspaces
 
 Guest = workspaces.Guest
 git = repositories.git
@@ -244,6 +245,19 @@ async def test_what_was_made_before_the_first_commit_lands(guest: Guest) -> None
     assert b"+++ b/staged" in patch
     await guest.banger("vm", "workspace", "pull", "web")
     assert git(guest.source, "show", "banger/web:more") == b"m"
+
+
+async def test_a_file_larger_than_memory_comes_out(guest: Guest) -> None:
+    """Nobody here may hold it: the client and its git get less address space than it has bytes."""
+    size = 160 << 20
+    repositories.plain(guest.source)
+    await guest.prepare()
+    with (guest.repo / "large").open("wb") as file:
+        file.truncate(size)
+    run = cli_process.Cli(guest.served.path).run
+    done = await asyncio.to_thread(run, *PULL, memory_bytes=size * 3 // 4)
+    assert done.status == 0, done.err
+    assert git(guest.source, "cat-file", "-s", "banger/web:large") == b"%d\n" % size
 
 
 def hostile_tree(repo: Path, name: str) -> str:

@@ -120,6 +120,8 @@ def _fetch(scratch: snapshots.Scratch, repository: repositories.Repository) -> N
         *("-c", "fetch.recurseSubmodules=false"),
         *("-c", "fetch.prune=false"),
         *("-c", "fetch.writeCommitGraph=false"),
+        # Larger files pass through, and are never held.
+        *("-c", "core.bigFileThreshold=32m"),
         # Stays a pack, in any git: object by object it would be as large as whoever made it says.
         *("-c", "fetch.unpackLimit=1"),
     ).held_to(scratch.largest_file())
