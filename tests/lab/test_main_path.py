@@ -17,6 +17,28 @@ from tests.lab import user
 pytestmark = pytest.mark.timeout(600)
 ROOMY = (*user.ONE_CPU, "--memory", "256M", "--disk-size", "256M")
 
+# How much a VM's processes take of the host, once they have taken two seconds of its processors.
+_LOOK_AT_LIMITS = """
+import json, os, sys, time
+cgroup = f"/sys/fs/cgroup/banger.slice/banger-vms.service/{sys.argv[1]}"
+read = lambda name: open(f"{cgroup}/{name}").read().split()
+used_s = lambda: int(read("cpu.stat")[1]) / 1e6
+began, before = time.monotonic(), used_s()
+while used_s() < before + 2:
+    time.sleep(0.1)
+cpu = (used_s() - before) / (time.monotonic() - began)
+most, period = map(int, read("cpu.max"))
+print(json.dumps({
+    "cpu": cpu,
+    "cpu_max": most / period,
+    "pids": int(read("pids.current")[0]),
+    "pids_max": int(read("pids.max")[0]),
+    "memory": int(read("memory.current")[0]),
+    "memory_max": int(read("memory.max")[0]),
+    "work_disk": os.stat(f"/var/lib/banger/vms/{sys.argv[1]}/work.ext4").st_blocks * 512,
+}))
+"""
+
 
 @pytest.fixture(scope="module")
 def web(installed_host: Lab) -> Iterator[Lab]:
@@ -107,6 +129,23 @@ def test_another_user_is_refused_by_both_services(installed_host: Lab) -> None:
         connect = f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})"
         result = installed_host.run(["python3", "-c", connect], user="stranger", check=False)
         assert "PermissionError" in result.error_text, path
+
+
+def test_a_guest_that_runs_wild_stays_within_its_limits(web: Lab) -> None:
+    """It fills its disk, spins and forks without end; the host goes on. The next test takes it away."""
+    vm_id = user.shown(web, "web")["id"]
+    fill = "fallocate -l 180M /root/most; dd if=/dev/zero of=/root/full bs=1M; true"
+    assert "No space left" in user.banger(web, "vm", "exec", "web", "--", "sh", "-c", fill).error_text
+    bomb = "b() { b | b & }; while :; do :; done & b"
+    wild = f"setsid sh -c '{bomb}' >/dev/null 2>&1 </dev/null &"
+    user.banger(web, "vm", "exec", "web", "--", "sh", "-c", wild)
+    looked = web.run(["python3", "-S", "-c", _LOOK_AT_LIMITS, vm_id]).text
+    seen = json.loads(looked)
+    assert seen["cpu"] <= seen["cpu_max"] * 1.05, seen
+    assert seen["pids"] <= seen["pids_max"], seen
+    assert seen["memory"] <= seen["memory_max"] < 512 << 20, seen
+    assert seen["work_disk"] <= 256 << 20, seen
+    assert [vm["name"] for vm in json.loads(user.banger(web, "vm", "list", "--json").text)] == ["web"]
 
 
 def test_kill_and_delete_leave_nothing(web: Lab) -> None:
