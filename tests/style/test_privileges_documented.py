@@ -36,6 +36,8 @@ def test_every_capability_is_named_and_bounded_by_the_unit() -> None:
 UNCOUNTED = {
     "bangerd": (
         "NotifyAccess=main",
+        "StartLimitIntervalSec=0",
+        "RestartSec=1s",
         "RuntimeDirectoryMode=0700",
         "StateDirectoryMode=0700",
         "CacheDirectoryMode=0700",
@@ -49,6 +51,8 @@ UNCOUNTED = {
     ),
     "bangerd-root": (
         "NotifyAccess=main",
+        "StartLimitIntervalSec=0",
+        "RestartSec=500ms",
         "StateDirectoryMode=0711",
         "TasksMax=512",
         "MemoryMax=512M",

@@ -265,6 +265,13 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
         "is failed",
         "systemctl start bangerd.service",
     ),
+    (
+        "units",
+        unit("bangerd.service", "running", "auto-restart"),
+        FAIL,
+        "started again",
+        "journalctl -u bangerd",
+    ),
     ("units", unit("bangerd-root.socket", "enabled", "disabled"), FAIL, "disabled", "systemctl enable"),
     ("units", unit("bangerd-root.service", "Reload=no", "Reload=yes"), WARN, "older files", "daemon-reload"),
     ("bangerd", lambda h: h.api.stop(), FAIL, "does not answer", "systemctl restart bangerd"),

@@ -76,6 +76,11 @@ def units(scene: scenes.Scene) -> report.Finding:
     found = _units(scene)
     for name, at_boot in _WANTED.items():
         unit = found.get(name, {})
+        if unit.get("SubState") == "auto-restart":
+            return report.failed(
+                f"{name} ends whenever it is started, and is started again",
+                f"journalctl -u {name.partition('.')[0]} (why it ends; mended, it starts by itself)",
+            )
         if unit.get("ActiveState") != "active":
             return report.failed(
                 f"{name} is {unit.get('ActiveState', 'unknown')} ({unit.get('SubState', '')})",
