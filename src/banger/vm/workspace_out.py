@@ -185,9 +185,12 @@ if [ "$form" = patch ]; then
   exit
 fi
 repositories=$(inside "${base:-$nothing}" tell)
-sort "$git/banger/sent" >"$own/sent" 2>/dev/null || :
 set -- --format='%(objectname) %(refname)' ${head:+--no-merged "$head"}
-deaf for-each-ref "$@" refs/heads refs/stash | sort | comm -23 - "$own/sent" >"$own/aside"
+deaf for-each-ref "$@" refs/heads refs/stash >"$own/aside"
+if [ -s "$git/banger/sent" ]; then
+  mv "$own/aside" "$own/branches"
+  grep -v -x -F -f "$git/banger/sent" "$own/branches" >"$own/aside" || :
+fi
 aside=$(head -n 1000 "$own/aside" | sed 's/^/aside /')
 unset GIT_CONFIG_GLOBAL GIT_CONFIG_NOSYSTEM
 if [ -z "$head" ] || [ "$tree" != "$(deaf rev-parse "$head^{tree}")" ]; then
