@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from banger import guest_binary
+from banger.contract import guest
 from lab import artefacts, demo, provision
 from lab.session import Lab
 from tests.lab import user
@@ -128,6 +130,47 @@ def test_another_user_is_refused_by_both_services(installed_host: Lab) -> None:
         connect = f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})"
         result = installed_host.run(["python3", "-c", connect], user="stranger", check=False)
         assert "PermissionError" in result.error_text, path
+
+
+STRANGERS = """
+import contextlib, socket, subprocess, time
+agent = subprocess.Popen(["/root/agent", "agent"])
+hello = bytes.fromhex("%s")
+try:
+    for port in (1023, 1021):
+        deadline = time.monotonic() + 20
+        while True:
+            client = socket.socket(socket.AF_VSOCK)
+            client.settimeout(20)
+            try:
+                client.connect((1, port))
+                break
+            except ConnectionError:
+                assert agent.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            client.sendall(hello)
+            said = client.recv(100)
+        print(port, said)
+finally:
+    agent.kill()
+    agent.wait()
+"""
+
+
+def test_the_agent_hangs_up_on_whoever_is_not_its_host(installed_host: Lab) -> None:
+    """Started here, where a program can connect by vsock as it could beside it in a guest: from CID 1."""
+    installed_host.put(guest_binary.path("x86_64"), "/root/agent")
+    installed_host.run(["modprobe", "vsock_loopback"])
+    try:
+        script = STRANGERS % guest.hello().hex()
+        assert installed_host.run(["python3", "-c", script], timeout_s=60).text == "1023 b''\n1021 b''\n"
+    finally:
+        installed_host.run(["modprobe", "-r", "vsock_loopback"], check=False)
+        installed_host.run(["rm", "/root/agent"])
+    looked = ["journalctl", "-k", "-o", "cat", "-g", "refused a connection that is not"]
+    assert installed_host.run(looked).text == "refused a connection that is not the host's\n" * 2
 
 
 def test_a_guest_that_runs_wild_stays_within_its_limits(web: Lab) -> None:
