@@ -53,7 +53,7 @@ def test_a_random_walk_of_kills(drilled: Lab) -> None:
     assert user.leftovers(drilled) == ""
 
 
-def test_what_was_flushed_is_there_after_a_kill(drilled: Lab) -> None:
+def test_what_was_flushed_is_there_after_a_kill_and_a_restart(drilled: Lab) -> None:
     """Of the VMM, in the middle of the guest's life: nobody was asked to stop."""
     user.banger(drilled, "vm", "create", "web", *user.TINY)
     script = "echo flushed > /root/kept; echo flushed > /kept; sync"
@@ -62,8 +62,13 @@ def test_what_was_flushed_is_there_after_a_kill(drilled: Lab) -> None:
     assert user.unowned(drilled) == ""
     assert "its VMM was ended by SIGKILL" in user.banger(drilled, "vm", "explain", "web").text
     user.banger(drilled, "vm", "start", "web")
-    read = user.banger(drilled, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept")
-    assert read.text == "flushed\nflushed\n"
+    read = ("vm", "exec", "web", "--", "cat", "/root/kept", "/kept", "/proc/sys/kernel/random/boot_id")
+    *kept, before = user.banger(drilled, *read).text.split()
+    assert kept == ["flushed", "flushed"]
+    user.banger(drilled, "vm", "restart", "web")
+    *kept, after = user.banger(drilled, *read).text.split()
+    assert kept == ["flushed", "flushed"]
+    assert before != after == user.shown(drilled, "web")["boot_id"]
     user.banger(drilled, "vm", "delete", "web")
 
 
