@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -98,6 +99,20 @@ def test_the_default_image_reaches_its_target(web: Lab) -> None:
     """With no unit that failed and no job that waits, for a device that never comes or anything else."""
     told = user.banger(web, "vm", "exec", "web", "--", "sh", "-c", user.BOOTED).text
     assert told == "running\ndebian 12\n"
+
+
+def test_a_daemon_that_starts_sets_a_clock_that_is_wrong(web: Lab) -> None:
+    def guest_s() -> int:
+        return int(user.banger(web, "vm", "exec", "web", "--", "date", "+%s").text)
+
+    user.banger(web, "vm", "exec", "web", "--", "date", "-s", "@1000000000")
+    web.run(["systemctl", "restart", "bangerd"])
+    deadline = time.monotonic() + 60
+    while guest_s() < 1_100_000_000:
+        assert time.monotonic() < deadline
+    before = int(web.run(["date", "+%s"]).text)
+    told = guest_s()
+    assert before - 1 <= told <= int(web.run(["date", "+%s"]).text) + 1
 
 
 def test_what_was_written_just_before_stop_is_there_after_start(web: Lab) -> None:

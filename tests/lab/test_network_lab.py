@@ -13,7 +13,7 @@ from tests.lab import user
 
 pytestmark = pytest.mark.timeout(900)
 
-# The lab has no internet: a namespace behind a veth plays it, with a web server.
+# The lab has no internet: a namespace behind a veth plays it, with a web server, past another firewall.
 _INTERNET = """
 set -e
 ip netns add internet
@@ -25,10 +25,17 @@ ip -n internet addr add 203.0.113.10/32 dev lo
 ip -n internet link set lo up
 ip -n internet link set inet9 up
 ip route add 203.0.113.0/24 via 198.51.100.1
+nft add table ip other
+nft add chain ip other forward '{ type filter hook forward priority filter; policy drop; }'
 echo internet > /run/index.html
 cd /run && ip netns exec internet setsid python3 -m http.server 80 >/dev/null 2>&1 &
 """
-_NO_INTERNET = "ip netns pids internet | xargs -r kill; ip link del uplink9; ip netns del internet"
+_NO_INTERNET = """
+ip netns pids internet | xargs -r kill
+ip link del uplink9
+ip netns del internet
+nft delete table ip other
+"""
 _SERVE = "mkdir /www && hostname > /www/index.html && exec /bin/httpd -h /www"
 _GET = "exec 3<>/dev/tcp/{address}/{port} && printf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3"
 
@@ -69,18 +76,73 @@ def test_the_host_reaches_guests_and_guests_not_each_other(two: Lab) -> None:
     assert shown["address6"] in found
 
 
+_SERVICES = ("bangerd", "bangerd-root")
+
+
+def _pids(host: Lab) -> list[int]:
+    return [
+        int(each)
+        for each in host.run(["systemctl", "show", "--value", "-p", "MainPID", *_SERVICES]).text.split()
+    ]
+
+
+def _killed_and_started(host: Lab) -> None:
+    before = _pids(host)
+    assert all(before)
+    host.run(["systemctl", "kill", "-s", "KILL", *_SERVICES])
+    host.run(["systemctl", "reset-failed"])
+    host.run(["systemctl", "start", "bangerd-root.socket", "bangerd"])
+    user.banger(host, "vm", "list")
+    after = _pids(host)
+    assert all(after)
+    assert set(before).isdisjoint(after)
+
+
+def _elements(host: Lab) -> set[tuple[str, str, str]]:
+    """Whose, in which set, and what: all that VMs own of banger's tables."""
+    found = set()
+    for entry in json.loads(host.run(["nft", "-j", "list", "ruleset"]).text)["nftables"]:
+        for kind, content in entry.items():
+            if kind in ("set", "map") and content["table"] == "banger":
+                for each in content.get("elem", ()):
+                    element = each[0] if kind == "map" else each
+                    if isinstance(element, dict) and "elem" in element:
+                        one = element["elem"]
+                        found.add((one["comment"], content["name"], json.dumps(one["val"])))
+    return found
+
+
+def _other_firewall(host: Lab) -> str:
+    return host.run(["nft", "-s", "list", "table", "ip", "other"]).text
+
+
+def _forwards(host: Lab) -> list[str]:
+    links = ("uplink9", "br-fc")
+    return host.run(["cat", *(f"/proc/sys/net/ipv4/conf/{link}/forwarding" for link in links)]).text.split()
+
+
 def test_nat_on_off_and_on_with_both_services_killed_in_between(two: Lab) -> None:
+    """What holds is what the row says, to the element, past another firewall, and nothing after the stop."""
+    one = user.shown(two, "one")
+    opened = {
+        (one["id"], f"{name}{family}", json.dumps(one[f"address{family}"]))
+        for name in ("nat", "internet")
+        for family in ("", "6")
+    }
+    closed, firewall = _elements(two), _other_firewall(two)
     assert get(two, "one", "203.0.113.10") == ""
-    before = two.run(["sh", "-c", "nft -s list ruleset | grep -c 'tap-'"]).text
     for on in (True, False, True):
         user.banger(two, "vm", "set", "one", "--nat", "on" if on else "off")
-        two.run(["systemctl", "kill", "-s", "KILL", "bangerd", "bangerd-root"], check=False)
-        two.run(["systemctl", "start", "bangerd-root.socket", "bangerd"])
-        user.banger(two, "vm", "list")
+        _killed_and_started(two)
         assert ("internet" in get(two, "one", "203.0.113.10")) is on
-        assert two.run(["sh", "-c", "nft -s list ruleset | grep -c 'tap-'"]).text == before
-    user.banger(two, "vm", "set", "one", "--nat", "off")
-    assert two.run(["cat", "/proc/sys/net/ipv4/conf/uplink9/forwarding"]).text == "0\n"
+        assert _elements(two) == (closed | opened if on else closed)
+        assert _other_firewall(two).count('comment "banger"') == (2 if on else 0)
+        assert _forwards(two) == (["1", "1"] if on else ["0", "0"])
+    user.banger(two, "vm", "stop", "one")
+    assert {owner for owner, _, _ in closed} - {owner for owner, _, _ in _elements(two)} == {one["id"]}
+    assert one["id"] not in two.run(["nft", "list", "ruleset"]).text
+    assert _other_firewall(two) == firewall
+    assert _forwards(two) == ["0", "0"]
 
 
 def test_a_published_port_is_served_on_loopback(two: Lab) -> None:
