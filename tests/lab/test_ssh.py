@@ -100,6 +100,17 @@ def test_openssh_its_friends_and_git(web: Lab) -> None:
     assert run(web, "git", "-C", "cloned", "log", "--format=%s").text == "first\n"
 
 
+def test_a_port_of_the_guest_s_loopback(web: Lab) -> None:
+    """As the page about the network has it, of its own ssh server."""
+    script = """
+    ssh -N -L 18022:127.0.0.1:22 web.vm & through=$!
+    until exec 3<>/dev/tcp/127.0.0.1/18022; do kill -0 $through || exit 1; sleep 0.1; done 2>/dev/null
+    head -c 8 <&3
+    kill $through
+    """
+    assert run(web, "bash", "-c", script).text == "SSH-2.0-"
+
+
 def test_passwords_are_refused(web: Lab) -> None:
     words = ("-o", "PubkeyAuthentication=no", "-o", "PreferredAuthentications=password")
     result = run(web, "ssh", "-o", "BatchMode=yes", *words, "web.vm", "true", check=False)
