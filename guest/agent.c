@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 
 #include "agent.h"
+#include "goodbye.h"
 #include "io.h"
 #include "listen.h"
 #include "log.h"
@@ -35,6 +36,7 @@ struct agent {
         bool owns_machine;
         bool init_finished;
         unsigned processes;
+        pid_t watch; /* tells of the machine's end */
         struct pulse pulse;
 };
 
@@ -110,6 +112,14 @@ static int wait_vsock(void) {
         return fd;
 }
 
+static void close_own(struct agent *agent) {
+        close(agent->listen_fd);
+        close(agent->signal_fd);
+        pulse_close(&agent->pulse);
+        if (agent->notify_fd >= 0)
+                close(agent->notify_fd);
+}
+
 static void _Noreturn connection_main(struct agent *agent, int fd) {
         struct conn conn = {
                 .fd = fd,
@@ -119,11 +129,7 @@ static void _Noreturn connection_main(struct agent *agent, int fd) {
         };
         int r;
 
-        close(agent->listen_fd);
-        close(agent->signal_fd);
-        pulse_close(&agent->pulse);
-        if (agent->notify_fd >= 0)
-                close(agent->notify_fd);
+        close_own(agent);
         (void) signal(SIGTERM, SIG_DFL);
         (void) signal(SIGINT, SIG_DFL);
         r = serve_connection(&conn, agent->processes >= CONNECTIONS_MAX);
@@ -146,13 +152,28 @@ static void accept_connection(struct agent *agent) {
         agent->processes++;
 }
 
-static void reap_connections(struct agent *agent) {
+static void start_watch(struct agent *agent) {
+        agent->watch = fork();
+        if (agent->watch != 0)
+                return;
+        close_own(agent);
+        give_up_protection(agent->name);
+        goodbye_wait();
+}
+
+static void reap(struct agent *agent) {
         struct signalfd_siginfo info;
         int status;
+        pid_t pid;
 
         while (read(agent->signal_fd, &info, sizeof info) > 0)
                 ;
-        while (waitpid(-1, &status, WNOHANG) > 0) {
+        while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+                if (pid == agent->watch) {
+                        if (!WIFEXITED(status))
+                                goodbye_say(); /* nobody else will */
+                        continue;
+                }
                 agent->processes--;
                 if (WIFSIGNALED(status) && WTERMSIG(status) != SIGTERM)
                         log_line(LEVEL_ERROR, "a connection's process died of signal %d", WTERMSIG(status));
@@ -171,7 +192,7 @@ static int serve(struct agent *agent) {
                 if (poll(items, ELEMENTSOF(items), -1) < 0 && errno != EINTR)
                         return -errno;
                 if (items[1].revents)
-                        reap_connections(agent);
+                        reap(agent);
                 if (items[2].revents && machine_read_notification(agent->notify_fd)) {
                         agent->init_finished = true;
                         log_line(LEVEL_INFO, "the image's init has finished");
@@ -215,6 +236,8 @@ int agent_main(int argc, char **argv) {
                 (void) fcntl(agent.notify_fd, F_SETFD, FD_CLOEXEC);
         machine_boot_id(boot_id);
         log_line(LEVEL_INFO, "agent %s listening on port %d, boot id %s", BANGER_VERSION, VSOCK_PORT, boot_id);
+        if (!agent.listen_fd_given)
+                start_watch(&agent);
         r = serve(&agent);
         log_line(LEVEL_ERROR, "the agent stops: %s", strerror(-r));
         return 1;

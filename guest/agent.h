@@ -9,6 +9,9 @@ int agent_main(int argc, char **argv);
 /* Serves one connection to its end; when busy, it only says so. */
 int serve_connection(struct conn *conn, bool busy);
 
+/* Without the '@' of its name systemd ends this process with all the others. */
+void give_up_protection(char *name);
+
 int serve_health(struct conn *conn, struct frame *frame);
 int serve_ports(struct conn *conn, struct frame *frame);
 int serve_put(struct conn *conn, struct frame *frame);

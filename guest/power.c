@@ -8,6 +8,7 @@
 #include <sys/reboot.h>
 
 #include "agent.h"
+#include "goodbye.h"
 #include "io.h"
 #include "log.h"
 #include "power.h"
@@ -111,6 +112,7 @@ static void power_off(enum init_kind kind, uint64_t grace_ms) {
                 while (now_ms() < deadline_ms)
                         sleep_ms(STEP_MS);
                 log_line(LEVEL_WARNING, "the image's init has not powered off in time");
+                goodbye_say();
         }
         power_reset();
 }

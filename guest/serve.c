@@ -83,8 +83,7 @@ static int greet(struct conn *conn, uint64_t deadline_ms) {
         return 0;
 }
 
-/* Without the '@' systemd ends this process with all the others. */
-static void give_up_protection(char *name) {
+void give_up_protection(char *name) {
         if (*name == '@')
                 memmove(name, name + 1, strlen(name));
 }

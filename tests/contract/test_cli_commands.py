@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.contract import errors, resources
+from banger.contract import errors, guest, resources
 from tests.contract import cli_process
 from tests.fakes import daemon
 
@@ -231,9 +231,11 @@ def test_logs_are_raw_in_a_pipe_and_safe_on_a_terminal(
 
 
 def test_a_silent_console_says_where_to_look(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
-    for words in (("logs",), ("console",)):
+    promised = f"{guest.NO_CONSOLE}\n".encode()
+    for words, said in ((("logs",), b""), (("logs",), promised), (("console",), b"")):
+        fake.behaviour.logs = said
         done = cli.run("vm", *words, "web")
-        assert done.out == b""
+        assert done.out == said
         assert "`banger vm logs --source vmm web`" in done.err
         assert "--kernel debian-6.12" in done.err
     assert cli.run("vm", "logs", "--source", "vmm", "web").err == ""

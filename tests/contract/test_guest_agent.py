@@ -70,6 +70,12 @@ async def run(
     return status, bytes(outputs[1]), bytes(outputs[2])
 
 
+def test_it_says_what_the_host_looks_for_when_a_guest_ended() -> None:
+    program = guest_binary.path("x86_64").read_bytes()
+    assert guest.NO_CONSOLE.encode() in program
+    assert guest.GOODBYE.encode() in program
+
+
 async def test_health_tells_the_boot_id_of_the_kernel(client: guests.GuestClient) -> None:
     health = await client.health()
     assert health.boot_id == BOOT_ID

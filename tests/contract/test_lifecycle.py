@@ -242,52 +242,6 @@ async def test_nobody_waits_for_another_vm_s_boot(paths: config.Paths, world: wo
 
 
 @pytest.mark.parametrize(
-    ("seen", "why"),
-    [
-        ("", "its VMM ended unexpectedly"),
-        ("by signal 9;", "its VMM was ended by SIGKILL"),
-        ("by signal 99;", "its VMM was ended by signal 99"),
-        ("by signal x;", "its VMM ended unexpectedly"),
-        ("by signal 9999;", "its VMM ended unexpectedly"),
-        ("by signal 9; oom 0 oom_kill 1 ", "for want of memory: the host had none left"),
-        ("by signal 9; oom 2 oom_kill 1 ", "for want of memory: its control group was full"),
-        ("with status 150;", "its VMM ended on SIGSEGV (status 150)"),
-        ("with status 0;", ""),
-        ("signal 9;", "its VMM ended unexpectedly"),
-    ],
-)
-@pytest.mark.parametrize("memory", ["", "Killed process 93 (cc1plus)"])
-async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
-    daemon: conftest.Daemon, memory: str, seen: str, why: str
-) -> None:
-    created = (await daemon.create()).vm
-    assert created is not None
-    logs = daemon.paths.layout.logs / created.id
-    if memory:
-        (logs / "console.log").write_text(f"[    9.1] Out of memory: {memory}, UID 0 total-vm:9kB\n")
-    if seen:
-        (logs / "ending.log").write_text(f"{seen}\n")
-    fake = daemon.world.vm(created.id).vmm
-    assert fake is not None
-    await fake.kill()
-    async with asyncio.timeout(5):
-        vm = await daemon.services.vms.get("web")
-        while vm.state is resources.VmState.RUNNING:
-            await asyncio.sleep(0.01)  # nothing announces it: that the daemon noticed is what is tested
-            vm = await daemon.services.vms.get("web")
-    if not why:
-        assert vm.state is resources.VmState.STOPPED
-        return
-    assert vm.state is resources.VmState.ERROR
-    assert vm.last_error is not None
-    assert why in vm.last_error.message
-    assert (f"ran out of memory ({memory})" in vm.last_error.message) == bool(memory)
-    assert ("vm set web --memory 256M" in vm.last_error.hint) == bool(memory)
-    assert ("stop other VMs" in vm.last_error.hint) == ("host" in why)
-    assert daemon.world.leftovers() == {}
-
-
-@pytest.mark.parametrize(
     ("before", "now", "why"),
     [
         ("first", "second", "the host restarted while it ran"),

@@ -165,9 +165,15 @@ def test_the_smallest_recipe_is_a_machine(machine: Lab) -> None:
 
 
 def test_openrc_takes_over(machine: Lab) -> None:
-    """It is process 1 after the hand-over, reaches its last runlevel and starts what belongs there."""
+    """It is process 1 after the hand-over, reaches its last runlevel, starts what belongs there, ends."""
     script = "until [ -s /run/greeting ]; do sleep 0.2; done; cat /run/greeting /proc/1/comm; rc-status -r"
-    assert _told(machine, "openrc", script) == "greeter in default\ninit\ndefault\n"
+    words = ("--name", "own-init", "--image", "openrc", *user.SMALL)
+    told = user.banger(machine, "vm", "run", *words, "--", "sh", "-c", script).text
+    assert told == "greeter in default\ninit\ndefault\n"
+    user.banger(machine, "vm", "exec", "own-init", "--", "openrc-shutdown", "-r", "now", check=False)
+    row = user.ended(machine, "own-init")
+    assert (row["state"], row["last_error"]) == ("stopped", None)
+    user.banger(machine, "vm", "delete", "own-init")
 
 
 # --- Debian 13 ---

@@ -131,6 +131,12 @@ def test_kernel_that_panics(idle_host: Lab) -> None:
         assert "Kernel panic" in user.banger(idle_host, "vm", "logs", "web").text
         user.banger(idle_host, "vm", "set", "web", "--kernel", GOOD_KERNEL)
     _expect_start(idle_host, "web")
+    # This one has no console to say so: its VMM ends as if its guest had powered off.
+    script = "echo 2 > /proc/sys/vm/panic_on_oom && exec tail /dev/zero"
+    user.banger(idle_host, "vm", "exec", "web", "--", "sh", "-c", script, check=False)
+    row = user.ended(idle_host, "web")
+    assert row["state"] == "error"
+    assert "its guest was reset without going down first" in row["last_error"]["message"]
 
 
 def test_image_without_our_init(idle_host: Lab) -> None:

@@ -132,6 +132,13 @@ def test_without_an_ssh_server_the_error_says_what_else_there_is(hidden: Lab) ->
     assert "banger vm exec hidden" in result.error_text
 
 
+def test_a_guest_that_shuts_itself_down_is_stopped(hidden: Lab) -> None:
+    """By systemd. The last one of this VM."""
+    user.banger(hidden, "vm", "exec", "hidden", "--", "systemctl", "poweroff", check=False)
+    row = user.ended(hidden, "hidden")
+    assert (row["state"], row["last_error"]) == ("stopped", None)
+
+
 @pytest.mark.long
 def test_a_new_vm_of_an_old_name_is_no_stranger(web: Lab) -> None:
     """The last one: it deletes the VM."""

@@ -57,6 +57,7 @@ except (FileNotFoundError, ConnectionError):
         print("silent")
 """
 _SETTLES_S = 10
+_ENDS_S = 60
 
 
 # Files and not pipes: nobody reads the second command's output while the first one runs.
@@ -96,6 +97,14 @@ def shown(host: Lab, name: str) -> dict[str, Any]:
     """What `vm show` says of a VM."""
     document: dict[str, Any] = json.loads(banger(host, "vm", "show", name, "--json").text)
     return document
+
+
+def ended(host: Lab, name: str) -> dict[str, Any]:
+    """What `vm show` says of a VM that ends by itself, once it has."""
+    deadline = time.monotonic() + _ENDS_S
+    while (row := shown(host, name))["state"] == "running":
+        assert time.monotonic() < deadline, f"{name} runs on"
+    return row
 
 
 def leftovers(host: Lab) -> str:

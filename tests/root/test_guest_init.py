@@ -32,6 +32,8 @@ from banger.owner import guest as guests
 
 SYSTEMD = Path("/usr/lib/systemd")
 AGENT = b"@banger-guest"
+WATCH = b"banger-guest"
+"""Our process that is not spared at the end."""
 SIGTIMEDWAIT = {"x86_64": "128", "aarch64": "137"}
 """The system call's number."""
 RESET = -signal.SIGHUP
@@ -284,8 +286,11 @@ def test_an_agent_that_dies_is_started_again(boot: Boot) -> None:
     with boot() as machine:
         wait_until(lambda: is_staying(machine), "it stays")
         first = machine.agent_pid()
+        wait_until(lambda: WATCH in _children(first).values(), "the end is watched for")
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: machine.agent_pid() not in (0, first), "there is another agent")
+        left = {machine.agent_pid(): AGENT}
+        wait_until(lambda: _children(machine.pid) == left, "nobody else says that the machine goes down")
 
 
 @pytest.mark.parametrize(
@@ -345,10 +350,13 @@ def test_every_end_under_systemd_resets_and_spares_the_agent(
     add_script(systemd_content, "/usr/lib/systemd/system-shutdown/look", names)
     with boot() as machine:
         wait_until(lambda: "init.scope" in _cgroup_of(machine), "systemd is up")
+        wait_until(lambda: WATCH in _children(machine.agent_pid()).values(), "the end is watched for")
         systemctl = ("/usr/bin/systemctl", "--no-wall", verb)
         wait_until(lambda: _asked(machine, *systemctl), "systemd takes the request")
         assert machine.wait_for_end() == RESET
-        assert AGENT in (machine.root / "left").read_bytes()
+        left = (machine.root / "left").read_bytes().split(b"\n")
+        assert any(line.startswith(AGENT) for line in left)
+        assert not any(line.startswith(WATCH) for line in left), "its end tells that the machine goes down"
 
 
 def _cgroup_of(machine: Machine) -> str:

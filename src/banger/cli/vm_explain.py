@@ -105,7 +105,7 @@ def _not_running(vm: resources.Vm) -> tuple[str, str]:
         return f"{vm.name} has never been started", again
     if vm.stopped_because:
         return f"{vm.name} was stopped by time: it {vm.stopped_because}", again
-    return f"{vm.name} was stopped, or its guest powered off", again
+    return f"{vm.name} was stopped, or its guest powered off or reset", again
 
 
 def _total_ms(steps: tuple[resources.StepTiming, ...]) -> float:

@@ -16,6 +16,8 @@ from banger.cli import client, command, connection, lifetime, output, params, re
 from banger.contract import egress, errors, resources, sizes
 
 _CHUNK: Final = 1 << 16
+_OF_AGENT: Final = b"banger: "
+"""What a guest's agent says on a console that its kernel does not have: `contract.guest`."""
 _SOURCES: Final = {
     resources.SizeSource.REQUEST: "as asked",
     resources.SizeSource.CONFIG: "from the configuration",
@@ -225,7 +227,7 @@ def logs(settings: command.Settings, name: str, follow: bool, source: str) -> No
     """Show a VM's console, or what its VMM says.
 
     In a pipe it is written as it is; on a terminal control characters are shown, not obeyed. The default
-    kernel, generic-6.12, has no serial console, so the log of its VMs is empty: see
+    kernel, generic-6.12, has no serial console, so the log of its VMs only tells that they go down: see
     `banger vm logs --source vmm NAME`, or boot `--kernel debian-6.12`.
     """
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
@@ -240,7 +242,7 @@ def console(settings: command.Settings, name: str) -> None:
     """Watch a VM's serial console.
 
     Only for reading: a jailed Firecracker takes no input on it. `banger vm exec NAME` gives a shell.
-    The default kernel, generic-6.12, has no serial console and prints nothing here: see
+    The default kernel, generic-6.12, has no serial console, and only tells here that it goes down: see
     `banger vm logs --source vmm NAME`, or boot `--kernel debian-6.12`.
     """
     if sys.stderr.isatty():
@@ -255,14 +257,14 @@ def _show(answer: connection.Answer, *, console_of: str) -> None:
     is_silent = True
     try:
         for data in _pieces(answer, by_line=sys.stdout.isatty()):
-            is_silent = False
+            is_silent = is_silent and data.startswith(_OF_AGENT)
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
     finally:
         if is_silent and console_of:
             render.note(
-                f"the console of {console_of} is empty, as with the default kernel, which has no serial "
-                f"console; see `banger vm logs --source vmm {console_of}`, or boot `--kernel debian-6.12`"
+                f"nothing of the kernel of {console_of} is on its console; the default one has no serial "
+                f"console: see `banger vm logs --source vmm {console_of}`, or boot `--kernel debian-6.12`"
             )
 
 

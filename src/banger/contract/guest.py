@@ -20,6 +20,9 @@ VERSION: Final = 1
 MAX_PAYLOAD_BYTES: Final = 64 * 1024
 MAX_REQUEST_BYTES: Final = 1024 * 1024
 STDIN_WINDOW_BYTES: Final = 256 * 1024
+NO_CONSOLE: Final = "banger: no console in this kernel, see dmesg"
+"""What an agent says where its kernel has no console: from now on I tell when the guest goes down."""
+GOODBYE: Final = "banger: going down"
 HEADER: Final = struct.Struct("<IB")
 _FIELD: Final = struct.Struct("<BI")
 _U64: Final = struct.Struct("<Q")

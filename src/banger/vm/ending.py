@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from banger.contract import errors, resources
+from banger.contract import errors, guest, resources
 from banger.vm import readiness, record
 
 _LOG: Final = "ending.log"
@@ -85,13 +85,22 @@ def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmR
         orderly = seen == Ending()
     else:
         orderly = _ORDERLY_END in readiness.console_tail(logs / "vmm.log")
-    if not panic and orderly:
+    is_sudden = orderly and _lacks_goodbye(logs / "console.log")
+    if not panic and orderly and not is_sudden:
         return msgspec.structs.replace(vm, state=resources.VmState.STOPPED, boot_id="", last_error=None)
     restarted = bool(vm.host_boot_id and host_boot_id) and vm.host_boot_id != host_boot_id
     why = "the host restarted while it ran" if restarted else str(seen or "its VMM ended unexpectedly")
+    hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
     if panic:
         why = f"its kernel panicked: {panic}"
-    hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
+    elif is_sudden:
+        why = (
+            "its guest was reset without going down first, as by a panic of its kernel, which has no console"
+        )
+        hint = (
+            f"a kernel with a console tells why: `banger vm set {vm.name} --kernel debian-6.12`; "
+            f"`banger vm start {vm.name}` runs it again"
+        )
     if seen is not None and seen.memory_kills and not seen.limit_hits:
         hint = f"this host needs memory: stop other VMs, or give them less; {hint}"
     memory = readiness.memory_line(logs / "console.log")
@@ -104,6 +113,12 @@ def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmR
         hint=hint,
     )
     return msgspec.structs.replace(vm, state=resources.VmState.ERROR, boot_id="", last_error=body)
+
+
+def _lacks_goodbye(console: Path) -> bool:
+    """Whether the guest's agent, which said that it would, did not tell that the guest goes down."""
+    _, promised, since = readiness.console_tail(console).rpartition(guest.NO_CONSOLE)
+    return bool(promised) and guest.GOODBYE not in since
 
 
 def _name(number: int) -> str:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""A VMM that ends without our doing: it is noticed, cleaned up, and its row says why."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from banger.contract import guest, resources
+from tests.contract import conftest
+
+
+@pytest.mark.parametrize(
+    ("seen", "why"),
+    [
+        ("", "its VMM ended unexpectedly"),
+        ("by signal 9;", "its VMM was ended by SIGKILL"),
+        ("by signal 99;", "its VMM was ended by signal 99"),
+        ("by signal x;", "its VMM ended unexpectedly"),
+        ("by signal 9999;", "its VMM ended unexpectedly"),
+        ("by signal 9; oom 0 oom_kill 1 ", "for want of memory: the host had none left"),
+        ("by signal 9; oom 2 oom_kill 1 ", "for want of memory: its control group was full"),
+        ("with status 150;", "its VMM ended on SIGSEGV (status 150)"),
+        ("with status 0;", ""),
+        ("signal 9;", "its VMM ended unexpectedly"),
+    ],
+)
+@pytest.mark.parametrize("memory", ["", "Killed process 93 (cc1plus)"])
+async def test_a_vmm_that_ends_by_itself_is_seen_and_cleaned_up(
+    daemon: conftest.Daemon, memory: str, seen: str, why: str
+) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    logs = daemon.paths.layout.logs / created.id
+    if memory:
+        (logs / "console.log").write_text(f"[    9.1] Out of memory: {memory}, UID 0 total-vm:9kB\n")
+    if seen:
+        (logs / "ending.log").write_text(f"{seen}\n")
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+    await fake.kill()
+    vm = await _ended(daemon)
+    if not why:
+        assert vm.state is resources.VmState.STOPPED
+        return
+    assert vm.state is resources.VmState.ERROR
+    assert vm.last_error is not None
+    assert why in vm.last_error.message
+    assert (f"ran out of memory ({memory})" in vm.last_error.message) == bool(memory)
+    assert ("vm set web --memory 256M" in vm.last_error.hint) == bool(memory)
+    assert ("stop other VMs" in vm.last_error.hint) == ("host" in why)
+    assert daemon.world.leftovers() == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("", ""),
+        (guest.NO_CONSOLE, "its guest was reset without going down first, as by a panic of its kernel"),
+        (f"{guest.NO_CONSOLE} and more\nnoise\n{guest.GOODBYE}", ""),
+        (f"{guest.NO_CONSOLE}\n{guest.GOODBYE}\n{guest.NO_CONSOLE}", "its guest was reset"),
+    ],
+)
+async def test_an_end_without_a_goodbye_is_no_orderly_one(
+    daemon: conftest.Daemon, said: str, why: str
+) -> None:
+    """Where the kernel cannot tell of its panic, and our agent says that it will tell of an orderly end."""
+    created = (await daemon.create()).vm
+    assert created is not None
+    logs = daemon.paths.layout.logs / created.id
+    (logs / "console.log").write_text(f"{said}\n")
+    (logs / "ending.log").write_text("with status 0;\n")
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+    await fake.kill()
+    vm = await _ended(daemon)
+    assert vm.state is (resources.VmState.ERROR if why else resources.VmState.STOPPED)
+    assert (vm.last_error is not None) == bool(why)
+    if vm.last_error is not None:
+        assert why in vm.last_error.message
+        assert "vm set web --kernel debian-6.12" in vm.last_error.hint
+    assert daemon.world.leftovers() == {}
+
+
+async def _ended(daemon: conftest.Daemon) -> resources.Vm:
+    async with asyncio.timeout(5):
+        vm = await daemon.services.vms.get("web")
+        while vm.state is resources.VmState.RUNNING:
+            await asyncio.sleep(0.01)  # nothing announces it: that the daemon noticed is what is tested
+            vm = await daemon.services.vms.get("web")
+    return vm
