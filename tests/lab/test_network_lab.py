@@ -90,7 +90,6 @@ def _killed_and_started(host: Lab) -> None:
     before = _pids(host)
     assert all(before)
     host.run(["systemctl", "kill", "-s", "KILL", *_SERVICES])
-    host.run(["systemctl", "reset-failed"])
     host.run(["systemctl", "start", "bangerd-root.socket", "bangerd"])
     user.banger(host, "vm", "list")
     after = _pids(host)
