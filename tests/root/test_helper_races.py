@@ -82,7 +82,7 @@ def race(attempt: Callable[[], None], wanted: int = _WANTED) -> None:
     assert refused >= wanted, "the attack never met the check, so it proves nothing"
 
 
-@pytest.mark.parametrize("swapped", ["vms", f"vms/{VM}", f"vms/{VM}/work.ext4"])
+@pytest.mark.parametrize("swapped", ["vms", f"vms/{VM}", f"vms/{VM}/work.ext4"], ids=["vms", "VM", "disk"])
 def test_no_name_on_the_way_to_a_disk_can_be_swapped(
     helper_world_here: HelperWorld, secret: Path, swapped: str
 ) -> None:
