@@ -76,7 +76,7 @@ async def test_what_nobody_owns_is_taken_away_and_nothing_else(daemon: conftest.
     await daemon.create("idle", start=False)
     idle = await daemon.services.vms.get("idle")
     web = await daemon.services.vms.get("web")
-    daemon.world.vms[STRANGER] = worlds.VmState(snapshot=True, logs=True)
+    daemon.world.vms[STRANGER] = worlds.VmState(snapshot=True, base_loops=True, logs=True)
     daemon.world.vms[idle.id] = worlds.VmState(tap=True)
     strays = [
         daemon.paths.state / "vms" / STRANGER,
