@@ -36,15 +36,6 @@ class PrepareRequest(resources.Body, frozen=True, kw_only=True):
     """A tree as it is, for guests without git and repositories with submodules."""
 
 
-class WorkspaceState(resources.Resource, frozen=True, kw_only=True):
-    """The daemon's answer: what the guest has already. The VM's workspace is held from then on."""
-
-    exists: bool
-    """There is a workspace of ours; what it has is only added to."""
-    tips: tuple[ObjectId, ...] = ()
-    """Commits that the guest was sent before."""
-
-
 class PreparePlan(resources.Body, frozen=True, kw_only=True):
     """The client's second message; binary streams follow, each ended by an empty message.
 
@@ -60,6 +51,8 @@ class PreparePlan(resources.Body, frozen=True, kw_only=True):
     worktree: ObjectId | None = None
     index: ObjectId | None = None
     read_only: bool = False
+    has: ObjectId | None = None
+    """The head of the guest's `work`, when all of it is on this side already."""
     options: tuple[str, ...] = ()
 
 
@@ -71,10 +64,11 @@ class Prepared(resources.Resource, frozen=True, kw_only=True):
 
 
 class ExportForm(enum.StrEnum):
-    """`patch`: as `git diff --binary`; `pack`: commits and their objects."""
+    """`patch`: as `git diff --binary`; `pack`: commits and their objects; `head`: what they would be."""
 
     PATCH = "patch"
     PACK = "pack"
+    HEAD = "head"
 
 
 class ExportRequest(resources.Body, frozen=True, kw_only=True):
@@ -115,6 +109,18 @@ class Exported(resources.Resource, frozen=True, kw_only=True):
     """Empty for a patch, which holds their changes too. While there are any, something changed."""
     aside: tuple[Aside, ...] = ()
     """For commits only."""
+
+
+class WorkspaceState(resources.Resource, frozen=True, kw_only=True):
+    """The daemon's answer: what the guest has already. The VM's workspace is held from then on."""
+
+    exists: bool
+    """There is a workspace of ours; what it has is only added to."""
+    tips: tuple[ObjectId, ...] = ()
+    """Commits that the guest was sent before."""
+    work: Exported | None = None
+    """Absent: nothing was changed there since. Else what an export would hold: it is replaced only for a
+    client that names its `head`, as one that has all of it, or where it is to be discarded."""
 
 
 class PutRequest(resources.Body, frozen=True, kw_only=True):

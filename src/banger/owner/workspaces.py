@@ -76,9 +76,14 @@ class WorkspaceService:
             inside = _Guest(vm.name, self._connect(vm.id))
             await self._make_writable(inside, vm, path)
             state = await self._inspect(inside, vm, path, request)
-            await peer.tell(transfers.WorkspaceState(exists=state.exists, tips=state.tips))
+            changed = await self._changed(inside, vm, path, state, discard=request.discard)
+            work = changed.exported if changed else None
+            await peer.tell(transfers.WorkspaceState(exists=state.exists, tips=state.tips, work=work))
             plan = await peer.hear(transfers.PreparePlan)
-            taking = _Taking(inside, peer, path, plan, state, discard=request.discard)
+            if work is None or not work.head or plan.has != work.head:
+                workspace.refuse_to_lose(vm.name, path, state, discard=request.discard)
+                changed = None
+            taking = _Taking(inside, peer, path, plan, state, discard=request.discard, changed=changed)
             if request.full_copy:
                 await taking.copy()
                 self._store.save(msgspec.structs.replace(self._store.get(vm.id), placing=path))
@@ -153,8 +158,25 @@ class WorkspaceService:
             # Nothing tells what was changed in a copy.
             changed = () if not (found.exists or found.foreign) else ("it is there already",)
             found = dataclasses.replace(found, foreign=found.foreign and not known, changes=changed)
-        workspace.refuse_to_lose(vm.name, path, found, discard=request.discard)
+        if found.foreign or request.full_copy:
+            workspace.refuse_to_lose(vm.name, path, found, discard=request.discard)
         return found
+
+    async def _changed(
+        self, inside: _Guest, vm: record.VmRecord, path: str, found: workspace.Found, *, discard: bool
+    ) -> _Changed | None:
+        """What was changed there; what is changed while we look is seen when it would be replaced."""
+        if discard or not (found.exists and found.changes):
+            return None
+        tree = (await inside.said(workspace.SNAP, path)).decode(errors="replace").strip()
+        if not transfers.is_object_id(tree):
+            raise errors.ProtocolError("the guest named as a tree what is no object's id")
+        head = workspace_out.Head()
+        form = transfers.ExportForm.HEAD
+        said = await inside.said(workspace_out.EXPORT, path, form, "", _MESSAGE.format(name=vm.name), "")
+        if (exported := head.take(said)) is None:
+            raise errors.ProtocolError("the guest exported nothing")
+        return _Changed(tree, exported[0])
 
     def _remember(self, vm: record.VmRecord, path: str, plan: transfers.PreparePlan) -> resources.Workspace:
         made = resources.Workspace(
@@ -189,6 +211,14 @@ def _path_of(vm: record.VmRecord) -> str:
     return vm.workspace.path
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Changed:
+    """The guest's files as they lie there, and what an export of them would be."""
+
+    tree: str
+    exported: transfers.Exported
+
+
 @dataclasses.dataclass(slots=True)
 class _Taking:
     """One prepare, once the guest's state is known."""
@@ -199,6 +229,8 @@ class _Taking:
     plan: transfers.PreparePlan
     found: workspace.Found
     discard: bool
+    changed: _Changed | None = None
+    """Of which the client has everything."""
 
     async def repository(self) -> None:
         plan, exists = self.plan, self.found.exists
@@ -221,7 +253,8 @@ class _Taking:
             plan.branch or "",
             plan.worktree,
             plan.index,
-            str(int(self.discard or bool(self.found.changes))),
+            str(int(self.discard)),
+            self.changed.tree if self.changed else "",
         )
 
     async def copy(self) -> None:

@@ -72,6 +72,18 @@ rm -f $own/now
 """
 )
 
+SNAP: Final = (
+    COMMON
+    + r"""
+cd "$1"
+cp -p .git/banger/index .git/banger/index.now
+export GIT_INDEX_FILE=$PWD/.git/banger/index.now
+raw add -A
+raw write-tree
+"""
+)
+"""Every file as it lies there, as a tree; SETTLE can begin from it instead of from what was sent."""
+
 RECEIVE: Final = (
     COMMON
     + r"""
@@ -102,12 +114,13 @@ MISSING: Final = COMMON + 'cd "$1"; exec git cat-file --batch-check="%(objectnam
 SETTLE: Final = (
     COMMON
     + r"""
-root=$1 final=$2 head=$3 branch=$4 worktree=$5 index=$6 discard=$7
+root=$1 final=$2 head=$3 branch=$4 worktree=$5 index=$6 discard=$7 taken=$8
 cd "$root"
 own=.git/banger
 new=$own/incoming
 if [ "$root" = "$final" ] && [ "$discard" = 0 ]; then
-  old=$(deaf rev-parse refs/banger/worktree)
+  old=${taken:-$(deaf rev-parse refs/banger/worktree)}
+  if [ -n "$taken" ]; then mv $own/index.now $own/index; fi
   raw update-index -q --refresh >/dev/null 2>&1 || :
   raw read-tree -m -u -n "$old" "$worktree"
   : >$own/unsettled

@@ -198,6 +198,12 @@ if [ -z "$head" ] || [ "$tree" != "$(deaf rev-parse "$head^{tree}")" ]; then
   mail=$(deaf config user.email) || mail=banger@localhost
   export GIT_AUTHOR_NAME="$name" GIT_AUTHOR_EMAIL="$mail"
   export GIT_COMMITTER_NAME="$name" GIT_COMMITTER_EMAIL="$mail"
+  # Of one state always the same commit: the host knows by it what it has been given already.
+  now="$tree ${head:-none}"
+  when=$(sed -n "s/ $now\$//p" "$git/banger/offered" 2>/dev/null) || when=
+  [ -n "$when" ] || when=$(date +%s)
+  if [ "$form" = pack ] && [ -d "$git/banger" ]; then echo "$when $now" >"$git/banger/offered"; fi
+  export GIT_AUTHOR_DATE="@$when +0000" GIT_COMMITTER_DATE="@$when +0000"
   if [ -n "$head" ] || [ "$tree" != "$nothing" ]; then
     head=$(deaf -c commit.gpgSign=false commit-tree "$tree" ${head:+-p "$head"} -m "$message")
   fi
@@ -206,7 +212,7 @@ printf '%s %s %s\n' "${base:-none}" "${head:-none}" "$PWD"
 [ -z "$repositories" ] || printf '%s\n' "$repositories"
 [ -z "$aside" ] || printf '%s\n' "$aside"
 echo
-[ -n "$head" ] || exit 0
+[ -n "$head" ] && [ "$form" = pack ] || exit 0
 { echo "$head"; [ -z "$base" ] || echo "^$base"; } |
   deaf -c pack.threads=1 pack-objects --revs --stdout -q --delta-base-offset
 """

@@ -73,6 +73,10 @@ class Repository:
         words = listed[0].split(b"\t")[0].split(b" ") if listed else []
         return words[2].decode() if words[:1] == [b"160000"] else ""
 
+    def holds(self, commit: str) -> bool:
+        """A branch, a tag or what a remote had leads to it: it is not on its way to be forgotten."""
+        return bool(self.git.text("for-each-ref", "--count=1", "--contains", commit, *_SENT_REFS))
+
     def refs(self) -> dict[str, str]:
         """Branches, tags and what remotes had; not stashes, notes and other private refs."""
         return {name: object_id for object_id, name, symref in self._listed_refs() if not symref}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import IO, Final, Protocol, TypeVar
 
 from banger.contract import errors, resources, transfers
+from banger.workspace import git as gits
+from banger.workspace import repository as repositories
 from banger.workspace import snapshot as snapshots
 
 T = TypeVar("T")
@@ -73,7 +75,7 @@ def send(
     """The whole conversation. The guest has either all of it afterwards or, as far as it is new, nothing."""
     exchange.tell(transfers.PrepareRequest(path=choice.path, discard=choice.discard))
     state = exchange.hear(transfers.WorkspaceState)
-    exchange.tell(_plan(snapshot, choice))
+    exchange.tell(_plan(snapshot, choice, _had(snapshot.repository, state.work)))
     if state.exists:
         missing = _missing(exchange, scratch.objects_since(snapshot, state.tips))
         with scratch.pack_of(missing) as pack:
@@ -89,7 +91,17 @@ def send(
     return Sent(made, count, is_update=state.exists)
 
 
-def _plan(snapshot: snapshots.Snapshot, choice: Choice) -> transfers.PreparePlan:
+def _had(repository: repositories.Repository, work: transfers.Exported | None) -> str | None:
+    """The head of the guest's work, when branches or tags here hold all of it."""
+    if work is None or not work.head or work.nested:
+        return None
+    ids = [work.head, *(each.commit for each in work.aside)]
+    if gits.present(repository.git, ids) != set(ids) or not all(map(repository.holds, ids)):
+        return None
+    return work.head
+
+
+def _plan(snapshot: snapshots.Snapshot, choice: Choice, had: str | None) -> transfers.PreparePlan:
     sha256 = snapshot.repository.object_format == "sha256"
     return transfers.PreparePlan(
         source=os.fsencode(snapshot.repository.top).decode(errors="replace"),
@@ -99,6 +111,7 @@ def _plan(snapshot: snapshots.Snapshot, choice: Choice) -> transfers.PreparePlan
         worktree=snapshot.worktree,
         index=snapshot.index,
         read_only=choice.read_only,
+        has=had,
         options=choice.options,
     )
 

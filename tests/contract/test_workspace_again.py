@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""To and fro: what was pulled is no longer the guest's alone, and is replaced by what is sent next."""
+
+from __future__ import annotations
+
+from tests.contract import repositories, workspaces
+
+Guest = workspaces.Guest
+git = repositories.git
+
+
+def work(guest: Guest) -> None:
+    """Commits, and what is not committed: changed, staged and new."""
+    (guest.repo / "README").write_text("committed in the guest\n")
+    repositories.commit(guest.repo, "in the guest")
+    (guest.repo / "README").write_text("and changed again\n")
+    (guest.repo / "staged").write_text("staged\n")
+    git(guest.repo, "add", "staged")
+    (guest.repo / "new").write_text("not known to git\n")
+
+
+async def pull(guest: Guest, *, status: int = 0) -> str:
+    return (await guest.banger("vm", "workspace", "pull", "web", status=status)).err
+
+
+def tip(guest: Guest) -> str:
+    return git(guest.source, "rev-parse", "banger/web").decode().strip()
+
+
+async def test_what_was_pulled_and_merged_is_sent_again(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work(guest)
+    await pull(guest)
+    git(guest.source, "merge", "-q", "banger/web")
+    (guest.source / "here").write_text("made on the host\n")
+    repositories.commit(guest.source, "on the host")
+    await guest.prepare()
+    assert (guest.repo / "new").read_text() == "not known to git\n"
+    assert (guest.repo / "here").exists()
+    assert git(guest.repo, "status", "--porcelain") == b""
+    assert git(guest.repo, "rev-parse", "HEAD") == git(guest.source, "rev-parse", "HEAD")
+
+
+async def test_what_was_pulled_and_not_merged_is_on_its_branch(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work(guest)
+    await pull(guest)
+    await guest.prepare()
+    assert not (guest.repo / "new").exists()
+    assert git(guest.repo, "status", "--porcelain") == git(guest.source, "status", "--porcelain")
+    assert git(guest.source, "show", "banger/web:new") == b"not known to git\n"
+
+
+async def test_one_change_more_is_the_guest_s_again(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work(guest)
+    await pull(guest)
+    git(guest.source, "merge", "-q", "banger/web")
+    (guest.repo / "new").write_text("after the pull\n")
+    assert "changes of its own" in (await guest.prepare(status=1)).err
+    assert (guest.repo / "new").read_text() == "after the pull\n"
+
+
+async def test_what_no_branch_holds_any_more_is_not_given_up(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work(guest)
+    await pull(guest)
+    git(guest.source, "branch", "-D", "banger/web")
+    assert "changes of its own" in (await guest.prepare(status=1)).err
+    assert (guest.repo / "new").exists()
+
+
+async def test_the_same_work_pulled_twice_is_the_same_commit(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work(guest)
+    await pull(guest)
+    before = tip(guest)
+    await pull(guest)
+    assert tip(guest) == before
