@@ -19,8 +19,15 @@ def work(guest: Guest) -> None:
     (guest.repo / "new").write_text("not known to git\n")
 
 
-async def pull(guest: Guest, *, status: int = 0) -> str:
-    return (await guest.banger("vm", "workspace", "pull", "web", status=status)).err
+async def pull(guest: Guest) -> None:
+    await guest.banger("vm", "workspace", "pull", "web")
+
+
+async def pulled(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work(guest)
+    await pull(guest)
 
 
 def tip(guest: Guest) -> str:
@@ -28,10 +35,7 @@ def tip(guest: Guest) -> str:
 
 
 async def test_what_was_pulled_and_merged_is_sent_again(guest: Guest) -> None:
-    repositories.plain(guest.source)
-    await guest.prepare()
-    work(guest)
-    await pull(guest)
+    await pulled(guest)
     git(guest.source, "merge", "-q", "banger/web")
     (guest.source / "here").write_text("made on the host\n")
     repositories.commit(guest.source, "on the host")
@@ -43,10 +47,7 @@ async def test_what_was_pulled_and_merged_is_sent_again(guest: Guest) -> None:
 
 
 async def test_what_was_pulled_and_not_merged_is_on_its_branch(guest: Guest) -> None:
-    repositories.plain(guest.source)
-    await guest.prepare()
-    work(guest)
-    await pull(guest)
+    await pulled(guest)
     await guest.prepare()
     assert not (guest.repo / "new").exists()
     assert git(guest.repo, "status", "--porcelain") == git(guest.source, "status", "--porcelain")
@@ -54,10 +55,7 @@ async def test_what_was_pulled_and_not_merged_is_on_its_branch(guest: Guest) -> 
 
 
 async def test_one_change_more_is_the_guest_s_again(guest: Guest) -> None:
-    repositories.plain(guest.source)
-    await guest.prepare()
-    work(guest)
-    await pull(guest)
+    await pulled(guest)
     git(guest.source, "merge", "-q", "banger/web")
     (guest.repo / "new").write_text("after the pull\n")
     assert "changes of its own" in (await guest.prepare(status=1)).err
@@ -65,20 +63,14 @@ async def test_one_change_more_is_the_guest_s_again(guest: Guest) -> None:
 
 
 async def test_what_no_branch_holds_any_more_is_not_given_up(guest: Guest) -> None:
-    repositories.plain(guest.source)
-    await guest.prepare()
-    work(guest)
-    await pull(guest)
+    await pulled(guest)
     git(guest.source, "branch", "-D", "banger/web")
     assert "changes of its own" in (await guest.prepare(status=1)).err
     assert (guest.repo / "new").exists()
 
 
 async def test_the_same_work_pulled_twice_is_the_same_commit(guest: Guest) -> None:
-    repositories.plain(guest.source)
-    await guest.prepare()
-    work(guest)
-    await pull(guest)
+    await pulled(guest)
     before = tip(guest)
     await pull(guest)
     assert tip(guest) == before
