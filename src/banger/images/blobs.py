@@ -192,8 +192,9 @@ async def _receive(partial: _Partial, body: registry.Body, on_bytes: Callable[[i
             batch.append(chunk)
             held += len(chunk)
             if held >= _BATCH or held > partial.missing:
-                await run.in_thread(partial.take, batch)
-                batch, held = [], 0
+                # Given away before the wait: who is cancelled in it has had it written, once.
+                full, batch, held = batch, [], 0
+                await run.in_thread(partial.take, full)
                 on_bytes(partial.offset)
     finally:
         # What came before a break is worth keeping; too much of it is an error of its own.
