@@ -26,6 +26,7 @@ BENCHMARKS: Final = (
     "exec",
     "workspace",
     "pull",
+    "image_full",
 )
 
 

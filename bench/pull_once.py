@@ -60,15 +60,15 @@ async def once(name: str, state: Path, guest: Path) -> dict[str, float]:
         "fetched_s": fetched - began,
         "done_s": time.perf_counter() - began,
         "cpu_s": time.process_time(),
-        "peak_bytes": _peak_kib() * 1024,
+        "peak_bytes": peak_bytes(),
     }
 
 
-def _peak_kib() -> int:
-    """Of this program alone: in what `getrusage` says is that of the process's program before it, too."""
+def peak_bytes() -> int:
+    """The most so far, of this program: `getrusage` counts what ran in the process before it, too."""
     found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
-    return int(found[1])
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -32,12 +32,8 @@ def summed_up(rounds: Rounds) -> report.Report:
     """The medians of what bench/inside/start.py printed."""
     rows = [_row(rounds, clock, what, aim) for clock, (what, aim) in CLOCKS.items()]
     rows += [_row(rounds, clock, what, "") for clock, what in PARTS.items()]
-    rows += [
-        report.Row(
-            f"image busybox: {what}", report.median(found["smallest"][clock] for found in rounds), "s"
-        )
-        for clock, what in (("agent_s", "create to agent"), ("init_to_agent_s", "of that, from init on"))
-    ]
+    smallest = report.median(found["smallest"]["agent_s"] for found in rounds)
+    rows.append(report.Row("image busybox: create to agent", smallest, "s"))
     agent = [found["banger"]["agent_s"] for found in rounds]
     rival = [found["bare"]["agent_s"] for found in rounds]
     ratios = [one / other for one, other in zip(agent, rival, strict=True)]
