@@ -42,6 +42,7 @@ BOOT_ARGS: Final = (
 _TUNSETIFF, _TUNSETPERSIST, _SIOCSIFFLAGS = 0x400454CA, 0x400454CB, 0x8914
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_UP = 0x2, 0x1000, 0x4000, 0x1
 _POLL_S: Final = 0.001
+_SHOWN_BYTES: Final = 2000
 # Hardware virtualisation costs a guest's kernel time when it starts, and banger's guests are not given it.
 _CPU: Final = [
     {"leaf": leaf, "subleaf": "0x0", "flags": 0, "modifiers": [{"register": "ecx", "bitmap": bits}]}
@@ -149,6 +150,10 @@ def _firecracker(path: Path) -> Iterator[tuple[int, _Api]]:
             time.sleep(_POLL_S)
         yield process.pid, api
         api.close()
+    except Exception as error:
+        said = (DIRECTORY / "console.log").read_bytes()[-_SHOWN_BYTES:].decode(errors="replace")
+        error.add_note(f"Firecracker's status is {process.poll()}, and it said last: {said}")
+        raise
     finally:
         process.kill()
         process.wait()

@@ -173,12 +173,15 @@ async def test_an_undo_that_fails_too_hides_nothing_and_stops_nothing(
         ]
 
     monkeypatch.setattr(start.Start, "steps", with_broken_undo)
-    operation = await daemon.create()
+    operation = await daemon.done(await begun(daemon))
     assert operation.error is not None
     assert operation.error.message == "persist was told to fail"
     assert f"rollback_{undo}: the undo was told to fail" in operation.error.also
-    # What that undo would have taken back is what the next start, or a delete, takes back.
     sabotage.mend()
+    await nothing_is_left(daemon.services)
+    await assert_empty(daemon, "persist")
+    again = await daemon.done(await daemon.services.vms.start("web"))
+    assert again.status is resources.OperationStatus.SUCCEEDED, again.error
     gone = await daemon.done(await daemon.services.vms.delete("web"))
     assert gone.status is resources.OperationStatus.SUCCEEDED, gone.error
     assert daemon.world.leftovers() == {}
