@@ -81,7 +81,7 @@ class ImageService:
             # What an image has in /root comes with the work disk, and is not in this file.
             if any(f"{place}/".startswith(f"{_HOME}/") for place in places):
                 return True
-            if not ext4.exists(rootfs, "/usr/bin"):
+            if not any(ext4.exists(rootfs, place) for place in places):
                 return True
             return any(ext4.exists(rootfs, f"{place}/{program}") for place in places)
         except errors.BangerError:  # it will be seen in the guest
