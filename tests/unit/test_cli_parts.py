@@ -313,6 +313,31 @@ def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert "No such command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["vm", "list", "--json", "--nope"], "banger vm list"),
+        (["vm", "list", "--nope", "--json"], "banger vm list"),
+        (["vm", "lits", "--json"], "banger vm"),
+        (["--json", "vm", "create", "web", "--vcpu", "0"], "banger vm create"),
+        (["vm", "show", "--json"], "banger vm show"),
+        (["vm", "run", "--json", "--nope", "--", "true"], "banger vm run"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_told_to_programs_too(
+    words: list[str], where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(words) == 2
+    said = capsys.readouterr()
+    error = json.loads(said.err)["error"]
+    assert (error["code"], error["hint"], said.out) == ("bad_request", f"see `{where} --help`", "")
+
+
+def test_json_that_is_the_user_s_own_word_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["vm", "run", "--nope", "--", "jq", "--json"]) == 2
+    assert capsys.readouterr().err.startswith("banger: error: ")
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["--version"]) == 0
     assert capsys.readouterr().out == f"banger {banger.__version__}\n"

@@ -95,14 +95,14 @@ def run(arguments: Sequence[str]) -> int:
         completed = isinstance(error, SystemExit) and "_BANGER_COMPLETE" in os.environ
         return 0 if completed else _broken_pipe()
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted", 130)
+        from banger.contract import errors
+
+        return _report(errors.CancelledError("interrupted"), 130, json=settings.json)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.message)
         return 2
-    except click.UsageError as error:
-        return _usage(error)
     except click.ClickException as error:
-        return _say(error.format_message(), error.exit_code)
+        return _refused(error, json=settings.json or _asks_for_json(arguments))
     except BaseException as error:
         return _failed(error, json=settings.json)
     return status if isinstance(status, int) else 0
@@ -118,7 +118,8 @@ def _failed(error: BaseException, *, json: bool) -> int:
         case exits.SomeFailedError():
             return exits.FAILED
         case exits.SignalledError():
-            return _say(f"ended by signal {error.number}", 128 + error.number)
+            ended = errors.CancelledError(f"ended by signal {error.number}")
+            return _report(ended, 128 + error.number, json=json)
         case exits.FailedError():
             return _report(error.error, error.status, json=json)
         case errors.BangerError():
@@ -143,18 +144,22 @@ def _report(error: errors.BangerError, status: int, *, json: bool) -> int:
     return status
 
 
-def _usage(error: click.UsageError) -> int:
-    where = error.ctx.command_path if error.ctx is not None else "banger"
-    _say(error.format_message(), error.exit_code)
-    print(f"  hint: see `{where} --help`", file=sys.stderr)
-    return error.exit_code
+def _refused(error: click.ClickException, *, json: bool) -> int:
+    """A command line that cannot be."""
+    from banger.contract import errors
+
+    hint = ""
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx is not None else "banger"
+        hint = f"see `{where} --help`"
+    known = errors.BadRequestError(error.format_message(), hint=hint)
+    return _report(known, error.exit_code, json=json)
 
 
-def _say(message: str, status: int) -> int:
-    from banger.cli import render
-
-    print(f"banger: error: {render.safe(message)}", file=sys.stderr)
-    return status
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    """Of a command line that click could not read to its end: what follows `--` is the user's own."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return "--json" in arguments[:end]
 
 
 def _broken_pipe() -> int:
