@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from banger.contract import errors, guest, resources
@@ -269,6 +270,19 @@ def test_images_of_registries_go_by_their_references(cli: cli_process.Cli, fake:
     assert list(fake.images) == ["base"]
     gone = cli.run("image", "show", name)
     assert (gone.status, f"banger image pull {name}" in gone.err) == (1, True)
+
+
+def test_deleting_the_default_image_says_what_comes_of_it(
+    cli: cli_process.Cli, fake: daemon.FakeDaemon
+) -> None:
+    for name in ("base", "other"):
+        assert cli.run("image", "build", name).status == 0
+    fake.images["base"] = msgspec.structs.replace(fake.images["base"], is_default=True)
+    assert "default:" in cli.run("image", "show", "base").text
+    assert cli.run("image", "delete", "other").err == ""
+    done = cli.run("image", "delete", "nothing", "base")
+    assert (done.status, done.text) == (1, "base\n")
+    assert "no image is named are made from base: the next one gets it again" in done.err
 
 
 def test_images_are_imported(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_path: Path) -> None:

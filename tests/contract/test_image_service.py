@@ -184,9 +184,25 @@ async def test_a_vm_whose_image_cannot_be_pulled_leaves_no_row(
     assert (await served.http.get("/v1/vms")).json() == []
 
 
-async def test_a_mistyped_word_asks_no_registry(served: Served) -> None:
-    error = await served.error("POST", "/v1/vms", 404, {"image": "debina", "kernel": "tiny"})
-    assert "banger image pull debina" in error.hint
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("debina", "did you mean debian-bookworm, debian-trixie? `banger image list --available` shows"),
+        ("tinny", "did you mean tiny? "),
+        ("nope", "`banger image list --available` shows what there is; `banger image pull nope` asks"),
+    ],
+)
+async def test_a_mistyped_word_asks_no_registry(served: Served, word: str, hint: str) -> None:
+    error = await served.error("POST", "/v1/vms", 404, {"image": word, "kernel": "tiny"})
+    assert error.hint.startswith(hint)
+
+
+async def test_the_default_image_is_known(served: Served, registry: registries.Registry) -> None:
+    """It is `tiny` here."""
+    await _pull(served, f"{registry.host}/team/app:v1")
+    listed = (await served.http.get("/v1/images")).json()
+    assert [each["name"] for each in listed if each["is_default"]] == ["tiny"]
+    assert (await served.get("/v1/images/tiny", resources.Image)).is_default
 
 
 async def test_a_kernel_that_is_missing_is_said_before_the_pull(

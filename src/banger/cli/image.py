@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator
@@ -256,6 +257,8 @@ def _facts(image: resources.Image) -> Iterator[tuple[str, str]]:
     yield "init", "its own" if image.has_init else "banger's"
     yield "kernel", image.default_kernel or "the configured default"
     yield "used by", ", ".join(image.used_by) or "no VM"
+    if image.is_default:
+        yield "default", "yes: of VMs for which no image is named"
 
 
 def _run_facts(run: resources.ImageRun) -> Iterator[tuple[str, str]]:
@@ -274,7 +277,26 @@ def _run_facts(run: resources.ImageRun) -> Iterator[tuple[str, str]]:
 @click.pass_obj
 def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Delete images that no VM uses."""
-    many.delete(settings, "/v1/images", names, resolve=_ref)
+    api = settings.client()
+    before = _default_image(api)
+    try:
+        many.delete(settings, "/v1/images", names, resolve=_ref)
+    finally:
+        if before is not None and not settings.json:
+            _say_if_gone(api, before.name)
+
+
+def _default_image(api: client.Client) -> resources.Image | None:
+    return next((image for image in api.get("/v1/images", list[resources.Image]) if image.is_default), None)
+
+
+def _say_if_gone(api: client.Client, name: str) -> None:
+    with contextlib.suppress(errors.BangerError):  # it goes over nothing that went wrong before
+        if _default_image(api) is None:
+            render.note(
+                f"VMs for which no image is named are made from {name}: the next one gets it again, "
+                "or fails where it cannot be had"
+            )
 
 
 cache = command.Group(

@@ -345,6 +345,8 @@ class Image(Resource, frozen=True, kw_only=True):
     run: ImageRun = ImageRun()
     available: bool = False
     """Only in the catalog, not on this host yet."""
+    is_default: bool = False
+    """VMs are made from it for which no image is named."""
 
 
 class Kernel(Resource, frozen=True, kw_only=True):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Which image somebody means: by id, name, reference as people write it, digest, or how an id begins."""
+"""Which image somebody means: by id, name, reference as people write it, digest, or how an id begins.
+
+And which one may be meant by a word that means none.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from banger.contract import errors
@@ -13,6 +17,7 @@ from banger.images import records, reference
 
 _LEAST_PREFIX: Final = 4
 _PREFIX: Final = re.compile(rf"[0-9a-f]{{{_LEAST_PREFIX},12}}")
+_MOST_CLOSE: Final = 3
 _SHORT_DIGEST: Final = re.compile(r"(sha256|sha512):[0-9a-f]{8,}")
 
 
@@ -27,6 +32,20 @@ def find(images: Sequence[records.Image], text: str) -> records.Image | None:
         if found:
             return found[-1]
     return _by_prefix(images, text)
+
+
+def close(names: Iterable[str], text: str) -> list[str]:
+    """Names that are much like it, as a whole or in their main word: `debina` for `debian-bookworm`."""
+    known = {name: {name, _main_word(name)} for name in names}
+    words = difflib.get_close_matches(
+        text, {word for each in known.values() for word in each}, n=_MOST_CLOSE
+    )
+    return [name for name, its in known.items() if not its.isdisjoint(words)][:_MOST_CLOSE]
+
+
+def _main_word(name: str) -> str:
+    """`app` of `ghcr.io/team/app:1.0`, `debian` of `debian-bookworm`."""
+    return re.split("[-:@]", name.rpartition("/")[2])[0]
 
 
 def _by_id(text: str) -> Callable[[records.Image], bool]:

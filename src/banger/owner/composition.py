@@ -135,7 +135,10 @@ async def compose(
     store.require_rows_for(paths.database, paths.state / "vms")
     rows = store.Store(paths.database)
     running = operations.Operations()
-    image_service = images.ImageService(paths.state / "images", paths.cache, rows, running)
+    image_catalog = catalog.Catalog(paths.image_catalog)
+    image_service = images.ImageService(
+        paths.state / "images", paths.cache, rows, running, image_catalog, default=settings.image
+    )
     kernel_service = kernels.KernelService(
         paths.state / "kernels", paths.cache, paths.kernel_catalogs, rows, running
     )
@@ -143,7 +146,7 @@ async def compose(
         image_service,
         paths.cache,
         functools.partial(_registries, settings),
-        catalog.Catalog(paths.image_catalog),
+        image_catalog,
     )
     pull_service.sweep()
     layout = paths.layout

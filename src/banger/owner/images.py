@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from banger import artefacts, guest_binary, run
 from banger.contract import errors, names, requests, resources
-from banger.images import ext4, lookup, recipe, records
+from banger.images import catalog, ext4, lookup, recipe, records, reference
 from banger.owner import locks, operations, store
 
 _PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
@@ -33,9 +33,19 @@ class ImageService:
     """Publication is one rename; deleting refuses while a VM is made from the image."""
 
     def __init__(
-        self, root: Path, cache: Path, store: store.Store, operations: operations.Operations
+        self,
+        root: Path,
+        cache: Path,
+        store: store.Store,
+        operations: operations.Operations,
+        catalog: catalog.Catalog,
+        *,
+        default: str,
     ) -> None:
+        """`default` means the image of VMs for which none is named."""
         self.records = records.Images(root)
+        self._catalog = catalog
+        self._default = default
         self._cache = cache
         self._store = store
         self._operations = operations
@@ -47,8 +57,8 @@ class ImageService:
         found = self.records.records()
         if ref:
             meant = lookup.find(found, ref)
-            found = [meant] if meant is not None else []
-        return [self._view(image) for image in found]
+            return [self._view(meant, found)] if meant is not None else []
+        return [self._view(image, found) for image in found]
 
     def get(self, ref: str) -> resources.Image:
         return self._view(self.find(ref))
@@ -60,10 +70,29 @@ class ImageService:
         """By id, name, reference or digest. Raises NotFoundError with how to get the image."""
         found = lookup.find(self.records.records(), ref)
         if found is None:
-            verb = "build" if ref in recipe.available() else "pull"
-            hint = f"{verb} it: `banger image {verb} {ref}`; what there is: `banger image list`"
-            raise errors.NotFoundError(f"there is no image {ref!r}", hint=hint)
+            raise errors.NotFoundError(f"there is no image {ref!r}", hint=self._how_to_get(ref))
         return found
+
+    def _how_to_get(self, ref: str) -> str:
+        """A bare word that nobody knows is likelier mistyped than a repository of the default registry."""
+        if ref in recipe.available():
+            return f"build it: `banger image build {ref}`; what there is: `banger image list`"
+        offered = self._offered()
+        if ref in offered or reference.is_explicit(ref):
+            return f"pull it: `banger image pull {ref}`; what there is: `banger image list`"
+        close = lookup.close([*(image.name for image in self.records.records()), *offered], ref)
+        meant = f"did you mean {', '.join(close)}? " if close else ""
+        return (
+            f"{meant}`banger image list --available` shows what there is; "
+            f"`banger image pull {ref}` asks a registry"
+        )
+
+    def _offered(self) -> Sequence[str]:
+        """Nothing where the host's own part of the catalog cannot be read: that is said elsewhere."""
+        try:
+            return [entry.name for entry in self._catalog.entries(platform.machine())]
+        except errors.BangerError:
+            return ()
 
     def name(self, image_id: str) -> str:
         """For showing; the id itself when the image is gone."""
@@ -175,8 +204,11 @@ class ImageService:
         """What packages recipes were built of. Nothing during a build, which may be about to read it."""
         return () if self._builds else tuple(recipe.kept_archives(self._cache))
 
-    def _view(self, image: records.Image) -> resources.Image:
+    def _view(self, image: records.Image, among: Sequence[records.Image] = ()) -> resources.Image:
+        """`among`: all images, where they are read already."""
+        default = lookup.find(among or self.records.records(), self._default)
         return resources.Image(
+            is_default=default is not None and default.id == image.id,
             id=image.id,
             name=image.name,
             tags=image.tags,
