@@ -107,6 +107,7 @@ def test_every_command_in_a_message_is_one() -> None:
         for text in _texts(ast.parse(path.read_text())):
             for found in filter(None, map(COMMAND.fullmatch, CODE.findall(text))):
                 line = re.sub(rf"{PUT_IN}(?=[MG]\b)", "512", found[1])
+                line = line.replace(f"unpublish {PUT_IN} {PUT_IN}", f"unpublish {PUT_IN} 8080:80")
                 if re.match(rf"banger (image )?{PUT_IN} ", line):
                     continue  # which command it is, is put in as well
                 try:

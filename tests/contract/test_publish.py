@@ -137,6 +137,15 @@ async def test_a_port_in_use_is_refused_and_none_is_taken(publisher: publish.Pub
     publish.bound(ports.parse(f"{port}:80")).close()
 
 
+async def test_a_port_that_another_vm_has_says_which(publisher: publish.Publisher) -> None:
+    port = publishing.free_port()
+    publisher.take(publishing.row(f"{port}:80"))
+    for spec in (f"{port}:81", f"0.0.0.0:{port}:80"):
+        with pytest.raises(errors.AlreadyExistsError, match=f"{port}/tcp of this host .* by web") as caught:
+            publisher.require_free(ports.parse(spec))
+        assert f"`banger vm unpublish web 127.0.0.1:{port}:80/tcp`" in caught.value.hint
+
+
 async def goes_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """A connection that has sent `before ` is cut off at no point."""
     writer.write(b"after")
@@ -197,6 +206,11 @@ async def test_a_row_does_not_say_what_could_not_be_published(daemon: conftest.D
             await daemon.services.alterations.change_ports("web", change)
     assert (await daemon.services.vms.get("web")).publish == (f"127.0.0.1:{old}:80/tcp",)
     assert not await refuses(old)
+    with pytest.raises(errors.AlreadyExistsError, match=f"{old}/tcp .* by web already, for its port 80"):
+        await daemon.services.alterations.change_ports("web", ports.ChangePorts(publish=(f"{old}:81",)))
+    shop = resources.CreateVm(name="shop", publish=(f"{old}:80",))
+    with pytest.raises(errors.AlreadyExistsError, match=f"{old}/tcp .* by web already"):
+        await daemon.services.vms.create(shop)
 
 
 class _SomePorts(guests.GuestClient):

@@ -33,7 +33,7 @@ def test_not_a_published_port(text: str) -> None:
 
 def test_one_place_of_the_host_is_published_once() -> None:
     assert len(ports.parse_all(("8080:80", "8080:80/udp", "0.0.0.0:8080:80"))) == 3
-    with pytest.raises(errors.BadRequestError, match="twice"):
+    with pytest.raises(errors.BadRequestError, match=r"port 127\.0\.0\.1:8080/tcp of .* twice"):
         ports.parse_all(("8080:80", "127.0.0.1:8080:81"))
     with pytest.raises(errors.BadRequestError, match="more than"):
         ports.parse_all(tuple(f"{n}:80" for n in range(8000, 8033)))

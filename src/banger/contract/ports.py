@@ -56,8 +56,10 @@ def parse(text: str) -> Publish:
 def parse_all(texts: tuple[str, ...]) -> tuple[Publish, ...]:
     """Each place once. Raises BadRequestError."""
     found = tuple(map(parse, texts))
-    if len({each.place for each in found}) < len(found):
-        raise errors.BadRequestError("one port of the host is published twice")
+    places = [each.place for each in found]
+    twice = next((place for place in places if places.count(place) > 1), "")
+    if twice:
+        raise errors.BadRequestError(f"port {twice} of this host is published twice")
     if len(found) > MAX_PUBLISHED:
         raise errors.BadRequestError(f"{len(found)} ports are more than {MAX_PUBLISHED}")
     return found

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -100,11 +100,12 @@ class Alterations:
             vm = self._rows.get(found.id)
             kept = [each for each in ports.parse_all(vm.publish) if each not in gone]
             fresh = [each for each in ports.parse_all(body.publish) if each not in kept]
+            _require_unpublished(vm.name, kept, fresh)
             wanted = ports.parse_all(tuple(map(str, (*kept, *fresh))))
             changed = msgspec.structs.replace(vm, publish=tuple(map(str, wanted)))
             if vm.state is not resources.VmState.RUNNING:
                 for each in fresh:
-                    publish.bound(each).close()
+                    self._publisher.require_free(each)
             self._rows.save(changed)
             if vm.state is resources.VmState.RUNNING:
                 try:
@@ -114,3 +115,16 @@ class Alterations:
                     self._rows.save(msgspec.structs.replace(latest, publish=vm.publish))
                     raise
             return self._view(self._rows.get(vm.id))
+
+
+def _require_unpublished(vm: str, kept: Iterable[ports.Publish], fresh: Iterable[ports.Publish]) -> None:
+    """Raises AlreadyExistsError for a port of the host that leads to another one of the same VM."""
+    taken = {each.place: each for each in kept}
+    for each in fresh:
+        if each.place in taken:
+            raise errors.AlreadyExistsError(
+                f"port {each.place} of this host is published by {vm} already, "
+                f"for its port {taken[each.place].guest_port}",
+                hint="choose another port, or take that one back: "
+                f"`banger vm unpublish {vm} {taken[each.place]}`",
+            )

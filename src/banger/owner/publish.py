@@ -22,6 +22,7 @@ from banger.vm import record
 
 _log = logging.getLogger(__name__)
 
+_ANY: Final = "0.0.0.0"  # noqa: S104 - to know it by, not to bind it
 _CHUNK: Final = 256 * 1024
 _CONNECT_S: Final = 10.0
 _MAX_CONNECTIONS: Final = 512
@@ -35,6 +36,8 @@ _UDP_UNSENT_BYTES: Final = 256 * 1024
 class _Port:
     publish: ports.Publish
     socket: socket.socket
+    vm: str
+    """The name of whose it is: while its ports are taken, it keeps that."""
     close: Callable[[], Awaitable[None]] | None = None
     """Set while it is served."""
 
@@ -59,13 +62,17 @@ class Publisher:
         self._connect = connect
         self._ports: dict[names.VmId, list[_Port]] = {}
 
+    def require_free(self, publish: ports.Publish) -> None:
+        """Raises AlreadyExistsError, which says what VM has the port, or BadRequestError."""
+        self._bound(publish).close()
+
     def take(self, vm: record.VmRecord) -> None:
         held = {port.publish for port in self._ports.get(vm.id, ())}
         fresh: list[_Port] = []
         try:
             for publish in ports.parse_all(vm.publish):
                 if publish not in held:
-                    fresh.append(_Port(publish, bound(publish)))
+                    fresh.append(_Port(publish, self._bound(publish), vm.name))
         except BaseException:
             for port in fresh:
                 port.socket.close()
@@ -109,6 +116,20 @@ class Publisher:
         for vm_id in list(self._ports):
             await self.release(vm_id)
 
+    def _bound(self, publish: ports.Publish) -> socket.socket:
+        try:
+            return bound(publish)
+        except errors.AlreadyExistsError:
+            held = (port for some in self._ports.values() for port in some)
+            holder = next((port for port in held if _excludes(port.publish, publish)), None)
+            if holder is None:
+                raise
+        raise errors.AlreadyExistsError(
+            f"port {publish.place} of this host is published by {holder.vm} already",
+            hint="choose another port, or take that one back: "
+            f"`banger vm unpublish {holder.vm} {holder.publish}`",
+        )
+
     async def _drop(self, vm_id: names.VmId, some: Iterable[_Port]) -> None:
         for port in some:
             self._ports[vm_id].remove(port)
@@ -118,7 +139,7 @@ class Publisher:
         await self._drop(vm.id, fresh)
         for each in ended:
             try:
-                self._ports.setdefault(vm.id, []).append(_Port(each.publish, bound(each.publish)))
+                self._ports.setdefault(vm.id, []).append(_Port(each.publish, bound(each.publish), vm.name))
                 await self._open_all(vm)
             except (errors.BangerError, OSError) as error:
                 _log.error("a port is no longer published", extra={"vm": vm.id, "error": str(error)})
@@ -171,6 +192,11 @@ def bound(publish: ports.Publish) -> socket.socket:
 def _clash(one: ports.Publish, other: ports.Publish) -> bool:
     """While the one is bound, the other may be refused: an address may stand for all of them."""
     return (one.host_port, one.protocol) == (other.host_port, other.protocol)
+
+
+def _excludes(one: ports.Publish, other: ports.Publish) -> bool:
+    """Whether they cannot both be bound."""
+    return _clash(one, other) and (one.address == other.address or _ANY in (one.address, other.address))
 
 
 def _refused(publish: ports.Publish, error: OSError) -> errors.BangerError:

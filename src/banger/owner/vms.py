@@ -89,6 +89,7 @@ class VmService:
         self._views = views
         self._connect = connect
         self._features = features
+        self._publisher = publisher
         self._keys = keys
         self.activities = activities
         self._notices = lifetimes.Notices()
@@ -169,7 +170,7 @@ class VmService:
             resolved = self._resolver.resolve(body)  # it may have been deleted meanwhile
         vm_id, now = names.VmId(names.new_id()), datetime.datetime.now(datetime.UTC)
         for each in resolved.publish:
-            publish.bound(ports.parse(each)).close()
+            self._publisher.require_free(ports.parse(each))
         self._operations.require_open()
         return self._store.reserve(
             lambda slot: create.draft(vm_id, name, slot, resolved, now), throw_away=body.remove_on_failure
