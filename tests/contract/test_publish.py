@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from banger.cli import vm_ports
 from banger.contract import errors, guest, ports, resources
 from banger.owner import composition, config, listeners, publish
 from banger.owner import guest as guests
@@ -241,10 +242,14 @@ async def test_ports_say_where_a_service_is_reached(agent_socket: Path) -> None:
     async with await asyncio.start_server(_http, "127.0.0.1", 0) as server:
         service = server.sockets[0].getsockname()[1]
         client.only = frozenset({service})
-        (here,) = await listeners.look(client, publishing.row(f"{port}:{service}"))
+        row = publishing.row(f"{port}:{service}", "1:1", "0.0.0.0:2:1", f"3:{service}/udp")
+        waits, here, other = await listeners.look(client, row)
         assert (here.url, here.published) == (f"http://127.0.0.1:{port}/", (f"127.0.0.1:{port}",))
         assert here.pid
         assert here.target == ""  # it listens on the guest's loopback
+        assert (waits.port, waits.address, waits.published) == (1, "", ("127.0.0.1:1", "0.0.0.0:2"))
+        assert (other.protocol, other.port, other.address) == ("udp", service, "")
+        assert vm_ports._row(waits)[1:4] == ("-", "1", "nothing listens")
         (closed,) = await listeners.look(client, publishing.row())
         assert closed.url == ""
 

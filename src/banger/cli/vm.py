@@ -36,7 +36,9 @@ NOUNS: Final = {
     "workspace": command.Noun(
         "banger.cli.vm_workspace", "Take a repository into a VM, and its changes back out."
     ),
-    "ports": command.Noun(_PORTS, "Show the ports on which a VM listens.", "show_ports"),
+    "ports": command.Noun(
+        _PORTS, "Show the ports on which a VM listens, and those that are published.", "show_ports"
+    ),
     "publish": command.Noun(_PORTS, "Offer ports of a VM on this host.", "publish"),
     "unpublish": command.Noun(_PORTS, "Take back ports that were published.", "unpublish"),
     "explain": command.Noun(

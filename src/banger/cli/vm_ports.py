@@ -21,7 +21,7 @@ _PORTS: Final = click.argument(
 @_NAME
 @click.pass_obj
 def show_ports(settings: command.Settings, name: str) -> None:
-    """Show the ports on which a VM listens.
+    """Show the ports on which a VM listens, and those that are published.
 
     With process, address, and where this host reaches it: a link when it answers HTTP.
     """
@@ -34,9 +34,11 @@ def show_ports(settings: command.Settings, name: str) -> None:
 
 
 def _row(port: ports.GuestPort) -> Sequence[str]:
+    published = ", ".join(port.published) or "-"
+    if not port.address:
+        return port.protocol, "-", str(port.port), "nothing listens", "-", published
     process = f"{port.process} ({port.pid})" if port.pid else "-"
-    reached = port.url or port.target or "-"
-    return port.protocol, port.address, str(port.port), process, reached, ", ".join(port.published) or "-"
+    return port.protocol, port.address, str(port.port), process, port.url or port.target or "-", published
 
 
 @command.make(

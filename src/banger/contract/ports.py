@@ -73,10 +73,11 @@ class ChangePorts(resources.Body, frozen=True, kw_only=True):
 
 
 class GuestPort(resources.Resource, frozen=True, kw_only=True):
-    """A socket that listens in a guest."""
+    """A socket that listens in a guest; or a port of it that is published, and nothing listens there."""
 
     protocol: str
     address: str
+    """Empty when nothing listens."""
     port: int
     pid: int
     """0 when no process was found."""

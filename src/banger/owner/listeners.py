@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The ports on which a guest listens, as its agent says, and which of them speak HTTP."""
+"""The ports on which a guest listens, as its agent says, which of them speak HTTP, and published ones."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from banger.contract import errors, guest, names, ports
@@ -19,7 +19,7 @@ _QUESTION: Final = b"HEAD / HTTP/1.0\r\nHost: localhost\r\nConnection: close\r\n
 
 
 async def look(client: guests.GuestClient, vm: record.VmRecord) -> list[ports.GuestPort]:
-    found = sorted(await client.ports(), key=lambda each: (each.port, each.protocol, each.address))
+    found = sorted(await client.ports(), key=lambda each: each.port)
     turn = asyncio.Semaphore(_PROBES_AT_ONCE)
 
     async def speaks_http(listener: guest.Listener) -> bool:
@@ -28,7 +28,21 @@ async def look(client: guests.GuestClient, vm: record.VmRecord) -> list[ports.Gu
 
     probed = await asyncio.gather(*(speaks_http(each) for each in found[:_MAX_PROBED]))
     answers = [*probed, *[False] * (len(found) - len(probed))]
-    return [_shown(vm, each, http=http) for each, http in zip(found, answers, strict=True)]
+    shown = [_shown(vm, each, http=http) for each, http in zip(found, answers, strict=True)]
+    return sorted([*shown, *_awaited(vm, shown)], key=lambda each: (each.port, each.protocol, each.address))
+
+
+def _awaited(vm: record.VmRecord, shown: Sequence[ports.GuestPort]) -> Iterator[ports.GuestPort]:
+    """What is published, and nothing listens there yet."""
+    known = {(each.port, each.protocol) for each in shown}
+    places: dict[tuple[int, str], list[str]] = {}
+    for each in ports.parse_all(vm.publish):
+        places.setdefault((each.guest_port, each.protocol), []).append(f"{each.address}:{each.host_port}")
+    for (port, protocol), published in places.items():
+        if (port, protocol) not in known:
+            yield ports.GuestPort(
+                protocol=protocol, address="", port=port, pid=0, process="", published=tuple(published)
+            )
 
 
 def _shown(vm: record.VmRecord, listener: guest.Listener, *, http: bool) -> ports.GuestPort:
