@@ -39,7 +39,7 @@ async def test_life_of_a_vm(served: api_served.Served) -> None:
     assert "wait_vsock_agent" in created.err
     shown = (await banger(served, "vm", "show", "web", "--json")).json
     assert (shown["state"], shown["vcpus"], shown["sources"]["vcpus"]) == ("running", 2, "request")
-    assert "fsck_snapshot" in (await banger(served, "vm", "show", "web")).text
+    assert "prepare_rootfs" in (await banger(served, "vm", "show", "web")).text
     assert "web" in (await banger(served, "ps")).text
     assert "web" in (await banger(served, "vm", "stats")).text
     assert (await banger(served, "vm", "restart", "web")).status == 0

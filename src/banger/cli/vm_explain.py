@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterator
+from typing import Final
 
 import click
 import msgspec
 
-from banger.cli import client, command, lifetime, output, params, render
+from banger.cli import client, command, lifetime, output, params, render, timeline
 from banger.contract import errors, resources
 
 _TAIL_LINES: Final = 8
@@ -68,7 +68,7 @@ def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
         state=vm.state,
         summary=summary,
         next=remedy,
-        total_ms=_total_ms(vm.last_start),
+        total_ms=timeline.total_ms(vm.last_start),
         steps=vm.last_start,
         console=() if runs or vm.state is resources.VmState.CREATED else tuple(_console(api, vm)),
         error=vm.last_error,
@@ -108,10 +108,6 @@ def _not_running(vm: resources.Vm) -> tuple[str, str]:
     return f"{vm.name} was stopped, or its guest powered off or reset", again
 
 
-def _total_ms(steps: tuple[resources.StepTiming, ...]) -> float:
-    return max((step.started_ms + step.elapsed_ms for step in steps), default=0.0)
-
-
 def _console(api: client.Client, vm: resources.Vm) -> Iterator[str]:
     with api.stream(f"/v1/vms/{client.segment(vm.id)}/logs") as answer:
         kept = b""
@@ -138,45 +134,22 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield from _timeline(found)
 
 
-class _Shown(NamedTuple):
-    """A step with its stage, and whether it is a part of the step before it that has no such mark."""
-
-    stage: str
-    step: resources.StepTiming
-    is_part: bool
-
-
 def _timeline(found: Explanation) -> Iterator[str]:
     """Stage by stage, step by step, parts below their step; the bar shows when in the start it ran."""
-    shown = list(_shown(found.steps))
+    shown = list(timeline.shown(found.steps))
     width = max(len(each.step.name) for each in shown) + _INDENT
     for stage, group in itertools.groupby(shown, key=lambda each: each.stage):
         of_stage = list(group)
-        yield f"  {render.safe(stage)}: {render.elapsed(_took_ms(of_stage))}"
+        yield f"  {render.safe(stage)}: {render.elapsed(timeline.took_ms(of_stage))}"
         for each in of_stage:
             step = each.step
             share = 100 * step.elapsed_ms / found.total_ms if found.total_ms else 0.0
             figures = f"{step.elapsed_ms:9.1f} ms  {share:4.0f} %  {_bar(step, found.total_ms)}"
             name = " " * _INDENT * each.is_part + render.safe(step.name)
             yield f"    {name.ljust(width)}  {figures}".rstrip()
-    between = found.total_ms - _took_ms(shown)
+    between = found.total_ms - timeline.took_ms(shown)
     if between > 0:
         yield f"  between steps: {render.elapsed(between)}"
-
-
-def _took_ms(shown: Iterable[_Shown]) -> float:
-    return sum(each.step.elapsed_ms for each in shown if not each.is_part)
-
-
-def _shown(steps: Iterable[resources.StepTiming]) -> Iterator[_Shown]:
-    """As they began. One without a stage is part of what was shown last, as in the progress."""
-    stage, whole_ends_ms = resources.Stage.PREFLIGHT.value, 0.0
-    for step in sorted(steps, key=lambda each: (each.started_ms, -each.elapsed_ms)):
-        ends_ms = step.started_ms + step.elapsed_ms
-        is_part = ends_ms <= whole_ends_ms
-        if not is_part:
-            stage, whole_ends_ms = step.stage or stage, ends_ms
-        yield _Shown(stage, step, is_part)
 
 
 def _bar(step: resources.StepTiming, total_ms: float) -> str:

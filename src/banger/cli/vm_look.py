@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from banger.cli import client, command, connection, lifetime, output, params, render
+from banger.cli import client, command, connection, lifetime, output, params, render, timeline
 from banger.contract import egress, errors, resources, sizes
 
 _CHUNK: Final = 1 << 16
@@ -170,9 +170,10 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     if vm.last_error is not None:
         yield from _error_facts(vm.last_error)
     if vm.last_start:
-        yield "last start", ""
-        for step in vm.last_start:
-            yield f"  {render.safe(step.name)}", f"{step.elapsed_ms:.1f} ms"
+        total_ms = timeline.total_ms(vm.last_start)
+        yield "last start", f"{total_ms:.1f} ms; `banger vm explain {vm.name}` shows its steps"
+        for stage, took_ms in timeline.by_stage(vm.last_start):
+            yield f"  {render.safe(stage)}", f"{took_ms:.1f} ms"
 
 
 _REACH: Final = {
