@@ -104,7 +104,8 @@ async def test_prune_deletes_what_does_not_run_and_asks_first(served: api_served
     assert (await banger(served, "vm", "prune", "--dry-run")).text == "old-one\nold-two\n"
     refused = await banger(served, "vm", "prune", status=2)
     assert "nobody to ask" in refused.err
-    assert (await banger(served, "vm", "prune", "--older-than", "7d", "--force")).text == ""
+    nothing = await banger(served, "vm", "prune", "--older-than", "7d", "--force")
+    assert (nothing.text, nothing.err) == ("", "banger: nothing to prune\n")
     assert (await banger(served, "vm", "prune", "--force")).text == "old-one\nold-two\n"
     assert [vm.name for vm in await served.get("/v1/vms", list[resources.Vm])] == ["web"]
 

@@ -39,8 +39,10 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
     if dry_run or not names:
         if settings.json:
             output.json(names)
-        else:
-            output.text("".join(f"{name}\n" for name in names))
+            return
+        if not names:
+            render.note("nothing to prune")
+        output.text("".join(f"{name}\n" for name in names))
         return
     if not force:
         _ask(names)
