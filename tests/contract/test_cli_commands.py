@@ -295,9 +295,9 @@ def test_images_are_imported(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_
 def test_the_cache_says_what_it_frees(cli: cli_process.Cli) -> None:
     assert (
         cli.run("image", "cache", "prune", "--dry-run").text
-        == "1 blobs, packages of 1 recipes, would free 1 MiB\n"
+        == "1 blob, packages of 1 recipe, would free 1 MiB\n"
     )
-    assert cli.run("image", "cache", "prune").text == "1 blobs, packages of 1 recipes, freed 1 MiB\n"
+    assert cli.run("image", "cache", "prune").text == "1 blob, packages of 1 recipe, freed 1 MiB\n"
     assert '"size_bytes"' in cli.run("image", "cache", "prune", "--json").text
 
 

@@ -131,7 +131,7 @@ def check_stays() -> None:
     with pytest.raises(errors.ConflictError, match=f"installed for {OWNER}"):
         installed(**{**anew, "owner": "daemon"})
     running.append(privileged.VmWorld(vm_id="0123456789ab", vmm_pid=1))
-    with pytest.raises(errors.ConflictError, match="1 VMs run"):
+    with pytest.raises(errors.ConflictError, match="in use, by 1 VM"):
         installed(**anew, network="10.98.0.0/16")
     running.clear()
     failing.append("it")

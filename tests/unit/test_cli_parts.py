@@ -62,6 +62,10 @@ def test_sizes_are_shown(size: int, text: str) -> None:
     assert sizes.text_of_bytes(size) == text
 
 
+def test_one_of_something_is_not_some() -> None:
+    assert [sizes.counted(count, "file") for count in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+
+
 @hypothesis.given(strategies.integers(0, 1 << 24))
 def test_sizes_round_trip(mib: int) -> None:
     assert sizes.parse_mib(f"{mib}M") == mib

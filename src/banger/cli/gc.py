@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from banger.cli import command, exits, output, progress, render
-from banger.contract import inventory
+from banger.contract import inventory, sizes
 
 
 @command.make(
@@ -59,7 +59,7 @@ def _shown(found: inventory.Inventory, removed: Sequence[inventory.Thing], *, ex
         total = f"{left} left over; `banger gc --apply` takes them away"
         lines.append(render.styled(total, "33", sys.stdout))
     else:
-        lines.append(f"{len(found.things)} things, and each has its owner")
+        lines.append(f"{sizes.counted(len(found.things), 'thing')}, and each has its owner")
     return "\n".join(lines)
 
 

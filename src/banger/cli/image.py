@@ -330,5 +330,8 @@ def prune(settings: command.Settings, dry_run: bool) -> None:
         output.json(found)
     else:
         verb = "would free" if dry_run else "freed"
-        what = f"{len(found.blobs)} blobs, packages of {len(found.packages)} recipes"
-        output.text(f"{what}, {verb} {sizes.text_of_bytes(found.size_bytes)}")
+        blobs, recipes = (
+            sizes.counted(len(found.blobs), "blob"),
+            sizes.counted(len(found.packages), "recipe"),
+        )
+        output.text(f"{blobs}, packages of {recipes}, {verb} {sizes.text_of_bytes(found.size_bytes)}")

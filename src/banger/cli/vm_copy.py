@@ -116,7 +116,8 @@ def _into(
             done = talk.hear(transfers.Transferred)
     finally:
         report.close()
-    _say(settings, f"{done.entries} files, {sizes.text_of_bytes(done.content_bytes)}, are in {there.vm}")
+    files = sizes.counted(done.entries, "file")
+    _say(settings, f"{files}, {sizes.text_of_bytes(done.content_bytes)}: in {there.vm} now")
     return done
 
 
@@ -182,7 +183,7 @@ def _unpack(
         render.note(f"left out: {skipped}")
     if done.skipped_count > len(done.skipped):
         render.note(f"left out: {done.skipped_count - len(done.skipped)} more")
-    _say(settings, f"{done.entries} files are in {directory / name}")
+    _say(settings, f"{sizes.counted(done.entries, 'file')}: in {directory / name} now")
     return transfers.Transferred(entries=done.entries)
 
 

@@ -9,7 +9,7 @@ import sys
 import click
 
 from banger.cli import command, output, params, render, vm_life
-from banger.contract import errors, resources
+from banger.contract import errors, resources, sizes
 
 
 @command.make(
@@ -60,7 +60,7 @@ def _is_idle(vm: resources.Vm, older_than_s: float | None) -> bool:
 def _ask(names: list[str]) -> None:
     if not sys.stdin.isatty():
         raise errors.BadRequestError(
-            f"this would delete {len(names)} VMs and their disks, and there is nobody to ask",
+            f"this would delete {sizes.counted(len(names), 'VM')} and all disks, and there is nobody to ask",
             hint="say so with --force; --dry-run shows which",
         )
     render.note(f"this deletes {', '.join(names)}, with what is on their disks")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from banger.cli import client, command, output, params, progress, pulling, render, signals, workspaces
-from banger.contract import resources, transfers
+from banger.contract import resources, sizes, transfers
 
 if TYPE_CHECKING:
     from banger.workspace import receiving
@@ -230,4 +230,4 @@ def pull(
 
 
 def _counted(landed: receiving.Landed) -> str:
-    return "1 commit" if landed.commits == 1 else f"{landed.commits} commits"
+    return sizes.counted(landed.commits, "commit")

@@ -266,7 +266,7 @@ def say_sent(name: str, sent: sending.Sent, count: int) -> None:
     """One line on stderr."""
     made = sent.workspace
     moved = sizes.text_of_bytes(sent.sent_bytes)
-    render.note(f"{made.source} is at {made.path} in {name}: {count} files, {moved} sent")
+    render.note(f"{made.source} is at {made.path} in {name}: {sizes.counted(count, 'file')}, {moved} sent")
 
 
 class Report:

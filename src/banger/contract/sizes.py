@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Human sizes and the integers they mean: units are binary, a bare number counts MiB.
+"""Human sizes and the integers they mean: units are binary, a bare number counts MiB. And counts of things.
 
-Used by the CLI for options and tables, and by whoever reads a size from a configuration file.
+Used by the CLI for options and tables, by whoever reads a size from a configuration file, and in messages.
 """
 
 from __future__ import annotations
@@ -51,3 +51,8 @@ def text_of_bytes(size_bytes: int) -> str:
 
 def text_of_mib(size_mib: int) -> str:
     return text_of_bytes(size_mib * MIB)
+
+
+def counted(count: int, what: str) -> str:
+    """`1 file`, `2 files`; for words that take an `s`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from banger import guest_binary, pinned, run
-from banger.contract import errors, names, requests, resources
+from banger.contract import errors, names, requests, resources, sizes
 from banger.images import blobs, bundle, catalog, recipe, records, reference
 from banger.owner import images, operations
 
@@ -167,7 +167,7 @@ class PullService:
         arch = platform.machine()
         scratch = self._cache / _IMPORTS
         with sources.opened(path, arch=arch, scratch=scratch, wanted=body.image) as found:
-            on_line(f"{len(found.layers)} layers")
+            on_line(sizes.counted(len(found.layers), "layer"))
             return self._assemble(
                 found, name, body.disk_size_mib, guest_binary.path(arch), on_line, source=f"imported {path}"
             )

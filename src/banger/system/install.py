@@ -18,7 +18,7 @@ import msgspec
 
 import banger
 from banger import pinned, run, steps
-from banger.contract import decoding, errors, names, privileged
+from banger.contract import decoding, errors, names, privileged, sizes
 from banger.net import addresses
 from banger.system import (
     alone,
@@ -168,7 +168,7 @@ class Install:
             running = [vm for vm in world.vms if vm.vmm_pid]
             if running:
                 raise errors.ConflictError(
-                    f"{len(running)} VMs run with addresses of {old.network} and {old.network6}",
+                    f"{old.network} and {old.network6} are in use, by {sizes.counted(len(running), 'VM')}",
                     hint="stop them first: banger vm stop NAME",
                 )
 

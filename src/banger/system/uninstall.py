@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from banger.contract import errors, names, privileged
+from banger.contract import errors, names, privileged, sizes
 from banger.system import alone, asking, host, install, releases
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -32,7 +32,8 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     running = [path.name for path in (_CGROUPS / names.CGROUP_PARENT).glob("*") if names.is_id(path.name)]
     if running and not force:
         raise errors.ConflictError(
-            f"{len(running)} VMs are running", hint="stop them first, or add --force to end them"
+            f"still running: {sizes.counted(len(running), 'VM')}",
+            hint="stop them first, or add --force to end them",
         )
     say("stopping the daemon")
     host.systemctl("stop", "bangerd.service")

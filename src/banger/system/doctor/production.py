@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from banger.contract import names
+from banger.contract import names, sizes
 from banger.system import host
 from banger.system.doctor import kernel, report
 from banger.system.doctor import scene as scenes
@@ -197,7 +197,7 @@ def limits(scene: scenes.Scene) -> report.Finding:
                     f"{path} has no limit in {file}",
                     f"see the row cgroup delegation; then banger vm restart {vm_id}",
                 )
-    return report.passed(f"processors, memory and tasks of {len(vms)} VMs")
+    return report.passed(f"processors, memory and tasks of {sizes.counted(len(vms), 'VM')}")
 
 
 def io_limits(scene: scenes.Scene) -> report.Finding:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import banger
-from banger.contract import errors, privileged
+from banger.contract import errors, privileged, sizes
 from banger.system import host
 from banger.system.doctor import installed, report
 from banger.system.doctor import scene as scenes
@@ -171,4 +171,4 @@ def leftovers(scene: scenes.Scene) -> report.Finding:
         shown = "; ".join(f"{thing.kind} {thing.name} ({thing.why})" for thing in left[:_SHOWN])
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         return report.warned(f"nobody owns {shown}{more}", "banger gc --apply")
-    return report.passed(f"{len(found.things)} things, and each has its owner")
+    return report.passed(f"{sizes.counted(len(found.things), 'thing')}, and each has its owner")
