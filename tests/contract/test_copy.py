@@ -125,9 +125,9 @@ async def test_progress_is_seen_on_a_terminal(guest: Guest, tmp_path: Path) -> N
     [
         (("a", "b"), 2, "one side of a copy"),
         (("web:/a", "web:/b"), 2, "one side of a copy"),
-        (("/nonexistent", "web:/tmp"), 1, "does not exist"),
+        (("/nonexistent", "web:/tmp"), 2, "does not exist"),
         (("web:/nonexistent", "/tmp/x"), 1, "nonexistent"),
-        (("web:/etc/hostname", "/nonexistent/x"), 1, "no directory /nonexistent"),
+        (("web:/etc/hostname", "/nonexistent/x"), 2, "no directory /nonexistent"),
         (("nobody:/etc/hostname", "/tmp/x"), 1, "nobody"),
         (("UPPER:/etc/hostname", "/tmp/x"), 2, "UPPER"),
     ],

@@ -102,7 +102,7 @@ def _into(
     else:
         source = Path(here.path)
         if not os.path.lexists(source):
-            raise errors.NotFoundError(f"{source} does not exist")
+            raise errors.BadRequestError(f"{source} does not exist")
         if follow_link:
             source = source.resolve()
         directory, name = _place_in_guest(api, there, source)
@@ -170,7 +170,7 @@ def _unpack(
     inside = there.names_directory or target.is_dir()
     directory, name = (target, own_name) if inside else (target.parent, target.name)
     if not directory.is_dir():
-        raise errors.NotFoundError(f"there is no directory {directory}", hint="make it first")
+        raise errors.BadRequestError(f"there is no directory {directory}", hint="make it first")
     report = _report(settings, here.vm)
     try:
         with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
