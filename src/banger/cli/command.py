@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from banger.cli import client
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 DEFAULT_SOCKET: Final = "/run/banger/bangerd.sock"
 ALIASES: Final = {"rm": "delete", "ls": "list"}
 _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -183,6 +184,17 @@ class LazyGroup(_Aliased):
             if name.startswith(incomplete)
         ]
         return found or click.Command.shell_complete(self, ctx, incomplete)
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(function: _F) -> _F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def make(

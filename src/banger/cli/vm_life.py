@@ -14,9 +14,7 @@ from banger.contract import decoding, egress, errors, resources
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MANY: Final = click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
-
-
-_EGRESS: Final = (
+_EGRESS: Final = command.together(
     click.option(
         "--egress",
         type=click.Choice([str(mode) for mode in egress.Egress]),
@@ -33,8 +31,9 @@ _EGRESS: Final = (
 )
 
 
-def _limits(default: str = "") -> tuple[Callable[[_F], _F], ...]:
-    return (
+def _limits(default: str = "") -> Callable[[_F], _F]:
+    """The options that say how long a VM runs."""
+    return command.together(
         click.option(
             "--idle-stop",
             "idle_stop_s",
@@ -56,7 +55,7 @@ def _limits(default: str = "") -> tuple[Callable[[_F], _F], ...]:
 
 def size_options(function: _F) -> _F:
     """The options of `create` and `run` that say what VM to make."""
-    options = (
+    options = command.together(
         click.option(
             "--image", type=params.IMAGE, help="Image to make it from [default: the configured one]."
         ),
@@ -85,7 +84,7 @@ def size_options(function: _F) -> _F:
             "--ipv6/--no-ipv6", default=None, help="With an IPv6 address too [default: as configured]."
         ),
         click.option("--nat", is_flag=True, help="The guest reaches beyond this host."),
-        *_EGRESS,
+        _EGRESS,
         click.option(
             "--network",
             "peer_network",
@@ -102,11 +101,9 @@ def size_options(function: _F) -> _F:
             type=params.PUBLISH,
             help="Offer a port of the guest on this host, on loopback unless ADDR is given.",
         ),
-        *_limits(" [default: never]"),
+        _limits(" [default: never]"),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return options(function)
 
 
 def request(name: str | None, chosen: dict[str, Any], **more: bool) -> resources.CreateVm:
@@ -270,10 +267,8 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     type=click.Choice(["on", "off"]),
     help="The guest reaches the internet, or where --egress says; or nothing beyond this host.",
 )
-@_EGRESS[0]
-@_EGRESS[1]
-@_limits()[0]
-@_limits()[1]
+@_EGRESS
+@_limits()
 @click.option("--allow-nothing", is_flag=True, help="Take back all that --allow gave.")
 @click.pass_obj
 def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:

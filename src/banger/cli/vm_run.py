@@ -46,7 +46,7 @@ _SHELL: Final = (
 
 
 def _exec_options(function: _F) -> _F:
-    options = (
+    options = command.together(
         click.option("-u", "--user", metavar="USER", default="", help="User in the guest [default: root]."),
         click.option(
             "--cwd",
@@ -81,9 +81,7 @@ def _exec_options(function: _F) -> _F:
             help="End it after 90s, 5m or 2h; a bare number is seconds; the status is 124.",
         ),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return options(function)
 
 
 def _exec_request(

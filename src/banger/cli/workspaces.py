@@ -38,7 +38,7 @@ def repository_options(when: str = "") -> Callable[[_F], _F]:
     def said(text: str) -> str:
         return f"{when}{text[0].lower()}{text[1:]}" if when else text
 
-    options = (
+    return command.together(
         click.option("--guest-path", metavar="PATH", help=said("Where to put it [default: /root/repo].")),
         click.option(
             "--include-untracked",
@@ -67,13 +67,6 @@ def repository_options(when: str = "") -> Callable[[_F], _F]:
             help=said("Guard it against changes by mistake; root in the guest can undo that."),
         ),
     )
-
-    def decorate(function: _F) -> _F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
