@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 from banger.contract import errors, names
 from banger.owner import config, defaults, main
+from banger.system import config_file
 
 # Each key with a value that is not its default.
 VALUES: dict[str, object] = {
@@ -134,6 +136,21 @@ def test_a_key_is_read_alone(path: Path, key: str) -> None:
 def test_all_keys_together(path: Path) -> None:
     path.write_text("".join(f"{key} = {_written(value)}\n" for key, value in VALUES.items()))
     assert msgspec.structs.asdict(config.load(path)) == VALUES
+
+
+def test_the_first_file_of_an_installation_sets_nothing_and_names_every_key(path: Path) -> None:
+    first = config_file.text()
+    path.write_text(first)
+    assert config.load(path) == config.Config()
+    path.write_text("\n".join(re.findall(r"^# (\w+ = .*)$", first, re.MULTILINE)))
+    found = msgspec.structs.asdict(config.load(path))
+    said = [line.partition(" = ")[0] for line in path.read_text().splitlines()]
+    assert said == list(config.Config.__struct_fields__)
+    assert all(found[key] == value for key, value in _defaults().items() if value not in (None, ()))
+
+
+def _defaults() -> dict[str, object]:
+    return msgspec.structs.asdict(config.Config())
 
 
 def test_a_whole_number_of_seconds_is_fine(path: Path) -> None:

@@ -23,6 +23,7 @@ from banger.net import addresses
 from banger.system import (
     alone,
     asking,
+    config_file,
     environment,
     host,
     machine,
@@ -40,14 +41,6 @@ _BEFORE: Final = ".before"
 _CHECK_S: Final = 60.0
 _TOO_NEW: Final = 2
 """What `bangerd --check-migrations` says of rows of a newer program."""
-_CONFIG: Final = """\
-# What `banger` uses where a command says nothing. Every key is optional.
-# image = "debian-bookworm"
-# vcpus = 2
-# memory_mib = 1024
-# disk_size_mib = 8192
-# agent_deadline_s = 60
-"""
 _SIGNERS: Final = """\
 # Who may sign releases for `banger system upgrade`, as ssh-keygen(1) says under ALLOWED SIGNERS:
 # NAME namespaces="banger-release" ssh-ed25519 KEY
@@ -220,7 +213,7 @@ class Install:
         ]
         self._write(host.INSTALL_TOML, "\n".join(lines) + "\n")
         if not host.CONFIG_TOML.exists():
-            self._write(host.CONFIG_TOML, _CONFIG)
+            self._write(host.CONFIG_TOML, config_file.text())
 
     async def _link(self) -> None:
         """All that leads into what is installed; it leads somewhere once `current` does."""
