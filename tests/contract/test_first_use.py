@@ -109,6 +109,8 @@ async def test_an_image_that_cannot_be_obtained_leaves_no_row(
     failed = await _run(served, "create", "web", "--image", image, "--kernel", "tiny")
     assert failed.status == 1
     assert why in failed.err
+    assert "nothing is left" not in failed.err, "there was no VM"
+    assert ("no VM was made" in failed.err) is ("/" in image), "the others are refused at once"
     assert await served.get("/v1/vms", list[resources.Vm]) == []
 
 

@@ -121,6 +121,19 @@ def mmdebstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("mode", "lacking"), [("root", "mmdebstrap"), ("fakechroot", "mmdebstrap fakechroot fakeroot")]
+)
+def test_what_a_build_lacks_is_said_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: recipe.Mode, lacking: str
+) -> None:
+    monkeypatch.setattr(run, "SEARCH_PATH", str(tmp_path))
+    monkeypatch.setattr(recipe, "mode", lambda: mode)
+    with pytest.raises(errors.MissingToolError, match=f"have: {', '.join(lacking.split())}$") as caught:
+        recipe.base_archive(recipe.load("busybox"), arch=platform.machine(), cache_dir=tmp_path)
+    assert caught.value.hint == f"`sudo apt install {lacking}`"
+
+
+@pytest.mark.parametrize(
     ("suite", "said", "fits"),
     [
         ("bookworm", b'NAME="Debian"\nVERSION_CODENAME=bookworm\n', True),

@@ -135,9 +135,16 @@ def submit_create(
         for operation in begun:
             render.note(_what_is_left(api, operation.target))
         raise
-    if outcome.operation.status is not resources.OperationStatus.SUCCEEDED:
+    if outcome.operation.status is resources.OperationStatus.FAILED and not _was_made(outcome):
+        render.note("no VM was made")
+    elif outcome.operation.status is not resources.OperationStatus.SUCCEEDED:
         render.note(_what_is_left(api, outcome.operation.target))
     return outcome
+
+
+def _was_made(outcome: progress.Outcome) -> bool:
+    """Whether its start had begun; before that, its image and its kernel are got."""
+    return any(stage == resources.Stage.PREFLIGHT for stage, _ in outcome.timing.stages)
 
 
 def _what_is_left(api: client.Client, name: str) -> str:

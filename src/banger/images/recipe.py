@@ -252,7 +252,7 @@ def base_archive(
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     _require_room(kept.parent)
-    run.require("mmdebstrap")
+    _require_programs()
     sources = debian.sources(recipe.suite, mirror=mirror)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "root.tar"
@@ -312,14 +312,19 @@ def _require_room(directory: Path) -> None:
 
 def mode() -> Mode:
     """How this process can make a root file system; fakechroot needs no privilege at all."""
-    if os.geteuid() == 0:
-        return "root"
-    if _has("fakechroot") and _has("fakeroot"):
-        return "fakechroot"
-    raise errors.MissingToolError(
-        "building an image as an ordinary user needs fakechroot and fakeroot",
-        hint="install the packages fakechroot and fakeroot",
-    )
+    return "root" if os.geteuid() == 0 else "fakechroot"
+
+
+def _require_programs() -> None:
+    """Raises MissingToolError that names all that is missing: each is in a package of its own name."""
+    needed = ("mmdebstrap", "fakechroot", "fakeroot") if mode() == "fakechroot" else ("mmdebstrap",)
+    missing = [tool for tool in needed if not _has(tool)]
+    if missing:
+        raise errors.MissingToolError(
+            f"to build an image takes what this host does not have: {', '.join(missing)}",
+            hint=f"`sudo apt install {' '.join(missing)}`",
+            tool=missing[0],
+        )
 
 
 def _command(recipe: Recipe, arch: str) -> list[str]:
