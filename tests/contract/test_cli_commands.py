@@ -64,7 +64,8 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "needs_git": False,
         "needs_mise": False,
     }
-    assert re.search(r"banger: mine: 0\.0\ds \(preflight 0\.01s, .*finalize 0\.01s\)", done.err)
+    assert re.search(r"^banger: mine: 0\.0\ds$", done.err, re.MULTILINE)
+    assert [done.err.count(stage) for stage in daemon.STAGES] == [1] * len(daemon.STAGES)
 
 
 def test_create_json_has_events_on_stderr_and_one_document_on_stdout(cli: cli_process.Cli) -> None:

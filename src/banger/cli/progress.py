@@ -32,7 +32,8 @@ class Timing:
     _stage: str = ""
 
     def hear(self, event: resources.Event) -> None:
-        if event.kind not in {"stage", "end"}:
+        goes_on = event.kind == "stage" and event.stage == self._stage
+        if event.kind not in {"stage", "end"} or goes_on:
             return
         if self._stage:
             self.stages.append((self._stage, event.elapsed_ms - self._since_ms))

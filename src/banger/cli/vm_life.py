@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -164,10 +165,11 @@ def made_vm(ended: resources.Operation) -> resources.Vm:
 
 
 def say_timing(outcome: progress.Outcome, *, json: bool) -> None:
-    """How long each stage took, in one line on stderr."""
+    """How long it took, on stderr; on a terminal, where nothing else stays of them, with its stages."""
     if not json and outcome.timing.stages:
-        total = sum(took for _, took in outcome.timing.stages)
-        render.note(f"{outcome.operation.target}: {render.elapsed(total)} ({outcome.timing.text()})")
+        total = render.elapsed(sum(took for _, took in outcome.timing.stages))
+        stages = f" ({outcome.timing.text()})" if sys.stderr.isatty() else ""
+        render.note(f"{outcome.operation.target}: {total}{stages}")
 
 
 @command.make(
