@@ -225,6 +225,23 @@ async def test_a_branch_that_stands_for_the_one_we_are_on_does_not_move_that(gue
     assert git(guest.source, "show", "banger/web:one") == b"1"
 
 
+async def test_pulling_says_in_which_repository_the_branch_is(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone of it is another one, where `git merge` would find nothing."""
+    repositories.plain(guest.source)
+    await guest.prepare()
+    work_in_guest(guest.repo)
+    git(tmp_path, "clone", "-q", str(guest.source), "clone")
+    for here in (tmp_path, tmp_path / "clone"):
+        monkeypatch.chdir(here)
+        said = (await guest.banger("vm", "workspace", "pull", "web")).err
+        assert f", in {guest.source}; take them in with `git -C {guest.source} merge banger/web`" in said
+    monkeypatch.chdir(guest.source)
+    said = (await guest.banger("vm", "workspace", "pull", "web")).err
+    assert "take them in with `git merge banger/web`" in said
+
+
 async def test_pulling_into_another_repository_is_refused(guest: Guest, tmp_path: Path) -> None:
     repositories.plain(guest.source)
     await guest.prepare()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from banger.cli import client, command, output, params, progress, pulling, render, signals, workspaces
-from banger.contract import resources, sizes, transfers
+from banger.contract import errors, resources, sizes, transfers
 
 if TYPE_CHECKING:
-    from banger.workspace import receiving
+    from banger.workspace import receiving, repository
 
 _COLOURS: Final = ((b"+", b"32"), (b"-", b"31"), (b"@@", b"36"), (b"diff ", b"1"))
 
@@ -27,7 +29,7 @@ group = command.Group(
     examples=[
         ("banger vm workspace prepare web .", "this repository, at /root/repo in the guest"),
         ("banger vm workspace diff web", "what was changed there"),
-        ("banger vm workspace pull web", "as branch banger/web of this repository"),
+        ("banger vm workspace pull web", "as branch banger/web of the repository it came from"),
     ],
 )
 _MAX_LINE_BYTES: Final = 64 * 1024
@@ -225,8 +227,18 @@ def pull(
     for path_inside, landed in brought.nested:
         render.note(f"{_counted(landed)} in branch {landed.branch} of {path_inside}")
     if brought.landed.commits:
-        render.note(f"{_counted(brought.landed)}; take them in with `git merge {brought.landed.branch}`")
+        render.note(f"{_counted(brought.landed)}{_where(found)} merge {brought.landed.branch}`")
     output.text(brought.landed.branch)
+
+
+def _where(found: repository.Repository) -> str:
+    """Up to `git`, and of which repository unless we stand in it: one may pull from anywhere."""
+    from banger.workspace import repository
+
+    with contextlib.suppress(errors.BangerError, OSError):
+        if repository.find(Path.cwd()).common_dir == found.common_dir:
+            return "; take them in with `git"
+    return f", in {found.top}; take them in with `git -C {shlex.quote(str(found.top))}"
 
 
 def _counted(landed: receiving.Landed) -> str:
