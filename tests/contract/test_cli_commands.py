@@ -246,6 +246,16 @@ def test_a_silent_console_says_where_to_look(cli: cli_process.Cli, fake: daemon.
     assert cli.run("vm", "logs", "web").err == ""
 
 
+def test_what_goes_on_until_interrupted_ends_without_an_error(cli: cli_process.Cli) -> None:
+    with cli.started("vm", "stats", "--watch", "web") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(cli_process.DEADLINE_S) == 130
+        assert process.stderr.read() == b""
+
+
 def test_stats(cli: cli_process.Cli) -> None:
     assert re.search(r"web +1\.0s +1 MiB +0 B / 1 MiB", cli.run("vm", "stats").text)
     assert cli.run("vm", "stats", "web", "--json").json["cpu_usec"] == 1 << 20

@@ -200,6 +200,11 @@ async def test_vm_ssh_becomes_ssh_with_bangers_own_settings(
     assert lines[:3] == ["-F", "none", "-v"]
     assert lines[-2:] == ["web.vm", "echo 'a b' '$HOME'"]
     assert f"IdentityFile={served.daemon.paths.state}/ssh/id_ed25519" in lines
+    bare = await banger(served, "vm", "ssh", "web", "-vp", "22", "-o", "A=b", "ls", "-l", "a b", env=env)
+    lines = bare.text.splitlines()
+    assert lines[2:6] == ["-vp", "22", "-o", "A=b"]
+    assert lines[-2:] == ["web.vm", "ls -l 'a b'"]
+    assert (await banger(served, "vm", "ssh", "web", "ls", "--", "x", env=env)).status == 2
     await served.done("POST", "/v1/vms/web/stop")
     stopped = await banger(served, "vm", "ssh", "web", env=env)
     assert (stopped.status, "vm start web" in stopped.err) == (125, True)

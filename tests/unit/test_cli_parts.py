@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -26,6 +27,7 @@ import banger
 from banger.cli import attach, bootstrap, command, exits, main, render, vm_workspace, websocket
 from banger.contract import egress, errors, resources, sizes
 from banger.owner import config, defaults
+from banger.system import alone, install
 
 # --- sizes ---
 
@@ -449,3 +451,25 @@ def test_a_line_without_end_is_shown_in_parts() -> None:
     ]
     long = [b"+" * (1 << 17), b"+\n+whole\n"]
     assert [is_whole for _, is_whole in vm_workspace._lines(long)] == [False, False, True]
+
+
+def test_an_installation_that_a_signal_ends_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run(_: install.Install) -> str:
+        with alone.cancelled_by_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+        return ""
+
+    monkeypatch.setattr(install.Install, "run", run)
+    assert main.run(["system", "install"]) == 130
+    assert "the installation was ended by a signal" in capsys.readouterr().err
+
+
+def test_restarting_the_services_is_root_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main.run(["system", "restart"]) == 1
+    assert "run it with sudo" in capsys.readouterr().err

@@ -7,6 +7,7 @@ Only the user's own command may give a status without a message.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -56,6 +57,17 @@ class SignalledError(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+@contextlib.contextmanager
+def on_until_interrupted() -> Iterator[None]:
+    """Around what goes on until Ctrl-C: that is its end, and no error; the status tells scripts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal has shown `^C`
+        raise CommandEnd(INTERRUPTED) from None
 
 
 @contextlib.contextmanager

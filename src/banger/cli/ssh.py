@@ -8,12 +8,15 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import click
 
 from banger.cli import client, command, exits, output, params, ssh_config, tunnel
 from banger.contract import errors, reach, resources
+
+_WITH_VALUE: Final = "BbcDEeFIiJLlmOopQRSWw"
+"""The options of ssh(1) that take a value, of OpenSSH 9.2."""
 
 
 def _program() -> tuple[str, ...]:
@@ -61,29 +64,43 @@ class _Ssh(command.TailCommand):
     cls=_Ssh,
     examples=[
         ("banger vm ssh web", "a shell over ssh, with or without network"),
-        ("banger vm ssh web -- make check", "a command; its exit status is yours"),
+        ("banger vm ssh web make check", "a command; its exit status is yours"),
         ("banger vm ssh web -o ForwardAgent=yes", "options of ssh go after the name"),
     ],
 )
 @click.argument("name", type=params.VM)
-@click.argument("options", metavar="[SSH-OPTION…] [-- CMD…]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("words", metavar="[SSH-OPTION…] [[--] CMD…]", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
-def ssh(ctx: click.Context, /, name: str, options: tuple[str, ...], argv: tuple[str, ...]) -> NoReturn:
+def ssh(ctx: click.Context, /, name: str, words: tuple[str, ...], argv: tuple[str, ...]) -> NoReturn:
     """Log in to a running VM with ssh, as root.
 
-    Uses banger's own key and host keys and no configuration of yours. The words after `--` arrive in the
-    guest as given. A guest whose image has no ssh server is reached by `banger vm exec`.
+    Uses banger's own key and host keys and no configuration of yours. The command begins at `--`, or at the
+    first word that is no option of ssh; its words arrive in the guest as given. A guest whose image has no
+    ssh server is reached by `banger vm exec`.
     """
     settings = ctx.ensure_object(command.Settings)
+    options, bare = _split(words)
+    if bare and ctx.meta["banger.has_tail"]:
+        raise click.UsageError(f"{bare[0]!r} stands between ssh's options and --", ctx)
     with exits.failures_as(exits.BEFORE_COMMAND):
         if shutil.which("ssh") is None:
             raise errors.MissingToolError("ssh is not installed", hint="install the package openssh-client")
         vm = _running(settings, name)
         known = ssh_config.options(_access(settings), _proxy(settings))
     given = [part for key, value in known for part in ("-o", f"{key}={value}")]
-    tail = [shlex.join(argv)] if argv else []
+    tail = [shlex.join(argv or bare)] if argv or bare else []
     # What comes first wins, so the user's options do.
     os.execvp("ssh", ["ssh", "-F", "none", *options, *given, f"{vm.name}.vm", *tail])  # noqa: S606, S607
+
+
+def _split(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """ssh's options, and the command behind them, as ssh itself reads what follows a host's name."""
+    at = 0
+    while at < len(words) and len(words[at]) > 1 and words[at].startswith("-"):
+        letters = words[at][1:]
+        first = next((place for place, letter in enumerate(letters) if letter in _WITH_VALUE), None)
+        at += 2 if first == len(letters) - 1 else 1
+    return words[:at], words[at:]
 
 
 @command.make(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -74,7 +76,8 @@ def install(
         pinned=pinned,
         signers=signers,
     )
-    owner = asyncio.run(install.Install(choices, render.note).run())
+    with _ended_by_signals("the installation"):
+        owner = asyncio.run(install.Install(choices, render.note).run())
     render.note(f"banger is installed for {owner}; next, as {owner}:")
     render.note("  banger kernel pull generic-6.12 && banger image build debian-bookworm && banger vm run")
 
@@ -95,10 +98,17 @@ def upgrade(release: Path) -> None:
 
     if os.geteuid() != 0:
         raise errors.UnauthorizedError("upgrading needs root", hint="run it with sudo")
-    try:
+    with _ended_by_signals("the upgrade"):
         asyncio.run(upgrade.Upgrade(release.resolve(), machine.Machine(), render.note).run())
+
+
+@contextlib.contextmanager
+def _ended_by_signals(what: str) -> Iterator[None]:
+    """A task that a signal cancelled is no fault; its notes tell what could not be taken back."""
+    try:
+        yield
     except asyncio.CancelledError as error:
-        ended = errors.CancelledError("the upgrade was ended by a signal")
+        ended = errors.CancelledError(f"{what} was ended by a signal")
         for note in getattr(error, "__notes__", ()):
             ended.add_note(note)
         raise ended from None
@@ -140,6 +150,8 @@ def restart() -> None:
     """Restart both services. VMs go on running."""
     from banger.system import host
 
+    if os.geteuid() != 0:
+        raise errors.UnauthorizedError("restarting needs root", hint="run it with sudo")
     host.systemctl("stop", "bangerd-root.service")
     host.systemctl("restart", "bangerd.service")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Final
 
 import click
 
-from banger.cli import client, command, connection, lifetime, output, params, render, timeline
+from banger.cli import client, command, connection, exits, lifetime, output, params, render, timeline
 from banger.contract import egress, errors, resources, sizes
 
 _CHUNK: Final = 1 << 16
@@ -232,7 +233,7 @@ def logs(settings: command.Settings, name: str, follow: bool, source: str) -> No
     `banger vm logs --source vmm NAME`, or boot `--kernel debian-6.12`.
     """
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
-    with settings.client().stream(asked) as answer:
+    with _goes_on(follow), settings.client().stream(asked) as answer:
         _show(answer, console_of=name if source == "console" else "")
 
 
@@ -249,8 +250,12 @@ def console(settings: command.Settings, name: str) -> None:
     if sys.stderr.isatty():
         render.note(f"watching the console of {name}, which takes no input; Ctrl-C ends it")
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source="console", follow="true")
-    with settings.client().stream(asked) as answer:
+    with _goes_on(True), settings.client().stream(asked) as answer:
         _show(answer, console_of=name)
+
+
+def _goes_on(is_endless: bool) -> contextlib.AbstractContextManager[None]:
+    return exits.on_until_interrupted() if is_endless else contextlib.nullcontext()
 
 
 def _show(answer: connection.Answer, *, console_of: str) -> None:
@@ -295,22 +300,23 @@ def stats(settings: command.Settings, names: tuple[str, ...], watch: bool) -> No
     api = settings.client()
     before: dict[str, resources.VmStats] = {}
     pause = threading.Event()
-    while True:
-        began = time.monotonic()
-        found = [
-            api.get(f"/v1/vms/{client.segment(name)}/stats", resources.VmStats)
-            for name in names or _running(api)
-        ]
-        if settings.json:
-            output.json(found[0] if len(names) == 1 else found)
-        else:
-            clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
-            output.text(clear + _stats_table(found, before if watch else None))
-        if not watch:
-            return
-        sys.stdout.flush()
-        before = {item.id: item for item in found}
-        pause.wait(max(0.0, began + 2.0 - time.monotonic()))
+    with _goes_on(watch):
+        while True:
+            began = time.monotonic()
+            found = [
+                api.get(f"/v1/vms/{client.segment(name)}/stats", resources.VmStats)
+                for name in names or _running(api)
+            ]
+            if settings.json:
+                output.json(found[0] if len(names) == 1 else found)
+            else:
+                clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
+                output.text(clear + _stats_table(found, before if watch else None))
+            if not watch:
+                return
+            sys.stdout.flush()
+            before = {item.id: item for item in found}
+            pause.wait(max(0.0, began + 2.0 - time.monotonic()))
 
 
 def _running(api: client.Client) -> list[str]:
