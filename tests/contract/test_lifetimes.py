@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -75,7 +76,9 @@ async def test_a_running_vm_is_given_limits_and_lives_longer_at_once(served: api
     await banger(served, "vm", "set", "web", "--ttl", "1h", "--idle-stop", "2h")
     before = await shown(served)
     assert 3500 < seconds_until(before.ttl_ends_at) <= 3601
-    await banger(served, "vm", "extend", "web", "--by", "2h")
+    said = await banger(served, "vm", "extend", "web", "--by", "2h")
+    assert said.text == "web\n"
+    assert re.search(r"banger: web stops in .*hour.*\(idle\)", said.err)
     assert 10700 < seconds_until((await shown(served)).ttl_ends_at) <= 10801
     await banger(served, "vm", "extend", "web")
     assert 3500 < seconds_until((await shown(served)).ttl_ends_at) <= 3601

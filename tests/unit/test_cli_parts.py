@@ -24,7 +24,7 @@ from hypothesis import strategies
 from websockets import frames, streams
 
 import banger
-from banger.cli import attach, bootstrap, command, exits, main, render, vm_workspace, websocket
+from banger.cli import attach, bootstrap, command, exits, main, params, render, vm_workspace, websocket
 from banger.contract import egress, errors, resources, sizes
 from banger.owner import config, defaults
 from banger.system import alone, install
@@ -130,6 +130,25 @@ def test_table_is_aligned() -> None:
 def test_span_uses_the_largest_unit() -> None:
     shown = [render.span(seconds) for seconds in (0, 1, 59, 60, 3599, 7200, 200_000)]
     assert shown == ["0 seconds", "1 second", "59 seconds", "1 minute", "59 minutes", "2 hours", "2 days"]
+
+
+def test_a_span_that_somebody_asked_for_is_said_whole() -> None:
+    shown = [render.whole_span(seconds) for seconds in (0, 90, 7200, 90_061)]
+    assert shown == ["0 seconds", "1 minute 30 seconds", "2 hours", "1 day 1 hour 1 minute 1 second"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5h", 5400), (".5m", 30), ("1h30m", 5400), ("1d2h3m4s", 93_784)],
+)
+def test_times_parse(text: str, seconds: float) -> None:
+    assert params.SPAN.convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "h", "1h30", "1 h", "-5m", "1e3", "1x", "1..5h", "1h" * 5, "٣h"])
+def test_times_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="not a time"):
+        params.SPAN.convert(text, None, None)
 
 
 def test_every_error_code_has_an_exit_status() -> None:

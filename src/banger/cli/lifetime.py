@@ -26,10 +26,13 @@ def facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         unused = "in use now" if vm.has_vmm else "when it runs"
         yield (
             "idle stop",
-            f"after {render.span(vm.idle_stop_s)} without use, {_moment(vm.idle_stop_at, unused)}",
+            f"after {render.whole_span(vm.idle_stop_s)} without use, {_moment(vm.idle_stop_at, unused)}",
         )
     if vm.ttl_s:
-        yield "time to live", f"{render.span(vm.ttl_s)}, {_moment(vm.ttl_ends_at, 'from its next start')}"
+        yield (
+            "time to live",
+            f"{render.whole_span(vm.ttl_s)}, {_moment(vm.ttl_ends_at, 'from its next start')}",
+        )
 
 
 def _moment(moment: datetime.datetime | None, otherwise: str) -> str:

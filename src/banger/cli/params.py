@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -127,21 +128,21 @@ def _outside(limited: str, value: int, text: Callable[[int], str]) -> str:
 
 
 class _Span(click.ParamType[float]):
-    """`90`, `90s`, `5m`, `2h`, `7d`: seconds."""
+    """`90`, `90s`, `5m`, `2h`, `7d`, `1h30m`: seconds."""
 
     name = "span"
     _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    _PART: Final = re.compile(r"([0-9]*\.?[0-9]+)([smhd]?)")
+    _WHOLE: Final = re.compile(r"[0-9]*\.?[0-9]+[smhd]?|([0-9]*\.?[0-9]+[smhd]){2,4}")
 
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
             return float(value)
-        number, unit = (value[:-1], self._UNITS[value[-1]]) if value[-1:] in self._UNITS else (value, 1)
-        try:
-            seconds = float(number) * unit
-        except ValueError:
-            seconds = 0.0
+        seconds = 0.0
+        if self._WHOLE.fullmatch(value):
+            seconds = sum(float(n) * self._UNITS.get(unit, 1) for n, unit in self._PART.findall(value))
         if not 0 < seconds < 1e9:
-            self.fail(f"{value!r} is not a time, such as 90, 90s, 5m, 2h or 7d", param, ctx)
+            self.fail(f"{value!r} is not a time, such as 90, 90s, 5m, 2h, 1h30m or 7d", param, ctx)
         return seconds
 
 

@@ -82,6 +82,16 @@ def span(seconds: float) -> str:
     return "0 seconds"
 
 
+def whole_span(seconds: int) -> str:
+    """`1 minute 30 seconds`: all of it, for what somebody asked for."""
+    parts = []
+    for size, _ in _SPANS:
+        if seconds >= size:
+            parts.append(span(seconds - seconds % size))
+            seconds %= size
+    return " ".join(parts) or span(0)
+
+
 def age(moment: datetime.datetime | None) -> str:
     """How long ago; empty for never."""
     if moment is None:

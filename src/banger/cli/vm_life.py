@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 import msgspec
 
-from banger.cli import client, command, exits, many, output, params, progress, render, signals
+from banger.cli import client, command, exits, lifetime, many, output, params, progress, render, signals
 from banger.contract import decoding, egress, errors, resources
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -334,6 +334,8 @@ def extend(settings: command.Settings, names: tuple[str, ...], by_s: float | Non
             results.append(many.failed(settings, name, error))
         else:
             results.append(many.done(settings, name, vm))
+            if not settings.json and (end := lifetime.next_end(vm)):
+                render.note(f"{name} stops {end}")
     many.finish(settings, results)
 
 
