@@ -181,8 +181,8 @@ def unpack(pieces: Iterable[bytes], target: Path, *, rename: str | None, report:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(target) from error
-        where = error.filename or target
-        raise errors.OperationFailedError(f"cannot write {os.fsdecode(where)}: {error.strerror}") from error
+        what = f"{os.fsdecode(error.filename)} in {target}" if error.filename else str(target)
+        raise errors.OperationFailedError(f"cannot write {what}: {error.strerror}") from error
     finally:
         os.close(top)
 

@@ -378,7 +378,7 @@ def complete(cli: cli_process.Cli, line: str, **env: str) -> list[str]:
     asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_BANGER_COMPLETE": "bash_complete"}
     done = cli.run(env=asked | env)
     assert (done.status, done.err) == (0, "")
-    return [item.partition(",")[2] for item in done.text.split()]
+    return [item.partition(",")[2] if item.startswith("plain,") else item for item in done.text.split()]
 
 
 def test_completion(cli: cli_process.Cli, tmp_path: Path) -> None:
@@ -388,6 +388,9 @@ def test_completion(cli: cli_process.Cli, tmp_path: Path) -> None:
     assert complete(cli, "banger vm stop web ") == ["db"]
     assert complete(cli, "banger vm exec w") == ["web"]
     assert "--memory" in complete(cli, "banger vm create --m")
+    assert complete(cli, "banger vm cp no") == ["file,no"]
+    assert complete(cli, "banger vm cp notes web:/r") == ["file,web:/r"]
+    assert complete(cli, "banger vm run ./s") == ["dir,./s"]
     assert complete(cli, "banger vm stop ", BANGER_SOCKET=str(tmp_path / "none")) == []
 
 

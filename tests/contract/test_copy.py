@@ -120,6 +120,14 @@ async def test_progress_is_seen_on_a_terminal(guest: Guest, tmp_path: Path) -> N
         assert re.search(shown, seen), seen
 
 
+async def test_a_file_with_a_colon_in_its_name_is_told_how_to_be_one(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x:y").touch()
+    monkeypatch.chdir(tmp_path)
+    assert "write ./x:y" in (await guest.banger("vm", "cp", "x:y", "web:/tmp", status=2)).err
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
@@ -127,6 +135,7 @@ async def test_progress_is_seen_on_a_terminal(guest: Guest, tmp_path: Path) -> N
         (("web:/a", "web:/b"), 2, "one side of a copy"),
         (("/nonexistent", "web:/tmp"), 2, "does not exist"),
         (("web:/nonexistent", "/tmp/x"), 1, "nonexistent"),
+        (("web:/etc/hostname", "/proc/x"), 1, "cannot write x in /proc"),
         (("web:/etc/hostname", "/nonexistent/x"), 2, "no directory /nonexistent"),
         (("nobody:/etc/hostname", "/tmp/x"), 1, "nobody"),
         (("UPPER:/etc/hostname", "/tmp/x"), 2, "UPPER"),

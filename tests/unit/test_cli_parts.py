@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import json
@@ -24,10 +23,9 @@ from hypothesis import strategies
 from websockets import frames, streams
 
 import banger
-from banger.cli import attach, bootstrap, command, exits, main, params, render, vm_workspace, websocket
+from banger.cli import attach, bootstrap, command, exits, main, render, vm_workspace, websocket
 from banger.contract import egress, errors, resources, sizes
 from banger.owner import config, defaults
-from banger.system import alone, install
 
 # --- sizes ---
 
@@ -135,20 +133,6 @@ def test_span_uses_the_largest_unit() -> None:
 def test_a_span_that_somebody_asked_for_is_said_whole() -> None:
     shown = [render.whole_span(seconds) for seconds in (0, 90, 7200, 90_061)]
     assert shown == ["0 seconds", "1 minute 30 seconds", "2 hours", "1 day 1 hour 1 minute 1 second"]
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("1.5h", 5400), (".5m", 30), ("1h30m", 5400), ("1d2h3m4s", 93_784)],
-)
-def test_times_parse(text: str, seconds: float) -> None:
-    assert params.SPAN.convert(text, None, None) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0", "h", "1h30", "1 h", "-5m", "1e3", "1x", "1..5h", "1h" * 5, "٣h"])
-def test_times_that_make_no_sense_are_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="not a time"):
-        params.SPAN.convert(text, None, None)
 
 
 def test_every_error_code_has_an_exit_status() -> None:
@@ -312,32 +296,6 @@ def test_json_and_socket_are_options_of_every_command(path: str) -> None:
     assert {"--json", "--socket"} <= names
 
 
-@pytest.mark.parametrize("group", ["vm", "image", "kernel"])
-@pytest.mark.parametrize("alias", ["rm", "ls"])
-def test_rm_and_ls_are_delete_and_list_and_not_shown(group: str, alias: str) -> None:
-    found = ALL[f"banger {group}"]
-    assert isinstance(found, click.Group)
-    context = click.Context(found)
-    name, meant, rest = found.resolve_command(context, [alias, "x"])
-    assert (name, rest) == ({"rm": "delete", "ls": "list"}[alias], ["x"])
-    assert meant is ALL[f"banger {group} {name}"]
-    assert alias not in found.list_commands(context)
-
-
-@pytest.mark.parametrize(
-    ("word", "verb"), [("run", "run"), ("exec", "exec"), ("ssh", "ssh"), ("ls", "list"), ("rm", "delete")]
-)
-def test_who_leaves_out_vm_is_told(word: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run([word, "x"]) == 2
-    assert f"it is `banger vm {verb}`" in capsys.readouterr().err
-
-
-def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["rnu"], ["system", "rm"], ["runtime", "ls"]):
-        assert main.run(words) == 2
-        assert "No such command" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "where"),
     [
@@ -418,18 +376,6 @@ def test_tools_are_for_a_vm_that_reaches_something(options: dict[str, Any], can:
         bootstrap.require_network(asked)
 
 
-@pytest.mark.parametrize(
-    ("word", "image"), [("alpine:3.20", True), ("alpine", True), ("/nonexistent", False)]
-)
-def test_a_word_that_is_no_directory_is_a_command_or_an_image(
-    word: str, image: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main.run(["vm", "run", word]) == 2
-    said = capsys.readouterr().err
-    assert f"banger vm run -- {word}" in said
-    assert (f"banger vm run --image {word}`" in said) is image
-
-
 @pytest.mark.timeout(20)
 def test_a_timeout_ends_also_when_the_guest_does_not_obey(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -470,25 +416,3 @@ def test_a_line_without_end_is_shown_in_parts() -> None:
     ]
     long = [b"+" * (1 << 17), b"+\n+whole\n"]
     assert [is_whole for _, is_whole in vm_workspace._lines(long)] == [False, False, True]
-
-
-def test_an_installation_that_a_signal_ends_is_no_fault(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def run(_: install.Install) -> str:
-        with alone.cancelled_by_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.Event().wait()
-        return ""
-
-    monkeypatch.setattr(install.Install, "run", run)
-    assert main.run(["system", "install"]) == 130
-    assert "the installation was ended by a signal" in capsys.readouterr().err
-
-
-def test_restarting_the_services_is_root_s(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert main.run(["system", "restart"]) == 1
-    assert "run it with sudo" in capsys.readouterr().err

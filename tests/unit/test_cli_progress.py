@@ -32,6 +32,13 @@ def test_layers_are_shown_beside_their_sum() -> None:
     assert list(stage.part_rows()) == []
 
 
+def test_a_note_is_not_what_a_stage_counts() -> None:
+    track = live._Track("web")
+    track.hear(_event("stage", stage="preflight", detail="checking"))
+    track.hear(_event("note", stage="preflight", detail="still waiting for the root helper"))
+    assert [(stage.detail, stage.share) for stage in track.stages] == [("checking", "")]
+
+
 class Heard:
     """A display that keeps what it hears."""
 

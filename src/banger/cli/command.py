@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 DEFAULT_SOCKET: Final = "/run/banger/bangerd.sock"
-ALIASES: Final = {"rm": "delete", "ls": "list"}
+ALIASES: Final = {
+    "rm": "delete",
+    "ls": "list",
+    "inspect": "show",
+    "shell": "exec",
+    "copy": "cp",
+    "port": "ports",
+}
 _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -130,7 +137,7 @@ class PathCommand(TailCommand):
 
 
 class _Aliased(_Documented, click.Group):
-    """Knows `rm` and `ls`, which no help shows."""
+    """Knows what docker, lima and others call the same, which no help shows."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -195,6 +202,11 @@ def together(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
         return function
 
     return decorate
+
+
+def habit(*names: str) -> Callable[[_F], _F]:
+    """An option that others need for what is done here in any case; no help shows it."""
+    return click.option(*names, is_flag=True, hidden=True, expose_value=False)
 
 
 def make(

@@ -70,7 +70,7 @@ class _Track:
             self.stages.append(_Stage(render.safe(event.stage), event.detail, now))
         elif event.kind == "end":
             self.is_done = True
-        elif self.stages:
+        elif event.kind == "progress" and self.stages:
             self.stages[-1].count(event)
 
 

@@ -38,8 +38,11 @@ NOUNS: Final = {
 }
 
 
+_OF_IMAGES: Final = {"images": "list", "pull": "pull", "build": "build"}
+
+
 class _Root(command.LazyGroup):
-    """Who leaves out `vm` is told."""
+    """Who leaves out `vm` or `image` is told."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -47,6 +50,9 @@ class _Root(command.LazyGroup):
         if args[0] not in self.nouns and not ctx.resilient_parsing:
             from banger.cli import vm
 
+            if args[0] in _OF_IMAGES:
+                meant = f"{ctx.command_path} image {_OF_IMAGES[args[0]]}"
+                raise click.UsageError(f"no command {args[0]!r} here; it is `{meant}`", ctx)
             verb = command.ALIASES.get(args[0], args[0])
             if verb in vm.NOUNS:
                 raise click.UsageError(

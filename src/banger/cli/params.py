@@ -64,6 +64,20 @@ class _Name(click.ParamType[str]):
         return []
 
 
+class _Local(click.types.UnprocessedParamType):
+    """Taken as it is; the shell completes it with what is here: a `file`, or a `dir`."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type=self._kind)]
+
+
 class _Size(click.ParamType[int]):
     """`2G`, `512M`; a bare number is MiB. `limited` is the contract's type of it, by name."""
 
@@ -209,6 +223,8 @@ def _parse_peers(text: str) -> object:
 
 
 VM: Final = _Name("vm", "/v1/vms")
+FILE: Final = _Local("file")
+DIRECTORY: Final = _Local("dir")
 NEW_VM: Final = _Name("vm", "")
 IMAGE: Final = _Name("image", "/v1/images")
 NEW_IMAGE: Final = _Name("image", "")

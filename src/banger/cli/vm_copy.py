@@ -18,7 +18,7 @@ from typing import Final
 
 import click
 
-from banger.cli import client, command, exchange, output, progress, render, signals, workspaces
+from banger.cli import client, command, exchange, output, params, progress, render, signals, workspaces
 from banger.contract import errors, names, sizes, transfers
 
 _PIPE: Final = "-"
@@ -48,6 +48,8 @@ def parse_place(text: str) -> Place:
     vm, colon, path = text.partition(":")
     if not colon or "/" in vm or not vm:
         return Place("", text)
+    if path == "~" or path.startswith("~/"):
+        path = path[2:]
     if not path.startswith("/"):
         path = posixpath.join("/root", path)
     return Place(names.parse_vm_name(vm), path)
@@ -65,21 +67,23 @@ def parse_place(text: str) -> Place:
         ("banger vm cp web:/etc - | tar -t", "as a tar stream"),
     ],
 )
-@click.argument("source")
-@click.argument("target")
+@click.argument("source", type=params.FILE)
+@click.argument("target", type=params.FILE)
+@command.habit("-r", "-R", "--recursive")
 @click.option("-a", "--archive", is_flag=True, help="Keep owners, by number [default: root's in the guest].")
 @click.option("-L", "--follow-link", is_flag=True, help="Copy what a symlink names, when SOURCE is one.")
 @click.pass_obj
 def copy(settings: command.Settings, source: str, target: str, archive: bool, follow_link: bool) -> None:
     """Copy files and directories into a VM, or out of it.
 
-    NAME:PATH is in a VM, where a relative PATH is below /root; - is a tar stream on stdin or stdout. Modes,
-    times, links and extended attributes are kept. A directory that is there is filled, a file replaced.
+    NAME:PATH is in a VM, where a relative PATH, or one from ~ on, is below /root; - is a tar stream on stdin
+    or stdout. Modes, times, links and extended attributes are kept. A directory that is there is filled, a
+    file replaced.
     """
     here, there = parse_place(source), parse_place(target)
     if bool(here.vm) == bool(there.vm):
         raise errors.BadRequestError(
-            "one side of a copy is in a VM and the other is not", hint="write the VM's side as NAME:PATH"
+            "one side of a copy is in a VM and the other is not", hint=_sides(source, target)
         )
     with signals.raised():
         if there.vm:
@@ -88,6 +92,13 @@ def copy(settings: command.Settings, source: str, target: str, archive: bool, fo
             done = _out_of(settings, here, there, follow_link=follow_link)
     if settings.json and not there.is_pipe:
         output.json(done)
+
+
+def _sides(*words: str) -> str:
+    for word in words:
+        if ":" in word and os.path.lexists(word):
+            return f"for the file {word} of this host write ./{word}"
+    return "write the VM's side as NAME:PATH"
 
 
 def _into(

@@ -246,6 +246,7 @@ def kill(settings: command.Settings, names: tuple[str, ...]) -> None:
     ],
 )
 @_MANY
+@command.habit("-f", "--force")
 @click.pass_obj
 def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Delete VMs and their disks, stopping them first."""

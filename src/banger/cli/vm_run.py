@@ -173,7 +173,7 @@ def execute(
         ("echo hi | banger vm run --rm -- wc -c", "stdin reaches the command"),
     ],
 )
-@click.argument("words", metavar="[PATH] [-- CMD…]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("words", metavar="[PATH] [-- CMD…]", nargs=-1, type=params.DIRECTORY)
 @click.option("--rm", "remove", is_flag=True, help="Delete the VM when the command ends.")
 @click.option("-d", "--detach", is_flag=True, help="Start the VM, print its name, and run nothing.")
 @click.option("--name", type=params.NEW_VM, help="Name of the VM [default: a generated one].")
@@ -276,7 +276,7 @@ def _refuse_what_cannot_be(
     if len(words) > 1:
         raise errors.BadRequestError(
             f"vm run takes one repository, not {len(words)}",
-            hint=f"for a command put -- before it: `banger vm run -- {shlex.join(words)}`",
+            hint=_meant(*words),
         )
     if words and not os.path.isdir(words[0]):
         what = "is not a directory" if os.path.lexists(words[0]) else "does not exist"
@@ -297,12 +297,13 @@ def _refuse_what_cannot_be(
         )
 
 
-def _meant(word: str) -> str:
-    """What a word that is no directory can have been: a command, or an image."""
-    command_line = f"for a command put -- before it: `banger vm run -- {shlex.join([word])}`"
-    if not re.fullmatch(_IMAGE_LIKE, word):
+def _meant(word: str, *more: str) -> str:
+    """What words that are no directory can have been: a command, or an image with or without one."""
+    command_line = f"for a command put -- before it: `banger vm run -- {shlex.join([word, *more])}`"
+    if not re.fullmatch(_IMAGE_LIKE, word) or os.path.isdir(word):
         return command_line
-    return f"for an image: `banger vm run --image {word}`; {command_line}"
+    with_command = f" -- {shlex.join(more)}" if more else ""
+    return f"for an image: `banger vm run --image {word}{with_command}`; {command_line}"
 
 
 def _detached(settings: command.Settings, vm: resources.Vm, prepare: Callable[[], None]) -> None:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""What users type: words of other programs, times, and what ends a command of `banger system`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+
+import click
+import pytest
+
+from banger.cli import command, main, params
+from banger.system import alone, install
+
+
+def found(*words: str) -> click.Command:
+    """The command of this path."""
+    here: click.Command = main.root
+    for word in words:
+        assert isinstance(here, click.Group)
+        meant = here.get_command(click.Context(here), word)
+        assert meant is not None
+        here = meant
+    return here
+
+
+@pytest.mark.parametrize(
+    ("group", "alias"),
+    [
+        *itertools.product(["vm", "image", "kernel"], ["rm", "ls"]),
+        ("vm", "inspect"),
+        ("image", "inspect"),
+        ("vm", "shell"),
+        ("vm", "copy"),
+        ("vm", "port"),
+    ],
+)
+def test_what_others_call_the_same_is_known_and_not_shown(group: str, alias: str) -> None:
+    nouns = found(group)
+    assert isinstance(nouns, click.Group)
+    context = click.Context(nouns)
+    name, meant, rest = nouns.resolve_command(context, [alias, "x"])
+    assert (name, rest) == (command.ALIASES[alias], ["x"])
+    assert meant is found(group, command.ALIASES[alias])
+    assert alias not in nouns.list_commands(context)
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"), [(("vm", "delete"), ["-f", "web"]), (("vm", "cp"), ["-r", "site", "web:/srv"])]
+)
+def test_an_option_that_others_need_is_taken_and_not_shown(
+    words: tuple[str, ...], arguments: list[str]
+) -> None:
+    shown = found(*words).make_context(words[-1], list(arguments)).get_help()
+    assert arguments[0] not in shown.replace(",", " ").split()
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"), [("run", "run"), ("exec", "exec"), ("ssh", "ssh"), ("ls", "list"), ("rm", "delete")]
+)
+def test_who_leaves_out_vm_is_told(word: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([word, "x"]) == 2
+    assert f"it is `banger vm {verb}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "verb"), [("images", "list"), ("pull", "pull"), ("build", "build")])
+def test_who_leaves_out_image_is_told(word: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([word, "x"]) == 2
+    assert f"it is `banger image {verb}`" in capsys.readouterr().err
+
+
+def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["rnu"], ["system", "rm"], ["runtime", "ls"]):
+        assert main.run(words) == 2
+        assert "No such command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "image"), [("alpine:3.20", True), ("alpine", True), ("/nonexistent", False)]
+)
+def test_words_that_are_no_directory_are_a_command_or_an_image(
+    word: str, image: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", "run", word]) == 2
+    said = capsys.readouterr().err
+    assert f"banger vm run -- {word}" in said
+    assert (f"banger vm run --image {word}`" in said) is image
+    assert main.run(["vm", "run", "-it", "--rm", word, "ls", "a b"]) == 2
+    said = capsys.readouterr().err
+    assert f"banger vm run -- {word} ls 'a b'`" in said
+    assert (f"banger vm run --image {word} -- ls 'a b'`" in said) is image
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5h", 5400), (".5m", 30), ("1h30m", 5400), ("1d2h3m4s", 93_784)],
+)
+def test_times_parse(text: str, seconds: float) -> None:
+    assert params.SPAN.convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "h", "1h30", "1 h", "-5m", "1e3", "1x", "1..5h", "1h" * 5, "٣h"])
+def test_times_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="not a time"):
+        params.SPAN.convert(text, None, None)
+
+
+def test_an_installation_that_a_signal_ends_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run(_: install.Install) -> str:
+        with alone.cancelled_by_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+        return ""
+
+    monkeypatch.setattr(install.Install, "run", run)
+    assert main.run(["system", "install"]) == 130
+    assert "the installation was ended by a signal" in capsys.readouterr().err
+
+
+def test_restarting_the_services_is_root_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main.run(["system", "restart"]) == 1
+    assert "run it with sudo" in capsys.readouterr().err
