@@ -10,6 +10,7 @@ from typing import Final
 
 from banger import pinned
 from banger.contract import errors, resources, sizes
+from banger.images import catalog
 from banger.images import records as images
 from banger.kernels import records as kernels
 from banger.system import host
@@ -80,8 +81,11 @@ def image(scene: scenes.Scene) -> report.Finding:
     try:
         found = _default_image(scene)
     except errors.NotFoundError as error:
-        name = scene.defaults()["image"].value
-        return report.failed(f"no image {name!r}, the default", f"banger image build {name}; {error.hint}")
+        name = str(scene.defaults()["image"].value)
+        said, remedy = f"no image {name!r}, the default", f"banger image build {name}"
+        if _comes_by_itself(scene, name):
+            return report.warned(f"{said}: the first VM gets it, which takes minutes", remedy)
+        return report.failed(said, f"{remedy}; {error.hint}")
     path = _images(scene).rootfs(found.id)
     remedy = f"banger image delete {found.id}, then {_PUBLISHED['image']}"
     if not path.exists():
@@ -95,6 +99,17 @@ def image(scene: scenes.Scene) -> report.Finding:
         if file.read(len(_EXT4_MAGIC)) != _EXT4_MAGIC:
             return report.failed(f"image {found.name} holds no ext4", remedy)
     return report.passed(f"{found.name}, {sizes.text_of_bytes(found.stored_bytes)}")
+
+
+def _comes_by_itself(scene: scenes.Scene, name: str) -> bool:
+    """`vm run` gets what the catalog knows, where this host can build it."""
+    extension = scene.at(host.CONFIG_TOML.with_name("images.toml"))
+    try:
+        entry = catalog.Catalog(extension).find(name, scene.viewer.machine)
+    except errors.BadRequestError:
+        return False
+    is_recipe = isinstance(entry, catalog.RecipeEntry)
+    return entry is not None and not (is_recipe and scene.program("mmdebstrap") is None)
 
 
 def kernel(scene: scenes.Scene) -> report.Finding:
