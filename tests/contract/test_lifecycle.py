@@ -275,8 +275,9 @@ async def test_an_invalid_request_leaves_no_row(daemon: conftest.Daemon) -> None
 
 async def test_a_taken_name_is_refused(daemon: conftest.Daemon) -> None:
     await daemon.create()
-    with pytest.raises(errors.AlreadyExistsError, match="web"):
+    with pytest.raises(errors.AlreadyExistsError, match="web") as caught:
         await daemon.services.vms.create(resources.CreateVm(name="web"))
+    assert "`banger vm delete web`" in caught.value.hint
 
 
 async def test_a_daemon_that_starts_again_adopts_what_runs(paths: config.Paths, world: worlds.World) -> None:

@@ -155,7 +155,8 @@ def _what_is_left(api: client.Client, name: str) -> str:
         return f"nothing is left of {name}"
     except errors.BangerError as error:
         return f"whether anything is left of {name} is unknown: {error.message}"
-    return f"{name} is kept, {left.state}; `banger vm show {name}`, `banger vm delete {name}`"
+    verbs = ", ".join(f"`banger vm {verb} {name}`" for verb in ("explain", "start", "delete"))
+    return f"{name} is kept, {left.state}; {verbs}"
 
 
 def made_vm(ended: resources.Operation) -> resources.Vm:

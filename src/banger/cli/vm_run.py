@@ -204,8 +204,8 @@ def run(
     command begins there. Tools that it declares for mise are installed first.
 
     The stages are shown on stderr, then the command has the terminal. Ends with the command's exit status,
-    128 + n after signal n, or 125 when banger itself failed. Ctrl-C while the VM starts takes back what was
-    made. Without --rm the VM stays.
+    128 + n after signal n, or 125 when banger itself failed. Ctrl-C while the VM starts takes back what
+    that start made. Without --rm the VM stays, also then: `banger vm start` starts it.
     """
     wanted = workspaces.wanted(words, chosen)
     _refuse_what_cannot_be(words, argv, detach=detach, remove=remove, dry_run=dry_run)

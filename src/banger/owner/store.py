@@ -290,9 +290,12 @@ def _is_prefix(ref: str) -> bool:
     return len(ref) >= _SHORTEST_PREFIX and set(ref) <= set("0123456789abcdef")
 
 
+def name_taken(name: str) -> errors.AlreadyExistsError:
+    hint = f"choose another name, or leave it out; `banger vm show {name}`, `banger vm delete {name}`"
+    return errors.AlreadyExistsError(f"there is a VM named {name} already", hint=hint)
+
+
 def _refused(vm: record.VmRecord, error: sqlite3.IntegrityError) -> errors.BangerError:
     if "vms.name" in str(error):
-        return errors.AlreadyExistsError(
-            f"there is a VM named {vm.name} already", hint="choose another name, or leave it out"
-        )
+        return name_taken(vm.name)
     return errors.ConflictError(f"the row of {vm.name} cannot be kept: {error}")

@@ -154,7 +154,7 @@ class VmService:
     ) -> resources.Operation:
         """Gets kernel and image first. The row is made when they are there, the name looked at before."""
         if name in self._store.taken_names():
-            raise errors.AlreadyExistsError(f"there is a VM named {name} already")
+            raise store.name_taken(name)
 
         async def work(progress: operations.Progress) -> resources.Vm:
             for obtain in missing:
