@@ -133,6 +133,13 @@ def test_what_is_no_toml_is_no_recipe(text: bytes) -> None:
         recipe.parse(text)
 
 
+@pytest.mark.parametrize("name", ["gcc make", "-oops", 7])
+def test_what_is_no_package_is_named(name: object) -> None:
+    text = f'extends = "debian-bookworm"\nname = "mine"\nmore_packages = ["gcc", {json.dumps(name)}]\n'
+    with pytest.raises(errors.BadRequestError, match=f"{name!r} is not the name of a package"):
+        recipe.parse(text.encode())
+
+
 def test_tree_steps(fs: filesystem.Filesystem) -> None:
     tars.put(fs, [tar(symlink(b"usr/lib/systemd/dangling", b"/nowhere"))])
     steps = recipe.TreeSteps(

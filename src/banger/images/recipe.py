@@ -188,12 +188,26 @@ def parse(text: bytes) -> Recipe:
     """A recipe as text. With `extends` it is what it says over what a shipped one says."""
     if len(text) > requests.RECIPE_CHARACTERS:
         raise errors.BadRequestError(f"the recipe is larger than {requests.RECIPE_CHARACTERS >> 10} KiB")
+    said: dict[str, object] = {}
     try:
-        return decoding.convert(_extended(text), Recipe)
+        said = _extended(text)
+        return decoding.convert(said, Recipe)
     except (ValueError, msgspec.ValidationError, RecursionError) as error:
+        wrong = _unfit_package(said) or str(error)
         raise errors.BadRequestError(
-            f"the recipe cannot be read: {error}", hint="docs/images.md says what a recipe holds"
+            f"the recipe cannot be read: {wrong}", hint="docs/images.md says what a recipe holds"
         ) from error
+
+
+def _unfit_package(said: dict[str, object]) -> str:
+    """What is no package's name: its place in the list, the base's before it, would tell nobody."""
+    packages = said.get("packages")
+    for each in packages if isinstance(packages, list) else ():
+        try:
+            decoding.convert(each, Package)
+        except msgspec.ValidationError:
+            return f"{each!r} is not the name of a package, perhaps with =VERSION"
+    return ""
 
 
 def _extended(text: bytes) -> dict[str, object]:

@@ -297,12 +297,17 @@ async def _greeted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     return _Link(reader, writer, greeting)
 
 
+def _closed() -> errors.UnavailableError:
+    hint = "its VM was stopped or reset, or its guest ends: `banger vm explain NAME` says which"
+    return errors.UnavailableError("the guest's agent closed the connection", hint=hint)
+
+
 async def _receive(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     try:
         kind, size = guest.parse_header(await reader.readexactly(guest.HEADER.size))
         return kind, await reader.readexactly(size)
     except (OSError, asyncio.IncompleteReadError) as error:
-        raise errors.UnavailableError("the guest's agent closed the connection") from error
+        raise _closed() from error
 
 
 _STREAMS: Final = {int(guest.FrameType.STDOUT): 1, int(guest.FrameType.STDERR): 2}
@@ -421,4 +426,4 @@ class Tunnel:
             self._link.writer.write(guest.frame(guest.FrameType.DATA, data))
             await self._link.writer.drain()
         except OSError as error:
-            raise errors.UnavailableError("the guest's agent closed the connection") from error
+            raise _closed() from error
