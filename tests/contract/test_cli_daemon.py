@@ -210,6 +210,15 @@ async def test_vm_ssh_becomes_ssh_with_bangers_own_settings(
     assert (stopped.status, "vm start web" in stopped.err) == (125, True)
 
 
+async def test_unpublishing_says_what_was_not_published(served: api_served.Served) -> None:
+    await banger(served, "vm", "create", "web", "--no-start", "-p", "18080:80")
+    wrong = await banger(served, "vm", "unpublish", "web", "18080:81")
+    assert wrong.text == "127.0.0.1:18080:80/tcp\n"
+    assert wrong.err == "banger: web does not publish 127.0.0.1:18080:81/tcp\n"
+    right = await banger(served, "vm", "unpublish", "web", "18080:80")
+    assert (right.status, right.text, right.err) == (0, "", "")
+
+
 _PINNING_SSH = """#!/bin/sh
 for each; do
     case $each in UserKnownHostsFile=*) pinned=${each#*=} ;; esac

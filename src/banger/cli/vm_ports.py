@@ -66,6 +66,11 @@ def publish(settings: command.Settings, name: str, specs: tuple[str, ...]) -> No
 @click.pass_obj
 def unpublish(settings: command.Settings, name: str, specs: tuple[str, ...]) -> None:
     """Take back ports that were published. Connections that stand are cut."""
+    published = settings.client().get(f"/v1/vms/{client.segment(name)}", resources.Vm).publish
+    known = ports.parse_all(published)
+    for each in ports.parse_all(specs):
+        if each not in known:
+            render.note(f"{name} does not publish {each}")
     _change(settings, name, ports.ChangePorts(unpublish=specs))
 
 
