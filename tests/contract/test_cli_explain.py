@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from banger.contract import errors, privileged, resources
+from banger.contract import errors, guest, privileged, resources
 from tests.contract import api_served, cli_process, conftest
 
 
@@ -76,8 +76,10 @@ async def test_a_panic_is_quoted_from_the_console(served: api_served.Served) -> 
 async def test_the_signal_that_ended_a_vmm_is_named(served: api_served.Served) -> None:
     created = (await served.daemon.create()).vm
     assert created is not None
-    log = served.daemon.paths.layout.logs / created.id / "ending.log"
-    log.write_text("by signal 9;low 0 oom 0 oom_kill 0 \n")
+    logs = served.daemon.paths.layout.logs / created.id
+    (logs / "ending.log").write_text("by signal 9;low 0 oom 0 oom_kill 0 \n")
+    (logs / "console.log").write_text(f"{guest.NO_CONSOLE}\n")
+    (logs / "vmm.log").write_text("Running Firecracker\n")
     fake = served.daemon.world.vm(created.id).vmm
     assert fake is not None
     await fake.kill()
@@ -87,6 +89,9 @@ async def test_the_signal_that_ended_a_vmm_is_named(served: api_served.Served) -
             await asyncio.sleep(0.01)
     shown = (await banger(served, "vm", "explain", "web")).text
     assert shown.startswith("web does not run: web is no longer running: its VMM was ended by SIGKILL\n")
+    assert "the last it printed" not in shown, "the agent's own lines are not the guest's"
+    assert "the default one has no serial console" in shown
+    assert "the last its VMM said:\n  Running Firecracker\n" in shown
 
 
 async def test_those_that_never_ran_or_were_stopped(served: api_served.Served) -> None:

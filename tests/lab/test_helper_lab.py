@@ -111,6 +111,7 @@ def test_kernel_with_initrd_boots_too_and_its_console_is_kept(empty_host: Helper
     empty_host.await_agent()
     console = empty_host.lab.run(["cat", f"{ROOT}/logs/{VM}/console.log"], user="dev").stdout
     assert b"Linux version 6.1" in console
+    assert b"Running Firecracker" not in console, "that is for the VMM's log"
 
 
 def test_jail_path_by_path(empty_host: HelperHost) -> None:

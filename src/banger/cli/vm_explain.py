@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from banger.cli import client, command, lifetime, output, params, render, timeline
-from banger.contract import errors, resources
+from banger.contract import errors, guest, resources
 
 _TAIL_LINES: Final = 8
 _TAIL_BYTES: Final = 64 * 1024
@@ -33,6 +33,8 @@ class Explanation(msgspec.Struct, frozen=True):
     steps: tuple[resources.StepTiming, ...]
     console: tuple[str, ...]
     """The last the guest printed, when the VM does not run."""
+    vmm: tuple[str, ...] = ()
+    """The last its VMM said, when the VM failed and its console tells nothing of the guest."""
     error: errors.ErrorBody | None = None
     idle_stop_at: datetime.datetime | None = None
     ttl_ends_at: datetime.datetime | None = None
@@ -63,6 +65,9 @@ def explain(settings: command.Settings, name: str) -> None:
 def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
     summary, remedy = _running(api, vm) if vm.has_vmm else _not_running(vm)
     runs = vm.has_vmm and vm.silent_since is None
+    has_said = not runs and vm.state is not resources.VmState.CREATED
+    printed = tuple(_printed(api, vm)) if has_said else ()
+    is_silent = has_said and not printed and vm.last_error is not None
     return Explanation(
         name=vm.name,
         state=vm.state,
@@ -70,7 +75,8 @@ def _explained(api: client.Client, vm: resources.Vm) -> Explanation:
         next=remedy,
         total_ms=timeline.total_ms(vm.last_start),
         steps=vm.last_start,
-        console=() if runs or vm.state is resources.VmState.CREATED else tuple(_console(api, vm)),
+        console=printed,
+        vmm=tuple(_tail(api, vm, "vmm")) if is_silent else (),
         error=vm.last_error,
         idle_stop_at=vm.idle_stop_at,
         ttl_ends_at=vm.ttl_ends_at,
@@ -108,8 +114,13 @@ def _not_running(vm: resources.Vm) -> tuple[str, str]:
     return f"{vm.name} was stopped, or its guest powered off or reset", again
 
 
-def _console(api: client.Client, vm: resources.Vm) -> Iterator[str]:
-    with api.stream(f"/v1/vms/{client.segment(vm.id)}/logs") as answer:
+def _printed(api: client.Client, vm: resources.Vm) -> Iterator[str]:
+    """What the guest itself said on its console."""
+    return (line for line in _tail(api, vm, "console") if line not in guest.AGENT_LINES)
+
+
+def _tail(api: client.Client, vm: resources.Vm, source: str) -> Iterator[str]:
+    with api.stream(client.query(f"/v1/vms/{client.segment(vm.id)}/logs", source=source)) as answer:
         kept = b""
         for data in answer.pieces():
             kept = (kept + data)[-_TAIL_BYTES:]
@@ -128,6 +139,14 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield ""
         yield "the last it printed:"
         yield from (f"  {line}" for line in found.console)
+    if found.vmm:
+        yield ""
+        yield (
+            "nothing of its kernel is on its console: the default one has no serial console, "
+            "a kernel such as debian-6.12 has"
+        )
+        yield "the last its VMM said:"
+        yield from (f"  {line}" for line in found.vmm)
     if found.steps:
         yield ""
         yield f"its last start took {render.elapsed(found.total_ms)}:"

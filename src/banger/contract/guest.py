@@ -23,6 +23,8 @@ STDIN_WINDOW_BYTES: Final = 256 * 1024
 NO_CONSOLE: Final = "banger: no console in this kernel, see dmesg"
 """What an agent says where its kernel has no console: from now on I tell when the guest goes down."""
 GOODBYE: Final = "banger: going down"
+AGENT_LINES: Final = frozenset({NO_CONSOLE, GOODBYE})
+"""On a console, what is not the guest's own."""
 HEADER: Final = struct.Struct("<IB")
 _FIELD: Final = struct.Struct("<BI")
 _U64: Final = struct.Struct("<Q")

@@ -150,7 +150,6 @@ def _configuration(request: privileged.LaunchVmm) -> dict[str, object]:
         "machine-config": {"vcpu_count": request.vcpus, "mem_size_mib": request.memory_mib},
         "network-interfaces": [interface] if request.tap else [],
         "vsock": {"guest_cid": GUEST_CID, "uds_path": "/run/vsock.sock"},
-        "logger": {"log_path": "/vmm.log", "level": "Info"},
         "metrics": {"metrics_path": "/metrics.log"},
     }
 
@@ -228,7 +227,10 @@ def _jailer(policy: policies.Policy, vm_id: names.VmId, uid: int) -> list[str]:
     argv += ["--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", policy.jails]
     # No file in the jail grows but the jailer's pidfile: logs are pipes, disks are block devices.
     argv += ["--resource-limit", "fsize=4096"]
-    return [*argv, "--", "--config-file", "/vm.json", "--api-sock", "/run/api.sock"]
+    # Its log's place in the configuration file would be known only after its first lines, which are then
+    # written to its output: the guest's console.
+    argv += ["--", "--config-file", "/vm.json", "--log-path", "/vmm.log", "--level", "Info"]
+    return [*argv, "--api-sock", "/run/api.sock"]
 
 
 def _await_jailer(policy: policies.Policy, vm_id: names.VmId, started: int, deadline: float) -> None:
