@@ -155,7 +155,7 @@ def _what_is_left(api: client.Client, name: str) -> str:
         return f"nothing is left of {name}"
     except errors.BangerError as error:
         return f"whether anything is left of {name} is unknown: {error.message}"
-    verbs = ", ".join(f"`banger vm {verb} {name}`" for verb in ("explain", "start", "delete"))
+    verbs = f"`banger vm explain {name}`, `banger vm start {name}`, `banger vm delete {name}`"
     return f"{name} is kept, {left.state}; {verbs}"
 
 
