@@ -199,6 +199,8 @@ async def test_pulling_again_goes_forward_or_is_refused(guest: Guest) -> None:
     await guest.prepare()
     pull = ("vm", "workspace", "pull", "web")
     assert "nothing was changed" in (await guest.banger(*pull, status=1)).err
+    empty = await guest.banger("vm", "workspace", "export", "web")
+    assert (empty.out, "nothing was changed in web" in empty.err) == (b"", True)
     (guest.repo / "one").write_text("1")
     repositories.commit(guest.repo, "one")
     await guest.banger(*pull)

@@ -107,6 +107,20 @@ def test_times_that_make_no_sense_are_refused(text: str) -> None:
         params.SPAN.convert(text, None, None)
 
 
+@pytest.mark.parametrize(("completes", "said"), [(True, ""), (False, "banger: error: interrupted\n")])
+def test_ctrl_c_while_the_shell_completes_leaves_its_line_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, completes: bool, said: str
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.root, "main", interrupted)
+    if completes:
+        monkeypatch.setenv("_BANGER_COMPLETE", "bash_complete")
+    assert main.run(["vm", "list"]) == 130
+    assert capsys.readouterr().err == said
+
+
 def test_an_installation_that_a_signal_ends_is_no_fault(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         from banger.contract import errors
 
+        if "_BANGER_COMPLETE" in os.environ:  # a shell asks, and what we say would stand in its user's line
+            return 130
         return _report(errors.CancelledError("interrupted"), 130, json=settings.json)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.message)

@@ -23,6 +23,8 @@ from banger.contract import errors, names, sizes, transfers
 
 _PIPE: Final = "-"
 _COPYING: Final = "copying"
+_OF_AGENT: Final = "cannot pack "
+"""What the guest's agent says of a path that is not there."""
 _LISTED_BYTES: Final = 4 << 20
 """What reads so little from a pipe of ours is a `tar -t`, whose lines are not to be written over."""
 
@@ -207,9 +209,17 @@ def _fetched(
 
 @contextlib.contextmanager
 def _stream(api: client.Client, vm: str, request: transfers.GetRequest) -> Iterator[Iterator[bytes]]:
-    with exchange.opened(api, f"/v1/vms/{client.segment(vm)}/get") as talk:
-        talk.tell(request)
-        yield _whole(talk)
+    try:
+        with exchange.opened(api, f"/v1/vms/{client.segment(vm)}/get") as talk:
+            talk.tell(request)
+            yield _whole(talk)
+    except errors.NotFoundError as error:
+        if not error.message.startswith(_OF_AGENT):
+            raise
+        hint = "patterns are not expanded in the guest" if set("*?[") & set(request.path) else ""
+        raise errors.NotFoundError(
+            f"{request.path} does not exist in {vm}", hint=hint, **error.fields
+        ) from error
 
 
 def _whole(talk: exchange.Exchange) -> Iterator[bytes]:

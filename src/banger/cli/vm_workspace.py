@@ -123,12 +123,28 @@ def export(
 
     request = transfers.ExportRequest(path=guest_path, base=base_commit)
     with workspaces.exported(settings.client(), name, request) as (_, pieces):
+        counted = _Measured(pieces)
         if target is not None:
-            receiving.write_file(target, pieces)
-            return
-        for piece in pieces:
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
+            receiving.write_file(target, counted)
+        else:
+            for piece in counted:
+                sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+    if not counted.bytes:
+        render.note(f"nothing was changed in {name}: the patch is empty")
+
+
+class _Measured:
+    """Pieces, and how many bytes they were."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = pieces
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            self.bytes += len(piece)
+            yield piece
 
 
 @command.make(
