@@ -107,6 +107,21 @@ def test_times_that_make_no_sense_are_refused(text: str) -> None:
         params.SPAN.convert(text, None, None)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-it", "sh", "-c", "a b"], "before the command: `banger vm exec -it web sh -c 'a b'`"),
+        (["-i", "-t"], "before the command: `banger vm exec -i -t web`"),
+        (["--timeout", "5", "sh"], "before the command\n"),
+    ],
+)
+def test_options_behind_the_name_are_told_where_they_belong(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", "exec", "web", *words]) != 0
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("completes", "said"), [(True, ""), (False, "banger: error: interrupted\n")])
 def test_ctrl_c_while_the_shell_completes_leaves_its_line_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, completes: bool, said: str

@@ -147,7 +147,9 @@ def execute(
     if words and ctx.meta["banger.has_tail"]:
         raise click.UsageError(f"{words[0]!r} stands between the VM's name and --", ctx)
     if words and words[0].startswith("-"):
-        raise click.UsageError(f"put options before {name!r}, or -- before the command", ctx)
+        raise click.UsageError(
+            f"put options before {name!r}, or -- before the command{_flags(ctx, words)}", ctx
+        )
     settings = ctx.ensure_object(command.Settings)
     with exits.failures_as(exits.BEFORE_COMMAND):
         api = settings.client()
@@ -157,6 +159,14 @@ def execute(
         request = _exec_request(words or argv or _SHELL, chosen, remove=False)
         status = attach.run(api, name, request, stdin=chosen["stdin"], timeout_s=chosen["timeout"])
     raise exits.CommandEnd(status)
+
+
+def _flags(ctx: click.Context, words: tuple[str, ...]) -> str:
+    """The line as it was meant, where what stands behind the name can only be options without a value."""
+    at = next((at for at, word in enumerate(words) if not re.fullmatch("-[itTn]+", word)), len(words))
+    if at == 0:
+        return ""
+    return f": `{ctx.command_path} {shlex.join((*words[:at], ctx.params['name'], *words[at:]))}`"
 
 
 @command.make(
