@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +36,30 @@ class Programs:
     async def start(self) -> None:
         """Returns when it says that it is ready. Connecting would prove nothing: a program that the last one
         had just forked may hold its socket open for a moment longer."""
-        with _notified(self.paths.run.with_name("notify")) as ready:
-            self.daemon = await _program(*self._command(), NOTIFY_SOCKET=ready.getsockname())
-            async with asyncio.timeout(20):
-                assert await asyncio.get_running_loop().sock_recv(ready, 64) == b"READY=1"
+        async with self.started():
+            pass
 
-    def _command(self) -> tuple[str, ...]:
+    @contextlib.asynccontextmanager
+    async def started(
+        self, module: str = "", *, watchdog_s: float = 0.0
+    ) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
+        """A daemon that is ready, and what it says after that to who started it, one by one."""
+        with _notified(self.paths.run.with_name("notify")) as heard:
+            command = (module or self.module, *self._arguments())
+            self.daemon = await _program(
+                *command, NOTIFY_SOCKET=heard.getsockname(), WATCHDOG_USEC=str(round(watchdog_s * 1e6))
+            )
+
+            async def next_said() -> bytes:
+                async with asyncio.timeout(20):
+                    return await asyncio.get_running_loop().sock_recv(heard, 64)
+
+            assert await next_said() == b"READY=1"
+            yield next_said
+
+    def _arguments(self) -> tuple[str, ...]:
         where = self.paths
         return (
-            self.module,
             *("--install", str(where.install), "--config", str(where.install.with_name("config.toml"))),
             *("--state-dir", str(where.state), "--cache-dir", str(where.cache)),
             *("--run-dir", str(where.run), "--helper-socket", str(where.helper_socket)),
@@ -53,7 +68,7 @@ class Programs:
 
     async def second(self) -> tuple[int | None, str]:
         """Another daemon beside the one that runs: how it ends, and what it says."""
-        other = await _program(*self._command(), stderr=asyncio.subprocess.PIPE)
+        other = await _program(self.module, *self._arguments(), stderr=asyncio.subprocess.PIPE)
         _, said = await other.communicate()
         return other.returncode, said.decode()
 

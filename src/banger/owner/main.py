@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import fcntl
 import gc
 import logging
@@ -75,6 +76,7 @@ def _run(options: argparse.Namespace) -> int:
 def _serve(
     settings: config.Config, installation: config.Installation, paths: config.Paths, *, in_process: bool
 ) -> None:
+    faulthandler.enable()  # systemd ends one that hangs by SIGABRT: the journal then has where it hung
     gc.disable()  # what is loaded stays: looking for garbage in it, again and again, finds none
     from banger.owner import composition
 

@@ -19,7 +19,7 @@ import uvicorn
 
 import banger
 from banger.contract import errors, names
-from banger.owner import operations, peers
+from banger.owner import operations, peers, systemd
 
 _log = logging.getLogger(__name__)
 
@@ -121,15 +121,15 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        notify("READY=1")
+        systemd.notify("READY=1")
         _log.info("ready", extra={"version": banger.__version__, "pid": os.getpid()})
 
     async def main_loop(self) -> None:
         """uvicorn's own wakes ten times a second."""
-        await self._stop.wait()
+        await systemd.beat_until(self._stop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        notify("STOPPING=1")
+        systemd.notify("STOPPING=1")
         _log.info("stopping")
         for server in self.servers:
             server.close()
@@ -140,16 +140,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """uvicorn would raise the signal again at its end, and so end the process before its clean-up."""
         yield
-
-
-def notify(state: str) -> None:
-    """The sd_notify protocol; nothing to do when not started by systemd."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.connect("\0" + address[1:] if address.startswith("@") else address)
-        sender.sendall(state.encode())
 
 
 @contextmanager
