@@ -37,6 +37,7 @@ SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 MAX_STDOUT_BYTES: Final = 64 << 20
 MAX_STDERR_BYTES: Final = 64 << 10
 _CHUNK: Final = 1 << 16
+_STACK_BYTES: Final = 1 << 20
 _GRACE_S: Final = 2.0
 _DRAIN_S: Final = 1.0
 
@@ -164,14 +165,19 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
+    memory_bytes: int = 0,
 ) -> Result:
-    """Runs a program to its end. `stdout` takes its output, `on_line` gets each line of its stderr."""
+    """Runs a program to its end. `stdout` takes its output, `on_line` gets each line of its stderr.
+
+    With `memory_bytes` more than that is refused to it: for programs that parse what strangers made.
+    """
     check_cancelled()
     program = argv[0] if os.path.isabs(argv[0]) else require(argv[0])
+    limited = _limited(memory_bytes) if memory_bytes else ()
     started = time.monotonic()
     try:
         process = subprocess.Popen(
-            [program, *argv[1:]],
+            [*limited, program, *argv[1:]],
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=stdout if stdout is not None else subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -195,6 +201,13 @@ def run(
     if result.status not in ok:
         raise failure(result)
     return result
+
+
+def _limited(memory_bytes: int) -> tuple[str, ...]:
+    """Set by a program, since nothing may run between fork and exec in a process with threads."""
+    # Each thread's stack counts, and e2fsprogs may start one for each processor.
+    limits = (f"--data={memory_bytes}", f"--stack={_STACK_BYTES}")
+    return (require("prlimit", "util-linux"), *limits, "--")
 
 
 async def run_async(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -214,6 +215,38 @@ def test_program_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_output_of_a_program_is_bounded() -> None:
     ended = program.run("head", ["-c", "5000000", "/dev/zero"], uid=65534, fds=[], deadline_s=10)
     assert len(ended.output) <= program.MAX_OUTPUT_BYTES
+
+
+def test_a_program_has_limits_and_the_kernel_ends_it_before_us() -> None:
+    looked_at = ["-h", "", "/proc/self/oom_score_adj", "/proc/self/limits"]
+    ended = program.run("grep", looked_at, uid=65534, fds=[], deadline_s=9.5)
+    score, *limits = ended.output.decode().splitlines()
+    assert score == "1000"
+    assert [line.split()[3:5] for line in limits if line.startswith("Max data")] == [["402653184"] * 2]
+    assert [line.split()[3:5] for line in limits if line.startswith("Max cpu")] == [["10"] * 2]
+
+
+def test_a_program_that_wants_all_memory_is_refused_it() -> None:
+    ended = program.run("tail", ["/dev/zero"], uid=65534, fds=[], deadline_s=30)
+    assert ended.status == 1
+    assert ended.output.endswith(b"tail: memory exhausted\n")
+
+
+def test_a_file_system_that_claims_too_much_is_refused(helper_world_here: HelperWorld) -> None:
+    """52 million directories, by its group descriptors: e2fsck took 850 MiB before it believed none."""
+    image = helper_world_here.owned(WORK)
+    os.truncate(image, 200 << 30)
+    options = ["-O", "^metadata_csum,^uninit_bg,^has_journal,64bit", "-E", "lazy_itable_init=1"]
+    inodes = ["-b", "4096", "-N", str(1600 * 32768)]
+    subprocess.run(["mkfs.ext4", "-q", *options, *inodes, image], check=True, timeout=30)
+    with image.open("r+b") as file:
+        file.seek(1024 + 0x3A)
+        file.write(bytes(2))  # not unmounted cleanly
+        for group in range(1600):
+            file.seek(4096 + group * 64 + 0x10)
+            file.write(struct.pack("<H", 32768))
+    with pytest.raises(errors.OperationFailedError, match=r"e2fsck .* Memory allocation failed"):
+        operations.execute(helper_world_here.policy, privileged.AttachWorkDisk(vm_id=VM, slot=1))
 
 
 def test_missing_image_and_kernel_are_not_found(helper_world_here: HelperWorld) -> None:

@@ -58,6 +58,7 @@ UNCOUNTED = {
         "StateDirectoryMode=0711",
         "TasksMax=512",
         "MemoryMax=512M",
+        "OOMPolicy=continue",
         "LimitCORE=0",
         "KeyringMode=private",
         "SystemCallErrorNumber=EPERM",

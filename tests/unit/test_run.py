@@ -90,6 +90,11 @@ def test_full_disk_has_its_own_error() -> None:
     assert caught.value.hint
 
 
+def test_more_memory_than_its_limit_is_refused_to_a_program() -> None:
+    with pytest.raises(errors.OperationFailedError, match=r"tail exited 1: .*memory exhausted"):
+        run.run(["tail", "/dev/zero"], deadline_s=30, memory_bytes=64 << 20)
+
+
 def test_missing_program_names_the_package() -> None:
     with pytest.raises(errors.MissingToolError) as caught:
         run.require("no-such-program", "some-package")

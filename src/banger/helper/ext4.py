@@ -85,9 +85,13 @@ def _debugfs(
 
 
 def _complaint(output: bytes) -> str:
-    """The last thing a tool said that is not an echo of our commands, nor of a file that was not there."""
+    """The last thing a tool said that has a reason, and is no echo of our commands."""
     lines = output[-4096:].decode(errors="replace").splitlines()
-    said = [line for line in lines if not line.startswith("debugfs") and "not found" not in line]
+    said = [
+        line
+        for line in lines
+        if not line.startswith(("debugfs", "e2fsck: aborted")) and "not found" not in line
+    ]
     return said[-1][:200] if said else "it said nothing"
 
 

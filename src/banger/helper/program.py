@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The one door to programs of the host, each with a deadline.
 
-What parses files of others runs as a VM's uid without privileges; what speaks with the kernel or with a
-service, on arguments composed here, as root.
+What parses files of others runs as a VM's uid without privileges, and with limits of its own: a file system
+may claim anything. What speaks with the kernel or with a service, on arguments composed here, runs as root.
 """
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import subprocess
 import time
@@ -19,12 +20,18 @@ from banger.helper.linux import pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 MAX_OUTPUT_BYTES: Final = 1 << 20
+MAX_MEMORY_BYTES: Final = 384 << 20
+"""Less than the helper's unit may have."""
+_STACK_BYTES: Final = 1 << 20
+"""e2fsprogs may read in a thread for each processor; each takes this of the memory, and not 8 MiB."""
 PACKAGES: Final = {
+    "choom": "util-linux",
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "resize2fs": "e2fsprogs",
     "iptables-legacy": "iptables",
     "ip6tables-legacy": "iptables",
+    "prlimit": "util-linux",
     "resolvectl": "systemd-resolved",
 }
 """All that are started here, and who has them: whether they are root's alone is looked at by their names."""
@@ -42,7 +49,8 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
     try:
         os.ftruncate(output, MAX_OUTPUT_BYTES)
         fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)  # what goes beyond is refused
-        process = start([_find(name), *arguments], uid=uid, fds=fds, output=output)
+        argv = [*_limited(deadline_s), _find(name), *arguments]
+        process = start(argv, uid=uid, fds=fds, output=output)
         held = os.pidfd_open(process.pid)
         try:
             if not pidfd.wait(held, deadline=deadline):
@@ -54,6 +62,16 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
         return Ended(process.returncode, os.pread(output, os.lseek(output, 0, os.SEEK_CUR), 0))
     finally:
         os.close(output)
+
+
+def _limited(deadline_s: float) -> list[str]:
+    """When all together want more than there is, the kernel ends one of them and not the helper.
+
+    The limits are set by programs, since nothing may run between fork and exec in a process with threads.
+    """
+    data, stack = f"--data={MAX_MEMORY_BYTES}", f"--stack={_STACK_BYTES}"
+    processor = f"--cpu={math.ceil(deadline_s)}"  # holds when nobody is left to keep the deadline
+    return [_find("choom"), "-n", "1000", "--", _find("prlimit"), data, stack, processor, "--"]
 
 
 def run_as_root(name: str, arguments: Sequence[str], *, deadline_s: float) -> Ended:

@@ -16,6 +16,8 @@ from banger.contract import errors
 
 _PACKAGE: Final = "e2fsprogs"
 _DEADLINE_S: Final = 300.0
+_MEMORY_BYTES: Final = 1 << 30
+"""A file system from elsewhere may claim anything."""
 _BANNER: Final = re.compile(rb"debugfs \d")
 _INODE: Final = re.compile(r"^Inode: \d+", re.MULTILINE)
 
@@ -23,14 +25,14 @@ _INODE: Final = re.compile(r"^Inode: \d+", re.MULTILINE)
 def check(image: Path) -> None:
     """A full read-only check; anything to repair is an error."""
     run.require("e2fsck", _PACKAGE)
-    run.run(["e2fsck", "-f", "-n", str(image)], deadline_s=_DEADLINE_S)
+    run.run(["e2fsck", "-f", "-n", str(image)], deadline_s=_DEADLINE_S, memory_bytes=_MEMORY_BYTES)
 
 
 def exists(image: Path, path: str) -> bool:
     """Whether anything is at a path; links are not followed."""
     run.require("debugfs", _PACKAGE)
     asked = ["debugfs", "-R", f"stat {_quoted(path)}", str(image)]
-    result = run.run(asked, deadline_s=_DEADLINE_S)
+    result = run.run(asked, deadline_s=_DEADLINE_S, memory_bytes=_MEMORY_BYTES)
     # It ends with status 0 whatever happened: any other complaint is an error.
     lines = (line.strip() for line in result.stderr.splitlines())
     complaints = [line for line in lines if line and not _BANNER.match(line)]

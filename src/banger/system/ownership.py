@@ -23,10 +23,12 @@ from banger.contract import errors
 from banger.system import host
 
 PROGRAMS: Final = (
+    "choom",
     "debugfs",
     "e2fsck",
     "ip6tables-legacy",
     "iptables-legacy",
+    "prlimit",
     "resize2fs",
     "resolvectl",
     "sleep",
