@@ -8,7 +8,10 @@ import signal
 import hypothesis
 import pytest
 
+from tests import helper_coverage
+
 SHOWN_LINES = 60
+MEASURED = helper_coverage.begun()
 
 # nohup, and a shell in the background, ignore some. What is ignored stays so in every program that a test
 # starts; what is handled does not.
@@ -25,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Where reports are shown, and not in xdist's workers, show failures as they happen."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(config))
+    if MEASURED is not None:
+        config.pluginmanager.register(MEASURED)
 
 
 class FailuresAtOnce:
