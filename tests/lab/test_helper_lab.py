@@ -34,6 +34,27 @@ fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", sys.argv[1].encode(), 0x5002)
 time.sleep(300)
 """
 
+# Kills the helper as soon as its record says that an operation has begun; says whether it had ended by then.
+KILL_IN = """
+import json, os, subprocess, sys, time
+path, op = sys.argv[1:]
+show = ("systemctl", "show", "-P", "MainPID", "bangerd-root")
+pid = int(subprocess.run(show, capture_output=True, check=True).stdout)
+with open(path) as record:
+    record.seek(0, 2)
+    print("watching", flush=True)
+    deadline = time.monotonic() + 60
+    seen = []
+    while not seen and time.monotonic() < deadline:
+        seen = [each for each in map(json.loads, record.readlines()) if each.get("op") == op]
+        if not seen:
+            time.sleep(0.0005)
+    os.kill(pid, 9)
+    time.sleep(0.1)
+    seen += [each for each in map(json.loads, record.readlines()) if each.get("op") == op]
+print("killed", op if [each["outcome"] for each in seen] == ["begun"] else "")
+"""
+
 
 @pytest.fixture(scope="module")
 def helper_host(
@@ -279,6 +300,32 @@ def test_helper_killed_at_any_instant_leaks_nothing(empty_host: HelperHost) -> N
         empty_host.sh("systemctl start bangerd-root.socket")
         assert wait_until(lambda: empty_host.ask(privileged.TearDown(vm_id=VM))[0].error is None)
         assert_nothing_left(empty_host)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_helper_killed_inside_each_operation_leaks_nothing(empty_host: HelperHost) -> None:
+    """In each operation of a start, and in taking down a VM that runs, as soon as its record says so."""
+    empty_host.lab.write("/root/kill_in.py", KILL_IN.encode())
+    start = start_requests(VM, 1)
+    ends = [each for each in start if not isinstance(each, privileged.CheckRuntime)]
+    cut: list[str] = []
+    for last in (*ends[1:], ends[0]):
+        tag = str(last.__struct_config__.tag)
+        empty_host.make_disks(VM)
+        whole = start if last is ends[0] else start[: start.index(last)]
+        empty_host.do(*whole)
+        empty_host.sh(
+            f"python3 /root/kill_in.py {ROOT}/audit/audit.log {tag} >/root/killed 2>&1 &"
+            " until grep -q watching /root/killed; do sleep 0.02; done"
+        )
+        empty_host.ask(last)
+        said = empty_host.sh("until grep killed /root/killed; do sleep 0.02; done")
+        cut += said.split()[1:]
+        empty_host.sh("systemctl start bangerd-root.socket")
+        assert wait_until(lambda: empty_host.ask(privileged.TearDown(vm_id=VM))[0].error is None)
+        assert_nothing_left(empty_host)
+    assert len(cut) > len(ends) / 2, f"of most, the end was recorded as well; only {cut} were cut off"
 
 
 def test_a_launch_that_fails_says_why_and_leaves_the_next_one_free(empty_host: HelperHost) -> None:
