@@ -20,6 +20,8 @@ REPO = "/home/dev/project"
 _MAKE = r"""
 set -e
 rm -rf "$1"; mkdir "$1"; cd "$1"
+git config --file /home/dev/.gitconfig user.name 'Ada at home'
+git config --file /home/dev/.gitconfig user.email home@example.org
 git init -q -b main
 git config user.name Ada; git config user.email ada@example.org
 printf 'hello\n' >README
@@ -55,7 +57,7 @@ def repository(installed_host: Lab) -> Iterator[Lab]:
     """The installed host, and a repository of its user's with every kind of change."""
     installed_host.run(["sh", "-c", _MAKE, "make", REPO], user=user.NAME)
     yield installed_host
-    installed_host.run(["rm", "-rf", REPO], user=user.NAME)
+    installed_host.run(["rm", "-rf", REPO, "/home/dev/.gitconfig"], user=user.NAME)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +104,9 @@ def test_again_only_what_changed_and_never_over_the_guests_work(work: Lab) -> No
 def test_the_guests_work_comes_out(work: Lab) -> None:
     script = (
         "echo more >more; git add -A; git commit -qm 'in the guest'; head -c 100000 /dev/urandom >raw.bin"
+        "; git -C / var GIT_AUTHOR_IDENT"  # of a repository that has no identity of its own
     )
-    in_guest(work, "sh", "-c", script)
+    assert in_guest(work, "sh", "-c", script).startswith("Ada at home <home@example.org> ")
     before = on_host(work, "status", "--porcelain=v2")
     assert banger(work, "vm", "workspace", "pull", "work").text == "banger/work\n"
     assert on_host(work, "status", "--porcelain=v2") == before
