@@ -72,7 +72,7 @@ def test_a_guest_asks_us_for_its_own_name(web: Lab) -> None:
 
 def test_vm_ssh_gives_the_command_s_output_and_status(web: Lab) -> None:
     result = user.banger(
-        web, "vm", "ssh", "web", "--", "sh", "-c", "id -u; echo 'a  b'; exit 7", check=False
+        web, "vm", "ssh", "web", "-q", "sh", "-c", "id -u; echo 'a  b'; exit 7", check=False
     )
     assert (result.status, result.text) == (7, "0\na  b\n"), result.error_text
 
