@@ -9,6 +9,7 @@ below build/coverage/; `make test` and `make coverage` add them up.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -26,7 +27,9 @@ class HelperCoverage:
         self._files = {_TREE / name for name in files.split()}
         self._coverage = coverage.Coverage(config_file=str(_TREE / "pyproject.toml"))
         self._exit = os._exit
+        ends = signal.getsignal(signal.SIGTERM)
         self._coverage.start()
+        signal.signal(signal.SIGTERM, ends)  # it is for programs that are started, not for what tests fork
         self._measures = True
 
     def pytest_collection_finish(self) -> None:
