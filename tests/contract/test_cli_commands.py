@@ -64,8 +64,9 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "needs_git": False,
         "needs_mise": False,
     }
-    assert re.search(r"^banger: mine: 0\.0\ds$", done.err, re.MULTILINE)
-    assert [done.err.count(stage) for stage in daemon.STAGES] == [1] * len(daemon.STAGES)
+    assert re.search(r"banger: mine: 0\.0\ds \(preflight 0\.01s, .*finalize 0\.01s\)", done.err)
+    lines = [line.split()[0] for line in done.err.splitlines()]
+    assert [lines.count(stage) for stage in daemon.STAGES] == [1] * len(daemon.STAGES)
 
 
 def test_create_json_has_events_on_stderr_and_one_document_on_stdout(cli: cli_process.Cli) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -166,11 +165,10 @@ def made_vm(ended: resources.Operation) -> resources.Vm:
 
 
 def say_timing(outcome: progress.Outcome, *, json: bool) -> None:
-    """How long it took, on stderr; on a terminal, where nothing else stays of them, with its stages."""
+    """How long each stage took, in one line on stderr."""
     if not json and outcome.timing.stages:
-        total = render.elapsed(sum(took for _, took in outcome.timing.stages))
-        stages = f" ({outcome.timing.text()})" if sys.stderr.isatty() else ""
-        render.note(f"{outcome.operation.target}: {total}{stages}")
+        total = sum(took for _, took in outcome.timing.stages)
+        render.note(f"{outcome.operation.target}: {render.elapsed(total)} ({outcome.timing.text()})")
 
 
 @command.make(
