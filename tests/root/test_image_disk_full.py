@@ -36,10 +36,15 @@ class SmallDisk:
         (path / "other").write_bytes(b"of somebody else")  # a size of 0 would mean that there is no limit
 
     def leave(self, pages: int) -> None:
-        """That many are left from now on."""
-        found = os.statvfs(self.path)
-        used = (found.f_blocks - found.f_bfree) * found.f_frsize
-        self._mount("-o", f"remount,size={used + pages * PAGE}")
+        """That many are left from now on. A size that somebody who writes has outgrown is refused."""
+        for _ in range(100):
+            found = os.statvfs(self.path)
+            used = (found.f_blocks - found.f_bfree) * found.f_frsize
+            try:
+                return self._mount("-o", f"remount,size={used + pages * PAGE}")
+            except subprocess.CalledProcessError as error:
+                refused = error
+        raise refused
 
     def enlarge(self) -> None:
         self._mount("-o", "remount,size=1g")
