@@ -143,8 +143,10 @@ async def test_who_does_not_answer_is_asked_by_the_next_look_and_who_refuses_muc
     with caplog.at_level(logging.WARNING, clocks.__name__):
         for _ in range(3):
             await watched.look()
-    said = [each for each in caplog.records if each.name == clocks.__name__]
-    assert [getattr(each, "error", "") for each in said] == ["not mine"]
+    # Other tests in this process may have let lesser ones through.
+    ours = [each for each in caplog.records if each.name == clocks.__name__]
+    warned = [each for each in ours if each.levelno >= logging.WARNING]
+    assert [getattr(each, "error", "") for each in warned] == ["not mine"]
 
 
 async def test_a_vm_that_was_restarted_is_asked_anew(daemon: conftest.Daemon) -> None:
