@@ -22,8 +22,6 @@ RUN: Final = (
     "banger", "vm", "run", "--rm", "--kernel", ours.KERNEL, "--vcpu", "1", "--memory", f"{bare.MEMORY_MIB}M",
     "--", "true",
 )  # fmt: skip
-
-
 _OTHERS_EVERY: Final = 3
 
 

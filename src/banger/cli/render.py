@@ -12,7 +12,7 @@ from typing import Final, TextIO
 
 import msgspec
 
-from banger.contract import errors
+from banger.contract import errors, sizes
 
 # Control characters, and those that reorder the text around them.
 _LATER: Final = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
@@ -77,8 +77,7 @@ def span(seconds: float) -> str:
     """`5 seconds`, `3 hours`: the largest unit that fits."""
     for size, unit in _SPANS:
         if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+            return sizes.counted(int(seconds // size), unit)
     return "0 seconds"
 
 

@@ -57,8 +57,9 @@ class ImageService:
         found = self.records.records()
         if ref:
             meant = lookup.find(found, ref)
-            return [self._view(meant, found)] if meant is not None else []
-        return [self._view(image, found) for image in found]
+            return [self._view(meant)] if meant is not None else []
+        default = self._default_id(found)
+        return [self._view(image, default) for image in found]
 
     def get(self, ref: str) -> resources.Image:
         return self._view(self.find(ref))
@@ -204,11 +205,16 @@ class ImageService:
         """What packages recipes were built of. Nothing during a build, which may be about to read it."""
         return () if self._builds else tuple(recipe.kept_archives(self._cache))
 
-    def _view(self, image: records.Image, among: Sequence[records.Image] = ()) -> resources.Image:
-        """`among`: all images, where they are read already."""
-        default = lookup.find(among or self.records.records(), self._default)
+    def _default_id(self, images: Sequence[records.Image]) -> str:
+        found = lookup.find(images, self._default)
+        return found.id if found is not None else ""
+
+    def _view(self, image: records.Image, default_id: str | None = None) -> resources.Image:
+        """`default_id`, for who shows many and has asked once."""
+        if default_id is None:
+            default_id = self._default_id(self.records.records())
         return resources.Image(
-            is_default=default is not None and default.id == image.id,
+            is_default=image.id == default_id,
             id=image.id,
             name=image.name,
             tags=image.tags,

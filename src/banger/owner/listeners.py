@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from banger.contract import errors, guest, names, ports
@@ -18,6 +18,10 @@ _MAX_PROBED: Final = 64
 _QUESTION: Final = b"HEAD / HTTP/1.0\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
+_Places = Mapping[tuple[int, str], Sequence[str]]
+"""Where the host offers a port of the guest, by port and protocol."""
+
+
 async def look(client: guests.GuestClient, vm: record.VmRecord) -> list[ports.GuestPort]:
     found = sorted(await client.ports(), key=lambda each: each.port)
     turn = asyncio.Semaphore(_PROBES_AT_ONCE)
@@ -28,16 +32,23 @@ async def look(client: guests.GuestClient, vm: record.VmRecord) -> list[ports.Gu
 
     probed = await asyncio.gather(*(speaks_http(each) for each in found[:_MAX_PROBED]))
     answers = [*probed, *[False] * (len(found) - len(probed))]
-    shown = [_shown(vm, each, http=http) for each, http in zip(found, answers, strict=True)]
-    return sorted([*shown, *_awaited(vm, shown)], key=lambda each: (each.port, each.protocol, each.address))
+    places = _places(vm)
+    shown = [_shown(vm, each, places, http=http) for each, http in zip(found, answers, strict=True)]
+    return sorted(
+        [*shown, *_awaited(places, shown)], key=lambda each: (each.port, each.protocol, each.address)
+    )
 
 
-def _awaited(vm: record.VmRecord, shown: Sequence[ports.GuestPort]) -> Iterator[ports.GuestPort]:
+def _places(vm: record.VmRecord) -> _Places:
+    found: dict[tuple[int, str], list[str]] = {}
+    for each in ports.parse_all(vm.publish):
+        found.setdefault((each.guest_port, each.protocol), []).append(f"{each.address}:{each.host_port}")
+    return found
+
+
+def _awaited(places: _Places, shown: Sequence[ports.GuestPort]) -> Iterator[ports.GuestPort]:
     """What is published, and nothing listens there yet."""
     known = {(each.port, each.protocol) for each in shown}
-    places: dict[tuple[int, str], list[str]] = {}
-    for each in ports.parse_all(vm.publish):
-        places.setdefault((each.guest_port, each.protocol), []).append(f"{each.address}:{each.host_port}")
     for (port, protocol), published in places.items():
         if (port, protocol) not in known:
             yield ports.GuestPort(
@@ -45,13 +56,9 @@ def _awaited(vm: record.VmRecord, shown: Sequence[ports.GuestPort]) -> Iterator[
             )
 
 
-def _shown(vm: record.VmRecord, listener: guest.Listener, *, http: bool) -> ports.GuestPort:
+def _shown(vm: record.VmRecord, listener: guest.Listener, places: _Places, *, http: bool) -> ports.GuestPort:
     protocol = "udp" if listener.protocol.startswith("udp") else "tcp"
-    published = [
-        f"{each.address}:{each.host_port}"
-        for each in ports.parse_all(vm.publish)
-        if (each.guest_port, each.protocol) == (listener.port, protocol)
-    ]
+    published = places.get((listener.port, protocol), ())
     # Straight to the guest, published or not, a service on its loopback is not reached.
     open_to_host = vm.network and not _is_loopback(listener.address)
     target = f"{vm.name}.vm:{listener.port}" if open_to_host else ""

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from banger.contract import errors, resources
+from banger.contract import errors, resources, sizes
 from banger.vm import record
 
 _LEAD_S: Final = 300.0
@@ -78,5 +78,4 @@ def span(seconds: float) -> str:
     """`90 minutes`, `2 hours`: the largest unit in which it is a whole number."""
     whole = max(1, round(seconds))
     size, unit = next((size, unit) for size, unit in _SPANS if whole % size == 0)
-    count = whole // size
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    return sizes.counted(whole // size, unit)
