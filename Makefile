@@ -42,7 +42,7 @@ test: setup guest  ## Install what is missing and run the tests
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --maxfail 20 --durations 20 \
 	  tests/contract tests/lab tests/root tests/unit tests/style
 	@$(COVERAGE) combine -q
-	@$(COVERAGE) report
+	@$(COVERAGE) report >build/coverage/report || { cat build/coverage/report; exit 1; }
 
 setup: $(VENV)/ready
 	@$(PY) -m lab setup
