@@ -232,6 +232,20 @@ def test_a_program_that_wants_all_memory_is_refused_it() -> None:
     assert ended.output.endswith(b"tail: memory exhausted\n")
 
 
+_FORKS = "my $n = 0; while (defined(my $pid = fork)) { $pid or sleep 60, exit; $n++ } print $n"
+
+
+def test_a_program_that_forks_without_end_is_held_and_ends_whole(helper_world_here: HelperWorld) -> None:
+    """By its uid, which is its VM's alone. e2fsck works with that limit, as the other tests here say."""
+    uid = helper_world_here.policy.uid(3)
+    ended = program.run("perl", ["-e", _FORKS], uid=uid, fds=[], deadline_s=20)
+    assert int(ended.output) == program.max_tasks() - 1
+    deadline = time.monotonic() + 10
+    while any(os.stat(each).st_uid == uid for each in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_file_system_that_claims_too_much_is_refused(helper_world_here: HelperWorld) -> None:
     """52 million directories, by its group descriptors: e2fsck took 850 MiB before it believed none."""
     image = helper_world_here.owned(WORK)

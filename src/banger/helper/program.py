@@ -7,9 +7,11 @@ may claim anything. What speaks with the kernel or with a service, on arguments 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ MAX_MEMORY_BYTES: Final = 384 << 20
 """Less than the helper's unit may have."""
 _STACK_BYTES: Final = 1 << 20
 """e2fsprogs may read in a thread for each processor; each takes this of the memory, and not 8 MiB."""
+_SPARE_TASKS: Final = 16
+"""One taken over can start no more, and what the helper's unit may have is left to others."""
 PACKAGES: Final = {
     "choom": "util-linux",
     "debugfs": "e2fsprogs",
@@ -43,7 +47,10 @@ class Ended(NamedTuple):
 
 
 def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], deadline_s: float) -> Ended:
-    """Runs a program of the host to its end; it inherits only `fds`. Its output may be hostile and long."""
+    """Runs a program of the host to its end; it inherits only `fds`. Its output may be hostile and long.
+
+    What it started ends with it, unless that made a session of its own, which e2fsprogs never do.
+    """
     deadline = time.monotonic() + deadline_s
     output = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -56,7 +63,9 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
             if not pidfd.wait(held, deadline=deadline):
                 raise errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s")
         finally:
-            process.kill()
+            # Before it is waited for: its group is its own for as long.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             os.close(held)
         return Ended(process.returncode, os.pread(output, os.lseek(output, 0, os.SEEK_CUR), 0))
@@ -71,7 +80,16 @@ def _limited(deadline_s: float) -> list[str]:
     """
     data, stack = f"--data={MAX_MEMORY_BYTES}", f"--stack={_STACK_BYTES}"
     processor = f"--cpu={math.ceil(deadline_s)}"  # holds when nobody is left to keep the deadline
-    return [_find("choom"), "-n", "1000", "--", _find("prlimit"), data, stack, processor, "--"]
+    tasks = f"--nproc={max_tasks()}"
+    return [_find("choom"), "-n", "1000", "--", _find("prlimit"), data, stack, processor, tasks, "--"]
+
+
+def max_tasks() -> int:
+    """Processes and threads that a VM's uid may have while such a program runs: its VMM does not run then.
+
+    e2fsprogs reads in a thread for each processor that the host may have, and gives up without one of them.
+    """
+    return os.sysconf("SC_NPROCESSORS_CONF") + _SPARE_TASKS
 
 
 def run_as_root(name: str, arguments: Sequence[str], *, deadline_s: float) -> Ended:
