@@ -156,6 +156,52 @@ def check_stays() -> None:
         installed(**anew)
     installed(network=before.network)
     assert settings.read() == before
+    check_fetched_once(anew)
+
+
+def check_fetched_once(anew: dict[str, Any]) -> None:
+    """The catalog's Firecracker that is installed is not fetched again: here is nowhere to fetch it from."""
+    there = {name: pinned.sha256_of_path(host.RUNTIME / name) for name in ("firecracker", "jailer")}
+    pins = tuple(
+        pinned.PinnedFile(
+            name=name,
+            version="1.12.1",
+            arch="x86_64",
+            sha256=sha,
+            size_bytes=1 << 20,
+            licence="",
+            sources=(),
+        )
+        for name, sha in there.items()
+    )
+    with mock.patch.object(runtime, "catalog", return_value=pins):
+        installed(**anew, pinned=True)
+        installed(**anew)
+        assert {file.source for file in runtime.read_record(host.RUNTIME).values()} == {"catalog"}
+
+
+def check_kept(made: set[str]) -> None:
+    """Without --purge all that was decided is found again, and by nobody else; it ends taken off."""
+    installed(network="10.98.0.0/16")
+    host.SIGNERS.write_text("# mine\n")
+    host.CONFIG_TOML.write_text("vcpus = 1\n")
+    before = settings.read()
+    uninstall.uninstall(purge=False, force=False, say=print)
+    assert settings.read() is None
+    assert not [link for link in releases.Releases().links() if link.is_symlink()]
+    with pytest.raises(errors.NotFoundError, match="any more") as raised:
+        uninstall.uninstall(purge=False, force=False, say=print)
+    assert "system uninstall --purge" in raised.value.hint
+    kept = seen()
+    with pytest.raises(errors.ConflictError, match=f"installed for {OWNER}"):
+        installed(owner="daemon", programs={})
+    assert seen() == kept, seen() ^ kept
+    installed(owner="", caller="daemon", programs={})
+    check_installed()
+    assert settings.read() == before
+    assert (host.SIGNERS.read_text(), host.CONFIG_TOML.read_text()) == ("# mine\n", "vcpus = 1\n")
+    assert seen() == made, seen() ^ made
+    uninstall.uninstall(purge=False, force=False, say=print)
 
 
 def check_way_back(*, rows: bool) -> None:
@@ -272,18 +318,12 @@ def main(act: str) -> None:
             return
         installed()
         assert seen() == made, seen() ^ made
-        uninstall.uninstall(purge=act == "purge", force=False, say=print)
-        if act == "purge":
-            assert {
-                line
-                for line in before
-                if not line.startswith(f"{PREFIX}/") and line.split()[0] != str(PREFIX)
-            } == seen(), seen() ^ before
-            return
-        assert not [link for link in releases.Releases().links() if link.is_symlink()]
-        installed()
-        check_installed()
-        assert seen() == made, seen() ^ made
+        if act == "keep":
+            check_kept(made)
+        uninstall.uninstall(purge=True, force=False, say=print)
+        assert {
+            line for line in before if not line.startswith(f"{PREFIX}/") and line.split()[0] != str(PREFIX)
+        } == seen(), seen() ^ before
 
 
 if __name__ == "__main__":

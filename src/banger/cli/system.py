@@ -79,7 +79,7 @@ def install(
     with _ended_by_signals("the installation"):
         owner = asyncio.run(install.Install(choices, render.note).run())
     render.note(f"banger is installed for {owner}; next, as {owner}:")
-    render.note("  banger kernel pull generic-6.12 && banger image build debian-bookworm && banger vm run")
+    render.note("  banger vm run --rm -- uname -a")
 
 
 @command.make(

@@ -15,6 +15,8 @@ from banger.contract import errors
 
 ETC: Final = Path("/etc/banger")
 INSTALL_TOML: Final = ETC / "install.toml"
+KEPT_TOML: Final = ETC / "install.toml.kept"
+"""Of an installation that was taken off without --purge: what the next one goes on with."""
 CONFIG_TOML: Final = ETC / "config.toml"
 STATE: Final = Path("/var/lib/banger")
 CACHE: Final = Path("/var/cache/banger")

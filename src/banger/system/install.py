@@ -79,7 +79,8 @@ class Install:
 
     def __init__(self, choices: Choices, say: Callable[[str], None]) -> None:
         self._settled = settings.read()
-        self._choices = _completed(choices, self._settled)
+        self._kept = None if self._settled is not None else settings.read(host.KEPT_TOML)
+        self._choices = _completed(choices, self._settled or self._kept)
         self._say = say
         self._owner: pwd.struct_passwd | None = None
         self._files: list[Path] = []
@@ -147,7 +148,7 @@ class Install:
 
     def _check_stays(self, network: str, network6: str) -> None:
         """Raises ConflictError for a change that what is there would not survive."""
-        old = self._settled
+        old = self._settled or self._kept
         if old is None:
             return
         if self._choices.owner != old.owner_name and old.has_owner():
@@ -155,7 +156,7 @@ class Install:
                 f"banger is installed for {old.owner_name}, whose VMs and images are here",
                 hint=f"go on with --owner {old.owner_name}, or first: sudo banger system uninstall --purge",
             )
-        if (network, network6) != (old.network, old.network6):
+        if self._settled is not None and (network, network6) != (old.network, old.network6):
             world = asking.helper(privileged.ListWorld())
             self._has_old_bridge = world.bridge
             running = [vm for vm in world.vms if vm.vmm_pid]
@@ -187,7 +188,10 @@ class Install:
         user = {n: p for n, p in own.items() if n not in verified}
         kept = set() if self._choices.pinned else runtime.own_files(host.RUNTIME, but=own)
         if set(own) | kept < set(PROGRAMS):
-            fetched = await run.in_thread(runtime.pull, host.HELPER / "downloads", on_line=self._say)
+            here = [host.RUNTIME] if before else []
+            fetched = await run.in_thread(
+                runtime.pull, host.HELPER / "downloads", local_dirs=here, on_line=self._say
+            )
             new = {name: file.path for name, file in fetched.items() if name not in {*user, *kept}}
             verified = new | verified
         await run.in_thread(runtime.install_runtime, host.RUNTIME, verified, user_files=user)
@@ -290,6 +294,7 @@ class Install:
             await run.in_thread(machine.Machine().bangerd, Path(sys.prefix), "--settle-migrations")
         for aside in self._aside:
             aside.unlink(missing_ok=True)
+        host.KEPT_TOML.unlink(missing_ok=True)
 
     async def _nothing(self) -> None:
         """What is acquired here is the duty to start again what was."""

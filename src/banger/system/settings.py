@@ -42,10 +42,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read(path: Path = host.INSTALL_TOML) -> Settings | None:
-    """None when banger is not installed. Raises BadRequestError for what is no such file."""
+    """None when it is not there: banger is not installed. Raises BadRequestError for no such file."""
     try:
         return decoding.toml(path.read_bytes(), Settings)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, ValueError) as error:
-        raise errors.BadRequestError(f"{host.INSTALL_TOML} is not valid: {error}", hint=MEND) from error
+        named = host.KEPT_TOML if path == host.KEPT_TOML else host.INSTALL_TOML
+        raise errors.BadRequestError(
+            f"{named} is not valid: {error}", hint=MEND.replace(str(host.INSTALL_TOML), str(named))
+        ) from error

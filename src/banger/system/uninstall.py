@@ -21,10 +21,20 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     """Raises ConflictError while VMs run, unless `force`. One that was cut off can be run again."""
     if os.geteuid() != 0:
         raise errors.UnauthorizedError("uninstalling needs root", hint="run it with sudo")
-    if not host.INSTALL_TOML.exists():
+    if host.INSTALL_TOML.exists():
+        with alone.on_host(host.HELPER):
+            _uninstall(purge=purge, force=force, say=say)
+    elif not host.KEPT_TOML.exists():
         raise errors.NotFoundError("banger is not installed on this host")
-    with alone.on_host(host.HELPER):
-        _uninstall(purge=purge, force=force, say=say)
+    elif not purge:
+        raise errors.NotFoundError(
+            "banger is not installed on this host any more; its VMs, images and settings are here",
+            hint=f"to delete these too: sudo {sys.prefix}/bin/banger system uninstall --purge",
+        )
+    else:
+        with alone.on_host(host.HELPER):
+            say("removing files")
+            _remove(install.read_manifest(), purge=True)
 
 
 def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
@@ -53,8 +63,11 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     with contextlib.suppress(errors.BangerError):
         host.systemctl("reset-failed", *host.UNITS, host.SLICE)
     if not purge:
-        say(f"kept: VMs, images and kernels in {host.STATE}, logs in {host.HELPER}, settings in {host.ETC}")
-        say(f"a new installation finds them again: {sys.prefix}/bin/banger system install")
+        say(
+            f"kept: VMs, images and kernels in {host.STATE}, logs and Firecracker in {host.HELPER}, "
+            f"settings in {host.ETC}"
+        )
+        say(f"a new installation finds them again: sudo {sys.prefix}/bin/banger system install")
 
 
 def _take_down_vms() -> None:
@@ -64,17 +77,26 @@ def _take_down_vms() -> None:
     asking.helper(privileged.DeleteBridge())
 
 
+def _is_kept(path: Path) -> bool:
+    """What somebody decided, or brought: settings, signers, and the Firecracker that was chosen."""
+    return path in (host.CONFIG_TOML, host.SIGNERS) or path.parent == host.RUNTIME
+
+
 def _remove(manifest: install.Manifest, *, purge: bool) -> None:
-    for name in manifest.files:
-        if purge or Path(name) != host.CONFIG_TOML:
-            Path(name).unlink(missing_ok=True)
+    for path in map(Path, manifest.files):
+        # What says that banger is installed goes last: until then this can be done again.
+        if path != host.INSTALL_TOML and (purge or not _is_kept(path)):
+            path.unlink(missing_ok=True)
     for link in releases.Releases().links():  # an upgrade's, of what the first installation did not have
         if link.is_symlink():
             link.unlink()
     (host.RELEASES / releases.PREVIOUS).unlink(missing_ok=True)
     install.remove_empty(map(Path, manifest.shared))
     if not purge:
+        host.INSTALL_TOML.rename(host.KEPT_TOML)
         return
+    for path in (host.INSTALL_TOML, host.KEPT_TOML):
+        path.unlink(missing_ok=True)
     for name in sorted(manifest.directories, reverse=True):
         shutil.rmtree(name, ignore_errors=True)
     # Of banger itself what lies in places that are its alone, whichever version takes it off.
