@@ -129,6 +129,24 @@ async def test_a_warning_reaches_who_works_in_the_vm(served: api_served.Served) 
     assert "banger: web is being stopped: it had lived for its 2 seconds" in done
 
 
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [("stop", "stopped"), ("kill", "killed"), ("restart", "restarted"), ("delete", "deleted")],
+)
+async def test_who_works_in_a_vm_hears_that_somebody_else_ends_it(
+    served: api_served.Served, verb: str, said: str
+) -> None:
+    await banger(served, "vm", "create", "web")
+    async with served.command("web") as link, asyncio.timeout(30):
+        await link.send(json.dumps({"argv": ["cat"], "notices": True}))
+        await link.send(b"here")
+        assert await link.recv() == b"\x01here"
+        await banger(served, "vm", verb, "web")
+        heard = [json.loads(message) async for message in link if isinstance(message, str)]
+    assert heard[0] == {"notice": f"web is being {said}"}
+    assert "error" in heard[-1] or "exit_status" in heard[-1]
+
+
 def _cat_until_the_end(cli: cli_process.Cli) -> str:
     with cli.started("vm", "exec", "web", "--", "cat") as process:
         assert process.stderr is not None

@@ -116,15 +116,20 @@ async def test_a_hundred_guests_are_asked_one_connection_each() -> None:
         def close(self) -> None:
             opened.remove(self._vm_id)
 
-    watch = silence.SilenceWatch(Probe, silent_after_s=0.3)
+    told = set[names.VmId]()
+    watch = silence.SilenceWatch(
+        Probe,
+        silent_after_s=0.3,
+        tell=lambda vm_id, is_silent: (told.add if is_silent else told.remove)(vm_id),
+    )
     everyone = [names.VmId(f"{n:012d}") for n in range(100)]
     for vm_id in everyone:
         watch.add(vm_id)
     for _ in range(1000):
-        if sum(watch.silent_since(vm_id) is not None for vm_id in everyone) == 10:
+        if len(told) == sum(watch.silent_since(vm_id) is not None for vm_id in everyone) == 10:
             break
         await asyncio.sleep(0.02)
-    assert {vm_id for vm_id in everyone if watch.silent_since(vm_id)} == set(everyone) - answered
+    assert {vm_id for vm_id in everyone if watch.silent_since(vm_id)} == set(everyone) - answered == told
     assert len(answered) == 90
     assert most <= 11, "ten that hang, and the one being asked"
     await watch.close()

@@ -43,9 +43,17 @@ class Probe(Protocol):
 class SilenceWatch:
     """For showing only: nothing is done to a guest that is silent."""
 
-    def __init__(self, probe: Callable[[names.VmId], Probe], *, silent_after_s: float) -> None:
+    def __init__(
+        self,
+        probe: Callable[[names.VmId], Probe],
+        *,
+        silent_after_s: float,
+        tell: Callable[[names.VmId, bool], None] = lambda vm_id, is_silent: None,
+    ) -> None:
+        """`tell` hears when a guest falls silent, True, and when it answers again."""
         self._probe = probe
         self._silent_after_s = silent_after_s
+        self._tell = tell
         self._guests: dict[names.VmId, _Guest] = {}
 
     def silent_since(self, vm_id: names.VmId) -> datetime.datetime | None:
@@ -93,8 +101,10 @@ class SilenceWatch:
                 guest.is_silent = True
                 why = str(error) or f"no answer within {deadline_s:g} s"
                 _log.warning("the agent is silent", extra={"vm": vm_id, "error": why})
+                self._tell(vm_id, True)
             return
         guest.answered = time.monotonic()
         if guest.is_silent:
             guest.is_silent = False
             _log.info("the agent answers again", extra={"vm": vm_id})
+            self._tell(vm_id, False)

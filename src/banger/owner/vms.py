@@ -113,7 +113,9 @@ class VmService:
             activities=activities,
         )
         agents = silence.SilenceWatch(
-            lambda vm_id: pulse.of(host, vm_id), silent_after_s=host.limits.agent_silence_s
+            lambda vm_id: pulse.of(host, vm_id),
+            silent_after_s=host.limits.agent_silence_s,
+            tell=self._tell_of_silence,
         )
         self.leftovers = leftovers.Leftovers(self._take_away)
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone, agents)
@@ -200,6 +202,7 @@ class VmService:
     async def stop(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
+            self._notices.tell(vm.id, f"{vm.name} is being stopped")
             return self._view(await self._stop(vm, stop.stop))
 
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
@@ -207,6 +210,7 @@ class VmService:
     async def kill(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             progress.stage(resources.Stage.STOP, f"killing {vm.name}")
+            self._notices.tell(vm.id, f"{vm.name} is being killed")
             return self._view(await self._stop(vm, stop.kill))
 
         return self._lifecycle_operation("vm.kill", ref, work, cancels=_STARTING | {"vm.stop"})
@@ -216,6 +220,7 @@ class VmService:
             before = vm.boot_id
             if vm.state is resources.VmState.RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
+                self._notices.tell(vm.id, f"{vm.name} is being restarted")
                 vm = await self._stop(vm, stop.stop)
             view = await self._start(vm, progress)
             if view.boot_id == before:
@@ -229,6 +234,7 @@ class VmService:
     async def delete(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> None:
             progress.stage(resources.Stage.DELETE, f"deleting {vm.name}")
+            self._notices.tell(vm.id, f"{vm.name} is being deleted")
             await self._delete(vm)
 
         return self._lifecycle_operation("vm.delete", ref, work, cancels=_STARTING | {"vm.stop", "vm.kill"})
@@ -295,6 +301,13 @@ class VmService:
         await self.live.close()
 
     # --- inside ---
+
+    def _tell_of_silence(self, vm_id: names.VmId, is_silent: bool) -> None:
+        vm = self._store.get(vm_id)
+        state = "does not answer any more" if is_silent else "answers again"
+        self._notices.tell(
+            vm_id, f"{vm.name} {state}" + (f"; see `banger vm explain {vm.name}`" * is_silent)
+        )
 
     def _view(self, vm: record.VmRecord, *, with_timings: bool = False) -> resources.Vm:
         return self._views.vm(vm, self._seen(vm), with_timings=with_timings)

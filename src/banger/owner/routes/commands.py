@@ -88,6 +88,7 @@ async def _run(
         try:
             await asyncio.wait({sending, receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
+                await _tell_rest(socket, heard, request)
                 status = sending.result()
             elif receiving.done():
                 receiving.result()
@@ -99,10 +100,21 @@ async def _run(
     return resources.ExecEnd(exit_status=status.as_shell, signal=status.signal)
 
 
+async def _tell_rest(
+    socket: sockets.Socket, heard: asyncio.Queue[str], request: resources.ExecRequest
+) -> None:
+    """What was said just before the command ended, which may be why it did."""
+    while request.notices and not heard.empty():
+        await _send_notice(socket, heard.get_nowait())
+
+
+async def _send_notice(socket: sockets.Socket, text: str) -> None:
+    await socket.send_text(msgspec.json.encode(resources.ExecNotice(notice=text)).decode())
+
+
 async def _tell(socket: sockets.Socket, heard: asyncio.Queue[str]) -> None:
     while True:
-        notice = resources.ExecNotice(notice=await heard.get())
-        await socket.send_text(msgspec.json.encode(notice).decode())
+        await _send_notice(socket, await heard.get())
 
 
 async def _send_output(socket: sockets.Socket, running: guests.Exec) -> guest.ExitStatus:
