@@ -37,8 +37,9 @@ Report = Callable[[int], None]
 
 
 def walk(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """A path and all below it: the name in the archive, and the path here."""
-    yield name, str(path)
+    """A path and all below it: the name in the archive, and the path here. Without a name: what is below."""
+    if name:
+        yield name, str(path)
     if path.is_symlink() or not path.is_dir():
         return
     for directory, subdirectories, files in os.walk(str(path), onerror=_raise):
@@ -169,7 +170,8 @@ def lacks_room(place: int | Path) -> bool:
 
 
 def unpack(pieces: Iterable[bytes], target: Path, *, rename: str | None, report: Report) -> Unpacked:
-    """Unpacks into the directory `target`. All members lie under one name; `rename` replaces it.
+    """Unpacks into the directory `target`. All members lie under one name; `rename` replaces it, and when it
+    is empty, what lies under that name goes straight into `target`, which stays as it is.
 
     Existing files are replaced, existing directories filled. Raises ProtocolError for names that lead out,
     and for whatever else no agent of ours would send; NoSpaceError before the disk is full.
@@ -257,6 +259,10 @@ class _Unpacking:
                 raise errors.ProtocolError("the guest sent too many files")
             name = os.fsdecode(entry.name)
             parts = _parts(name, self._rename)
+            if not parts:
+                if stat.S_ISDIR(entry.mode):
+                    continue
+                raise errors.OperationFailedError(f"{name} is not a directory in the guest")
             self._leave("/".join(parts))
             self._place(parts, entry)
         self._leave("")
@@ -297,7 +303,10 @@ class _Unpacking:
 
     def _make(self, parent: int, name: str, entry: reader.Entry) -> None:
         if entry.hard_link:
-            _link(self._top, _parts(os.fsdecode(entry.target), self._rename), parent, name)
+            target = _parts(os.fsdecode(entry.target), self._rename)
+            if not target:
+                raise errors.ProtocolError(f"the guest sent {name!r} as a link to the directory of all")
+            _link(self._top, target, parent, name)
         elif stat.S_ISLNK(entry.mode):
             os.symlink(entry.target, os.fsencode(name), dir_fd=parent)
         elif stat.S_ISFIFO(entry.mode):
@@ -312,7 +321,9 @@ def _parts(name: str, rename: str | None) -> tuple[str, ...]:
         raise errors.ProtocolError(f"the guest sent the name {name!r}, which leads out of the target")
     if not parts:
         raise errors.ProtocolError("the guest sent a member without a name")
-    return (rename, *parts[1:]) if rename else parts
+    if rename is None:
+        return parts
+    return (rename, *parts[1:]) if rename else parts[1:]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import shlex
 import stat
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -85,6 +86,32 @@ async def test_names_follow_cp(guest: Guest, tmp_path: Path) -> None:
     await guest.banger("vm", "cp", "-L", f"web:{inside}/alias", f"{out}/followed")
     assert (out / "alias").is_symlink()
     assert (out / "followed").read_text() == "text"
+
+
+async def test_a_dot_is_what_lies_in_a_directory(guest: Guest, tmp_path: Path) -> None:
+    """As cp and docker have it; the directory that it goes into stays as it is."""
+    make_tree(tmp_path / "tree")
+    for made in ("inside", "back"):
+        (tmp_path / made).mkdir(mode=0o700)
+        (tmp_path / made / "mine").touch()
+    (tmp_path / "tree").chmod(0o777)
+    whole = described(tmp_path / "tree")
+    for source, target in (
+        (f"{tmp_path}/tree/.", f"web:{tmp_path}/inside"),
+        (f"{tmp_path}/tree/.", f"web:{tmp_path}/new-inside"),
+        (f"web:{tmp_path}/tree/.", f"{tmp_path}/back"),
+        (f"web:{tmp_path}/tree/.", f"{tmp_path}/new-back"),
+    ):
+        await guest.banger("vm", "cp", source, target)
+    mine = {"mine": (mock.ANY, mock.ANY, b"")}
+    assert described(tmp_path / "inside") == described(tmp_path / "back") == whole | mine
+    assert described(tmp_path / "new-inside") == described(tmp_path / "new-back") == whole
+    assert {stat.S_IMODE((tmp_path / made).stat().st_mode) for made in ("inside", "back")} == {0o700}
+    assert (tmp_path / "back/sub/again").stat().st_nlink == 2
+    said = await guest.banger("vm", "cp", f"{tmp_path}/tree/tool/.", f"web:{tmp_path}/inside", status=2)
+    assert "tool is not a directory" in said.err
+    said = await guest.banger("vm", "cp", f"web:{tmp_path}/tree/tool/.", f"{tmp_path}/back", status=1)
+    assert "tool is not a directory" in said.err
 
 
 async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ class Place:
     def names_directory(self) -> bool:
         return self.path.endswith(("/", "/."))
 
+    @property
+    def names_content(self) -> bool:
+        """`DIR/.` or `.`, as cp and docker have it: what lies in the directory, without itself."""
+        return posixpath.basename(self.path) == "."
+
 
 def parse_place(text: str) -> Place:
     """`NAME:PATH` in a VM; anything with a slash before its first colon is a path here."""
@@ -65,6 +70,7 @@ def parse_place(text: str) -> Place:
             "banger vm cp ./site web:/srv",
             "a directory: it becomes /srv/site, or /srv when that is not there",
         ),
+        ("banger vm cp ./site/. web:/srv", "what lies in it, into /srv"),
         ("banger vm cp web:/var/log ./logs", "out of the VM"),
         ("banger vm cp web:/etc - | tar -t", "as a tar stream"),
     ],
@@ -80,7 +86,7 @@ def copy(settings: command.Settings, source: str, target: str, archive: bool, fo
 
     NAME:PATH is in a VM, where a relative PATH, or one from ~ on, is below /root; - is a tar stream on stdin
     or stdout. Modes, times, links and extended attributes are kept. A directory that is there is filled, a
-    file replaced.
+    file replaced. DIR/. is what lies in a directory.
     """
     here, there = parse_place(source), parse_place(target)
     if bool(here.vm) == bool(there.vm):
@@ -116,9 +122,14 @@ def _into(
         source = Path(here.path)
         if not os.path.lexists(source):
             raise errors.BadRequestError(f"{source} does not exist")
-        if follow_link:
+        if follow_link or here.names_content:
             source = source.resolve()
-        directory, name = _place_in_guest(api, there, source)
+        if here.names_content:
+            directory, name = posixpath.normpath(there.path), ""
+            if not source.is_dir():
+                raise errors.BadRequestError(f"{source} is not a directory")
+        else:
+            directory, name = _place_in_guest(api, there, source)
         total = archives.content_bytes(archives.walk(source, name))
         pieces = archives.packed(archives.walk(source, name), lambda count: report(_COPYING, count, total))
     owner = None if archive or here.is_pipe else 0
@@ -180,13 +191,20 @@ def _unpack(
 
     target = Path(there.path)
     own_name = posixpath.basename(posixpath.normpath(here.path)) or here.vm
-    inside = there.names_directory or target.is_dir()
-    directory, name = (target, own_name) if inside else (target.parent, target.name)
-    if not directory.is_dir():
+    if here.names_content:
+        directory, name = target, ""
+    elif there.names_directory or target.is_dir():
+        directory, name = target, own_name
+    else:
+        directory, name = target.parent, target.name
+    is_new = not name and directory.parent.is_dir() and not os.path.lexists(directory)
+    if not is_new and not directory.is_dir():
         raise errors.BadRequestError(f"there is no directory {directory}", hint="make it first")
     report = _report(settings, here.vm)
     try:
         with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
+            if is_new:
+                directory.mkdir()
             done = archives.unpack(
                 pieces, directory, rename=name, report=lambda count: report(_COPYING, count)
             )
