@@ -125,6 +125,25 @@ def test_table_is_aligned() -> None:
     assert render.table(("A", "LONG"), [("xxxx", "1"), ("y", "")]) == "A      LONG\nxxxx   1\ny"
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (0, "NAME   AGE      WHO\nweb    5 days   dev"),
+        (20, "NAME   AGE      WHO\nweb    5 days   dev"),
+        (18, "NAME  AGE     WHO\nweb   5 days  dev"),
+        (12, "NAME   WHO\nweb    dev"),
+        (5, "NAME  WHO\nweb   dev"),
+    ],
+)
+def test_a_table_fits_a_terminal_and_is_whole_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: columns > 0)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = render.table(["NAME", "AGE", "WHO"], [["web", "5 days", "dev"]], dispensable=["AGE"])
+    assert found == shown
+
+
 def test_span_uses_the_largest_unit() -> None:
     shown = [render.span(seconds) for seconds in (0, 1, 59, 60, 3599, 7200, 200_000)]
     assert shown == ["0 seconds", "1 second", "59 seconds", "1 minute", "59 minutes", "2 hours", "2 days"]

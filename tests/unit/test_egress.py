@@ -69,6 +69,23 @@ def test_not_a_destination(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "instead"),
+    [
+        ("https://GitHub.com/a/b?c", "github.com:443"),
+        ("http://a.org", "a.org:80"),
+        ("http://me@a.org:8080/", "a.org:8080"),
+        ("https://[2001:db8::1]/", "[2001:db8::1]:443"),
+        ("gopher://a.org", "a.org"),
+    ],
+)
+def test_of_a_url_is_said_what_to_write_instead(url: str, instead: str) -> None:
+    with pytest.raises(errors.BadRequestError, match="is a URL") as raised:
+        destinations.parse(url)
+    assert raised.value.hint.startswith(f"write {instead}: ")
+    destinations.parse(instead)
+
+
+@pytest.mark.parametrize(
     "text", ["-a.org", "a b", "a.org\n;", "fd00::g", "*.", "a.*.org", "x" * 254, "1.2.3.4/33", "a.org:4 3"]
 )
 def test_not_a_name_either(text: str) -> None:

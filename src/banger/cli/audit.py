@@ -58,7 +58,7 @@ def audit(
         output.json(list(last))
     else:
         headers = ("TIME", "OUTCOME", "REQUEST", "VM", "OPERATION", "UID", "MS", "ERROR")
-        output.text(render.table(headers, map(_row, last)))
+        output.text(render.table(headers, map(_row, last), dispensable=("UID", "OPERATION")))
 
 
 def _row(entry: contract.Entry) -> tuple[str, ...]:

@@ -194,7 +194,9 @@ def list_images(settings: command.Settings, available: bool, quiet: bool) -> Non
         output.text("".join(f"{render.safe(image.name)}\n" for image in images))
     else:
         headers = ("NAME", "ID", "DIGEST", "ARCH", "SIZE", "ON DISK", "CREATED", "USED BY")
-        output.text(render.table(headers, map(_row, images)))
+        output.text(
+            render.table(headers, map(_row, images), dispensable=("ARCH", "CREATED", "DIGEST", "SIZE"))
+        )
 
 
 def _row(image: resources.Image) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def list_kernels(settings: command.Settings, available: bool, quiet: bool) -> No
         output.text("".join(f"{render.safe(kernel.name)}\n" for kernel in kernels))
     else:
         headers = ("NAME", "VERSION", "KIND", "ARCH", "SIZE", "HERE", "USED BY")
-        output.text(render.table(headers, map(_row, kernels)))
+        output.text(render.table(headers, map(_row, kernels), dispensable=("ARCH", "SIZE", "KIND")))
 
 
 def _row(kernel: resources.Kernel) -> tuple[str, ...]:

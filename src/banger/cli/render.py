@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Final, TextIO
@@ -55,15 +56,28 @@ def styled(text: str, code: str, stream: TextIO) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if has_colour(stream) else text
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; every cell is made safe."""
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, dispensable: Sequence[str] = ()) -> str:
+    """Columns as wide as their widest cell; every cell is made safe.
+
+    On a terminal that is too narrow, columns move together, and then `dispensable` ones are left out, the
+    first first. In a pipe all of it is there.
+    """
     cells = [list(headers), *([safe(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
-    lines = (
-        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
-    return "\n".join(lines)
+    widths = {header: max(len(row[at]) for row in cells) for at, header in enumerate(headers)}
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    shown, gap = list(headers), 3
+    for header in ("", *dispensable):
+        shown = [each for each in shown if each != header]
+        gap = next((gap for gap in (3, 2) if _is_within(room, [widths[each] for each in shown], gap)), 0)
+        if gap:
+            break
+    places = [(headers.index(each), widths[each]) for each in shown]
+    between = " " * (gap or 2)
+    return "\n".join(between.join(row[at].ljust(width) for at, width in places).rstrip() for row in cells)
+
+
+def _is_within(room: int, widths: Sequence[int], gap: int) -> bool:
+    return sum(widths) + gap * (len(widths) - 1) <= room
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:

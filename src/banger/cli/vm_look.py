@@ -27,6 +27,7 @@ _SOURCES: Final = {
 }
 _HEADERS: Final = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "ADDRESS", "CREATED", "UPTIME")
 _STOPS: Final = "STOPS"
+_DISPENSABLE: Final = ("CREATED", "CPU", "MEMORY", "IMAGE", "ADDRESS")
 _WIDE: Final = ("ID", "KERNEL", "DISK", "WORKSPACE", _STOPS)
 _FORMAT: Final = click.option(
     "--format",
@@ -59,7 +60,10 @@ _QUIET: Final = click.option("-q", "--quiet", is_flag=True, help="Print names on
 def list_vms(
     settings: command.Settings, quiet: bool, state: str | None, pattern: str, image: str | None, form: str
 ) -> None:
-    """List VMs."""
+    """List VMs.
+
+    On a narrow terminal some columns are left out; `--format wide` has them all.
+    """
 
     def is_meant(vm: resources.Vm) -> bool:
         fits = fnmatch.fnmatchcase(vm.name, pattern) and image in {None, vm.image, vm.image_id}
@@ -97,9 +101,9 @@ def _list(
         output.text(render.table((*_HEADERS, *_WIDE), map(_wide_row, vms)))
     elif any(map(lifetime.next_end, vms)):
         rows = ((*_row(vm), lifetime.next_end(vm) or "-") for vm in vms)
-        output.text(render.table((*_HEADERS, _STOPS), rows))
+        output.text(render.table((*_HEADERS, _STOPS), rows, dispensable=_DISPENSABLE))
     else:
-        output.text(render.table(_HEADERS, map(_row, vms)))
+        output.text(render.table(_HEADERS, map(_row, vms), dispensable=_DISPENSABLE))
 
 
 def _wide_row(vm: resources.Vm) -> Sequence[str]:
@@ -350,7 +354,7 @@ def _stats_table(found: Sequence[resources.VmStats], before: dict[str, resources
                 sizes.text_of_bytes(item.work_disk_bytes),
             )
         )
-    return render.table(headers, rows)
+    return render.table(headers, rows, dispensable=("OVERLAY", "WORK DISK", "MEMORY"))
 
 
 def _cpu(now: resources.VmStats, before: resources.VmStats | None) -> str:

@@ -26,7 +26,7 @@ from banger.contract import errors, resources, sizes
     type=params.SPAN,
     help="Only those not started for 90m, 12h, 7d; a bare number is seconds.",
 )
-@click.option("--force", is_flag=True, help="Do not ask.")
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Print their names; delete nothing.")
 @click.pass_obj
 def prune(settings: command.Settings, older_than: float | None, force: bool, dry_run: bool) -> None:

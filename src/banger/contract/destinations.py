@@ -20,6 +20,9 @@ _HINT: Final = (
 )
 
 
+_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443, "ssh": 22, "ftp": 21, "git": 9418}
+
+
 class NamedDestination(msgspec.Struct, frozen=True):
     """A name in the DNS; `*.` in front also means every name below."""
 
@@ -30,6 +33,8 @@ class NamedDestination(msgspec.Struct, frozen=True):
 def parse(text: str) -> egress.Destination | NamedDestination:
     """`CIDR[:PORT]`, `[CIDR]:PORT` for IPv6, or `NAME[:PORT]`. Raises BadRequestError."""
     plain = text.strip().lower()
+    if url := re.fullmatch(r"([a-z][a-z0-9+.-]*)://(?:[^/?#@]*@)?([^/?#]+).*", plain):
+        raise _is_url(text, *url.groups())
     if plain.startswith("[") or plain.count(":") > 1:
         return _parse6(text, plain)
     host, colon, port_text = plain.partition(":")
@@ -42,6 +47,16 @@ def parse(text: str) -> egress.Destination | NamedDestination:
     if not re.fullmatch(_NAME, host.rstrip(".")):
         raise errors.BadRequestError(f"{text!r} is not a destination", hint=_HINT)
     return NamedDestination(host.rstrip("."), port)
+
+
+def _is_url(text: str, scheme: str, host: str) -> errors.BadRequestError:
+    """Says what to write instead, where that can be said."""
+    has_port = re.search(r":[0-9]+$", host)
+    port = "" if has_port or scheme not in _PORTS else f":{_PORTS[scheme]}"
+    return errors.BadRequestError(
+        f"{text!r} is a URL, and addresses and ports are all that is looked at",
+        hint=f"write {host}{port}: every path there is allowed with it",
+    )
 
 
 def _parse6(text: str, plain: str) -> egress.Destination:

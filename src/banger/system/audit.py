@@ -25,7 +25,8 @@ def read(directory: Path = DIRECTORY) -> list[audit.Entry]:
     try:
         if not any((directory / name).exists() for name in (*audit.FILES, *audit.REFUSED)):
             raise errors.NotFoundError(
-                f"there is no record in {directory}", hint="is banger installed here?"
+                f"there is no record in {directory}: nothing was asked of root yet, or no banger is here",
+                hint="`banger vm run --rm -- true` asks something",
             )
         kept = [_entries(directory, files) for files in (audit.FILES, audit.REFUSED)]
         found = list(heapq.merge(*kept, key=lambda entry: entry.time))
