@@ -316,6 +316,17 @@ async def test_an_image_deleted_while_it_is_looked_into_makes_no_vm(
     assert await served.get("/v1/vms", list[resources.Vm]) == []
 
 
+async def test_an_image_that_would_lack_what_is_wanted_is_not_made(served: Served) -> None:
+    body = {"name": "web", "kernel": "tiny", "image": "busybox", "needs_git": True}
+    refused = await served.error("POST", "/v1/vms", 500, body)
+    assert "image busybox has no git" in refused.message
+    assert [each.kind for each in await served.get("/v1/operations", list[resources.Operation])] == []
+    images = served.daemon.services.pulls
+    assert images.will_lack("busybox", "mise")
+    assert not images.will_lack("busybox", "sh")
+    assert not images.will_lack("debian-bookworm", "git")
+
+
 async def test_importing_a_layout_and_a_root_file_system(served: Served, tmp_path: Path) -> None:
     oci_make.layout(tmp_path / "layout", "v1", [BASE, TOP], RUN)
     body = {"path": str(tmp_path / "layout"), "name": "laid"}

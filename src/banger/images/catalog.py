@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import posixpath
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -36,6 +37,16 @@ class RecipeEntry(
     sha256: Sha256
     summary: Summary = ""
     arch: Arch | None = None
+
+    def lacks(self, program: str) -> bool:
+        """Certainly: of a recipe of ours that takes a few packages as they are, without what these need."""
+        if self.source.startswith("/"):
+            return False
+        made = recipe.parse(self.text())
+        named = {*made.packages, *(name for links in made.tree.links for name in links.names)}
+        paths = (*(each.path for each in made.tree.file), *(each.path for each in made.tree.link))
+        named |= set(map(posixpath.basename, paths))
+        return made.variant == "extract" and program not in named
 
     def text(self) -> bytes:
         """The recipe, verified. Raises NotFoundError, or OperationFailedError for another one."""

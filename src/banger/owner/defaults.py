@@ -60,13 +60,17 @@ class Defaults:
     def missing(self, body: resources.CreateVm) -> Sequence[operations.Work]:
         """How to get the kernel and the image, those of them that are not here and can be got.
 
-        Raises NotFoundError for a kernel that cannot, before the image is pulled in vain.
+        Raises NotFoundError for a kernel that cannot, and MissingToolError for an image that would certainly
+        lack what is wanted of it, before the image is got in vain.
         """
         ref = body.image or self._config.image
         is_here = self._images.knows(ref)
         making = None if is_here else self._pulls.how_to_obtain(ref)
         if making is None and not is_here:
             return ()
+        for program in _wanted(body) if making is not None else ():
+            if self._pulls.will_lack(ref, program.name):
+                raise _lacking(ref, program)
         named = self._images.find(ref).kernel if making is None else making.kernel
         kernel = body.kernel or self._config.kernel or named
         pulling = self._kernels.how_to_obtain(kernel)
@@ -98,17 +102,23 @@ class Defaults:
 
     async def require_programs(self, image_id: names.ImageId, body: resources.CreateVm) -> None:
         """Raises MissingToolError for an image that certainly lacks what is wanted of it."""
-        wanted = {_GIT: body.needs_git, _MISE: body.needs_mise}
-        for program in (each for each, is_needed in wanted.items() if is_needed):
+        for program in _wanted(body):
             if not await asyncio.to_thread(self._images.may_have, image_id, program.name):
-                raise errors.MissingToolError(
-                    f"image {self._images.name(image_id)} has no {program.name}, which {program.does}",
-                    hint=program.hint,
-                    tool=program.name,
-                )
+                raise _lacking(self._images.name(image_id), program)
 
     def kernel_id(self, ref: str) -> names.KernelId:
         return names.KernelId(self._kernels.find(ref).id)
+
+
+def _wanted(body: resources.CreateVm) -> list[_Program]:
+    wanted = {_GIT: body.needs_git, _MISE: body.needs_mise}
+    return [program for program, is_needed in wanted.items() if is_needed]
+
+
+def _lacking(image: str, program: _Program) -> errors.MissingToolError:
+    return errors.MissingToolError(
+        f"image {image} has no {program.name}, which {program.does}", hint=program.hint, tool=program.name
+    )
 
 
 def sizes(body: resources.CreateVm, settings: config.Config) -> dict[str, create.Sized]:

@@ -91,6 +91,11 @@ class PullService:
             return None
         return self._pulling(requests.PullImage(reference=ref))
 
+    def will_lack(self, ref: str, program: str) -> bool:
+        """Certainly, and known before it is made."""
+        entry = self._catalog.find(ref, platform.machine())
+        return isinstance(entry, catalog.RecipeEntry) and entry.lacks(program)
+
     def prune(self, *, dry_run: bool) -> requests.PrunedCache:
         """Runs in the loop: no pull or build may take something into use meanwhile."""
         found = self._blobs.prune(dry_run=dry_run)
