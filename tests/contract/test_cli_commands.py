@@ -390,7 +390,8 @@ def test_completion(cli: cli_process.Cli, tmp_path: Path) -> None:
     assert complete(cli, "banger vm exec w") == ["web"]
     assert "--memory" in complete(cli, "banger vm create --m")
     assert complete(cli, "banger vm cp no") == ["file,no"]
-    assert complete(cli, "banger vm cp notes web:/r") == ["file,web:/r"]
+    assert complete(cli, "banger vm cp we") == ["web:", "file,we"]
+    assert complete(cli, "banger vm cp notes web:/r", BANGER_SOCKET=str(tmp_path / "none")) == []
     assert complete(cli, "banger vm run ./s") == ["dir,./s"]
     assert complete(cli, "banger vm stop ", BANGER_SOCKET=str(tmp_path / "none")) == []
 

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import stat
+import subprocess
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -112,6 +113,44 @@ async def test_a_dot_is_what_lies_in_a_directory(guest: Guest, tmp_path: Path) -
     assert "tool is not a directory" in said.err
     said = await guest.banger("vm", "cp", f"web:{tmp_path}/tree/tool/.", f"{tmp_path}/back", status=1)
     assert "tool is not a directory" in said.err
+
+
+async def test_a_shell_completes_what_is_in_the_guest(guest: Guest, tmp_path: Path) -> None:
+    """In bash itself, which takes web:/etc for three words."""
+    cli = cli_process.Cli(guest.served.path)
+    for name in ("sub", "sub two"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    (tmp_path / "in" / ".hidden").touch()
+    (tmp_path / "banger").write_text(f'#!/bin/sh\nexec {shlex.join(cli.argv())} "$@"\n')
+    (tmp_path / "banger").chmod(0o755)
+    (tmp_path / "web-log").touch()
+    environment = cli.environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+    def completed(*words: str) -> list[str]:
+        script = (
+            "source <(banger completion bash); COMP_WORDS=(banger vm cp "
+            f"{shlex.join(words)}); COMP_CWORD={len(words) + 2}; "
+            '_banger_completion banger; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        argv = ["bash", "--norc", "-c", script]
+        done = subprocess.run(
+            argv, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        # Only a shell that is typed into can be told what is not in its list.
+        assert {line.partition("compopt: ")[2] for line in done.stderr.splitlines()} <= {
+            "not currently executing completion function"
+        }, done.stderr
+        return done.stdout.splitlines()
+
+    inside = f"{tmp_path}/in"
+    assert await asyncio.to_thread(completed, "web", ":", f"{inside}/su") == [
+        f"{inside}/sub/",
+        f"{inside}/sub\\ two/",
+    ]
+    assert await asyncio.to_thread(completed, "web", ":", f"{inside}/.") == [f"{inside}/.hidden"]
+    assert await asyncio.to_thread(completed, "notes", "web", ":", f"{inside}/none") == [""]
+    assert await asyncio.to_thread(completed, "we") == ["web:", "web-log"]
+    assert await asyncio.to_thread(completed, "nobody", ":", "/") == [""]
 
 
 async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:

@@ -52,11 +52,12 @@ class _Name(click.ParamType[str]):
         given = ctx.params.get(param.name or "") or ()
         return [
             CompletionItem(name)
-            for name in self._names(ctx.ensure_object(command.Settings))
+            for name in self.known(ctx.ensure_object(command.Settings))
             if name.startswith(incomplete) and name not in given
         ]
 
-    def _names(self, settings: command.Settings) -> list[str]:
+    def known(self, settings: command.Settings) -> list[str]:
+        """Those that there are; nothing when nobody answers."""
         from banger.contract import errors
 
         with contextlib.suppress(errors.BangerError, OSError):
@@ -76,6 +77,30 @@ class _Local(click.types.UnprocessedParamType):
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(incomplete, type=self._kind)]
+
+
+class _Place(_Local):
+    """A path here, or NAME:PATH; a guest is asked what it has, quickly, and silently when it is down."""
+
+    def __init__(self) -> None:
+        super().__init__("file")
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        from banger.cli import guest_paths
+
+        settings = ctx.ensure_object(command.Settings)
+        name, colon, path = incomplete.partition(":")
+        if colon and name and "/" not in name:
+            return [CompletionItem(f"{name}:{each}") for each in guest_paths.like(settings, name, path)]
+        here = super().shell_complete(ctx, param, incomplete)
+        if "/" in incomplete:
+            return here
+        found = VM.known(settings)
+        return [*(CompletionItem(f"{each}:") for each in found if each.startswith(incomplete)), *here]
 
 
 class _Size(click.ParamType[int]):
@@ -224,6 +249,7 @@ def _parse_peers(text: str) -> object:
 
 VM: Final = _Name("vm", "/v1/vms")
 FILE: Final = _Local("file")
+PLACE: Final = _Place()
 DIRECTORY: Final = _Local("dir")
 NEW_VM: Final = _Name("vm", "")
 IMAGE: Final = _Name("image", "/v1/images")

@@ -75,8 +75,8 @@ def parse_place(text: str) -> Place:
         ("banger vm cp web:/etc - | tar -t", "as a tar stream"),
     ],
 )
-@click.argument("source", type=params.FILE)
-@click.argument("target", type=params.FILE)
+@click.argument("source", type=params.PLACE)
+@click.argument("target", type=params.PLACE)
 @command.habit("-r", "-R", "--recursive")
 @click.option("-a", "--archive", is_flag=True, help="Keep owners, by number [default: root's in the guest].")
 @click.option("-L", "--follow-link", is_flag=True, help="Copy what a symlink names, when SOURCE is one.")
