@@ -14,8 +14,6 @@ from tests.lab import user
 
 pytestmark = pytest.mark.timeout(600)
 BANGER = f"{provision.VENV}/bin/banger"
-UPGRADE = Path(__file__).parents[2] / "docs/upgrade.md"
-SOURCE = "/var/tmp/source"
 
 LOOKS = {
     "files": "find / -xdev \\( -path /tmp -o -path /var/tmp -o -path /var/log \\) -prune -o"
@@ -104,31 +102,12 @@ def test_without_purge_everything_is_found_again(fresh_installed_host: Lab) -> N
     user.banger(host, "vm", "start", "web")
     kept = user.banger(host, "vm", "exec", "web", "--", "cat", "/root/kept", "/kept").text
     assert kept == "mine\nmine\n"
-    _upgrade_from_source(host)
-    assert user.shown(host, "web")["state"] == "running"
     user.banger(host, "vm", "stop", "web")
 
     # An uninstallation that was cut off after the helper's socket had gone is done again.
     host.run(["systemctl", "disable", "--now", "bangerd.service", "bangerd-root.socket"])
     host.run(["banger", "system", "uninstall", "--purge"], timeout_s=120)
     assert host.run(["sh", "-c", "ls -d /var/lib/banger* /etc/banger* 2>/dev/null"], check=False).text == ""
-
-
-def _upgrade_from_source(host: Lab) -> None:
-    """The page's own lines, but for the one that makes the wheel; pip finds here what it would fetch."""
-    block = (
-        UPGRADE.read_text()
-        .partition("## Upgrade from source")[2]
-        .partition("```sh\n")[2]
-        .partition("```")[0]
-    )
-    made, *lines = block.splitlines()
-    assert made == "git pull && rm -rf dist && make wheel"
-    assert len(lines) == 4
-    host.write("/etc/pip.conf", b"[global]\nno-index = true\nfind-links = /artefacts/wheels\n")
-    host.run(["sh", "-c", f"mkdir -p {SOURCE}/requirements && ln -s /artefacts/dist {SOURCE}/dist"])
-    host.run(["ln", "-s", "/artefacts/requirements.txt", f"{SOURCE}/requirements/run.txt"])
-    host.run(["bash", "-e", "-c", "\n".join((f"cd {SOURCE}", *lines))], timeout_s=300)
 
 
 def _inventory(host: Lab) -> dict[str, set[str]]:

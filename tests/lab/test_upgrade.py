@@ -19,6 +19,8 @@ from tests.lab import user
 pytestmark = pytest.mark.timeout(1500, func_only=True)
 BROKEN, GOOD = "999.0", "999.1"
 AT = "/var/tmp/releases"
+PAGE = Path(__file__).parents[2] / "docs/upgrade.md"
+SOURCE = "/var/tmp/source"
 LAST = "json_set(record, '$.host_boot_id', '') WHERE json_valid(record)\","
 MORE = f'{LAST}\n    "CREATE TABLE later (id TEXT) STRICT",'
 LISTEN = "listener = stack.enter_context(server.listening(paths.socket))"
@@ -36,6 +38,9 @@ def test_an_upgrade_over_a_running_vm(fresh_installed_host: Lab, tmp_path: Path)
     _bring(host, tmp_path, GOOD, MIGRATES, key)
     user.banger(host, "vm", "create", "web", *user.SMALL)
     boot = _boot_id(host)
+
+    _upgrade_from_source(host)
+    assert _boot_id(host) == boot
 
     failed = _upgrade(host, BROKEN)
     assert failed.status != 0
@@ -55,6 +60,20 @@ def test_an_upgrade_over_a_running_vm(fresh_installed_host: Lab, tmp_path: Path)
     assert older.status != 0
     assert f"banger {GOOD} is installed, and {BROKEN} is older" in older.error_text
     user.banger(host, "vm", "delete", "web")
+
+
+def _upgrade_from_source(host: Lab) -> None:
+    """The page's own lines, but for the one that makes the wheel; pip finds here what it would fetch."""
+    block = (
+        PAGE.read_text().partition("## Upgrade from source")[2].partition("```sh\n")[2].partition("```")[0]
+    )
+    made, *lines = block.splitlines()
+    assert made == "git pull && rm -rf dist && make wheel"
+    assert len(lines) == 4
+    host.write("/etc/pip.conf", b"[global]\nno-index = true\nfind-links = /artefacts/wheels\n")
+    host.run(["sh", "-c", f"mkdir -p {SOURCE}/requirements && ln -s /artefacts/dist {SOURCE}/dist"])
+    host.run(["ln", "-s", "/artefacts/requirements.txt", f"{SOURCE}/requirements/run.txt"])
+    host.run(["bash", "-e", "-c", "\n".join((f"cd {SOURCE}", *lines))], timeout_s=300)
 
 
 def _bring(host: Lab, scratch: Path, version: str, changes: dict[str, tuple[str, str]], key: Path) -> None:
