@@ -324,7 +324,12 @@ def test_images_and_kernels(cli: cli_process.Cli, fake: daemon.FakeDaemon, tmp_p
     assert "boots directly" in cli.run("kernel", "show", "own").text
     done = cli.run("image", "delete", "nothing", "mine")
     assert (done.status, done.text) == (1, "mine\n")
-    assert cli.run("kernel", "delete", "own").status == 0
+    assert cli.run("kernel", "delete", "own").err == ""
+    fake.images["debian-bookworm"] = msgspec.structs.replace(
+        fake.images["debian-bookworm"], default_kernel="own"
+    )
+    assert cli.run("kernel", "import", str(tmp_path), "--name", "own").status == 0
+    assert "VMs of debian-bookworm boot own where no other" in cli.run("kernel", "delete", "own").err
     assert (list(fake.images), list(fake.kernels)) == (["debian-bookworm"], ["generic-6.12"])
 
 

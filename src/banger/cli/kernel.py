@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import click
 
 from banger.cli import client, command, many, output, params, progress, render, signals
-from banger.contract import requests, resources, sizes
+from banger.contract import errors, requests, resources, sizes
 
 group = command.Group(
     "kernel",
@@ -137,4 +138,22 @@ def _facts(kernel: resources.Kernel) -> Iterator[tuple[str, str]]:
 @click.pass_obj
 def remove(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Delete kernels that no VM uses."""
-    many.delete(settings, "/v1/kernels", names)
+    try:
+        many.delete(settings, "/v1/kernels", names)
+    finally:
+        if not settings.json:
+            _say_what_wants_them(settings.client(), names)
+
+
+def _say_what_wants_them(api: client.Client, names: Sequence[str]) -> None:
+    """Of images that are here, and boot by default what is not any more."""
+    with contextlib.suppress(errors.BangerError):  # it goes over nothing that went wrong before
+        here = {kernel.name for kernel in api.get("/v1/kernels", list[resources.Kernel])}
+        images = api.get("/v1/images", list[resources.Image])
+        for gone in (name for name in dict.fromkeys(names) if name not in here):
+            wanting = ", ".join(image.name for image in images if image.default_kernel == gone)
+            if wanting:
+                render.note(
+                    f"VMs of {wanting} boot {gone} where no other kernel is named: the next one gets it "
+                    "again, or fails where it cannot be had"
+                )
