@@ -204,6 +204,7 @@ async def test_a_file_with_a_colon_in_its_name_is_told_how_to_be_one(
         (("web:/nonexistent*", "/tmp/x"), 1, "patterns are not expanded"),
         (("web:/etc/hostname", "/proc/x"), 1, "cannot write x in /proc"),
         (("web:/etc/hostname", "/nonexistent/x"), 2, "no directory /nonexistent"),
+        (("/etc/hostname", "web:/proc/"), 1, "that is in web: `banger vm exec web -- df`"),
         (("nobody:/etc/hostname", "/tmp/x"), 1, "nobody"),
         (("UPPER:/etc/hostname", "/tmp/x"), 2, "UPPER"),
     ],

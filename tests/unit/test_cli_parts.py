@@ -144,6 +144,14 @@ def test_a_table_fits_a_terminal_and_is_whole_in_a_pipe(
     assert found == shown
 
 
+def test_a_long_text_goes_on_below_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "one two /a/long/path three four five six"
+    assert render.hanging(text, 10) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "34")
+    assert render.hanging(text, 10) == f"one two /a/long/path\n{' ' * 10}three four five six"
+
+
 def test_span_uses_the_largest_unit() -> None:
     shown = [render.span(seconds) for seconds in (0, 1, 59, 60, 3599, 7200, 200_000)]
     assert shown == ["0 seconds", "1 second", "59 seconds", "1 minute", "59 minutes", "2 hours", "2 days"]

@@ -71,6 +71,14 @@ def test_who_leaves_out_image_is_told(word: str, verb: str, capsys: pytest.Captu
     assert f"it is `banger image {verb}`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["-v", "--volume", "--mount"])
+def test_who_wants_to_share_a_directory_is_told_what_there_is(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", "run", option, ".:/work"]) == 2
+    assert "share no directory with this host: `banger vm run PATH`" in capsys.readouterr().err
+
+
 def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["rnu"], ["system", "rm"], ["runtime", "ls"]):
         assert main.run(words) == 2

@@ -118,6 +118,12 @@ class TailCommand(Command):
         return super().parse_args(ctx, args[:cut])
 
 
+_MOUNTS: Final = ("-v", "--volume", "--mount")
+_NO_MOUNTS: Final = (
+    "VMs share no directory with this host: `banger vm run PATH` sends a repository, `banger vm cp` files"
+)
+
+
 class PathCommand(TailCommand):
     """One that takes a path, and the user's own command only after `--`."""
 
@@ -132,6 +138,8 @@ class PathCommand(TailCommand):
                 raise
             import shlex
 
+            if error.option_name in _MOUNTS:
+                raise click.UsageError(f"{error.option_name}: {_NO_MOUNTS}", ctx) from None
             meant = f"a command comes after --: `{ctx.command_path} -- {shlex.join(given)}`"
             raise click.UsageError(f"{error.format_message().rstrip('.')}; {meant}", ctx) from None
 

@@ -55,7 +55,8 @@ def _shown(found: report.Report, *, quiet: bool) -> str:
     lines = []
     for row in rows:
         mark = render.styled(row.status.upper(), _COLOURS[row.status], sys.stdout)
-        lines.append(f"{mark}   {row.check:<{width}}   {render.safe(row.detail)}")
+        detail = render.hanging(render.safe(row.detail), 10 + width)
+        lines.append(f"{mark}   {row.check:<{width}}   {detail}")
         if row.remedy:
             lines.append(f"       {'':<{width}}   → {render.safe(row.remedy)}")
     if rows:

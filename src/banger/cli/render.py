@@ -80,6 +80,17 @@ def _is_within(room: int, widths: Sequence[int], gap: int) -> bool:
     return sum(widths) + gap * (len(widths) - 1) <= room
 
 
+def hanging(text: str, indent: int) -> str:
+    """What stands `indent` columns from the left, and on a terminal goes on there in its next lines."""
+    if not sys.stdout.isatty():
+        return text
+    import textwrap
+
+    room = max(20, shutil.get_terminal_size().columns - indent)
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
+
+
 def facts(rows: Iterable[tuple[str, str]]) -> str:
     """A name and a value on each line, for `show`."""
     shown = [(name, safe(value)) for name, value in rows]

@@ -25,6 +25,7 @@ _PIPE: Final = "-"
 _COPYING: Final = "copying"
 _OF_AGENT: Final = "cannot pack "
 """What the guest's agent says of a path that is not there."""
+_NOT_UNPACKED: Final = "cannot unpack "
 _LISTED_BYTES: Final = 4 << 20
 """What reads so little from a pipe of ours is a `tar -t`, whose lines are not to be written over."""
 
@@ -138,6 +139,10 @@ def _into(
             talk.tell(transfers.PutRequest(path=directory, uid=owner, gid=owner))
             talk.send(pieces)
             done = talk.hear(transfers.Transferred)
+    except errors.BangerError as error:
+        if error.message.startswith(_NOT_UNPACKED):
+            error.hint = f"that is in {there.vm}: `banger vm exec {there.vm} -- df` shows its disks"
+        raise
     finally:
         report.close()
     files = sizes.counted(done.entries, "file")

@@ -106,7 +106,8 @@ def _not_running(vm: resources.Vm) -> tuple[str, str]:
     again = f"`banger vm start {vm.name}` starts it"
     if vm.last_error is not None:
         at = f" (in step {vm.last_error.step})" if vm.last_error.step else ""
-        return f"{vm.name} does not run: {vm.last_error.message}{at}", vm.last_error.hint or again
+        why = vm.last_error.message.removeprefix(f"{vm.name} is no longer running: ")
+        return f"{vm.name} does not run: {why}{at}", vm.last_error.hint or again
     if vm.state is resources.VmState.CREATED:
         return f"{vm.name} has never been started", again
     if vm.stopped_because:

@@ -43,7 +43,7 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     if running and not force:
         raise errors.ConflictError(
             f"still running: {sizes.counted(len(running), 'VM')}",
-            hint="stop them first, or add --force to end them",
+            hint="stop them first, as their owner: `banger vm stop NAME…`; or add --force to end them",
         )
     say("stopping the daemon")
     host.systemctl("stop", "bangerd.service")
