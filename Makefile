@@ -22,7 +22,7 @@ $(VENV)/ready: requirements/dev.txt
 	@echo $(CURDIR)/src > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/banger-src.pth"
 	@touch $@
 
-.PHONY: run test lint unit contract root lab long soak fuzz coverage strict guest wheel setup lab-up lab-ssh lab-down screens bench clean help
+.PHONY: run test lint unit contract root lab long rights soak fuzz coverage strict guest wheel setup lab-up lab-ssh lab-down screens bench clean help
 
 run: setup guest  ## Boot a microVM and run a command in it, in the lab (HOST=local OWNER=you: on this machine)
 	$(PY) -m lab.demo --host $(HOST) $(if $(OWNER),--owner $(OWNER))
@@ -66,6 +66,14 @@ lab: setup guest  ## Run the tests that boot real microVMs in the lab
 
 long: setup guest  ## Run the lab tests that `make test` leaves out for their time
 	BANGER_LONG=only $(PYTEST) tests/lab
+
+# Where the helper does all that it can do. None of them restarts the host: what is counted is in its kernel.
+RIGHTS := $(addprefix tests/lab/test_,main_path.py network_lab.py failures.py upgrade.py helper_lab.py \
+  crash_drill.py::test_a_random_walk_of_kills)
+rights: setup guest  ## Record in the lab what the helper asks of the kernel; compare with tests/rights.txt
+	@rm -rf build/rights
+	BANGER_LONG=also BANGER_RIGHTS=build/rights BANGER_DRILL_KILLS=10 $(PYTEST) $(RIGHTS)
+	@$(PY) -m lab.rights build/rights build/rights.txt
 
 soak: guest  ## Live LIVES (10000) VM lives with faults on the fakes, in a simulated day
 	BANGER_SOAK_LIVES=$(LIVES) $(PYTEST) -s tests/contract/test_soak.py

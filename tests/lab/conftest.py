@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from _pytest import runner
 
-from lab import cache, errors, instance
+from lab import cache, errors, instance, rights
 from lab.session import Lab
 
 TREE = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def installed_host(new_name: Callable[[str], str], no_lab_left: None) -> Iterato
     """A host with banger, its kernels and images; shared, so clean up what you make."""
     from lab import provision
 
-    with provision.installed(new_name("installed")) as lab:
+    with provision.installed(new_name("installed")) as lab, rights.asked_for(lab):
         yield lab
 
 
@@ -145,5 +145,5 @@ def fresh_installed_host(new_name: Callable[[str], str], no_lab_left: None) -> I
     """A host of the test's own with banger installed, for tests that break or remove it."""
     from lab import provision
 
-    with provision.installed(new_name("broken")) as lab:
+    with provision.installed(new_name("broken")) as lab, rights.asked_for(lab):
         yield lab

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from banger.contract import errors, names, privileged
-from lab import artefacts, cache
+from lab import artefacts, cache, rights
 from lab.session import Lab
 from tests.lab import helper_asked
 
@@ -208,7 +208,7 @@ def installed(name: str, scratch: Path) -> Iterator[HelperHost]:
                 lab.write(f"/etc/systemd/system/{unit.name}", unit.read_bytes().replace(b"@OWNER@", b"dev"))
             lab.run(["sh", "-c", INSTALL], timeout_s=120)
             helper_asked.bring(lab)
-            with helper_asked.asked(lab) as asks:
+            with rights.asked_for(lab), helper_asked.asked(lab) as asks:
                 yield HelperHost(lab, asks)
     finally:
         parcel.close()

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,8 @@ ip link del uplink9
 ip netns del internet
 nft delete table ip other
 """
+# Of the same release as the lab's host. It has none of its own: all its rules are of the new interface.
+_LEGACY_PACKAGES = ("iptables", "libxtables12", "libip4tc2", "libip6tc2")
 _SERVE = "mkdir /www && hostname > /www/index.html && exec /bin/httpd -h /www"
 _GET = "exec 3<>/dev/tcp/{address}/{port} && printf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3"
 
@@ -153,3 +157,29 @@ def test_a_published_port_is_served_on_loopback(two: Lab) -> None:
     assert found["process"] == "httpd"
     user.banger(two, "vm", "unpublish", "two", "18080:80")
     assert served(two, "127.0.0.1", 18080) == ""
+
+
+@pytest.mark.long
+def test_nat_past_rules_of_the_old_interface(two: Lab, tmp_path: Path) -> None:
+    """By iptables-legacy, which the helper runs with all that its unit leaves it."""
+    listed = subprocess.run(["dpkg", "-L", *_LEGACY_PACKAGES], capture_output=True, text=True, check=True)
+    files = [path for path in listed.stdout.splitlines() if Path(path).is_file() or Path(path).is_symlink()]
+    packed = tmp_path / "iptables.tar"
+    subprocess.run(["tar", "-C", "/", "-c", "-f", packed, *(path[1:] for path in files)], check=True)
+    two.put(packed, "/root/iptables.tar")
+    two.run(["tar", "--keep-directory-symlink", "-C", "/", "-x", "-f", "/root/iptables.tar"])
+    two.run(["ldconfig"])
+    for tool in ("iptables-legacy", "ip6tables-legacy"):
+        two.run([tool, "-P", "FORWARD", "DROP"])
+    try:
+        assert get(two, "two", "203.0.113.10") == ""
+        for on in (True, False):
+            user.banger(two, "vm", "set", "two", "--nat", "on" if on else "off")
+            assert ("internet" in get(two, "two", "203.0.113.10")) is on
+            for tool in ("iptables-legacy", "ip6tables-legacy"):
+                rules = two.run([tool, "-S", "FORWARD"]).text
+                assert rules.count("--comment banger") == (2 if on else 0), rules
+    finally:
+        for tool in ("iptables-legacy", "ip6tables-legacy"):
+            two.run([tool, "-P", "FORWARD", "ACCEPT"])
+        two.run(["modprobe", "-r", "iptable_filter", "ip6table_filter"], check=False)
