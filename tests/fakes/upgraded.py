@@ -89,6 +89,8 @@ class Host(machine.Machine):
             case ("stop", *names):
                 if "bangerd.service" in names:
                     self._stop()
+            case ("start", host.GUESTS):
+                assert (self.at(host.UNIT_DIR) / host.GUESTS).exists()
             case ("reset-failed", *_):
                 pass
             case _:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from banger.cli import command, output, render
+from banger.cli import command, output, progress, render
 from banger.contract import errors, names, resources
 
 group = command.Group(
@@ -154,6 +154,26 @@ def restart() -> None:
         raise errors.UnauthorizedError("restarting needs root", hint="run it with sudo")
     host.systemctl("stop", "bangerd-root.service")
     host.systemctl("restart", "bangerd.service")
+
+
+@command.make(
+    "stop-vms",
+    group=group,
+    examples=[("banger system stop-vms", "before the host is taken down by hand")],
+)
+@click.pass_obj
+def stop_vms(settings: command.Settings) -> None:
+    """Stop all VMs in order. systemd does this by itself when the host goes down.
+
+    Those with --autostart start again when the host has restarted.
+    """
+    api = settings.client()
+    shown = progress.display(json=settings.json)
+    try:
+        outcome = progress.follow_one(api, lambda: api.post("/v1/host/stop-vms"), shown, cancellable=False)
+    finally:
+        shown.close()
+    outcome.require()
 
 
 @command.make(

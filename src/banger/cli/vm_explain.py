@@ -110,6 +110,9 @@ def _not_running(vm: resources.Vm) -> tuple[str, str]:
         return f"{vm.name} does not run: {why}{at}", vm.last_error.hint or again
     if vm.state is resources.VmState.CREATED:
         return f"{vm.name} has never been started", again
+    if vm.stopped_with_host:
+        always = f"`banger vm set {vm.name} --autostart on` has it started with its host from now on"
+        return f"{vm.name} was stopped with its host, which went down", f"{again}; {always}"
     if vm.stopped_because:
         return f"{vm.name} was stopped by time: it {vm.stopped_because}", again
     return f"{vm.name} was stopped, or its guest powered off or reset", again

@@ -102,6 +102,11 @@ def size_options(function: _F) -> _F:
             help="Offer a port of the guest on this host, on loopback unless ADDR is given.",
         ),
         _limits(" [default: never]"),
+        click.option(
+            "--autostart",
+            is_flag=True,
+            help="Start it again with the host, when it ran as that went down.",
+        ),
     )
     return options(function)
 
@@ -278,18 +283,24 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 )
 @_EGRESS
 @_limits()
+@click.option(
+    "--autostart",
+    type=click.Choice(["on", "off"]),
+    help="Whether it starts again with the host, when it ran as that went down.",
+)
 @click.option("--allow-nothing", is_flag=True, help="Take back all that --allow gave.")
 @click.pass_obj
 def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:
-    """Change a VM's name, size or kernel, what it reaches, or how long it runs.
+    """Change a VM's name, size or kernel, what it reaches, how long it runs, or if it starts with the host.
 
-    What it reaches and how long it runs change at once; for the rest the VM must not be running.
+    Name, sizes and kernel are for a VM that does not run; the rest changes at once.
 
     --nat on, --egress and --allow mean what they mean on create, whatever the VM reached before: --allow
     alone opens only what it names, in the place of what was allowed. --egress and --nat keep what was
     allowed.
     """
-    chosen["nat"] = None if chosen["nat"] is None else chosen["nat"] == "on"
+    for switch in ("nat", "autostart"):
+        chosen[switch] = None if chosen[switch] is None else chosen[switch] == "on"
     chosen["allow"] = chosen["allow"] or (() if allow_nothing else None)
     if all(value is None for value in chosen.values()):
         raise errors.BadRequestError("nothing to change was given", hint="see `banger vm set --help`")

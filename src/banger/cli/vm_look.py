@@ -164,8 +164,12 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     if vm.started_at is not None:
         yield "started", f"{vm.started_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.started_at)} ago"
     yield from lifetime.facts(vm)
+    if vm.autostart:
+        yield "autostart", "with its host, when it runs as that goes down"
     if vm.stopped_because:
         yield "stopped", f"by time: it {vm.stopped_because}"
+    if vm.stopped_with_host:
+        yield "stopped", "with its host, which went down"
     if vm.pid:
         yield "VMM", f"pid {vm.pid}"
     if vm.boot_id:

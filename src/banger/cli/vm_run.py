@@ -219,6 +219,8 @@ def run(
     """
     wanted = workspaces.wanted(words, chosen)
     _refuse_what_cannot_be(words, argv, detach=detach, remove=remove, dry_run=dry_run)
+    if remove and chosen["autostart"]:
+        raise errors.BadRequestError("--rm and --autostart exclude each other: the VM ends with its command")
     with exits.failures_as(exits.BEFORE_COMMAND), signals.raised(), contextlib.ExitStack() as stack:
         ready = stack.enter_context(workspaces.taken(wanted)) if wanted is not None else None
         if dry_run and ready is not None:

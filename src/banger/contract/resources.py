@@ -104,6 +104,8 @@ class CreateVm(Body, frozen=True, kw_only=True):
     """Stop it after so long without use: commands, ssh, copies, workspaces, published ports. 0: never."""
     ttl_s: LifeSeconds = 0
     """Stop it so long after each start. 0: never."""
+    autostart: bool = False
+    """Start it again with the host, when it ran as that went down."""
     start: bool = True
     remove_on_failure: bool = False
     """A start that fails deletes the VM instead of keeping it in `error` (`vm run --rm`)."""
@@ -116,8 +118,8 @@ class CreateVm(Body, frozen=True, kw_only=True):
 
 
 class SetVm(Body, frozen=True, kw_only=True):
-    """What a guest reaches and how long it runs change at once; a running VM is refused any other change
-    with `conflict`.
+    """What a guest reaches, how long it runs and whether it starts with the host change at once; a running
+    VM is refused any other change with `conflict`.
     """
 
     name: VmNameText | None = None
@@ -136,6 +138,7 @@ class SetVm(Body, frozen=True, kw_only=True):
     """0 takes it away."""
     ttl_s: LifeSeconds | None = None
     """From now on; 0 takes it away."""
+    autostart: bool | None = None
 
     @property
     def changes_egress(self) -> bool:
@@ -228,6 +231,9 @@ class Vm(Resource, frozen=True, kw_only=True):
     idle_stop_at: datetime.datetime | None = None
     """When it will be stopped if nobody uses it; absent while somebody does."""
     ttl_ends_at: datetime.datetime | None = None
+    autostart: bool = False
+    stopped_with_host: bool = False
+    """It ran when its host went down, and was not started since."""
     stopped_because: str = ""
     """Why time stopped it, to come after its name, such as `had been idle for 30 minutes`."""
 

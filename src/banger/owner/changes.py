@@ -43,6 +43,8 @@ def applied(
 def at_once(vm: record.VmRecord, body: resources.SetVm) -> record.VmRecord:
     """What a VM that runs can change. Raises BadRequestError."""
     vm = lifetime.limited(vm, idle_stop_s=body.idle_stop_s, ttl_s=body.ttl_s)
+    if body.autostart is not None:
+        vm = msgspec.structs.replace(vm, autostart=body.autostart)
     return _with_access(vm, body)
 
 
@@ -84,6 +86,7 @@ def failed(
         boot_id="",
         last_error=errors.to_body(_described(vm, error), op_id=op_id, step=step),
         last_start=timings,
+        stopped_with_host=False,
     )
 
 

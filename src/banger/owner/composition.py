@@ -40,6 +40,7 @@ from banger.owner import (
     publish,
     pulls,
     reconcile,
+    restarts,
     routes,
     runtime,
     server,
@@ -207,6 +208,7 @@ async def compose(
         inventory.Places(paths.state, paths.cache, bridge),
         lambda: image_service.records.names() | kernel_service.names(),
     )
+    with_host = restarts.Restarts(vm_service, rows, running, host_boot_id)
     times = clocks.Clocks(lambda: _running(rows), connect)
     try:
         await asyncio.to_thread(holdings.sweep)
@@ -220,6 +222,7 @@ async def compose(
         for vm in network_keeper.networked(rows):
             zone.add(vm)
         await zone.ensure_routed()
+        with_host.start()
         yield routes.Services(
             vms=vm_service,
             alterations=vm_service.alterations,
@@ -233,10 +236,12 @@ async def compose(
             ssh=keys,
             naming=zone,
             inventory=holdings,
+            restarts=with_host,
             runtime=runtime.RuntimeService(paths.helper_dir / "runtime", paths.cache, running),
             started_at=datetime.datetime.now(datetime.UTC),
         )
     finally:
+        await with_host.close()
         await times.close()
         await keeper.close()
         await running.close()

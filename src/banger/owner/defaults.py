@@ -97,6 +97,7 @@ class Defaults:
             publish=tuple(map(str, ports.parse_all(body.publish))),
             idle_stop_s=body.idle_stop_s,
             ttl_s=body.ttl_s,
+            autostart=body.autostart,
             **sizes(body, self._config),
         )
 

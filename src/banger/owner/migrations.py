@@ -41,6 +41,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
              ELSE '[]' END)
     ) WHERE json_valid(record)
     """,
+    "UPDATE vms SET record = json_set(record, '$.autostart', json('false')) WHERE json_valid(record)",
 )
 
 

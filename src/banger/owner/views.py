@@ -83,6 +83,8 @@ class Views:
             ttl_s=vm.ttl_s,
             idle_stop_at=_in(vm.idle_stop_s - seen.idle_s) if idles and seen.idle_s is not None else None,
             ttl_ends_at=_in(vm.ttl_ends_s - lifetime.now_s()) if runs and vm.ttl_s else None,
+            autostart=vm.autostart,
+            stopped_with_host=not runs and vm.stopped_with_host,
             stopped_because="" if runs else vm.stopped_because,
         )
 

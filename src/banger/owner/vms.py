@@ -207,6 +207,19 @@ class VmService:
 
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
 
+    async def stop_with_host(self, ref: str) -> resources.Operation:
+        """In order, also one that is only being started; what does not run is fine."""
+
+        async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            if vm.state is resources.VmState.RUNNING:
+                progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
+                vm = await self._stop(vm, stop.stop)
+            vm = msgspec.structs.replace(vm, stopped_with_host=True)
+            self._store.save(vm)
+            return self._view(vm)
+
+        return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
+
     async def kill(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             progress.stage(resources.Stage.STOP, f"killing {vm.name}")
@@ -268,6 +281,13 @@ class VmService:
     def holder(self, vm_id: names.VmId) -> str | None:
         """The operation that works on it now; None when none does."""
         return self._lifecycle.holder(vm_id)
+
+    def is_up(self, vm: record.VmRecord) -> bool:
+        """It runs, or is being started."""
+        holder = self._lifecycle.holder(vm.id)
+        return vm.state is resources.VmState.RUNNING or (
+            bool(holder) and self._operations.get(str(holder)).kind in _STARTING
+        )
 
     async def take_down(self, vm_id: names.VmId) -> None:
         """Nothing of a VM that does not run stays but its disks and logs: no port and no name either."""

@@ -34,7 +34,17 @@ BIN: Final = Path("/usr/local/bin")
 MODULES: Final = Path("/etc/modules-load.d/banger.conf")
 API_SOCKET: Final = Path("/run/banger/bangerd.sock")
 HELPER_SOCKET: Final = Path("/run/banger-root/bangerd-root.sock")
-UNITS: Final = ("bangerd.service", "bangerd-root.socket", "bangerd-root.service", "banger-vms.service")
+GUESTS: Final = "banger-guests.service"
+"""Does nothing but be stopped, before all others, when the host goes down: then it has the VMs stopped."""
+UNITS: Final = (
+    "bangerd.service",
+    "bangerd-root.socket",
+    "bangerd-root.service",
+    "banger-vms.service",
+    GUESTS,
+)
+ENABLED: Final = ("bangerd.service", "bangerd-root.socket", GUESTS)
+"""What starts with the host."""
 SLICE: Final = "banger.slice"
 COMMANDS: Final = ("banger", "bangerd")
 _TOOLS: Final = {"e2fsck": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.ext4": "e2fsprogs"}

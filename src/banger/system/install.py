@@ -276,11 +276,12 @@ class Install:
         # A stopped helper starts with the next request, in its new version; VMs do not notice.
         host.systemctl("stop", "bangerd-root.service")
         host.systemctl("restart", "bangerd.service")
+        host.systemctl("start", host.GUESTS)
 
     async def _stop(self) -> None:
         host.systemctl("stop", "bangerd.service", "bangerd-root.service")
         if self._old is None:
-            host.systemctl("disable", "-q", "--now", "bangerd.service", "bangerd-root.socket")
+            host.systemctl("disable", "-q", "--now", *host.ENABLED)
         elif self._old != Path(sys.prefix):
             try:
                 await run.in_thread(machine.Machine().bangerd, self._old, "--undo-migrations")

@@ -31,6 +31,7 @@ _SYSTEM: Final = "etc/systemd/system"
 _WANTS: Final = {
     "bangerd.service": f"{_SYSTEM}/multi-user.target.wants",
     "bangerd-root.socket": f"{_SYSTEM}/sockets.target.wants",
+    "banger-guests.service": f"{_SYSTEM}/multi-user.target.wants",
 }
 """What starts with the host; as `systemctl enable` has it for units that do not lie in /etc."""
 

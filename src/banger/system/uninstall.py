@@ -45,6 +45,11 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
             f"still running: {sizes.counted(len(running), 'VM')}",
             hint="stop them first, as their owner: `banger vm stop NAME…`; or add --force to end them",
         )
+    if running:
+        say("stopping VMs")
+    # Those that run, with --force: in order, as far as the daemon can. What is left is ended below.
+    with contextlib.suppress(errors.BangerError):  # a unit that an upgrade was cut off before
+        host.systemctl("stop", host.GUESTS)
     say("stopping the daemon")
     host.systemctl("stop", "bangerd.service")
     say("taking down what VMs left on this host")
@@ -53,7 +58,7 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     say("stopping the root helper")
     # systemd made the slice for banger-vms.service and would keep it until the next boot.
     host.systemctl("stop", "bangerd-root.socket", "bangerd-root.service", "banger-vms.service", host.SLICE)
-    host.systemctl("disable", "-q", "--no-reload", "bangerd.service", "bangerd-root.socket")
+    host.systemctl("disable", "-q", "--no-reload", *host.ENABLED)
     say("removing files")
     _remove(manifest, purge=purge)
     with contextlib.suppress(FileNotFoundError):

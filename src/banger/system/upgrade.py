@@ -20,6 +20,7 @@ from typing import Final
 from banger import run, steps
 from banger.contract import errors
 from banger.system import alone, environment, machine, signed, versions
+from banger.system import host as hosts
 
 _UNDO_S: Final = 300.0
 _CURRENT: Final = 0
@@ -204,6 +205,7 @@ class Upgrade:
         # A stopped helper starts with the next request, in its new version; VMs do not notice.
         self._host.systemctl("stop", "bangerd-root.service")
         self._host.systemctl("restart", "bangerd.service")
+        self._host.systemctl("start", hosts.GUESTS)
 
     async def _stop_new(self) -> None:
         """And its rows go back before the switch does: the new version can migrate them again."""

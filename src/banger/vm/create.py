@@ -103,6 +103,7 @@ class Resolved:
     publish: tuple[str, ...] = ()
     idle_stop_s: int = 0
     ttl_s: int = 0
+    autostart: bool = False
 
 
 def new_name(taken: Collection[str]) -> names.VmName:
@@ -136,6 +137,7 @@ def draft(
         publish=resolved.publish,
         idle_stop_s=resolved.idle_stop_s,
         ttl_s=resolved.ttl_s,
+        autostart=resolved.autostart,
         state=resources.VmState.CREATED,
         created_at=now,
         sources={

@@ -112,7 +112,9 @@ def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmR
         message=f"{vm.name} is no longer running: {why}",
         hint=hint,
     )
-    return msgspec.structs.replace(vm, state=resources.VmState.ERROR, boot_id="", last_error=body)
+    return msgspec.structs.replace(
+        vm, state=resources.VmState.ERROR, boot_id="", last_error=body, stopped_with_host=restarted
+    )
 
 
 def _lacks_goodbye(console: Path) -> bool:

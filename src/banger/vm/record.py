@@ -55,6 +55,10 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Stopped so long after its start; 0 for never."""
     ttl_ends_s: float = 0.0
     """On CLOCK_BOOTTIME, of the run that `ttl_s` is for."""
+    autostart: bool = False
+    """Started again with its host, when it ran as that went down."""
+    stopped_with_host: bool = False
+    """It ran when its host went down, and nobody has tried to start it since."""
     stopped_because: str = ""
     """When time has stopped it: what it `had`, until its next start."""
 

@@ -223,6 +223,7 @@ class Start:
             host_boot_id=self._host.boot_id,
             last_error=None,
             stopped_because="",
+            stopped_with_host=False,
         )
 
     async def _after_start(self) -> None:

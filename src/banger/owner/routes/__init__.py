@@ -19,6 +19,7 @@ from banger.owner import (
     naming,
     operations,
     pulls,
+    restarts,
     runtime,
     sessions,
     ssh,
@@ -44,6 +45,7 @@ class Services:
     naming: naming.Naming
     runtime: runtime.RuntimeService
     inventory: inventory.Inventory
+    restarts: restarts.Restarts
     started_at: datetime
 
 

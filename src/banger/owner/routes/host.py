@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""/v1/inventory: what of banger's is on this host, and whose it is."""
+"""/v1/inventory: what of banger's is on this host, and whose it is; and what is done as that goes down."""
 
 from __future__ import annotations
 
@@ -23,4 +23,10 @@ async def collect_leftovers(services: routes.Injected) -> resources.Operation:
     return services.inventory.begin_collecting()
 
 
-HANDLERS: Final = (get_inventory, collect_leftovers)
+@litestar.post("/v1/host/stop-vms", status_code=202)
+async def stop_vms(services: routes.Injected) -> resources.Operation:
+    """Stops every VM in order, as before the host goes down; with `autostart` it starts again with that."""
+    return services.restarts.begin_stopping()
+
+
+HANDLERS: Final = (get_inventory, collect_leftovers, stop_vms)

@@ -20,7 +20,7 @@ _RESTART: Final = "sudo banger system restart"
 _EXPOSURE: Final = re.compile(r": ([0-9]+(?:\.[0-9]+)?) ")
 _PROPERTIES: Final = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload"
 _ANALYSE_S: Final = 45.0
-_WANTED: Final = {"bangerd.service": True, "bangerd-root.socket": True, "banger-vms.service": False}
+_WANTED: Final = {name: True for name in host.ENABLED} | {"banger-vms.service": False}
 """Units that must be active always, and whether they must start with the host by themselves."""
 
 

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""A host goes down and comes back: its VMs are stopped in order, and those with autostart start again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from banger.contract import privileged, resources
+from banger.owner import composition, config
+from tests.contract import api_served, cli_process, conftest
+from tests.fakes import world as worlds
+
+_STOPPED, _RUNNING, _ERROR = resources.VmState.STOPPED, resources.VmState.RUNNING, resources.VmState.ERROR
+
+
+@contextlib.asynccontextmanager
+async def booted(paths: config.Paths, world: worlds.World, boot: str) -> AsyncIterator[conftest.Daemon]:
+    """The daemon in this boot of the host."""
+    async with composition.compose(
+        conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64, host_boot_id=boot
+    ) as services:
+        yield conftest.Daemon(services, paths, world)
+
+
+async def settled(daemon: conftest.Daemon) -> dict[str, resources.Vm]:
+    """What there is once no operation is under way."""
+    for operation in daemon.services.operations.list():
+        await daemon.done(operation)
+    return {vm.name: vm for vm in await daemon.services.vms.list()}
+
+
+async def create(daemon: conftest.Daemon, name: str, *, autostart: bool) -> None:
+    body = resources.CreateVm(name=name, autostart=autostart)
+    assert (await daemon.done(await daemon.services.vms.create(body))).error is None
+
+
+async def started_again(daemon: conftest.Daemon) -> list[str]:
+    """Which VMs a daemon has started by itself, once it has."""
+    for _ in range(3):  # each is begun in a task of its own
+        await asyncio.sleep(0)
+    begun = [each for each in daemon.services.operations.list() if each.kind == "vm.start"]
+    for operation in begun:
+        assert (await daemon.done(operation)).error is None
+    return sorted(each.target for each in begun)
+
+
+async def test_all_are_stopped_in_order_and_those_with_autostart_start_again(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        await create(daemon, "once", autostart=False)
+        await create(daemon, "off", autostart=True)
+        await daemon.done(await daemon.services.vms.stop("off"))
+        done = await daemon.done(daemon.services.restarts.begin_stopping())
+        assert done.error is None
+        found = await settled(daemon)
+        assert {vm.state for vm in found.values()} == {_STOPPED}
+        assert {name for name, vm in found.items() if vm.stopped_with_host} == {"again", "once"}
+    async with booted(paths, world, "first") as daemon:  # restarted while the host goes down
+        assert await started_again(daemon) == []
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == ["again"]
+        found = await settled(daemon)
+        assert {name: vm.state for name, vm in found.items()} == {
+            "again": _RUNNING,
+            "once": _STOPPED,
+            "off": _STOPPED,
+        }
+        assert not found["again"].stopped_with_host
+        await daemon.done(await daemon.services.vms.stop("again"))
+    async with booted(paths, world, "third") as daemon:  # its user stopped it
+        assert await started_again(daemon) == []
+
+
+async def test_a_host_that_lost_its_power_starts_them_too(paths: config.Paths, world: worlds.World) -> None:
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        await create(daemon, "once", autostart=False)
+    await world.lose_power()
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == ["again"]
+        found = await settled(daemon)
+        assert (found["again"].state, found["once"].state) == (_RUNNING, _ERROR)
+        assert found["once"].last_error is not None
+        assert "the host restarted" in found["once"].last_error.message
+
+
+async def test_one_that_cannot_start_says_why_and_is_not_tried_for_ever(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        await daemon.done(daemon.services.restarts.begin_stopping())
+    world.behaviour.silent = True
+    async with booted(paths, world, "second") as daemon:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        found = await settled(daemon)
+        assert found["again"].state is _ERROR
+        assert found["again"].last_error is not None
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == []
+
+
+async def test_one_that_is_being_started_is_not_forgotten(paths: config.Paths, world: worlds.World) -> None:
+    launched = asyncio.Event()
+
+    async def after(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.LaunchVmm):
+            launched.set()
+
+    world.after = after
+    async with booted(paths, world, "first") as daemon:
+        world.behaviour.silent = True
+        starting = await daemon.services.vms.create(resources.CreateVm(name="again", autostart=True))
+        await asyncio.wait_for(launched.wait(), 10)
+        done = await daemon.done(daemon.services.restarts.begin_stopping())
+        assert done.error is None
+        assert (await daemon.done(starting)).status is resources.OperationStatus.CANCELLED
+        world.behaviour.silent = False
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == ["again"]
+
+
+async def test_a_user_sees_it_and_changes_it(daemon: conftest.Daemon) -> None:
+    async with api_served.serving(daemon) as served:
+        cli = cli_process.Cli(served.path)
+
+        async def banger(*words: str, status: int = 0) -> cli_process.Done:
+            done = await asyncio.to_thread(cli.run, *words)
+            assert done.status == status, (done.err, done.out)
+            return done
+
+        await banger("vm", "create", "web", "--autostart")
+        assert "autostart:" in (await banger("vm", "show", "web")).text
+        await banger("vm", "set", "web", "--autostart", "off")
+        assert "autostart" not in (await banger("vm", "show", "web")).text
+        await banger("system", "stop-vms")
+        assert "stopped:" in (await banger("vm", "show", "web")).text
+        explained = (await banger("vm", "explain", "web")).text
+        assert "was stopped with its host" in explained
+        assert "banger vm set web --autostart on" in explained
+        refused = await banger("vm", "run", "--rm", "--autostart", status=2)
+        assert "exclude each other" in refused.err
