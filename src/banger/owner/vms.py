@@ -213,6 +213,7 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is resources.VmState.RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
+                self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
                 vm = await self._stop(vm, stop.stop)
             vm = msgspec.structs.replace(vm, stopped_with_host=True)
             self._store.save(vm)
@@ -323,11 +324,12 @@ class VmService:
     # --- inside ---
 
     def _tell_of_silence(self, vm_id: names.VmId, is_silent: bool) -> None:
-        vm = self._store.get(vm_id)
-        state = "does not answer any more" if is_silent else "answers again"
-        self._notices.tell(
-            vm_id, f"{vm.name} {state}" + (f"; see `banger vm explain {vm.name}`" * is_silent)
-        )
+        with contextlib.suppress(errors.BangerError):  # a row that cannot be read must not end the asking
+            name = self._store.get(vm_id).name
+            told = (
+                f"does not answer any more; see `banger vm explain {name}`" if is_silent else "answers again"
+            )
+            self._notices.tell(vm_id, f"{name} {told}")
 
     def _view(self, vm: record.VmRecord, *, with_timings: bool = False) -> resources.Vm:
         return self._views.vm(vm, self._seen(vm), with_timings=with_timings)
