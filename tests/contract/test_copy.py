@@ -120,7 +120,8 @@ async def test_a_shell_completes_what_is_in_the_guest(guest: Guest, tmp_path: Pa
     cli = cli_process.Cli(guest.served.path)
     for name in ("sub", "sub two"):
         (tmp_path / "in" / name).mkdir(parents=True)
-    (tmp_path / "in" / ".hidden").touch()
+    for name in (".hidden", "sub\x1b[2J"):
+        (tmp_path / "in" / name).touch()
     (tmp_path / "banger").write_text(f'#!/bin/sh\nexec {shlex.join(cli.argv())} "$@"\n')
     (tmp_path / "banger").chmod(0o755)
     (tmp_path / "web-log").touch()

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
-from banger.cli import attach, command
+from banger.cli import attach, command, render
 from banger.contract import errors, resources
 
 _LIMIT_S: Final = 1.0
@@ -31,9 +31,9 @@ def like(settings: command.Settings, vm: str, path: str) -> list[str]:
 
 
 def _fits(name: str, begin: str) -> bool:
-    """A hidden one only where a dot was typed."""
+    """A hidden one only where a dot was typed; one that would drive the terminal never."""
     is_shown = begin.startswith(".") or not name.startswith(".")
-    return is_shown and name.startswith(begin) and not name.startswith(_OURS)
+    return is_shown and render.safe(name) == name and name.startswith(begin) and not name.startswith(_OURS)
 
 
 def _in_guest(directory: str) -> str:

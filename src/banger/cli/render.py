@@ -6,7 +6,6 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Final, TextIO
@@ -64,7 +63,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, dispensable:
     """
     cells = [list(headers), *([safe(cell) for cell in row] for row in rows)]
     widths = {header: max(len(row[at]) for row in cells) for at, header in enumerate(headers)}
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    room = _columns() if sys.stdout.isatty() else sys.maxsize
     shown, gap = list(headers), 3
     for header in ("", *dispensable):
         shown = [each for each in shown if each != header]
@@ -74,6 +73,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, dispensable:
     places = [(headers.index(each), widths[each]) for each in shown]
     between = " " * (gap or 2)
     return "\n".join(between.join(row[at].ljust(width) for at, width in places).rstrip() for row in cells)
+
+
+def _columns() -> int:
+    """As shutil.get_terminal_size() has it, without what it takes to load that."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdigit() and int(said) > 0:
+        return int(said)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 def _is_within(room: int, widths: Sequence[int], gap: int) -> bool:
@@ -86,7 +96,7 @@ def hanging(text: str, indent: int) -> str:
         return text
     import textwrap
 
-    room = max(20, shutil.get_terminal_size().columns - indent)
+    room = max(20, _columns() - indent)
     lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
     return f"\n{' ' * indent}".join(lines)
 
