@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 from banger.cli import attach, command, render
 from banger.contract import errors, resources
 
-_LIMIT_S: Final = 1.0
+_LIMIT_S: Final = 2.0
 _LIMIT_BYTES: Final = 1 << 18
 _OURS: Final = "banger: "
 """How a line begins that the daemon says meanwhile."""
