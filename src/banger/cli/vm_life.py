@@ -291,7 +291,7 @@ def delete(settings: command.Settings, names: tuple[str, ...]) -> None:
 @click.option("--allow-nothing", is_flag=True, help="Take back all that --allow gave.")
 @click.pass_obj
 def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen: Any) -> None:
-    """Change a VM's name, size or kernel, what it reaches, how long it runs, or if it starts with the host.
+    """Change a VM's name, size or kernel, what it reaches, or how long it runs.
 
     Name, sizes and kernel are for a VM that does not run; the rest changes at once.
 
