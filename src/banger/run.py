@@ -91,6 +91,18 @@ def check_cancelled() -> None:
         raise errors.CancelledError("cancelled")
 
 
+def await_readable(descriptor: int, deadline: float) -> bool:
+    """For waits in blocking code. False when it is not by then, of time.monotonic. Raises CancelledError."""
+    cancellation = _cancellation.get()
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        if cancellation is not None:
+            selector.register(cancellation, selectors.EVENT_READ)
+        found = selector.select(max(0.0, deadline - time.monotonic()))
+    check_cancelled()
+    return bool(found)
+
+
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs blocking work in its own thread; on cancellation ends it and returns only when it has ended."""
     loop = asyncio.get_running_loop()

@@ -168,7 +168,7 @@ class FakeHost:
 
     @staticmethod
     def all_units() -> str:
-        return "\n".join(_UNIT.format(name) for name in host.UNITS)
+        return "\n".join(_UNIT.format(name) for name in host.LOADED)
 
     def ask(self, name: str) -> report.Row:
         """The row of one check, seen anew."""
@@ -184,6 +184,7 @@ class FakeHost:
         self.at("/run/systemd/system").mkdir(parents=True)
         for directory in (host.API_SOCKET.parent, host.HELPER_SOCKET.parent, host.CACHE):
             self.at(directory).mkdir(parents=True)
+        self.write(host.BUILDER_SOCKET, "", mode=0o600)
         for tool in ("e2fsck", "debugfs", "mkfs.ext4", "mmdebstrap", "git", "ssh", "ssh-keygen"):
             self.program(f"/usr/bin/{tool}")
         self.program("/usr/bin/fake-python")

@@ -24,7 +24,8 @@ import msgspec
 import zstandard
 
 from banger import archive
-from banger.contract import errors, guest, privileged
+from banger.builder import main as build_program
+from banger.contract import building, errors, guest, privileged
 from banger.helper import operations as privileged_operations
 from banger.helper import policy as policies
 from banger.helper import server as helper_server
@@ -32,7 +33,7 @@ from banger.images import bundle, catalog, decompress, manifest, recipe, referen
 from banger.kernels import build_config, deb, elf, inspect, modules
 from banger.kernels import catalog as kernel_catalog
 from banger.net import wire, zone
-from banger.owner import config, helper
+from banger.owner import builder, config, helper
 from banger.owner import guest as guests
 from banger.tarstream import reader
 from tests.contract import test_guest_hostile as hostile
@@ -101,6 +102,45 @@ def _helper_reply() -> Target:
         msgspec.json.encode(privileged.Reply(result=privileged.World(vms=(), bridge=True))),
     ]
     return Target("helper-reply", lambda data: helper._result(data, decoder), seeds, _OURS)
+
+
+# --- the builder's wire, both ends ---
+
+
+def _build() -> Target:
+    """Whatever comes is a request whose every word is as it must be, or refused."""
+    wanted = building.Base(arch="x86_64", suite="bookworm", variant="minbase", packages=("curl", "a1=2"))
+    seed = msgspec.json.encode(building.Request(base=wanted, environment={"http_proxy": "http://p:1"}))
+
+    def run(data: bytes) -> None:
+        here, there = socket.socketpair()
+        with here, there:
+            there.sendall(data)
+            there.shutdown(socket.SHUT_WR)
+            request = build_program._read(here)
+        words = (*request.base.packages, request.base.suite, *request.environment.values())
+        assert not any(word.startswith("-") or "\n" in word for word in words)
+        assert all(package[0].isalnum() for package in request.base.packages)
+
+    return Target("build", run, [building.LENGTH.pack(len(seed)) + seed], _OURS, (b'"mirror":"', b"_proxy"))
+
+
+def _build_answer() -> Target:
+    frames = [
+        (building.LINE, b"I: running apt-get update..."),
+        (building.TAR, bytes(512)),
+        (building.ANSWER, msgspec.json.encode(building.Answer(errors.to_body(errors.NoSpaceError("full"))))),
+    ]
+    seed = b"".join(building.FRAME.pack(kind, len(content)) + content for kind, content in frames)
+
+    def run(data: bytes) -> None:
+        here, there = socket.socketpair()
+        with here, there, tempfile.NamedTemporaryFile(dir="/tmp") as tar:
+            there.sendall(data)
+            there.shutdown(socket.SHUT_WR)
+            builder.receive(here, tar.file, lambda line: None, within_s=1)
+
+    return Target("build-answer", run, [seed], _OURS)
 
 
 # --- a guest, seen from the daemon ---
@@ -397,6 +437,8 @@ def _documents() -> Iterator[bytes]:
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "api": api.target,
+    "build": _build,
+    "build-answer": _build_answer,
     "deb": _deb,
     "dns": _dns,
     "guest": _guest,

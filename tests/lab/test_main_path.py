@@ -200,7 +200,11 @@ def test_a_guest_killed_by_a_signal_gives_128_and_its_number(web: Lab) -> None:
 
 def test_another_user_is_refused_by_both_services(installed_host: Lab) -> None:
     installed_host.run(["sh", "-c", "id stranger 2>/dev/null || useradd stranger"])
-    for path in ("/run/banger/bangerd.sock", "/run/banger-root/bangerd-root.sock"):
+    for path in (
+        "/run/banger/bangerd.sock",
+        "/run/banger-root/bangerd-root.sock",
+        "/run/banger-build/bangerd-build.sock",
+    ):
         connect = f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})"
         result = installed_host.run(["python3", "-c", connect], user="stranger", check=False)
         assert "PermissionError" in result.error_text, path

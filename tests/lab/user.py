@@ -38,7 +38,7 @@ for link in /sys/class/net/tap-*; do
 done
 ls /var/lib/banger-root/jails/firecracker 2>/dev/null
 find /sys/fs/cgroup/banger.slice -mindepth 2 -type d -regextype egrep -regex '.*/[0-9a-f]{12}' 2>/dev/null
-ps -eo uid=,args= | awk '$1 > 2100000000 && $1 <= 2100004000'
+ps -eo uid=,args= | awk '$1 >= 2100000000 && $1 <= 2100004000'
 pgrep -a firecracker
 true
 """
@@ -108,7 +108,7 @@ def ended(host: Lab, name: str) -> dict[str, Any]:
 
 
 def leftovers(host: Lab) -> str:
-    """Everything that only a VM of banger's can have made, as it runs: devices, links, jails, processes."""
+    """What only a VM or a build of banger's can have made, as it runs: devices, links, jails, processes."""
     return host.run(["sh", "-c", _LEFTOVERS]).text
 
 

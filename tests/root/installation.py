@@ -281,9 +281,9 @@ def check_installed(prefix: Path = PREFIX) -> None:
     text = (host.UNIT_DIR / "bangerd.service").read_text()
     assert f"ExecStart={prefix}/bin/bangerd" in text
     assert f"User={OWNER}" in text
-    asked = ["/usr/local/sbin/systemctl", "is-enabled", "bangerd.service", "bangerd-root.socket"]
-    states = run.run(asked, deadline_s=30).text
-    assert states == "enabled\nenabled\n", states
+    units = ("bangerd.service", "bangerd-root.socket", "bangerd-build.socket")
+    states = run.run(["/usr/local/sbin/systemctl", "is-enabled", *units], deadline_s=30).text
+    assert states.split() == ["enabled"] * 3, states
 
 
 def main(act: str) -> None:

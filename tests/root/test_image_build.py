@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import os
 import platform
+import socket
 import stat
 import subprocess
 import tarfile
@@ -18,17 +19,19 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from banger import run, workers
+from banger.builder import main
 from banger.contract import names
 from banger.images import bundle, flatten, publish, recipe
 from banger.images import records as image_records
 from banger.images.mkfs import filesystem
 from banger.kernels import catalog, elf
 from banger.kernels import records as kernel_records
-from banger.owner import pulls
+from banger.owner import builder, pulls
 from tests import ext4_read
 from tests.lab import documents
 from tests.root import compared
@@ -83,6 +86,29 @@ def as_nobody(home: Path, work: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def become_builder(listener: socket.socket, home: Path) -> NoReturn:
+    """Does as `bangerd-build@.service` does for one connection."""
+    status = 1
+    try:
+        connection, _ = listener.accept()
+        os.dup2(connection.fileno(), 0)
+        scratch = home / "scratch"
+        scratch.mkdir()
+        os.chown(scratch, names.UID_BASE, names.UID_BASE)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+        os.setgroups([])
+        os.setresgid(names.UID_BASE, names.UID_BASE, names.UID_BASE)
+        os.setresuid(names.UID_BASE, names.UID_BASE, names.UID_BASE)
+        libc = ctypes.CDLL(None)
+        assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+        assert libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
+        status = main.main(["--install", str(home / "install.toml")])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +182,26 @@ def test_the_packages_arrive_exactly_as_tar_unpacks_them(built: Path, home: Path
 
 
 @pytest.mark.timeout(300)
-def test_the_smallest_recipe(home: Path) -> None:
-    images = image_records.Images(home / "small")
-    wanted = recipe.load("busybox")
-
-    def build() -> None:
-        publish.build(images, wanted, arch=ARCH, cache_dir=home / "cache", guest_binary=home / "guest")
-
-    as_nobody(home, build)
+def test_the_smallest_recipe_by_the_builder(home: Path) -> None:
+    """The daemon's part here, and the builder's as the uid that it is in its unit, which has no name."""
+    images, path = image_records.Images(home / "small"), home / "b.sock"
+    (home / "install.toml").write_text(f"owner_uid = {NOBODY}\n")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        child = os.fork()
+        if child == 0:
+            become_builder(listener, home)
+        publish.build(
+            images,
+            recipe.load("busybox"),
+            arch=ARCH,
+            cache_dir=home / "cache",
+            guest_binary=home / "guest",
+            make=builder.Builder(path),
+        )
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert list((home / "scratch").iterdir()) == []
     made = images.find("busybox")
     rootfs = images.rootfs(made.id)
     ext4_read.check(rootfs)

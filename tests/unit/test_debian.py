@@ -13,7 +13,7 @@ import pytest
 
 from banger import debian, run
 from banger.contract import errors
-from banger.images import recipe
+from banger.images import base, recipe
 from tests.unit.tars import file, symlink, tar
 
 ARCH = platform.machine()
@@ -116,7 +116,7 @@ def mmdebstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setattr(run, "SEARCH_PATH", f"{tmp_path / 'bin'}:{run.SEARCH_PATH}")
     monkeypatch.setattr(debian, "KEYRING", program)
-    monkeypatch.setattr(recipe, "mode", lambda: "root")
+    monkeypatch.setattr(base, "mode", lambda: "root")
     return tmp_path / "given.tar"
 
 
@@ -124,10 +124,10 @@ def mmdebstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("mode", "lacking"), [("root", "mmdebstrap"), ("fakechroot", "mmdebstrap fakechroot fakeroot")]
 )
 def test_what_a_build_lacks_is_said_all_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: recipe.Mode, lacking: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: base.Mode, lacking: str
 ) -> None:
     monkeypatch.setattr(run, "SEARCH_PATH", str(tmp_path))
-    monkeypatch.setattr(recipe, "mode", lambda: mode)
+    monkeypatch.setattr(base, "mode", lambda: mode)
     with pytest.raises(errors.MissingToolError, match=f"have: {', '.join(lacking.split())}$") as caught:
         recipe.base_archive(recipe.load("busybox"), arch=platform.machine(), cache_dir=tmp_path)
     assert caught.value.hint == f"`sudo apt install {lacking}`"

@@ -49,6 +49,10 @@ def host(request: pytest.FixtureRequest) -> Iterator[fakes.FakeHost]:
         yield made
 
 
+def exposure(said: str) -> Break:
+    return lambda host: host.says("/usr/bin/systemd-analyze", f"→ Overall exposure level: {said} :-|")
+
+
 def test_all_is_well(host: fakes.FakeHost) -> None:
     found = host.ask_all()
     assert [row for row in found.rows if row.status is not PASS] == []
@@ -213,7 +217,7 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("installed", writes(hosts.INSTALL_TOML, "owner_uid = 'x'"), FAIL, "not valid", "system install"),
     ("installed", settings(r"owner_uid = \d+", "owner_uid = 1999999999"), FAIL, "1999999999", "--owner"),
     ("installed", settings('owner_name = ".+"', 'owner_name = "gone"'), FAIL, "was gone", "--owner"),
-    ("uids", writes("/etc/passwd", f"eve:x:{OWN}:1::/:/bin/sh\n"), FAIL, "user eve", "usermod"),
+    ("uids", writes("/etc/passwd", f"eve:x:{names.UID_BASE}:1::/:\n"), FAIL, "user eve", "usermod"),
     ("uids", writes("/etc/subuid", "eve:2000000000:200000000\n"), FAIL, "eve in /etc/subuid", "subuid"),
     ("firecracker", loses(hosts.RUNTIME / "firecracker"), FAIL, "not installed", "system install"),
     ("firecracker", mode(hosts.RUNTIME / "firecracker", 0o775), FAIL, "written by others", "chmod go-w"),
@@ -278,24 +282,21 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("bangerd-root", lambda h: h.helper.stop(), FAIL, "does not answer", "restart bangerd-root.socket"),
     ("bangerd socket", mode(hosts.API_SOCKET, 0o666), FAIL, "0666, not 0600", "restart"),
     ("bangerd-root socket", mode(hosts.HELPER_SOCKET, 0o660), FAIL, "0660, not 0600", "restart"),
+    ("bangerd-build socket", mode(hosts.BUILDER_SOCKET, 0o666), FAIL, "0666", "restart bangerd-build"),
+    ("bangerd-build exposure", exposure("2.3 OK"), FAIL, "2.3", "security bangerd-build@.service"),
+    (
+        "units",
+        unit("bangerd-build.socket", "active", "failed"),
+        FAIL,
+        "failed",
+        "start bangerd-build.socket",
+    ),
     ("socket directory", mode("/run/banger-root", 0o755), FAIL, "0755, not 0711", "sudo chmod 711"),
     ("state", mode(hosts.STATE, 0o755), FAIL, "0755, not 0700", "sudo chmod 700"),
     ("cache", lambda h: h.at(hosts.CACHE).rmdir(), FAIL, "does not exist", "system install"),
     ("helper state", mode(hosts.HELPER, 0o777), FAIL, "0777, not 0711", "sudo chmod 711"),
-    (
-        "bangerd exposure",
-        lambda h: h.says("/usr/bin/systemd-analyze", "→ Overall exposure level: 9.2 UNSAFE :-("),
-        FAIL,
-        "9.2",
-        "systemd-analyze security bangerd.service",
-    ),
-    (
-        "bangerd-root exposure",
-        lambda h: h.says("/usr/bin/systemd-analyze", "huh"),
-        WARN,
-        "huh",
-        "systemd-analyze",
-    ),
+    ("bangerd exposure", exposure("9.2 UNSAFE"), FAIL, "9.2", "systemd-analyze security bangerd.service"),
+    ("bangerd-root exposure", exposure("huh"), WARN, "huh", "systemd-analyze"),
     ("versions", hello(version="0.0.0"), FAIL, "not in step", "system restart"),
     ("versions", hello(protocol=99), FAIL, "protocol 99", "system restart"),
     (

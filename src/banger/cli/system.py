@@ -22,6 +22,9 @@ group = command.Group(
 )
 
 
+_NO_BUILDER = "no bangerd-build.socket; `sudo banger system install` sets it up"
+
+
 @command.make(
     "install",
     group=group,
@@ -126,6 +129,7 @@ def status(settings: command.Settings) -> None:
         f"bangerd:      {info.version}, pid {info.pid}, since {info.started_at:%Y-%m-%d %H:%M:%S} UTC"
     )
     output.text(f"bangerd-root: {info.helper_version or 'does not answer'}")
+    output.text(f"builds:       {'each in a unit of its own' if info.can_build else _NO_BUILDER}")
     output.text(f"firecracker:  {info.firecracker_version or 'not installed'}")
     if info.dns is not None:
         for line in _dns_lines(info.dns):

@@ -466,3 +466,5 @@ class DaemonInfo(Resource, frozen=True, kw_only=True):
     """Empty when the helper does not answer."""
     firecracker_version: str = ""
     dns: DnsStatus | None = None
+    can_build: bool = True
+    """The socket of the builder is there, which runs what the packages of recipes bring."""

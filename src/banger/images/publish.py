@@ -16,7 +16,7 @@ import msgspec
 
 from banger import artefacts, run
 from banger.contract import decoding, errors, names
-from banger.images import assemble, ext4, records
+from banger.images import assemble, base, ext4, records
 from banger.images import bundle as bundles
 from banger.images import recipe as recipes
 
@@ -35,9 +35,12 @@ def build(
     name: str = "",
     mirror: str = "",
     on_line: Callable[[str], None] | None = None,
+    make: base.Make = base.make,
 ) -> records.Image:
     """Builds a recipe and publishes the result under its name. What mmdebstrap makes is cached."""
-    archive = recipes.base_archive(recipe, arch=arch, cache_dir=cache_dir, mirror=mirror, on_line=on_line)
+    archive = recipes.base_archive(
+        recipe, arch=arch, cache_dir=cache_dir, mirror=mirror, on_line=on_line, make=make
+    )
     layer = bundles.Layer(archive, bundles.Compression.NONE, "", archive.stat().st_size)
     return assemble.assemble(
         images,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Recipes: what an image is made of, as data; and the root file system that mmdebstrap makes of one.
+"""Recipes: what an image is made of, as data; and the root file system of its packages, which is kept.
 
-The packages come from the distribution's signed archive. mmdebstrap runs as whoever we are: as root, or
-else with fakechroot, which needs neither privileges nor user namespaces. Used by the image builder.
+Who makes that is the caller's to say: here, in this process, or in a unit of its own, as a uid that owns
+nothing. Used by the image builder.
 """
 
 from __future__ import annotations
@@ -12,28 +12,23 @@ import hashlib
 import importlib.resources
 import os
 import re
-import shutil
 import stat
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
-from banger import artefacts, run
-from banger.contract import decoding, errors, names, requests, sizes
+from banger import artefacts
+from banger.contract import building, decoding, errors, names, requests
+from banger.images import base
 
 if TYPE_CHECKING:
     from banger.images import edit
 
 BUILDER_VERSION: Final = 1
-_BUILD_DEADLINE_S: Final = 1800.0
-_LEAST_ROOM_BYTES: Final = 256 << 20
-"""The archive's lists take a third of it, whatever the recipe."""
-# fakeroot tries the real chown first; in a user namespace (PrivateUsers=) that fails as it does not expect.
-_FAKEROOT: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
 _OS_RELEASE: Final = b"usr/lib/os-release"
 _CODENAME: Final = re.compile(rb"^VERSION_CODENAME=\"?([a-z]+)\"?$", re.MULTILINE)
 _MOVING_SUITES: Final = ("oldoldstable", "oldstable", "stable", "testing", "unstable", "sid", "experimental")
@@ -46,16 +41,8 @@ _EXTENDS: Final = "extends"
 _MORE_PACKAGES: Final = "more_packages"
 _TREE: Final = "tree"
 
-Mode = Literal["root", "fakechroot"]
-Variant = Literal["extract", "custom", "essential", "apt", "minbase", "required", "important", "standard"]
-# Words of command lines and of dpkg's configuration: nothing in them may begin another line or option.
 Name = Annotated[str, msgspec.Meta(pattern=names.ARTEFACT_NAME_PATTERN)]
 Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{0,200}$(?!\n)")]
-Suite = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$(?!\n)")]
-Package = Annotated[
-    str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9+.-]{1,99}(=[A-Za-z0-9.+:~-]{1,99})?$(?!\n)")
-]
-Glob = Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]{0,1000}$(?!\n)")]
 Unit = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9@:_.-]{1,200}\.[a-z]+$(?!\n)")]
 OnHost = Annotated[str, msgspec.Meta(pattern=r"^(~/|/)[^\x00]{1,4000}$(?!\n)")]
 """Absolute, or in the owner's home."""
@@ -158,13 +145,13 @@ def _open(source: str) -> int:
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: Name
     summary: Line
-    suite: Suite
-    variant: Variant
+    suite: building.Suite
+    variant: building.Variant
     kernel: Name
     headroom_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
-    packages: Annotated[tuple[Package, ...], msgspec.Meta(min_length=1, max_length=2000)]
-    exclude_paths: tuple[Glob, ...] = ()
-    include_paths: tuple[Glob, ...] = ()
+    packages: building.Packages
+    exclude_paths: tuple[building.Glob, ...] = ()
+    include_paths: tuple[building.Glob, ...] = ()
     tree: TreeSteps = TreeSteps()
 
     def base_key(self, arch: str, mirror: str) -> str:
@@ -204,7 +191,7 @@ def _unfit_package(said: dict[str, object]) -> str:
     packages = said.get("packages")
     for each in packages if isinstance(packages, list) else ():
         try:
-            decoding.convert(each, Package)
+            decoding.convert(each, building.Package)
         except msgspec.ValidationError:
             return f"{each!r} is not the name of a package, perhaps with =VERSION"
     return ""
@@ -257,28 +244,26 @@ def base_archive(
     cache_dir: Path,
     mirror: str = "",
     on_line: Callable[[str], None] | None = None,
+    make: base.Make = base.make,
 ) -> Path:
     """The root file system as a tar, from the cache or made now; owners in it are right whoever we are."""
-    from banger import debian, workers
-
     kept = cache_dir / _KEPT / f"{recipe.name}-{recipe.base_key(arch, mirror)}{_ARCHIVE}"
     if kept.exists():
         return kept
+    wanted = building.Base(
+        arch=arch,  # type: ignore[arg-type]  # whoever makes it knows which there are
+        suite=recipe.suite,
+        variant=recipe.variant,
+        packages=recipe.packages,
+        exclude_paths=recipe.exclude_paths,
+        include_paths=recipe.include_paths,
+        mirror=mirror,
+    )
     kept.parent.mkdir(parents=True, exist_ok=True)
-    _require_room(kept.parent)
-    _require_programs()
-    sources = debian.sources(recipe.suite, mirror=mirror)
+    base.require_room(kept.parent)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "root.tar"
-        try:
-            run.run(
-                [*_command(recipe, arch), recipe.suite, str(made), *sources],
-                deadline_s=_BUILD_DEADLINE_S,
-                env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch, **_FAKEROOT),
-                on_line=on_line,
-            )
-        finally:
-            workers.end(Path(scratch))
+        make(wanted, made, on_line)
         _require_suite(made, recipe.suite)
         artefacts.sync(made)  # nothing looks at it again: half of one would be built from for ever
         made.replace(kept)
@@ -311,59 +296,3 @@ def _require_suite(archive: Path, suite: str) -> None:
 def kept_archives(cache_dir: Path) -> list[Path]:
     """What builds of the same packages begin with."""
     return sorted((cache_dir / _KEPT).glob(f"*{_ARCHIVE}"))
-
-
-def _require_room(directory: Path) -> None:
-    """Where a disk fills up while apt updates its lists, apt may say nothing and wait for ever."""
-    free = shutil.disk_usage(directory).free
-    if free < _LEAST_ROOM_BYTES:
-        raise errors.NoSpaceError(
-            f"to build an image takes {_LEAST_ROOM_BYTES >> 20} MiB at the least, and {directory} has "
-            f"{sizes.text_of_bytes(free)} left",
-            hint="free some space; `banger image cache prune` removes what no pull needs",
-        )
-
-
-def mode() -> Mode:
-    """How this process can make a root file system; fakechroot needs no privilege at all."""
-    return "root" if os.geteuid() == 0 else "fakechroot"
-
-
-def _require_programs() -> None:
-    """Raises MissingToolError that names all that is missing: each is in a package of its own name."""
-    needed = ("mmdebstrap", "fakechroot", "fakeroot") if mode() == "fakechroot" else ("mmdebstrap",)
-    missing = [tool for tool in needed if not _has(tool)]
-    if missing:
-        raise errors.MissingToolError(
-            f"to build an image takes what this host does not have: {', '.join(missing)}",
-            hint=f"`sudo apt install {' '.join(missing)}`",
-            tool=missing[0],
-        )
-
-
-def _command(recipe: Recipe, arch: str) -> list[str]:
-    from banger import debian
-
-    paths = [f"--dpkgopt=path-exclude={path}" for path in recipe.exclude_paths]
-    paths += [f"--dpkgopt=path-include={path}" for path in recipe.include_paths]
-    how = mode()
-    program = ["mmdebstrap", f"--mode={how}"]
-    if how == "fakechroot" and recipe.variant == "extract":
-        # Nothing of such a system runs while it is made, and fakechroot would run its tar, which it lacks.
-        program = ["fakeroot", "mmdebstrap", "--mode=chrootless"]
-    return [
-        *program,
-        f"--variant={recipe.variant}",
-        f"--architectures={debian.ARCHITECTURES[arch]}",
-        "--format=tar",
-        f"--include={','.join(recipe.packages)}",
-        *paths,
-    ]
-
-
-def _has(tool: str) -> bool:
-    try:
-        run.require(tool)
-    except errors.MissingToolError:
-        return False
-    return True

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 from banger import guest_binary
 from banger.contract import errors, names, privileged, resources
-from banger.images import catalog
+from banger.images import base, catalog
 from banger.owner import (
     activity,
     app,
+    builder,
     clocks,
     config,
     defaults,
@@ -81,6 +82,7 @@ async def serve(
                 network6=config.prefix6(installation),
                 bridge=installation.bridge,
                 host_boot_id=os.environ.get(_HOST_BOOT_ID, ""),
+                make_base=_make_base(paths, in_process=in_process),
             )
         )
         listener = stack.enter_context(server.listening(paths.socket))
@@ -120,6 +122,13 @@ def _ops(paths: config.Paths, *, in_process: bool) -> privileged.PrivilegedOps:
     return inprocess.InProcess.from_file(paths.install)
 
 
+def _make_base(paths: config.Paths, *, in_process: bool) -> base.Make:
+    """Where banger is installed, what packages bring runs in the builder's unit and not here."""
+    if in_process:
+        return base.make
+    return builder.Builder(paths.builder_socket, operations.current_op_id.get)
+
+
 @asynccontextmanager
 async def compose(
     settings: config.Config,
@@ -131,6 +140,7 @@ async def compose(
     network6: ipaddress.IPv6Network = names.DEFAULT_NETWORK6,
     bridge: str = names.BRIDGE,
     host_boot_id: str = "",
+    make_base: base.Make = base.make,
 ) -> AsyncIterator[routes.Services]:
     """Everything behind the routes, reconciled with the world; ended in reverse order."""
     store.require_rows_for(paths.database, paths.state / "vms")
@@ -138,7 +148,13 @@ async def compose(
     running = operations.Operations()
     image_catalog = catalog.Catalog(paths.image_catalog)
     image_service = images.ImageService(
-        paths.state / "images", paths.cache, rows, running, image_catalog, default=settings.image
+        paths.state / "images",
+        paths.cache,
+        rows,
+        running,
+        image_catalog,
+        default=settings.image,
+        make_base=make_base,
     )
     kernel_service = kernels.KernelService(
         paths.state / "kernels", paths.cache, paths.kernel_catalogs, rows, running

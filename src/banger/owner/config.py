@@ -17,6 +17,7 @@ from banger.net import upstream
 from banger.vm import host as hosts
 from banger.vm.capabilities import file_sync
 
+BUILDER_SOCKET: Final = Path("/run/banger-build/bangerd-build.sock")
 CONFIG_PATH: Final = Path("/etc/banger/config.toml")
 CATALOG_NAME: Final = "images.toml"
 """Beside config.toml: images that this host adds to the catalog."""
@@ -152,6 +153,7 @@ class Paths:
     image_catalog: Path | None = None
     kernel_catalogs: Path = CONFIG_PATH.parent / "kernels.d"
     """The host's own kernels that can be pulled, as TOML files beside the configuration."""
+    builder_socket: Path = BUILDER_SOCKET
 
     @property
     def socket(self) -> Path:

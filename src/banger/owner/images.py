@@ -11,8 +11,8 @@ from typing import Final
 
 from banger import artefacts, guest_binary, run
 from banger.contract import errors, names, requests, resources
-from banger.images import catalog, ext4, lookup, recipe, records, reference
-from banger.owner import locks, operations, store
+from banger.images import base, catalog, ext4, lookup, recipe, records, reference
+from banger.owner import builder, locks, operations, store
 
 _PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
 _HOME: Final = "/root"
@@ -41,11 +41,13 @@ class ImageService:
         catalog: catalog.Catalog,
         *,
         default: str,
+        make_base: base.Make = base.make,
     ) -> None:
-        """`default` means the image of VMs for which none is named."""
+        """`default` means the image of VMs for which none is named; `make_base` runs what packages bring."""
         self.records = records.Images(root)
         self._catalog = catalog
         self._default = default
+        self._make_base = make_base
         self._cache = cache
         self._store = store
         self._operations = operations
@@ -142,11 +144,16 @@ class ImageService:
                     guest_binary=guest_binary.path(arch),
                     name=name,
                     on_line=progress.line(),
+                    make=self._make_base,
                 )
             finally:
                 self._builds -= 1
 
         return self.making("image.build", name, wanted, make, kernel=wanted.kernel)
+
+    def can_build(self) -> bool:
+        """Whether who makes root file systems of packages is there."""
+        return not isinstance(self._make_base, builder.Builder) or self._make_base.is_there()
 
     def register(self, body: requests.RegisterImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""

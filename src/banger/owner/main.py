@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", type=Path, default=Path("/var/cache/banger"), metavar="DIR")
     parser.add_argument("--run-dir", type=Path, default=Path("/run/banger"), metavar="DIR")
     parser.add_argument("--helper-socket", type=Path, default=helper.SOCKET, metavar="SOCKET")
+    parser.add_argument("--builder-socket", type=Path, default=config.BUILDER_SOCKET, metavar="SOCKET")
     parser.add_argument("--in-process-helper", action="store_true", help="development as root: no helper")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument(
@@ -147,6 +148,7 @@ def _paths(options: argparse.Namespace, installation: config.Installation) -> co
         cache=options.cache_dir,
         run=options.run_dir,
         helper_socket=options.helper_socket,
+        builder_socket=options.builder_socket,
         helper_dir=Path(installation.helper_dir),
         install=options.install,
         image_catalog=options.config.with_name(config.CATALOG_NAME),

@@ -34,17 +34,24 @@ BIN: Final = Path("/usr/local/bin")
 MODULES: Final = Path("/etc/modules-load.d/banger.conf")
 API_SOCKET: Final = Path("/run/banger/bangerd.sock")
 HELPER_SOCKET: Final = Path("/run/banger-root/bangerd-root.sock")
+BUILDER_SOCKET: Final = Path("/run/banger-build/bangerd-build.sock")
 GUESTS: Final = "banger-guests.service"
 """Does nothing but be stopped, before all others, when the host goes down: then it has the VMs stopped."""
 UNITS: Final = (
     "bangerd.service",
     "bangerd-root.socket",
     "bangerd-root.service",
+    "bangerd-build.socket",
+    "bangerd-build@.service",
     "banger-vms.service",
     GUESTS,
 )
-ENABLED: Final = ("bangerd.service", "bangerd-root.socket", GUESTS)
+LOADED: Final = tuple(name for name in UNITS if "@" not in name)
+"""Those that systemd knows something of when nothing is being built."""
+ENABLED: Final = ("bangerd.service", "bangerd-root.socket", "bangerd-build.socket", GUESTS)
 """What starts with the host."""
+BUILDS: Final = "bangerd-build@*.service"
+"""A unit for each build that is going on."""
 SLICE: Final = "banger.slice"
 COMMANDS: Final = ("banger", "bangerd")
 _TOOLS: Final = {"e2fsck": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.ext4": "e2fsprogs"}

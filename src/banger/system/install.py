@@ -272,7 +272,7 @@ class Install:
 
     async def _start(self) -> None:
         host.systemctl("daemon-reload")
-        host.systemctl("start", "banger-vms.service", "bangerd-root.socket")
+        host.systemctl("start", "banger-vms.service", "bangerd-root.socket", "bangerd-build.socket")
         # A stopped helper starts with the next request, in its new version; VMs do not notice.
         host.systemctl("stop", "bangerd-root.service")
         host.systemctl("restart", "bangerd.service")

@@ -31,6 +31,7 @@ PROGRAMS: Final = (
     "prlimit",
     "resize2fs",
     "resolvectl",
+    "setpriv",
     "sleep",
 )
 """Of the host, that the helper or a unit of root's starts: a test compares them with the helper's code."""

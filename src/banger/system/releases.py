@@ -32,6 +32,7 @@ _WANTS: Final = {
     "bangerd.service": f"{_SYSTEM}/multi-user.target.wants",
     "bangerd-root.socket": f"{_SYSTEM}/sockets.target.wants",
     "banger-guests.service": f"{_SYSTEM}/multi-user.target.wants",
+    "bangerd-build.socket": f"{_SYSTEM}/sockets.target.wants",
 }
 """What starts with the host; as `systemctl enable` has it for units that do not lie in /etc."""
 

@@ -58,15 +58,19 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     say("stopping the root helper")
     # systemd made the slice for banger-vms.service and would keep it until the next boot.
     host.systemctl("stop", "bangerd-root.socket", "bangerd-root.service", "banger-vms.service", host.SLICE)
-    host.systemctl("disable", "-q", "--no-reload", *host.ENABLED)
+    # An upgrade by a version that did not know of a unit yet has made no link to it.
+    enabled = [name for name in host.ENABLED if (host.UNIT_DIR / name).exists()]
+    host.systemctl("stop", *enabled, host.BUILDS)
+    host.systemctl("disable", "-q", "--no-reload", *enabled)
     say("removing files")
     _remove(manifest, purge=purge)
-    with contextlib.suppress(FileNotFoundError):
-        host.HELPER_SOCKET.parent.rmdir()
+    for socket in (host.HELPER_SOCKET, host.BUILDER_SOCKET):
+        with contextlib.suppress(FileNotFoundError):
+            socket.parent.rmdir()
     host.systemctl("daemon-reload")
     # A unit that never failed is not known any more, which is what was wanted.
     with contextlib.suppress(errors.BangerError):
-        host.systemctl("reset-failed", *host.UNITS, host.SLICE)
+        host.systemctl("reset-failed", *host.LOADED, host.SLICE)
     if not purge:
         say(
             f"kept: VMs, images and kernels in {host.STATE}, logs and Firecracker in {host.HELPER}, "

@@ -32,6 +32,7 @@ async def get_info(services: routes.Injected) -> resources.DaemonInfo:
         helper_version=host.version,
         firecracker_version=host.firecracker_version,
         dns=services.naming.status(),
+        can_build=services.images.can_build(),
     )
 
 

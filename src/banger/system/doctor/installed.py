@@ -47,9 +47,9 @@ def settings(scene: scenes.Scene) -> report.Finding:
 
 
 def uids(scene: scenes.Scene) -> report.Finding:
-    """The VMs' uids belong to nobody else."""
+    """The uids of VMs, and the one before them, which builds have, belong to nobody else."""
     given = scene.settings()
-    first, last = given.uid_base + 1, given.uid_base + given.uid_count
+    first, last = given.uid_base, given.uid_base + given.uid_count
     taken = [
         *(f"user {name}" for name, uid in _accounts(scene, "/etc/passwd") if first <= uid <= last),
         *(f"group {name}" for name, gid in _accounts(scene, "/etc/group") if first <= gid <= last),
@@ -57,10 +57,10 @@ def uids(scene: scenes.Scene) -> report.Finding:
     ]
     if taken:
         return report.failed(
-            f"VMs have the uids {first} to {last}, and so has {_some(taken)}",
+            f"VMs and builds have the uids {first} to {last}, and so has {_some(taken)}",
             "give these other ids: usermod, groupmod, /etc/subuid, /etc/subgid",
         )
-    return report.passed(f"{first} to {last} belong to VMs alone")
+    return report.passed(f"{first} to {last} belong to VMs and builds alone")
 
 
 def _accounts(scene: scenes.Scene, path: str) -> Iterator[tuple[str, int]]:

@@ -14,7 +14,11 @@ from banger.system.doctor import installed, report
 from banger.system.doctor import scene as scenes
 
 _SHOWN: Final = 5
-EXPOSURE_LIMITS: Final = {"bangerd.service": 1.3, "bangerd-root.service": 4.0}
+EXPOSURE_LIMITS: Final = {
+    "bangerd.service": 1.2,
+    "bangerd-root.service": 4.0,
+    "bangerd-build@.service": 2.2,
+}
 """docs/privileges.md promises them."""
 _RESTART: Final = "sudo banger system restart"
 _EXPOSURE: Final = re.compile(r": ([0-9]+(?:\.[0-9]+)?) ")
@@ -100,7 +104,7 @@ def units(scene: scenes.Scene) -> report.Finding:
 
 
 def _units(scene: scenes.Scene) -> dict[str, dict[str, str]]:
-    said = scene.run("systemctl", "show", "--no-pager", f"--property={_PROPERTIES}", *host.UNITS).text
+    said = scene.run("systemctl", "show", "--no-pager", f"--property={_PROPERTIES}", *host.LOADED).text
     found: dict[str, dict[str, str]] = {}
     for block in said.split("\n\n"):
         unit = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
@@ -113,6 +117,8 @@ class Socket:
     """A service's socket: its owner's alone, from the moment it is made."""
 
     path: str
+    units: str
+    """That make it anew."""
     mode: int = 0o600
 
     def __call__(self, scene: scenes.Scene) -> report.Finding:
@@ -123,7 +129,7 @@ class Socket:
             uid=given.owner_uid,
             name=given.owner_name,
             mode=self.mode,
-            remedy=f"sudo systemctl restart bangerd-root.socket bangerd ({self.path} is made anew)",
+            remedy=f"sudo systemctl restart {self.units} ({self.path} is made anew)",
         )
 
 

@@ -12,6 +12,7 @@ from banger.system.doctor.report import Check
 _VMS: Final = "running VMs"
 _TRUST: Final = "root's safety"
 _PRODUCTION: Final = "production"
+_SOCKETS: Final = "bangerd-root.socket bangerd"
 
 ORDINARY: Final = (
     Check("architecture", _VMS, kernel.architecture),
@@ -54,14 +55,16 @@ ORDINARY: Final = (
     Check("units", "the services", services.units),
     Check("bangerd", "the services", services.daemon),
     Check("bangerd-root", "the services", services.helper),
-    Check("bangerd socket", _TRUST, services.Socket(str(host.API_SOCKET))),
-    Check("bangerd-root socket", _TRUST, services.Socket(str(host.HELPER_SOCKET))),
+    Check("bangerd socket", _TRUST, services.Socket(str(host.API_SOCKET), _SOCKETS)),
+    Check("bangerd-root socket", _TRUST, services.Socket(str(host.HELPER_SOCKET), _SOCKETS)),
+    Check("bangerd-build socket", _TRUST, services.Socket(str(host.BUILDER_SOCKET), "bangerd-build.socket")),
     Check("socket directory", _TRUST, installed.Private("/run/banger-root", 0o711, by_owner=False)),
     Check("state", _TRUST, installed.Private(str(host.STATE), 0o700)),
     Check("cache", _TRUST, installed.Private(str(host.CACHE), 0o700)),
     Check("helper state", _TRUST, installed.Private(str(host.HELPER), 0o711, by_owner=False)),
     Check("bangerd exposure", _TRUST, services.Exposure("bangerd.service")),
     Check("bangerd-root exposure", _TRUST, services.Exposure("bangerd-root.service")),
+    Check("bangerd-build exposure", _TRUST, services.Exposure("bangerd-build@.service")),
     Check("versions", "the services", services.versions),
     Check("cgroup delegation", "limits of VMs", kernel.delegation),
     Check("network", "network", network.prefix),

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""`bangerd-build`: answers one request on the connection that is its standard input, and ends.
+
+`bangerd-build@.service` starts it with the last of root's rights given up. It believes the daemon nothing:
+who asks is judged before a byte is read, and the request by its types. A daemon that goes away, or says
+another word, ends the build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from banger import artefacts, run
+from banger.contract import building, decoding, errors, names
+from banger.images import base
+
+_INSTALL: Final = Path("/etc/banger/install.toml")
+_READ_DEADLINE_S: Final = 5.0
+_PEER: Final = struct.Struct("=iII")
+_LEVELS: Final = {"error": "<3>", "info": "<6>"}
+_STDIN: Final = 0
+_SCRATCH: Final = "banger-build-"
+_SPACE_HINT: Final = "free some space on the disk of /var/tmp, where packages are unpacked"
+
+
+class _Installed(msgspec.Struct, frozen=True):
+    """The keys of install.toml that are needed here."""
+
+    owner_uid: int
+    uid_base: int = names.UID_BASE
+    uid_count: int = names.MAX_SLOTS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bangerd-build", description=__doc__)
+    parser.add_argument("--install", type=Path, default=_INSTALL, metavar="FILE")
+    options = parser.parse_args(argv)
+    if os.geteuid() == 0:
+        _log("error", "will not run packages' scripts as root")
+        return 1
+    installed = decoding.toml(options.install.read_bytes(), _Installed)
+    if installed.uid_base < os.geteuid() <= installed.uid_base + installed.uid_count:
+        _log(
+            "error", f"will not run as uid {os.geteuid()}, which a VM has: see uid_base in {options.install}"
+        )
+        return 1
+    with _standard_input() as connection:
+        asyncio.run(serve(connection, installed.owner_uid))
+    return 0
+
+
+def _standard_input() -> socket.socket:
+    """The connection, which no program that is started from here gets."""
+    connection = socket.socket(fileno=os.dup(_STDIN))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), _STDIN)
+    return connection
+
+
+async def serve(connection: socket.socket, owner_uid: int) -> None:
+    """Builds what is asked for, and says how it ended; nothing is said to a peer that went away."""
+    frames = _Frames(connection)
+    request: building.Request | None = None
+    try:
+        _require_peer(connection, owner_uid)
+        request = _read(connection)
+        os.environ.update(request.environment)
+        await _until_it_goes(connection, request.base, frames)
+        answer = building.Answer()
+    except asyncio.CancelledError:
+        _say(request, "cancelled")
+        return
+    except Exception as error:
+        answer = building.Answer(errors.to_body(error))
+    _say(request, "built" if answer.error is None else answer.error.message)
+    with contextlib.suppress(OSError):
+        frames.send(building.ANSWER, _fitting(answer))
+
+
+async def _until_it_goes(connection: socket.socket, wanted: building.Base, frames: _Frames) -> None:
+    """Nothing more is awaited of the peer: what can be read is its end, or what nobody asked for."""
+    work = asyncio.create_task(run.in_thread(_build, wanted, frames))
+    loop = asyncio.get_running_loop()
+
+    def gone() -> None:
+        loop.remove_reader(connection)
+        work.cancel()
+
+    loop.add_reader(connection, gone)
+    try:
+        await work
+    finally:
+        loop.remove_reader(connection)
+
+
+def _build(wanted: building.Base, frames: _Frames) -> None:
+    room = artefacts.room_for("what is unpacked for a build", hint=_SPACE_HINT)
+    with room, tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / "root.tar"
+        try:
+            base.make(wanted, made, frames.line)
+        except errors.NoSpaceError as error:
+            error.hint = _SPACE_HINT
+            raise
+        with made.open("rb") as tar:
+            while piece := tar.read(building.MAX_FRAME_BYTES):
+                run.check_cancelled()
+                frames.send(building.TAR, piece)
+
+
+class _Frames:
+    """What goes to the daemon, from one thread at a time."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def line(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # seen where the peer is watched
+            self.send(building.LINE, text.encode()[: building.MAX_LINE_BYTES])
+
+    def send(self, kind: bytes, content: bytes) -> None:
+        self._connection.sendall(building.FRAME.pack(kind, len(content)) + content)
+
+
+def _require_peer(connection: socket.socket, owner_uid: int) -> None:
+    _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if uid not in (0, owner_uid):
+        raise errors.UnauthorizedError(f"uid {uid} may not build here")
+
+
+def _read(connection: socket.socket) -> building.Request:
+    connection.settimeout(_READ_DEADLINE_S)
+    try:
+        (size,) = building.LENGTH.unpack(_exactly(connection, building.LENGTH.size))
+        if size > building.MAX_REQUEST_BYTES:
+            raise errors.BadRequestError(f"a request of {size} bytes is too long")
+        return decoding.json(_exactly(connection, size), building.Request)
+    except TimeoutError:
+        raise errors.DeadlineError("the request did not come") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.BadRequestError(f"the request is not valid: {error}") from error
+    finally:
+        connection.settimeout(None)
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = connection.recv(size - len(data))
+        if not piece:
+            raise errors.BadRequestError("the request ended before its time")
+        data += piece
+    return bytes(data)
+
+
+def _fitting(answer: building.Answer) -> bytes:
+    """What mmdebstrap said last, when all of it is too long."""
+    data = msgspec.json.encode(answer)
+    if len(data) <= building.MAX_FRAME_BYTES or answer.error is None:
+        return data
+    short = msgspec.structs.replace(answer.error, message=answer.error.message[:4096], fields={}, also=())
+    return msgspec.json.encode(building.Answer(short))
+
+
+def _say(request: building.Request | None, how: str) -> None:
+    what = {} if request is None else {"op_id": request.op_id, "suite": request.base.suite}
+    _log("info", how, **what)
+
+
+def _log(level: str, message: str, **fields: str) -> None:
+    """One line of JSON for the journal, which takes the level from its head."""
+    line = msgspec.json.encode({"level": level, "message": message, **fields}).decode()
+    sys.stderr.write(f"{_LEVELS[level]}{line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

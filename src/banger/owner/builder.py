@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's door to the builder: one build per connection, and whatever comes back is a stranger's.
+
+What packages bring runs there and not here. So all that it says is bounded, in time and size and kind; the
+tar is read by who reads strangers' tars. Closing the connection ends the build.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from banger import artefacts, run
+from banger.contract import building, decoding, errors
+from banger.images import base
+
+DEADLINE_S: Final = base.DEADLINE_S + 120
+"""Longer than the builder gives mmdebstrap."""
+_SEND_S: Final = 10.0
+_LOOKED_AT: Final = 64 << 20
+"""How many bytes come between two looks at the room that is left."""
+_HINT: Final = "see `systemctl status bangerd-build.socket` and `journalctl -u 'bangerd-build@*'`"
+_ABSENT: Final = (
+    "`sudo banger system install` sets it up, also after an upgrade from a version without it; "
+    "see `systemctl status bangerd-build.socket`"
+)
+
+
+def _no_op_id() -> str:
+    return ""
+
+
+class Builder:
+    """Is a `base.Make`. `op_id` says on whose behalf; it greps in the journal of both."""
+
+    def __init__(
+        self,
+        socket_path: Path,
+        op_id: Callable[[], str] = _no_op_id,
+        *,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._path = socket_path
+        self._op_id = op_id
+        self._deadline_s = deadline_s
+
+    def is_there(self) -> bool:
+        return self._path.is_socket()
+
+    def __call__(self, wanted: building.Base, target: Path, on_line: base.OnLine | None) -> None:
+        data = msgspec.json.encode(
+            building.Request(base=wanted, environment=_environment(), op_id=self._op_id())
+        )
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_SEND_S)
+            try:
+                connection.connect(str(self._path))
+            except OSError as error:
+                raise errors.UnavailableError(
+                    f"the builder does not answer at {self._path}: {error.strerror or error}", hint=_ABSENT
+                ) from error
+            try:
+                connection.sendall(building.LENGTH.pack(len(data)) + data)
+            except OSError as error:
+                raise errors.UnavailableError(
+                    f"the builder hears no request: {error.strerror or error}", hint=_HINT
+                ) from error
+            with artefacts.room_for("what is built"), target.open("xb") as tar:
+                receive(connection, tar, on_line, within_s=self._deadline_s)
+
+
+def receive(
+    connection: socket.socket, tar: IO[bytes], on_line: base.OnLine | None, *, within_s: float
+) -> None:
+    """All that the builder sends until its answer; raises what that says, and for what is no answer."""
+    frames, growing, said = _Frames(connection, within_s), _Tar(tar), 0
+    while True:
+        kind, content = frames.next()
+        match kind:
+            case building.TAR:
+                growing.add(content)
+            case building.LINE:
+                said += len(content)
+                if len(content) > building.MAX_LINE_BYTES or said > building.MAX_LINES_BYTES:
+                    raise errors.ProtocolError("the builder says too much", hint=_HINT)
+                if on_line is not None:
+                    on_line(bytes(content).decode(errors="replace"))
+            case _:
+                return _judge(content)
+
+
+def _judge(content: memoryview) -> None:
+    try:
+        answer = decoding.json(bytes(content), building.Answer)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.ProtocolError(f"the builder's answer is not valid: {error}", hint=_HINT) from error
+    if answer.error is not None:
+        raise errors.from_body(answer.error)
+
+
+def _environment() -> dict[str, str]:
+    """Of ours what the builder takes, and may be told."""
+    from banger import debian
+
+    found: dict[str, str] = {}
+    for name, value in run.environment(*debian.APT_ENVIRONMENT).items():
+        try:
+            found |= decoding.convert({name: value}, dict[building.Variable, building.Value])
+        except msgspec.ValidationError:  # such as HOME, which is not the builder's
+            continue
+    return found
+
+
+class _Tar:
+    """Grows as long as others have room too."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._unlooked = 0
+
+    def add(self, piece: memoryview) -> None:
+        self._unlooked += len(piece)
+        if self._unlooked > _LOOKED_AT:
+            self._unlooked = 0
+            place = os.path.dirname(self._file.name)
+            if shutil.disk_usage(place).free < artefacts.RESERVE_BYTES:
+                raise errors.NoSpaceError(
+                    f"no space left in {place} for what is built", hint="free some space"
+                )
+        self._file.write(piece)
+
+
+class _Frames:
+    """What the builder sends. Raises for what is none, for its end, and when the time is over."""
+
+    def __init__(self, connection: socket.socket, within_s: float) -> None:
+        self._connection = connection
+        self._within_s = within_s
+        self._deadline = time.monotonic() + within_s
+
+    def next(self) -> tuple[bytes, memoryview]:
+        kind, size = building.FRAME.unpack(self._exactly(building.FRAME.size))
+        if kind not in (building.TAR, building.LINE, building.ANSWER) or size > building.MAX_FRAME_BYTES:
+            raise errors.ProtocolError(f"the builder sends what is no answer: {kind!r}, {size}", hint=_HINT)
+        return kind, self._exactly(size)
+
+    def _exactly(self, size: int) -> memoryview:
+        content = memoryview(bytearray(size))
+        have = 0
+        while have < size:
+            if not run.await_readable(self._connection.fileno(), self._deadline):
+                raise errors.DeadlineError(
+                    f"the builder was not done after {self._within_s:g} s", hint=_HINT
+                )
+            try:
+                got = self._connection.recv_into(content[have:])
+            except OSError as error:
+                raise self._ended(error.strerror or str(error)) from error
+            if not got:
+                raise self._ended("it said nothing")
+            have += got
+        return content
+
+    def _ended(self, why: str) -> errors.UnavailableError:
+        return errors.UnavailableError(f"the builder ended before its work did: {why}", hint=_HINT)
