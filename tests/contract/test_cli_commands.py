@@ -56,6 +56,7 @@ def test_create_prints_the_name_and_the_stages(cli: cli_process.Cli, fake: daemo
         "publish": [],
         "idle_stop_s": 0,
         "ttl_s": 0,
+        "autostart": False,
         "start": True,
         "image": None,
         "kernel": None,
