@@ -318,7 +318,7 @@ async def test_an_image_deleted_while_it_is_looked_into_makes_no_vm(
 
 async def test_an_image_that_would_lack_what_is_wanted_is_not_made(served: Served) -> None:
     body = {"name": "web", "kernel": "tiny", "image": "busybox", "needs_git": True}
-    refused = await served.error("POST", "/v1/vms", 500, body)
+    refused = await served.error("POST", "/v1/vms", 503, body)
     assert "image busybox has no git" in refused.message
     assert [each.kind for each in await served.get("/v1/operations", list[resources.Operation])] == []
     images = served.daemon.services.pulls

@@ -27,6 +27,7 @@ STATUS: Final = {
     "not_running": 409,
     "conflict": 409,
     "cancelled": 409,
+    "missing_tool": 503,
     "refused": 503,
     "unavailable": 503,
     "timed_out": 504,
