@@ -145,5 +145,5 @@ def fresh_installed_host(new_name: Callable[[str], str], no_lab_left: None) -> I
     """A host of the test's own with banger installed, for tests that break or remove it."""
     from lab import provision
 
-    with provision.installed(new_name("broken")) as lab, rights.asked_for(lab):
+    with provision.installed(new_name("broken")) as lab:
         yield lab
