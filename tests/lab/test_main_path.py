@@ -106,6 +106,7 @@ kill -STOP $(systemctl show -P MainPID bangerd)
 _UNWATCHED = "rm -r /run/systemd/system/bangerd.service.d; systemctl daemon-reload"
 
 
+@pytest.mark.long
 def test_a_daemon_that_hangs_is_ended_by_systemd_and_its_guest_goes_on(web: Lab) -> None:
     """Its watchdog is as in the unit, and only shorter."""
     before = user.shown(web, "web")
