@@ -29,10 +29,8 @@ CURRENT: Final = "current"
 PREVIOUS: Final = "previous"
 _SYSTEM: Final = "etc/systemd/system"
 _WANTS: Final = {
-    "bangerd.service": f"{_SYSTEM}/multi-user.target.wants",
-    "bangerd-root.socket": f"{_SYSTEM}/sockets.target.wants",
-    "banger-guests.service": f"{_SYSTEM}/multi-user.target.wants",
-    "bangerd-build.socket": f"{_SYSTEM}/sockets.target.wants",
+    name: f"{_SYSTEM}/{'sockets' if name.endswith('.socket') else 'multi-user'}.target.wants"
+    for name in host.ENABLED
 }
 """What starts with the host; as `systemctl enable` has it for units that do not lie in /etc."""
 
