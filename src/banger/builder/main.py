@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,12 +22,11 @@ from typing import Final
 import msgspec
 
 from banger import artefacts, run
-from banger.contract import building, decoding, errors, names
+from banger.contract import building, decoding, errors, names, peer
 from banger.images import base
 
 _INSTALL: Final = Path("/etc/banger/install.toml")
 _READ_DEADLINE_S: Final = 5.0
-_PEER: Final = struct.Struct("=iII")
 _LEVELS: Final = {"error": "<3>", "info": "<6>"}
 _STDIN: Final = 0
 _SCRATCH: Final = "banger-build-"
@@ -135,7 +133,7 @@ class _Frames:
 
 
 def _require_peer(connection: socket.socket, owner_uid: int) -> None:
-    _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    uid = peer.of(connection).uid
     if uid not in (0, owner_uid):
         raise errors.UnauthorizedError(f"uid {uid} may not build here")
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
-from banger.cli import attach, command, render
+from banger.cli import attach, command, render, vm_copy
 from banger.contract import errors, resources
 
 _LIMIT_S: Final = 2.0
@@ -22,8 +22,9 @@ def like(settings: command.Settings, vm: str, path: str) -> list[str]:
     above, slash, begin = path.rpartition("/")
     directory = above + slash
     kept = attach.Kept(_LIMIT_BYTES)
-    request = resources.ExecRequest(argv=("ls", "-1Ap", "--", _in_guest(directory)))
     with contextlib.suppress(errors.BangerError, OSError), _within(_LIMIT_S):
+        place = vm_copy.parse_place(f"{vm}:{directory}")
+        request = resources.ExecRequest(argv=("ls", "-1Ap", "--", place.path))
         if attach.run(settings.client(), vm, request, stdin=False, kept=kept, forwarded=()) == 0:
             names = kept.data.decode(errors="surrogateescape").splitlines()
             return [f"{directory}{name}" for name in names if _fits(name, begin)]
@@ -34,13 +35,6 @@ def _fits(name: str, begin: str) -> bool:
     """A hidden one only where a dot was typed; one that would drive the terminal never."""
     is_shown = begin.startswith(".") or not name.startswith(".")
     return is_shown and render.safe(name) == name and name.startswith(begin) and not name.startswith(_OURS)
-
-
-def _in_guest(directory: str) -> str:
-    """As `vm cp` takes it: from /root on."""
-    if directory.startswith("~/"):
-        directory = directory[2:]
-    return directory if directory.startswith("/") else f"/root/{directory}"
 
 
 @contextlib.contextmanager

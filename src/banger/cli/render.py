@@ -80,10 +80,9 @@ def _columns() -> int:
     said = os.environ.get("COLUMNS", "")
     if said.isdigit() and int(said) > 0:
         return int(said)
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
+    from banger.cli import terminal
+
+    return terminal.size(1)[1]
 
 
 def _is_within(room: int, widths: Sequence[int], gap: int) -> bool:

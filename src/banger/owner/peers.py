@@ -10,28 +10,15 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
-import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from uvicorn.protocols.http import h11_impl
 from uvicorn.protocols.websockets import websockets_sansio_impl
 
+from banger.contract import peer
+
 PEER: Final = "peer"
 GONE: Final = "gone"
-_UCRED: Final = struct.Struct("3i")
-
-
-class Peer(NamedTuple):
-    """The kernel's word for who connected."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-def peer(connection: socket.socket) -> Peer:
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return Peer(*_UCRED.unpack(data))
 
 
 class HangUp:
@@ -56,7 +43,7 @@ class HttpProtocol(h11_impl.H11Protocol):
     """HTTP/1.1 with the peer in the request's state."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.app_state = {**self.app_state, PEER: peer(transport.get_extra_info("socket"))}
+        self.app_state = {**self.app_state, PEER: peer.of(transport.get_extra_info("socket"))}
         super().connection_made(transport)
 
 
