@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`python -m tests.fuzz TARGET SECONDS`: one parser for as long as one likes; `make fuzz` is this.
 
-The corpus is kept below build/fuzz/, and goes on where it was. A finding is saved beside it, said, and gives
-exit status 1; it belongs into tests/fuzz/found/TARGET/, where it is tried in every run of the tests.
+Seconds are of processor time; in C, under libFuzzer, of the clock. The corpus is kept below build/fuzz/,
+and goes on where it was. A finding is saved beside it, said, and gives exit status 1; it belongs into
+tests/fuzz/found/TARGET/, where it is tried in every run of the tests.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ def _fuzz(name: str, seconds: float, seed: int) -> int:
         path = kept.parent / f"found-{engine.name_of(found.data)}"
         path.write_bytes(found.data)
         traceback.print_exception(found)
-        print(f"{name}: found after {fuzzer.runs} runs, saved as {path}")
+        print(f"{name}: found, saved as {path}")
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         for data in fuzzer.corpus:
             (kept / engine.name_of(data)).write_bytes(data)
-    print(f"{name}: {fuzzer.runs} runs, {fuzzer.covered} pairs of lines, {len(fuzzer.corpus)} inputs kept")
+        print(
+            f"{name}: {time.process_time():.0f} s, {fuzzer.runs} runs, {fuzzer.covered} pairs of lines, "
+            f"{len(fuzzer.corpus)} inputs kept",
+            flush=True,
+        )
     return 0
 
 
