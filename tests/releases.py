@@ -31,8 +31,14 @@ def wheel(path: Path, files: Mapping[str, str | bytes]) -> Path:
     return path
 
 
-def as_version(source: Path, directory: Path, version: str, changes: Mapping[str, tuple[str, str]]) -> Path:
-    """A wheel of banger with another version, and with one text in each of these files replaced."""
+def as_version(
+    source: Path,
+    directory: Path,
+    version: str,
+    changes: Mapping[str, tuple[str, str]],
+    added: Mapping[str, str] | None = None,
+) -> Path:
+    """A wheel of banger with another version, one text in each of these files replaced, and files added."""
     old = source.name.split("-")[1]
     target = directory / source.name.replace(f"-{old}-", f"-{version}-", 1)
     with zipfile.ZipFile(source) as given, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as made:
@@ -48,4 +54,6 @@ def as_version(source: Path, directory: Path, version: str, changes: Mapping[str
                 f"banger-{old}.dist-info", f"banger-{version}.dist-info"
             )
             made.writestr(member, data)
+        for name, text in (added or {}).items():
+            made.writestr(name, text)
     return target

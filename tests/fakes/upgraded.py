@@ -13,10 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from banger.contract import errors
-from banger.system import environment, host, machine, releases
+from banger.system import environment, host, machine, own_units, releases
 
 OLD, NEW = "1.2.0", "1.3.0"
 SCHEMAS = {OLD: 4, NEW: 5}
+LATER = "banger-later.service"
+OWNER = "alice"
 _EXEC = "ExecStart="
 
 
@@ -29,6 +31,7 @@ class Host(machine.Machine):
         self.helper_dir = root / "var/lib/banger-root"
         self.signers = root / "etc/banger/release-signers"
         self.faults: set[str] = set()
+        self.started: set[str] = set()
         self.event = event
 
     def install_first(self) -> None:
@@ -37,10 +40,7 @@ class Host(machine.Machine):
         for path in (self.helper_dir, self.signers.parent, self.root / "run", self.releases.top):
             path.mkdir(parents=True)
         self._fill(first, OLD)
-        self.write_units(first)
-        for link, target in self.releases.links().items():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            self.releases.lead(link, target)
+        own_units.lay(self.releases, first, OWNER, host.unit_sources())
         self.releases.switch(first)
         self.db.write_text(f"{SCHEMAS[OLD]} web")
         self.boot()
@@ -89,8 +89,10 @@ class Host(machine.Machine):
             case ("stop", *names):
                 if "bangerd.service" in names:
                     self._stop()
-            case ("start", host.GUESTS):
-                assert (self.at(host.UNIT_DIR) / host.GUESTS).exists()
+                self.started -= set(names)
+            case ("start", *names):
+                assert all((self.at(host.UNIT_DIR) / name).exists() for name in names)
+                self.started |= set(names)
             case ("reset-failed", *_):
                 pass
             case _:
@@ -108,8 +110,15 @@ class Host(machine.Machine):
         if "trust" in self.faults:
             raise errors.BadRequestError(f"{prefix} can be written by others than root")
 
-    def write_units(self, prefix: Path) -> None:
-        self.releases.write_units(prefix, "alice", host.unit_sources())
+    def lay_units(self, prefix: Path) -> own_units.Laid:
+        """The new version has a unit more, which starts with the host."""
+        laid = own_units.lay(self.releases, prefix, OWNER, host.unit_sources())
+        if (prefix / host.OWN_UNITS / LATER).exists() or environment.version(prefix) != NEW:
+            return laid
+        (prefix / host.OWN_UNITS / LATER).write_text("[Service]\n")
+        link = self.at(host.UNIT_DIR / LATER)
+        self.releases.lead(link, self.releases.top / releases.CURRENT / host.OWN_UNITS / LATER)
+        return own_units.Laid((*laid.links, str(link)), (*laid.started, LATER))
 
     def bangerd(self, prefix: Path, *arguments: str, ok: Collection[int] = (0,)) -> int:
         self.event(f"bangerd {arguments[0]}")

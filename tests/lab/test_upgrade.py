@@ -24,7 +24,17 @@ SOURCE = "/var/tmp/source"
 LAST = "json_set(record, '$.host_boot_id', '') WHERE json_valid(record)\","
 MORE = f'{LAST}\n    "CREATE TABLE later (id TEXT) STRICT",'
 LISTEN = "listener = stack.enter_context(server.listening(paths.socket))"
-MIGRATES = {"banger/owner/migrations.py": (LAST, MORE)}
+LATER = "banger-later.service"
+MIGRATES = {
+    "banger/owner/migrations.py": (LAST, MORE),
+    "banger/system/host.py": ("ENABLED: Final = (", f'UNITS += ("{LATER}",)\nENABLED: Final = ("{LATER}", '),
+}
+ADDS = {
+    f"banger/_units/{LATER}": "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
+    "[Install]\nWantedBy=multi-user.target\n"
+}
+"""A unit that the version which drives the upgrade does not know."""
+WHERE = ("/usr/local/lib/systemd/system", "/etc/systemd/system")
 FAILS = {"banger/owner/composition.py": (LISTEN, "raise OSError('no good')")}
 """After the rows were migrated and the VMs adopted: as late as it can be."""
 
@@ -47,6 +57,7 @@ def test_an_upgrade_over_a_running_vm(fresh_installed_host: Lab, tmp_path: Path)
     assert "is installed as before; VMs go on running" in failed.error_text
     assert user.banger(host, "system", "status").text.count(banger.__version__) == 2
     assert host.run(["sh", "-c", "ls /usr/local/lib/banger-releases"]).text.split() == ["current"]
+    assert host.run(["find", *WHERE, "-name", LATER]).text == ""
     assert _boot_id(host) == boot
 
     done = _upgrade(host, GOOD)
@@ -54,6 +65,8 @@ def test_an_upgrade_over_a_running_vm(fresh_installed_host: Lab, tmp_path: Path)
     assert user.banger(host, "system", "status").text.count(GOOD) == 2
     assert _boot_id(host) == boot
     assert user.shown(host, "web")["state"] == "running"
+    assert host.run(["systemctl", "is-active", LATER]).text.strip() == "active"
+    assert len(host.run(["find", *WHERE, "-name", LATER]).text.split()) == 2
     _is_trusted(host)
 
     older = _upgrade(host, BROKEN)
@@ -82,7 +95,7 @@ def _bring(host: Lab, scratch: Path, version: str, changes: dict[str, tuple[str,
     here.mkdir()
     host.get("/artefacts/dist", scratch / f"dist-{version}")
     (source,) = (scratch / f"dist-{version}").glob("*.whl")
-    own = releases.as_version(source, here, version, changes)
+    own = releases.as_version(source, here, version, changes, ADDS)
     with contextlib.closing(wheels.pinned(cache.default_root())) as others:
         for wheel in others.path.glob("*.whl"):
             (here / wheel.name).symlink_to(wheel)

@@ -18,6 +18,7 @@ import pytest
 from banger import artefacts, steps
 from banger.contract import errors
 from banger.system import signed, upgrade
+from banger.system.host import ENABLED, UNIT_DIR
 from tests.fakes import upgraded
 from tests.fakes.upgraded import NEW, OLD
 
@@ -86,6 +87,8 @@ def judge_old(host: upgraded.Host) -> None:
     assert host.db.read_text() == f"{upgraded.SCHEMAS[OLD]} web"
     assert not host.releases.place(NEW).exists()
     assert not (host.helper_dir / "upgrade").exists()
+    assert not (host.at(UNIT_DIR) / upgraded.LATER).is_symlink()
+    assert upgraded.LATER not in host.started
 
 
 def judge_new(host: upgraded.Host) -> None:
@@ -95,11 +98,13 @@ def judge_new(host: upgraded.Host) -> None:
     assert not list(host.root.glob("db.v*"))
     assert not list(host.helper_dir.glob("*upgrading"))
     assert not (host.helper_dir / "upgrade").exists()
+    assert (host.at(UNIT_DIR) / upgraded.LATER).exists()
 
 
 def test_it_succeeds(host: upgraded.Host) -> None:
     assert attempt(host)[0] == f"upgrading banger {OLD} to {NEW}"
     judge_new(host)
+    assert host.started >= {*ENABLED, upgraded.LATER}
     previous = host.releases.previous()
     assert previous is not None
     assert previous.name == "banger"
@@ -198,7 +203,7 @@ def test_once_it_has_answered_no_rows_go_back(host: upgraded.Host) -> None:
 def test_cut_off_and_used_for_weeks_no_rows_go_back(host: upgraded.Host) -> None:
     made = host.releases.place(NEW)
     host.make_environment(made, [host.root / NEW / f"banger-{NEW}-py3-none-any.whl"])
-    host.write_units(made)
+    host.lay_units(made)
     (host.helper_dir / "upgrading").write_text(NEW)
     host.releases.switch(made)
     host.boot()
@@ -255,7 +260,7 @@ def test_only_the_version_before_is_kept(host: upgraded.Host) -> None:
 def test_cut_off_after_the_switch_the_same_command_finishes_it(host: upgraded.Host, fault: str) -> None:
     made = host.releases.place(NEW)
     host.make_environment(made, [host.root / NEW / f"banger-{NEW}-py3-none-any.whl"])
-    host.write_units(made)
+    host.lay_units(made)
     (host.helper_dir / "upgrading").write_text(NEW)
     host.releases.switch(made)
     assert (host.installed(), host.running) == ({NEW}, OLD)

@@ -13,7 +13,7 @@ from typing import Final
 
 from banger import run, steps
 from banger.contract import errors, resources
-from banger.system import asking, environment, host, ownership, releases, settings
+from banger.system import asking, environment, host, own_units, ownership, releases, settings
 
 ANSWER_S: Final = 60.0
 _POLL_S: Final = 0.2
@@ -43,9 +43,9 @@ class Machine:
         argv = host.as_user(self._owner(), [str(prefix / "bin/bangerd"), *arguments])
         return run.run(argv, deadline_s=_BANGERD_S, ok=ok).status
 
-    def write_units(self, prefix: Path) -> None:
-        sources = environment.packages(prefix) / "banger/_units"
-        self.releases.write_units(prefix, self._owner().pw_name, sources)
+    def lay_units(self, prefix: Path) -> own_units.Laid:
+        """That version lays its units, which this one may not know; nothing leads to them yet."""
+        return own_units.asked_of(prefix, self._owner().pw_name)
 
     def answers(self, version: str) -> bool:
         """Both services do, in this version."""

@@ -19,8 +19,7 @@ from typing import Final
 
 from banger import run, steps
 from banger.contract import errors
-from banger.system import alone, environment, machine, signed, versions
-from banger.system import host as hosts
+from banger.system import alone, environment, machine, own_units, signed, versions
 
 _UNDO_S: Final = 300.0
 _CURRENT: Final = 0
@@ -44,6 +43,8 @@ class Upgrade:
         self._new = Path()
         self._mark = host.helper_dir / "upgrading"
         """Names the version that is being switched to, until it has answered."""
+        self._laid = own_units.Laid()
+        """Where an upgrade that was cut off is finished, these are the units of who finishes it."""
         self._stopped = False
         """The old services were: the way back starts them again."""
         self._stays = False
@@ -73,7 +74,7 @@ class Upgrade:
             step("unpack", self._unpack, self._delete_new, detail="unpacking it beside what is installed"),
             step("trust", self._look, detail="looking at all that root would execute"),
             step("migrations", self._rehearse, detail="trying it on a copy of the database"),
-            step("units", self._write_units, detail="writing its units"),
+            step("units", self._lay_units, self._unlink_new, detail="having it write its units"),
             *self._switching(),
         ]
 
@@ -164,12 +165,12 @@ class Upgrade:
         if said != _CURRENT:
             self._say("its rows will be migrated; what they are now is kept")
 
-    async def _write_units(self) -> None:
-        self._host.write_units(self._new)
-        for link, target in self._releases.links().items():
-            # Of a unit that the old version did not have; it leads nowhere before the switch.
-            if not link.is_symlink():
-                self._releases.lead(link, target)
+    async def _lay_units(self) -> None:
+        self._laid = await run.in_thread(self._host.lay_units, self._new)
+
+    async def _unlink_new(self) -> None:
+        if not self._stays:
+            await run.in_thread(own_units.unlink, self._laid)
 
     async def _begin(self) -> None:
         """What is acquired here is the duty to start again what was."""
@@ -205,12 +206,12 @@ class Upgrade:
         # A stopped helper starts with the next request, in its new version; VMs do not notice.
         self._host.systemctl("stop", "bangerd-root.service")
         self._host.systemctl("restart", "bangerd.service")
-        self._host.systemctl("start", hosts.GUESTS)
+        self._host.systemctl("start", *self._laid.started)
 
     async def _stop_new(self) -> None:
         """And its rows go back before the switch does: the new version can migrate them again."""
         self._stopped = True
-        self._host.systemctl("stop", "bangerd.service", "bangerd-root.service")
+        self._host.systemctl("stop", "bangerd.service", "bangerd-root.service", *self._laid.new)
         try:
             await run.in_thread(self._host.bangerd, self._old, "--undo-migrations")
         except errors.BangerError:
