@@ -13,10 +13,11 @@ import msgspec
 
 from banger.contract import errors, privileged
 from banger.owner import helper
+from banger.system import host
 
 
 async def batch(requests: Sequence[privileged.Request[Any]]) -> list[privileged.Reply]:
-    client = helper.Client(op_id=lambda: "lab-test")
+    client = helper.Client(host.HELPER_SOCKET, op_id=lambda: "lab-test")
     replies: list[privileged.Reply] = []
     for request in requests:
         try:

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -22,7 +23,7 @@ group = command.Group(
 )
 
 
-_NO_BUILDER = "no bangerd-build.socket; `sudo banger system install` sets it up"
+_NO_BUILDER: Final = "no bangerd-build.socket; `sudo banger system install` sets it up"
 
 
 @command.make(

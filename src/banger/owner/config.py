@@ -14,16 +14,14 @@ from banger import toml_file
 from banger.contract import errors, names, resources
 from banger.images import reference
 from banger.net import upstream
+from banger.system import host as installed
 from banger.vm import host as hosts
 from banger.vm.capabilities import file_sync
 
-BUILDER_SOCKET: Final = Path("/run/banger-build/bangerd-build.sock")
-CONFIG_PATH: Final = Path("/etc/banger/config.toml")
 CATALOG_NAME: Final = "images.toml"
 """Beside config.toml: images that this host adds to the catalog."""
 DATABASE: Final = "banger.db"
 """In the state directory."""
-INSTALL_PATH: Final = Path("/etc/banger/install.toml")
 
 T = TypeVar("T")
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
@@ -128,8 +126,8 @@ class Installation(msgspec.Struct, frozen=True, kw_only=True):
     network: str = names.NETWORK
     network6: str = names.NETWORK6
     bridge: str = names.BRIDGE
-    state_dir: AbsolutePath = "/var/lib/banger"
-    helper_dir: AbsolutePath = "/var/lib/banger-root"
+    state_dir: AbsolutePath = str(installed.STATE)
+    helper_dir: AbsolutePath = str(installed.HELPER)
 
     def __post_init__(self) -> None:
         """The helper has the same rule; a daemon that breaks it would only fail later."""
@@ -151,9 +149,9 @@ class Paths:
     helper_dir: Path
     install: Path
     image_catalog: Path | None = None
-    kernel_catalogs: Path = CONFIG_PATH.parent / "kernels.d"
+    kernel_catalogs: Path = installed.ETC / "kernels.d"
     """The host's own kernels that can be pulled, as TOML files beside the configuration."""
-    builder_socket: Path = BUILDER_SOCKET
+    builder_socket: Path = installed.BUILDER_SOCKET
 
     @property
     def socket(self) -> Path:

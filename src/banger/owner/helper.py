@@ -17,7 +17,6 @@ from banger.contract import decoding, errors, privileged
 
 _log = logging.getLogger(__name__)
 
-SOCKET: Final = Path("/run/banger-root/bangerd-root.sock")
 # Longer than any operation may take inside the helper, which has deadlines of its own.
 CALL_DEADLINE_S: Final = 240.0
 # A request is never called back, not even by the time limit of an undo. So it is the client that gives up
@@ -53,7 +52,7 @@ class Client:
 
     def __init__(
         self,
-        socket_path: Path = SOCKET,
+        socket_path: Path,
         op_id: Callable[[], str] = _no_op_id,
         *,
         tell: Callable[[str], None] = _nobody,

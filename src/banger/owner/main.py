@@ -25,7 +25,8 @@ import msgspec
 
 import banger
 from banger.contract import errors
-from banger.owner import config, helper, logs, migrations
+from banger.owner import config, logs, migrations
+from banger.system import host
 
 _log = logging.getLogger(__name__)
 
@@ -109,13 +110,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bangerd", description=__doc__)
     parser.add_argument("--version", action="version", version=banger.__version__)
-    parser.add_argument("--config", type=Path, default=config.CONFIG_PATH, metavar="FILE")
-    parser.add_argument("--install", type=Path, default=config.INSTALL_PATH, metavar="FILE")
+    parser.add_argument("--config", type=Path, default=host.CONFIG_TOML, metavar="FILE")
+    parser.add_argument("--install", type=Path, default=host.INSTALL_TOML, metavar="FILE")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="default: as installed")
-    parser.add_argument("--cache-dir", type=Path, default=Path("/var/cache/banger"), metavar="DIR")
-    parser.add_argument("--run-dir", type=Path, default=Path("/run/banger"), metavar="DIR")
-    parser.add_argument("--helper-socket", type=Path, default=helper.SOCKET, metavar="SOCKET")
-    parser.add_argument("--builder-socket", type=Path, default=config.BUILDER_SOCKET, metavar="SOCKET")
+    parser.add_argument("--cache-dir", type=Path, default=host.CACHE, metavar="DIR")
+    parser.add_argument("--run-dir", type=Path, default=host.API_SOCKET.parent, metavar="DIR")
+    parser.add_argument("--helper-socket", type=Path, default=host.HELPER_SOCKET, metavar="SOCKET")
+    parser.add_argument("--builder-socket", type=Path, default=host.BUILDER_SOCKET, metavar="SOCKET")
     parser.add_argument("--in-process-helper", action="store_true", help="development as root: no helper")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument(
