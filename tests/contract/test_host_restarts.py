@@ -132,8 +132,124 @@ async def test_one_that_is_being_started_is_not_forgotten(paths: config.Paths, w
         assert done.error is None
         assert (await daemon.done(starting)).status is resources.OperationStatus.CANCELLED
         world.behaviour.silent = False
+    async with booted(paths, world, "first") as daemon:  # restarted while the host goes down
+        assert await started_again(daemon) == []
     async with booted(paths, world, "second") as daemon:
         assert await started_again(daemon) == ["again"]
+
+
+async def test_a_host_that_goes_down_at_once_again_starts_no_more_of_them(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """More than are started at a time: some are being started, the others wait for their turn."""
+    every = [f"vm{number}" for number in range(6)]
+    async with booted(paths, world, "first") as daemon:
+        for name in every:
+            await create(daemon, name, autostart=True)
+        await daemon.done(daemon.services.restarts.begin_stopping())
+    launched = asyncio.Event()
+
+    async def after(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.LaunchVmm):
+            launched.set()
+
+    world.after = after
+    world.behaviour.silent = True
+    async with booted(paths, world, "second") as daemon:
+        await asyncio.wait_for(launched.wait(), 10)
+        assert (await daemon.done(daemon.services.restarts.begin_stopping())).error is None
+        world.behaviour.silent = False
+        await tried_again()
+        found = await settled(daemon)
+        assert not any(vm.state is _RUNNING for vm in found.values())
+        assert world.leftovers() == {}
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == []
+    async with booted(paths, world, "third") as daemon:
+        assert await started_again(daemon) == every
+
+
+async def test_a_daemon_that_is_restarted_meanwhile_forgets_none(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    launched = asyncio.Event()
+
+    async def after(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.LaunchVmm):
+            launched.set()
+
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        await daemon.done(daemon.services.restarts.begin_stopping())
+    world.after = after
+    world.behaviour.silent = True
+    async with booted(paths, world, "second"):
+        await asyncio.wait_for(launched.wait(), 10)
+    world.behaviour.silent = False
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == ["again"]
+
+
+async def test_what_its_user_decided_since_counts(paths: config.Paths, world: worlds.World) -> None:
+    """Before its turn came, or long after its host was back."""
+    every = [f"vm{number}" for number in range(6)]
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "once", autostart=False)
+        for name in every:
+            await create(daemon, name, autostart=True)
+        await daemon.done(daemon.services.restarts.begin_stopping())
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.LaunchVmm):
+            entered.set()
+            await release.wait()
+
+    world.before = slow
+    async with booted(paths, world, "second") as daemon:
+        await asyncio.wait_for(entered.wait(), 10)
+        assert (await daemon.done(await daemon.services.vms.stop("vm5"))).error is None
+        await daemon.services.alterations.set("vm4", resources.SetVm(autostart=False))
+        await daemon.services.alterations.set("once", resources.SetVm(autostart=True))
+        release.set()
+        assert await started_again(daemon) == every[:4]
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == []
+    async with booted(paths, world, "third") as daemon:
+        assert await started_again(daemon) == []
+
+
+async def test_one_that_powered_off_as_the_power_failed_ran_too(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        again = await daemon.services.vms.get("again")
+    await world.lose_power()
+    (paths.layout.logs / again.id / "ending.log").write_text("with status 0;\n")
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == ["again"]
+
+
+async def test_one_that_begins_to_run_as_the_others_are_stopped_is_stopped_too(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    stopping, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.KillVmm):
+            stopping.set()
+            await release.wait()
+
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "slow", autostart=False)
+        world.before = slow
+        going_down = daemon.services.restarts.begin_stopping()
+        await asyncio.wait_for(stopping.wait(), 10)
+        await create(daemon, "late", autostart=True)
+        release.set()
+        assert (await daemon.done(going_down)).error is None
+        assert {vm.state for vm in (await settled(daemon)).values()} == {_STOPPED}
 
 
 async def test_a_user_sees_it_and_changes_it(daemon: conftest.Daemon) -> None:

@@ -53,6 +53,9 @@ class Alterations:
             )
         has_disk = self._host.layout.work_disk(vm.id).exists()
         changed = changes.applied(vm, body, self._kernel_id, has_disk=has_disk)
+        if changed.autostart and not vm.autostart and vm.host_boot_id != self._host.boot_id:
+            # It ran when an earlier boot of its host ended, and not when this one will.
+            changed = msgspec.structs.replace(changed, stopped_with_host=False)
         self._rows.save(changed)
         if changed.name != vm.name:
             self._keys.forget(vm.name)

@@ -86,7 +86,8 @@ def failed(
         boot_id="",
         last_error=errors.to_body(_described(vm, error), op_id=op_id, step=step),
         last_start=timings,
-        stopped_with_host=False,
+        # A daemon that ends cancels it, and the next one tries again.
+        stopped_with_host=vm.stopped_with_host and isinstance(error, asyncio.CancelledError),
     )
 
 

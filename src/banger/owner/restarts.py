@@ -48,11 +48,16 @@ class Restarts:
         return self._operations.start("host.stop_vms", "all VMs", self._stop_all)
 
     async def _stop_all(self, progress: operations.Progress) -> None:
-        up = [vm for vm in self._rows.list() if self._vms.is_up(vm)]
-        progress.stage(resources.Stage.STOP, f"stopping {sizes.counted(len(up), 'VM')}")
-        begun = [await self._vms.stop_with_host(vm.id) for vm in up]
-        ended = [await self._operations.wait(each.id) for each in begun]
-        failed = [each.target for each in ended if each.error is not None and each.error.code != _GONE]
+        """And those that have begun to run meanwhile; what has not been started again yet stays down."""
+        await self.close()
+        seen: set[str] = set()
+        failed: list[str] = []
+        while up := [vm for vm in self._rows.list() if vm.id not in seen and self._is_to_stop(vm)]:
+            seen.update(vm.id for vm in up)
+            progress.stage(resources.Stage.STOP, f"stopping {sizes.counted(len(up), 'VM')}")
+            begun = [await self._vms.stop_with_host(vm.id) for vm in up]
+            ended = await asyncio.gather(*(self._operations.wait(each.id) for each in begun))
+            failed += [each.target for each in ended if each.error is not None and each.error.code != _GONE]
         if failed:
             raise errors.OperationFailedError(
                 f"not stopped in order: {', '.join(failed)}", hint="`banger vm explain NAME` says why"
@@ -68,6 +73,9 @@ class Restarts:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def _is_to_stop(self, vm: record.VmRecord) -> bool:
+        return self._vms.is_up(vm) or self._is_wanted(vm)
+
     def _is_wanted(self, vm: record.VmRecord) -> bool:
         runs = vm.state is resources.VmState.RUNNING
         is_other_boot = bool(self._boot_id) and vm.host_boot_id != self._boot_id
@@ -82,6 +90,8 @@ class Restarts:
     async def _start_one(self, vm: record.VmRecord, places: asyncio.Semaphore) -> None:
         async with places:
             try:
+                if not self._is_wanted(self._rows.get(vm.id)):  # its user has decided since
+                    return
                 begun = await self._vms.start(vm.id)
                 ended = await self._operations.wait(begun.id)
             except errors.BangerError as error:  # deleted meanwhile, or the daemon is going

@@ -208,14 +208,14 @@ class VmService:
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
 
     async def stop_with_host(self, ref: str) -> resources.Operation:
-        """In order, also one that is only being started; what does not run is fine."""
+        """In order, also one that is only being started, or still to be; what does not run is fine."""
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is resources.VmState.RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
                 vm = await self._stop(vm, stop.stop)
-            vm = msgspec.structs.replace(vm, stopped_with_host=True)
+            vm = msgspec.structs.replace(vm, stopped_with_host=True, host_boot_id=self._host.boot_id)
             self._store.save(vm)
             return self._view(vm)
 

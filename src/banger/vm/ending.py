@@ -86,9 +86,10 @@ def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmR
     else:
         orderly = _ORDERLY_END in readiness.console_tail(logs / "vmm.log")
     is_sudden = orderly and _lacks_goodbye(logs / "console.log")
-    if not panic and orderly and not is_sudden:
-        return msgspec.structs.replace(vm, state=resources.VmState.STOPPED, boot_id="", last_error=None)
     restarted = bool(vm.host_boot_id and host_boot_id) and vm.host_boot_id != host_boot_id
+    vm = msgspec.structs.replace(vm, boot_id="", stopped_with_host=restarted)
+    if not panic and orderly and not is_sudden:
+        return msgspec.structs.replace(vm, state=resources.VmState.STOPPED, last_error=None)
     why = "the host restarted while it ran" if restarted else str(seen or "its VMM ended unexpectedly")
     hint = f"`banger vm logs {vm.name}` shows its console; `banger vm start {vm.name}` runs it again"
     if panic:
@@ -112,9 +113,7 @@ def ended(vm: record.VmRecord, logs: Path, host_boot_id: str = "") -> record.VmR
         message=f"{vm.name} is no longer running: {why}",
         hint=hint,
     )
-    return msgspec.structs.replace(
-        vm, state=resources.VmState.ERROR, boot_id="", last_error=body, stopped_with_host=restarted
-    )
+    return msgspec.structs.replace(vm, state=resources.VmState.ERROR, last_error=body)
 
 
 def _lacks_goodbye(console: Path) -> bool:

@@ -41,7 +41,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     started_at: datetime.datetime | None = None
     boot_id: str = ""
     host_boot_id: str = ""
-    """The boot of the host in which it was started last; empty when nobody told the daemon."""
+    """The boot of the host in which it was up last; empty when nobody told the daemon."""
     last_error: errors.ErrorBody | None = None
     sources: dict[str, resources.SizeSource] = {}
     last_start: tuple[resources.StepTiming, ...] = ()
@@ -58,7 +58,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     autostart: bool = False
     """Started again with its host, when it ran as that went down."""
     stopped_with_host: bool = False
-    """It ran when its host went down, and nobody has tried to start it since."""
+    """It ran when its host went down, and nobody has started or stopped it since."""
     stopped_because: str = ""
     """When time has stopped it: what it `had`, until its next start."""
 

@@ -95,6 +95,12 @@ async def _end(
     await release(host, vm, features)
     # Not the row of the beginning: a workspace may have arrived while the guest flushed.
     latest = host.records.get(vm.id)
-    stopped = msgspec.structs.replace(latest, state=resources.VmState.STOPPED, boot_id="", last_error=None)
+    stopped = msgspec.structs.replace(
+        latest,
+        state=resources.VmState.STOPPED,
+        boot_id="",
+        last_error=None,
+        stopped_with_host=False,
+    )
     host.records.save(stopped)
     return stopped
