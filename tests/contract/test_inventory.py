@@ -164,6 +164,20 @@ async def test_what_begins_to_be_made_as_one_looks_is_not_left_over(
     assert made.exists()
 
 
+@pytest.mark.parametrize("how", ["stop", "delete"])
+async def test_what_goes_as_one_looks_is_not_left_over(daemon: conftest.Daemon, how: str) -> None:
+    """`banger gc` says by its status whether something is left over, also beside others' work."""
+    await daemon.create()
+
+    async def meanwhile(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.ListWorld):
+            daemon.world.after = worlds._nothing
+            await daemon.done(await getattr(daemon.services.vms, how)("web"))
+
+    daemon.world.after = meanwhile
+    assert (await take(daemon)).leftovers == ()
+
+
 async def test_a_process_is_owned_by_slot_and_strangers_are_left_alone(
     daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 """Whose is what: everything of banger's on the host against the rows. What has no owner is taken away here.
 
 The world is looked at first and the rows afterwards: a row is made before anything of its VM and deleted
-after everything, so what was seen and has no row is nobody's.
+after everything, so what was seen and has no row is nobody's, or gone by now.
 """
 
 from __future__ import annotations
@@ -72,6 +72,17 @@ class Inventory:
         self._names_of = names_of
 
     async def take(self) -> contract.Inventory:
+        """A leftover is what was seen to be one twice: beside a stop or a create one look sees both sides."""
+        found = await self._look()
+        if not found.leftovers:
+            return found
+        seen = {(each.kind, each.name) for each in found.leftovers}
+        again = (await self._look()).things
+        return contract.Inventory(
+            tuple(each for each in again if each.owner or each.foreign or (each.kind, each.name) in seen)
+        )
+
+    async def _look(self) -> contract.Inventory:
         world = await self._host.privileged(privileged.ListWorld())
         found, half_made = await asyncio.to_thread(self._judged, world)
         found += self._staged(half_made)
