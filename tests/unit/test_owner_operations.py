@@ -221,7 +221,21 @@ async def test_what_is_said_after_the_end_is_not_heard(registry: operations.Oper
     assert [event.kind for event in await _watched(registry, operation.id)] == ["end"]
 
 
-async def test_only_so_many_ended_ones_are_kept(registry: operations.Operations) -> None:
+async def test_who_asks_for_very_many_at_once_learns_how_each_ended(
+    registry: operations.Operations,
+) -> None:
+    """As `banger vm prune` does: it looks once it has asked for all."""
+    begun = []
+    for _ in range(450):
+        begun.append(registry.start("vm.delete", "web", _nothing))
+        await asyncio.sleep(0)
+    assert {(await registry.wait(each.id)).status for each in begun} == {Status.SUCCEEDED}
+
+
+async def test_only_so_many_ended_ones_are_kept(
+    registry: operations.Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "_KEPT_AT_LEAST_S", 0.0)  # waiting two minutes is the alternative
     lasting = registry.start("vm.create", "lasting", _forever)
     for _ in range(205):
         await registry.wait(registry.start("vm.stop", "web", _nothing).id)

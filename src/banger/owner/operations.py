@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 Outcome = resources.Vm | resources.Image | resources.Kernel | None
 _KEPT: Final = 200
 _KEPT_FOR_S: Final = 3600.0
+_KEPT_AT_LEAST_S: Final = 120.0
+"""Who asks for hundreds of operations at once looks only then how the first have ended."""
 _CLOSE_S: Final = 45.0
 
 current_op_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_op_id", default="")
@@ -196,12 +198,13 @@ class Operations:
         return entry
 
     def _forget_old(self) -> None:
-        """Ended ones are kept for an hour, and at most so many."""
+        """Ended ones are kept for an hour, and of those that did not just end at most so many."""
         ended = [entry for entry in self._entries.values() if entry.is_final]
-        long_ago = time.monotonic() - _KEPT_FOR_S
+        now = time.monotonic()
         surplus = len(ended) - _KEPT
         for number, entry in enumerate(ended):
-            if number < surplus or entry.ended_at <= long_ago:
+            kept_s = _KEPT_AT_LEAST_S if number < surplus else _KEPT_FOR_S
+            if entry.ended_at <= now - kept_s:
                 del self._entries[entry.operation.id]
 
 
