@@ -72,7 +72,7 @@ class Inventory:
         self._names_of = names_of
 
     async def take(self) -> contract.Inventory:
-        """A leftover is what was seen to be one twice: beside a stop or a create one look sees both sides."""
+        """A leftover is what looks like one twice: beside a stop or a create, one look sees both sides."""
         found = await self._look()
         if not found.leftovers:
             return found
