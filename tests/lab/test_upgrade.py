@@ -86,7 +86,7 @@ def _upgrade_from_source(host: Lab) -> None:
     host.write("/etc/pip.conf", b"[global]\nno-index = true\nfind-links = /artefacts/wheels\n")
     host.run(["sh", "-c", f"mkdir -p {SOURCE}/requirements && ln -s /artefacts/dist {SOURCE}/dist"])
     host.run(["ln", "-s", "/artefacts/requirements.txt", f"{SOURCE}/requirements/run.txt"])
-    host.run(["bash", "-e", "-c", "\n".join((f"cd {SOURCE}", *lines))], timeout_s=300)
+    host.run(["bash", "-e", "-c", "\n".join((f"cd {SOURCE}", *lines))], timeout_s=600)
 
 
 def _bring(host: Lab, scratch: Path, version: str, changes: dict[str, tuple[str, str]], key: Path) -> None:

@@ -14,7 +14,7 @@ from banger.net import addresses
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
 
-_ANSWER_S: Final = 3.0
+_ANSWER_S: Final = 10.0
 _ANSWER_BIT: Final = 0x80
 # One question, of class IN: who is responsible for `vm`.
 _QUESTION: Final = b"\0\0" + b"\0\1" + bytes(6) + b"\x02vm\0" + b"\0\6\0\1"
