@@ -251,17 +251,21 @@ def running(pid: str) -> bool:
         return False
 
 
-def test_the_program_will_not_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+@pytest.mark.parametrize("uid", [0, 1000, names.BUILD_UIDS[0] - 1, names.UID_BASE])
+def test_the_program_will_be_nobody_else(
+    uid: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
     assert main.main([]) == 1
+    assert "no build's" in capsys.readouterr().err
 
 
 def test_the_program_will_not_be_a_vms_uid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: names.UID_BASE)
+    monkeypatch.setattr(os, "geteuid", lambda: names.BUILD_UIDS[-1])
     install = tmp_path / "install.toml"
-    install.write_text(f"owner_uid = 1000\nuid_base = {names.UID_BASE - 1}\n")
+    install.write_text(f"owner_uid = 1000\nuid_base = {names.UID_BASE - 2}\n")
     assert main.main(["--install", str(install)]) == 1
     assert "which a VM has" in capsys.readouterr().err
 

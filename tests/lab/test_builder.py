@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -20,10 +20,12 @@ from tests.lab import user
 
 pytestmark = pytest.mark.timeout(300)
 PLACE: Final = "/usr/local/bin"
-RECIPE: Final = f"/home/{user.NAME}/probe.toml"
+HOME: Final = f"/home/{user.NAME}"
+PAIR: Final = ("probe-pair-a", "probe-pair-b")
 ATTACKER: Final = r"""
 #!/usr/bin/python3
-import io, json, os, signal, socket, subprocess, sys, tarfile
+import contextlib, ctypes, glob, io, json, os, resource, signal, socket, struct, subprocess, sys, tarfile
+PTRACE_ATTACH = 16
 
 def outcome(what):
     try:
@@ -38,6 +40,42 @@ def make_setuid():
     with open("suid", "w"):
         os.chmod("suid", 0o4755)
     return oct(os.stat("suid").st_mode)
+
+def other():
+    # Another build's connection: who comes first waits for the second, in the network that they share.
+    ours = socket.socket(socket.AF_UNIX)
+    ours.settimeout(100)
+    while True:
+        try:
+            ours.bind("\0probe")
+            ours.listen()
+            return ours.accept()[0]
+        except OSError:
+            with contextlib.suppress(ConnectionRefusedError):
+                ours.connect("\0probe")
+                return ours
+
+def attack(connection):
+    # The other of two builds. Each ends when both have tried.
+    pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    libc = ctypes.CDLL(None, use_errno=True)
+    def traced():
+        if libc.ptrace(PTRACE_ATTACH, pid, None, None):
+            raise OSError(ctypes.get_errno(), "ptrace")
+    found = {
+        "its uids": [uid, gid],
+        "to see it": outcome(lambda: os.stat(f"/proc/{pid}")),
+        "its files": outcome(lambda: os.listdir(f"/proc/{pid}/root/var/tmp")),
+        "a signal": outcome(lambda: os.kill(pid, 0)),
+        "a signal by pidfd": outcome(lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 0)),
+        "to trace it": outcome(traced),
+        "its limits": outcome(lambda: resource.prlimit(pid, resource.RLIMIT_CORE)),
+        "its priority": outcome(lambda: os.setpriority(os.PRIO_PROCESS, pid, 5)),
+        "in sight": sorted({os.stat(each).st_uid for each in glob.glob("/proc/[0-9]*")} - {os.getuid()}),
+    }
+    connection.sendall(b".")
+    connection.recv(1)
+    return found
 
 def stay():
     # In a session of its own, an orphan, with nothing of the scratch directory in its environment.
@@ -66,8 +104,9 @@ found = {
     "a setuid file": outcome(make_setuid),
     "to stay": outcome(stay),
     "its input": os.readlink("/proc/self/fd/0"),
-    "ids": f'{status["Uid"].split()} {status["Gid"].split()} {status["Groups"].split()}',
+    "ids": [[int(each) for each in status[kind].split()] for kind in ("Uid", "Gid", "Groups")],
     "rights": f'{int(status["CapPrm"], 16)} {int(status["CapEff"], 16)} {status["NoNewPrivs"].strip()}',
+    "other": attack(other()),
 }
 tar = next(word for word in sys.argv if word.endswith("/root.tar"))
 with tarfile.open(tar, "w") as file:
@@ -94,17 +133,26 @@ REFUSED: Final = {
     "the system": "OSError",
     "a device": "FileNotFoundError",
 }
-UID: Final = str(names.UID_BASE)
 ALLOWED: Final = {
     "a setuid file": "did: '0o104755'",
     "to stay": "did: None",
     "its input": "/dev/null",
-    "ids": f"{[UID] * 4} {[UID] * 4} []",
     "rights": "0 0 1",
+}
+OTHER: Final = {
+    "to see it": "FileNotFoundError",
+    "its files": "FileNotFoundError",
+    "a signal": "PermissionError",
+    "a signal by pidfd": "PermissionError",
+    "to trace it": "PermissionError",
+    "its limits": "PermissionError",
+    "its priority": "PermissionError",
+    "in sight": [],
 }
 GONE: Final = f"""
 for turn in $(seq 100); do
-  left="$(pgrep -a -U {UID}; systemctl list-units --all --plain --no-legend 'bangerd-build@*')
+  left="$(ps -eo uid=,args= | awk '$1 >= {names.BUILD_UIDS[0]} && $1 <= {names.UID_BASE}'
+systemctl list-units --all --plain --no-legend 'bangerd-build@*')
 $(ls -d /var/tmp/*bangerd-build* 2>/dev/null)"
   [ -n "$(echo $left)" ] || break
   sleep 0.1
@@ -113,33 +161,67 @@ echo "$left"
 """
 
 
-@pytest.fixture
-def attacked_host(installed_host: Lab) -> Iterator[Lab]:
-    """The installed host, whose mmdebstrap is the attacker."""
+class Built(NamedTuple):
+    """How a build ended, and what the attacker in it found."""
+
+    said: str
+    ids: list[list[int]]
+    found: dict[str, str]
+    other: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def builds(installed_host: Lab) -> Iterator[tuple[Built, Built]]:
+    """Two builds that went on at the same time, on a host whose mmdebstrap is the attacker."""
     forward = b'#!/bin/sh\nexec "$@"\n'
-    for name, text in {
+    programs = {
         "mmdebstrap": textwrap.dedent(ATTACKER).lstrip().encode(),
         "fakeroot": forward,
         "fakechroot": forward,
-    }.items():
+    }
+    for name, text in programs.items():
         installed_host.write(f"{PLACE}/{name}", text, mode=0o755)
-    installed_host.write(RECIPE, b'extends = "busybox"\nname = "probe"\n')
+    for name in PAIR:
+        recipe = f'extends = "busybox"\nname = "{name}"\nmore_packages = ["{name}"]\n'
+        installed_host.write(f"{HOME}/{name}.toml", recipe.encode())
     installed_host.run(
         ["sh", "-c", "touch /var/tmp/of-the-host; systemctl show -P MainPID bangerd >/etc/probe-daemon"]
     )
-    yield installed_host
-    user.banger(installed_host, "image", "delete", "probe", check=False)
-    made = [f"{PLACE}/{name}" for name in ("mmdebstrap", "fakeroot", "fakechroot", "new")]
-    installed_host.run(["rm", "-f", RECIPE, "/var/tmp/of-the-host", "/etc/probe-daemon", *made])
+    commands = [("image", "build", f"{HOME}/{name}.toml") for name in PAIR]
+    one, two = user.at_once(installed_host, commands, timeout_s=240)
+    yield reported(installed_host, PAIR[0], one), reported(installed_host, PAIR[1], two)
+    user.banger(installed_host, "image", "delete", *PAIR, check=False)
+    made = [f"{PLACE}/{name}" for name in (*programs, "new")]
+    made += [f"{HOME}/{name}.toml" for name in PAIR]
+    installed_host.run(["rm", "-f", "/var/tmp/of-the-host", "/etc/probe-daemon", *made])
     user.banger(installed_host, "image", "cache", "prune")
 
 
-def test_what_packages_bring_reaches_nothing_and_does_not_stay(attacked_host: Lab) -> None:
-    host = attacked_host
-    said = user.banger(host, "image", "build", RECIPE)
-    assert "the attacker was here" in said.error_text + said.text
-    image = json.loads(user.banger(host, "image", "show", "probe", "--json").text)["id"]
+def reported(host: Lab, name: str, ended: user.Ended) -> Built:
+    assert ended.status == 0, ended.error_text
+    image = json.loads(user.banger(host, "image", "show", name, "--json").text)["id"]
     rootfs = f"/var/lib/banger/images/{image}/rootfs.ext4"
-    report = json.loads(host.run(["debugfs", "-R", "cat /report", rootfs]).text)
-    assert report == REFUSED | ALLOWED
-    assert host.run(["sh", "-c", GONE], timeout_s=60).text.strip() == ""
+    found = json.loads(host.run(["debugfs", "-R", "cat /report", rootfs]).text)
+    return Built(ended.text + ended.error_text, found.pop("ids"), found, found.pop("other"))
+
+
+def test_what_packages_bring_reaches_nothing_and_does_not_stay(
+    installed_host: Lab, builds: tuple[Built, Built]
+) -> None:
+    for build in builds:
+        assert "the attacker was here" in build.said
+        assert build.found == REFUSED | ALLOWED
+    assert installed_host.run(["sh", "-c", GONE], timeout_s=60).text.strip() == ""
+
+
+def test_builds_at_the_same_time_cannot_reach_each_other(
+    installed_host: Lab, builds: tuple[Built, Built]
+) -> None:
+    one, two = builds
+    assert one.ids != two.ids
+    for here, there in ((one, two), (two, one)):
+        uids, gids, groups = there.ids
+        [uid] = set(uids) | set(gids)
+        assert uid in names.BUILD_UIDS
+        assert groups == []
+        assert here.other == OTHER | {"its uids": [uid, uid]}

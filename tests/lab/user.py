@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from banger.contract import names
 from lab import provision, remote
 from lab.session import Lab
 
@@ -30,15 +31,15 @@ systemctl list-jobs --no-legend
 echo $ID $VERSION_ID
 """
 
-_LEFTOVERS = """
+_LEFTOVERS = f"""
 dmsetup ls 2>/dev/null | grep fc-
 losetup -l -n -O BACK-FILE | grep /var/lib/banger/
 for link in /sys/class/net/tap-*; do
   grep -sq '^banger/' $link/ifalias && echo $link
 done
 ls /var/lib/banger-root/jails/firecracker 2>/dev/null
-find /sys/fs/cgroup/banger.slice -mindepth 2 -type d -regextype egrep -regex '.*/[0-9a-f]{12}' 2>/dev/null
-ps -eo uid=,args= | awk '$1 >= 2100000000 && $1 <= 2100004000'
+find /sys/fs/cgroup/banger.slice -mindepth 2 -type d -regextype egrep -regex '.*/[0-9a-f]{{12}}' 2>/dev/null
+ps -eo uid=,args= | awk '$1 >= {names.BUILD_UIDS[0]} && $1 <= {names.UID_BASE + names.MAX_SLOTS}'
 pgrep -a firecracker
 true
 """

@@ -96,11 +96,12 @@ def become_builder(listener: socket.socket, home: Path) -> NoReturn:
         os.dup2(connection.fileno(), 0)
         scratch = home / "scratch"
         scratch.mkdir()
-        os.chown(scratch, names.UID_BASE, names.UID_BASE)
+        uid = names.BUILD_UIDS[7]
+        os.chown(scratch, uid, uid)
         os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
         os.setgroups([])
-        os.setresgid(names.UID_BASE, names.UID_BASE, names.UID_BASE)
-        os.setresuid(names.UID_BASE, names.UID_BASE, names.UID_BASE)
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
         libc = ctypes.CDLL(None)
         assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
         assert libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0

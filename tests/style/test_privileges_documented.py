@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -52,11 +53,13 @@ UNCOUNTED = {
         "SystemCallFilter=~@privileged @resources",
     ),
     "bangerd-build@": (
-        "ExecStart=/usr/bin/setpriv --reuid=2100000000 --regid=2100000000 --clear-groups "
-        "/usr/local/lib/banger/bin/python -I -B -m banger.builder.main",
+        "ExecStart=/bin/sh -euc 'uid=$$((2099995904 + $${1%%%%-*} %% 4096)); exec /usr/bin/setpriv "
+        '"--reuid=$$uid" "--regid=$$uid" --clear-groups '
+        "/usr/local/lib/banger/bin/python -I -B -m banger.builder.main' build %i",
         "StandardInput=socket",
         "StandardOutput=journal",
         "StandardError=journal",
+        "SyslogIdentifier=bangerd-build",
         "KillSignal=SIGKILL",
         "RuntimeMaxSec=2100",
         "TasksMax=1024",
@@ -170,8 +173,36 @@ def test_absences_in_the_unit_are_explained_in_both_places(unit: str) -> None:
     assert not missing, f"not in docs/privileges.md: {missing}"
 
 
-def test_builds_are_the_uid_that_no_vm_is() -> None:
-    assert f"--reuid={names.UID_BASE} --regid={names.UID_BASE} " in written("bangerd-build@")
+@pytest.mark.parametrize(
+    ("instance", "uid"),
+    [
+        ("0-1234-1000", names.BUILD_UIDS[0]),
+        ("1-1234-0", names.BUILD_UIDS[1]),
+        ("4095-1_2-1000", names.BUILD_UIDS[-1]),
+        ("4096-1-1000", names.BUILD_UIDS[0]),
+        (f"{2**32 - 1}-unknown", names.BUILD_UIDS[-1]),
+        ("1_2-1-1", None),
+        ("", None),
+    ],
+)
+def test_each_build_has_a_uid_that_no_vm_has(instance: str, uid: int | None) -> None:
+    """The command of the unit as systemd hands it to the shell, with what it does made visible."""
+    [line] = re.findall(r"^ExecStart=(.+)$", written("bangerd-build@"), re.MULTILINE)
+    line = line.replace("%i", instance).replace("%%", "%").replace("$$", "$")
+    said = subprocess.run(
+        shlex.split(line.replace("exec /usr/bin/setpriv", "exec echo")),
+        check=False,
+        capture_output=True,
+        timeout=10,
+    )
+    if uid is None:
+        assert (said.returncode != 0, said.stdout) == (True, b"")
+    else:
+        assert said.stdout.split()[:3] == [
+            f"--reuid={uid}".encode(),
+            f"--regid={uid}".encode(),
+            b"--clear-groups",
+        ]
 
 
 def test_defaults_are_those_of_the_code() -> None:

@@ -129,9 +129,9 @@ def test_an_installation_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_every_program_that_root_starts_is_looked_at() -> None:
-    started = re.compile(r"^ExecStart=/usr/bin/(\S+)", re.MULTILINE)
     texts = [(host.unit_sources() / unit).read_text() for unit in host.UNITS]
-    of_units = {name for text in texts for name in started.findall(text)}
+    commands = [line for text in texts for line in text.splitlines() if line.startswith("ExecStart=")]
+    of_units = {name for line in commands for name in re.findall(r"[= ](?:/usr)?/bin/(\S+)", line)}
     assert set(program.PACKAGES) | of_units == set(ownership.PROGRAMS)
     assert program.ENVIRONMENT["PATH"].split(":") == list(ownership.SEARCHED)
 

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bangerd-build", description=__doc__)
     parser.add_argument("--install", type=Path, default=_INSTALL, metavar="FILE")
     options = parser.parse_args(argv)
-    if os.geteuid() == 0:
-        _log("error", "will not run packages' scripts as root")
+    if os.geteuid() not in names.BUILD_UIDS:
+        _log("error", f"will not run packages' scripts as uid {os.geteuid()}, which is no build's")
         return 1
     installed = decoding.toml(options.install.read_bytes(), _Installed)
     if installed.uid_base < os.geteuid() <= installed.uid_base + installed.uid_count:

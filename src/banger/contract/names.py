@@ -33,6 +33,8 @@ TAP_PREFIX: Final = "tap-"
 MAX_SLOTS: Final = 4000
 UID_BASE: Final = 2_100_000_000
 """Above what systemd, containers, subuids (to 600,100,000) and sssd (to 2,000,200,000) take; below 2**31."""
+BUILD_UIDS: Final = range(UID_BASE - 4096, UID_BASE)
+"""Each build is the next one of these, by the number that systemd counts its connection by."""
 NETWORK: Final = "10.213.240.0/20"
 """Outside the default ranges of Docker, libvirt, Kubernetes and AWS; holds MAX_SLOTS guests."""
 NETWORK6: Final = "fd62:616e:6765:7200::/64"

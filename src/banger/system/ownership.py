@@ -32,6 +32,7 @@ PROGRAMS: Final = (
     "resize2fs",
     "resolvectl",
     "setpriv",
+    "sh",
     "sleep",
 )
 """Of the host, that the helper or a unit of root's starts: a test compares them with the helper's code."""

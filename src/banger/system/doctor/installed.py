@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from banger.contract import errors
+from banger.contract import errors, names
 from banger.system import host, ownership, releases, runtime
 from banger.system import settings as installation
 from banger.system.doctor import report
@@ -47,20 +47,33 @@ def settings(scene: scenes.Scene) -> report.Finding:
 
 
 def uids(scene: scenes.Scene) -> report.Finding:
-    """The uids of VMs, and the one before them, which builds have, belong to nobody else."""
+    """The uids of VMs and those of builds belong to nobody else, and not to each other."""
     given = scene.settings()
-    first, last = given.uid_base, given.uid_base + given.uid_count
-    taken = [
-        *(f"user {name}" for name, uid in _accounts(scene, "/etc/passwd") if first <= uid <= last),
-        *(f"group {name}" for name, gid in _accounts(scene, "/etc/group") if first <= gid <= last),
-        *(f"{name} in {path}" for path, name in _subordinates(scene, first, last)),
-    ]
+    vms = range(given.uid_base + 1, given.uid_base + given.uid_count + 1)
+    whose = {"VMs": vms, "builds": names.BUILD_UIDS}
+    said = " and ".join(f"{own.start} to {own.stop - 1} ({who})" for who, own in whose.items())
+    if _meet(vms, names.BUILD_UIDS):
+        return report.failed(
+            f"VMs have uids of builds, {said}: no image is built",
+            f"when no VM runs, take uid_base out of {host.INSTALL_TOML}, and restart banger",
+        )
+    taken = list(dict.fromkeys(each for own in whose.values() for each in _taken(scene, own)))
     if taken:
         return report.failed(
-            f"VMs and builds have the uids {first} to {last}, and so has {_some(taken)}",
+            f"banger has the uids {said}, and so has {_some(taken)}",
             "give these other ids: usermod, groupmod, /etc/subuid, /etc/subgid",
         )
-    return report.passed(f"{first} to {last} belong to VMs and builds alone")
+    return report.passed(f"{said} belong to them alone")
+
+
+def _meet(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
+
+
+def _taken(scene: scenes.Scene, own: range) -> Iterator[str]:
+    yield from (f"user {name}" for name, uid in _accounts(scene, "/etc/passwd") if uid in own)
+    yield from (f"group {name}" for name, gid in _accounts(scene, "/etc/group") if gid in own)
+    yield from (f"{name} in {path}" for path, name in _subordinates(scene, own))
 
 
 def _accounts(scene: scenes.Scene, path: str) -> Iterator[tuple[str, int]]:
@@ -70,13 +83,13 @@ def _accounts(scene: scenes.Scene, path: str) -> Iterator[tuple[str, int]]:
             yield fields[0], int(fields[2])
 
 
-def _subordinates(scene: scenes.Scene, first: int, last: int) -> Iterator[tuple[str, str]]:
+def _subordinates(scene: scenes.Scene, own: range) -> Iterator[tuple[str, str]]:
     for path in ("/etc/subuid", "/etc/subgid"):
         for line in (scene.text_or_none(path) or "").splitlines():
             name, start, count = (*line.split(":"), "", "")[:3]
             if start.isdecimal() and count.isdecimal():
-                begin, end = int(start), int(start) + int(count) - 1
-                if begin <= last and end >= first:
+                theirs = range(int(start), int(start) + int(count))
+                if _meet(theirs, own):
                     yield path, name
 
 
