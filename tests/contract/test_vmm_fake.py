@@ -86,4 +86,5 @@ async def test_a_panic_is_on_its_console_and_ends_it(short_path: Path) -> None:
     await made.start()
     async with asyncio.timeout(5):
         await firecracker.wait_gone(short_path / "api")
+    await made.kill()
     assert "Kernel panic - not syncing: no init found" in (short_path / "console").read_text()
