@@ -19,7 +19,7 @@ _KEYS: Final = (
     *("core.autocrlf", "core.eol", "user.name", "user.email"),
 )
 _REMOTES: Final = r"^(remote\..*\.(url|fetch)|branch\..*\.(remote|merge))$"
-_USER_OF_URL: Final = re.compile(r"^(https?://)[^/@]*@")
+_USER_OF_URL: Final = re.compile(r"^((?:\w+::)?(?:https?|ftps?)://)[^/]*@", re.IGNORECASE)
 _KEPT_IN_GUEST: Final = ("core.autocrlf", "core.eol", "core.fileMode", "user.name", "user.email")
 
 
@@ -93,7 +93,7 @@ class Repository:
 
     def shallow(self) -> bytes:
         path = self.common_dir / "shallow"
-        return path.read_bytes() if path.exists() else b""
+        return path.read_bytes() if path.is_file() else b""
 
     def excludes_file(self) -> str:
         """The user's own list of what is never shown, such as ~/.config/git/ignore."""
@@ -117,6 +117,7 @@ def find(path: Path) -> Repository:
     if not top:
         hint = "clone it first, and name the clone"
         raise errors.BadRequestError(f"{git_dir} is a bare repository: it has no files", hint=hint)
+    _refuse_files_elsewhere(Path(top), git_dir)
     common = here.text("rev-parse", "--git-common-dir")
     return Repository(
         top=Path(top),
@@ -126,6 +127,17 @@ def find(path: Path) -> Repository:
         config=_config(here),
         remotes=dict(_values(here, _REMOTES)),
     )
+
+
+def _refuse_files_elsewhere(top: Path, git_dir: str) -> None:
+    """A repository that somebody packed up may claim the user's home, and with it every file there."""
+    there = gits.Git(top).text("rev-parse", "--absolute-git-dir", ok=(0, 128))
+    if there != git_dir or not (top / ".git").exists():
+        raise errors.BadRequestError(
+            f"the configuration of {git_dir} says that its files are in {top}",
+            hint="name a clone of it; or, where they are not: "
+            f"git config --file {git_dir}/config --unset core.worktree",
+        )
 
 
 def inside(outer: Repository, path: str) -> Repository | None:

@@ -95,6 +95,8 @@ class Scratch:
             repository.top, {"GIT_DIR": str(directory), "GIT_WORK_TREE": str(repository.top)}
         )
         self._taken_bytes = 0
+        self._inside: dict[bytes, bool] = {}
+        """Directories that have been looked at: whether there is one, and no link above it."""
 
     def take(self, *, include_untracked: bool = False, start: str = "", branch: str = "") -> Snapshot:
         """Reads the repository. `start` is a commit to begin from instead, with none of the changes here;
@@ -153,7 +155,7 @@ class Scratch:
             self.repository.git_dir / "index",
             *self.repository.git_dir.glob("sharedindex.*"),
         ):
-            with contextlib.suppress(FileNotFoundError):
+            if source.is_file():
                 shutil.copy2(source, self.directory / source.name)
 
     def entries(self) -> list[Entry]:
@@ -245,12 +247,21 @@ class Scratch:
         return self.git.records("ls-files", "--others", "--exclude-standard", "-z")
 
     def exists(self, path: bytes) -> bool:
-        """As a file or a link."""
-        try:
-            mode = os.lstat(os.path.join(os.fsencode(self.repository.top), path)).st_mode
-        except OSError:
-            return False
-        return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+        """As a file or a link; not behind a link, where git looks for none and any file may lie."""
+        mode = self._mode(path)
+        return (stat.S_ISREG(mode) or stat.S_ISLNK(mode)) and self._is_inside(path.rpartition(b"/")[0])
+
+    def _is_inside(self, directory: bytes) -> bool:
+        if directory and directory not in self._inside:
+            is_one = stat.S_ISDIR(self._mode(directory))
+            self._inside[directory] = is_one and self._is_inside(directory.rpartition(b"/")[0])
+        return not directory or self._inside[directory]
+
+    def _mode(self, path: bytes) -> int:
+        """0 for what is not there."""
+        with contextlib.suppress(OSError):
+            return os.lstat(os.path.join(os.fsencode(self.repository.top), path)).st_mode
+        return 0
 
     # --- objects ---
 
@@ -327,8 +338,9 @@ def _lay_out(directory: Path, repository: repositories.Repository) -> None:
     (directory / "objects/info/alternates").write_bytes(_alternate(repository.objects))
     (directory / "info/attributes").write_text(_RAW)
     (directory / "config").write_text(_config(repository))
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copyfile(repository.common_dir / "info" / "exclude", directory / "info" / "exclude")
+    excluded = repository.common_dir / "info" / "exclude"
+    if excluded.is_file():
+        shutil.copyfile(excluded, directory / "info" / "exclude")
     if shallow := repository.shallow():
         (directory / "shallow").write_bytes(shallow)
 
