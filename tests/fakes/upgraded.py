@@ -174,7 +174,9 @@ class Host(machine.Machine):
             if "lost" in self.faults:
                 (self.root / f"db.v{found}").unlink()
         if version == NEW and "services" in self.faults:
-            raise errors.OperationFailedError("bangerd.service failed")
+            error = errors.OperationFailedError("bangerd.service failed")
+            error.add_note("its last words")
+            raise error
         self._keep("bangerd", version)
 
     def _stop(self) -> None:

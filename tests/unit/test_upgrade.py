@@ -154,7 +154,7 @@ def test_a_release_that_is_no_good_is_taken_back(host: upgraded.Host, fault: str
     host.faults.add(fault)
     with pytest.raises(errors.BangerError) as raised:
         attempt(host)
-    assert raised.value.__notes__ == [f"banger {OLD} is installed as before; VMs go on running"]
+    assert raised.value.__notes__[-1] == f"banger {OLD} is installed as before; VMs go on running"
     judge_old(host)
     host.boot()
     judge_old(host)

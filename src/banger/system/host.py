@@ -56,6 +56,7 @@ SLICE: Final = "banger.slice"
 COMMANDS: Final = ("banger", "bangerd")
 _TOOLS: Final = {"e2fsck": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.ext4": "e2fsprogs"}
 _SYSTEMCTL_S: Final = 120.0
+_JOURNALCTL_S: Final = 20.0
 
 
 def unit_sources() -> Path:
@@ -71,7 +72,25 @@ def unit_text(source: Path, owner: str, prefix: Path) -> str:
 
 
 def systemctl(*arguments: str) -> None:
-    run.run(["systemctl", *arguments], deadline_s=_SYSTEMCTL_S)
+    """Raises as `run.run`; of a unit that does not start, with what it said last."""
+    try:
+        run.run(["systemctl", *arguments], deadline_s=_SYSTEMCTL_S)
+    except errors.BangerError as error:
+        if arguments[0] in ("start", "restart"):
+            error.hint = "see: journalctl -u bangerd -u bangerd-root"
+            for line in _last_words():
+                error.add_note(line)
+        raise
+
+
+def _last_words() -> list[str]:
+    """An installation that fails takes its units back: afterwards systemctl knows nothing of them."""
+    units = [f"--unit={name}" for name in LOADED]
+    argv = ["journalctl", "--no-pager", "-q", "--output=cat", "--priority=warning", "--lines=5", *units]
+    try:
+        return run.run(argv, deadline_s=_JOURNALCTL_S).text.splitlines()
+    except errors.BangerError:
+        return []
 
 
 def check(owner: str) -> pwd.struct_passwd:

@@ -91,7 +91,7 @@ class Upgrade:
         try:
             await steps.run(plan, machine.Said(self._say), undo_timeout_s=_UNDO_S)
         except BaseException as error:
-            wholly = not getattr(error, "__notes__", ())
+            wholly = not any(note.startswith("rollback_") for note in getattr(error, "__notes__", ()))
             now = f"banger {self._from} is installed as before"
             if self._stays:
                 now = f"banger {environment.version(self._new)} stays installed: its rows cannot go back"
