@@ -39,9 +39,14 @@ OWNER = "nobody"
 SYSTEMCTL = """\
 #!/bin/sh
 verb=$1; shift; [ "$2" != --now ] || { first=$1; shift 2; set -- "$first" "$@"; }
-case $verb in disable|is-enabled) SYSTEMD_OFFLINE=1 exec /usr/bin/systemctl "$verb" "$@";; esac
+case $verb in
+  disable|is-enabled) SYSTEMD_OFFLINE=1 exec /usr/bin/systemctl "$verb" "$@";;
+  stop|start)
+    cd /usr/local/lib/systemd/system
+    for unit; do case $unit in *'*'*|*.slice) ;; *) [ -e "$unit" ] || exit 5;; esac; done;;
+esac
 """
-"""What it would do with processes, there is none to do with."""
+"""What it would do with processes, there is none to do with; units that it does not know it refuses."""
 
 
 def seen() -> set[str]:
@@ -157,6 +162,18 @@ def check_stays() -> None:
     installed(network=before.network)
     assert settings.read() == before
     check_fetched_once(anew)
+    check_own_keys(anew)
+
+
+def check_own_keys(anew: dict[str, Any]) -> None:
+    """What root has written into install.toml besides: other uids, another bridge."""
+    own = 'uid_base = 1900000000\nuid_count = 100\nbridge = "br-mine"\n'
+    host.INSTALL_TOML.write_text(host.INSTALL_TOML.read_text() + own)
+    installed(**anew)
+    assert own in host.INSTALL_TOML.read_text()
+    uninstall.uninstall(purge=False, force=False, say=print)
+    installed(**anew)
+    assert own in host.INSTALL_TOML.read_text()
 
 
 def check_fetched_once(anew: dict[str, Any]) -> None:
@@ -202,6 +219,32 @@ def check_kept(made: set[str]) -> None:
     assert (host.SIGNERS.read_text(), host.CONFIG_TOML.read_text()) == ("# mine\n", "vcpus = 1\n")
     assert seen() == made, seen() ^ made
     uninstall.uninstall(purge=False, force=False, say=print)
+
+
+def check_cut_off() -> None:
+    """Wherever taking off files is cut off, the same command finishes it."""
+    unlink = Path.unlink
+    for purge in (True, False):
+        for count in (1, 6, 12):
+            if not PREFIX.exists():  # purged
+                environment(PREFIX)
+            installed()
+            left = [count]
+
+            def cut(path: Path, missing_ok: bool = False, left: list[int] = left) -> None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                unlink(path, missing_ok=missing_ok)
+
+            with mock.patch.object(Path, "unlink", cut), pytest.raises(KeyboardInterrupt):
+                uninstall.uninstall(purge=purge, force=False, say=print)
+            with (
+                contextlib.nullcontext() if purge else pytest.raises(errors.NotFoundError, match="any more")
+            ):
+                uninstall.uninstall(purge=purge, force=False, say=print)
+            assert not [link for link in releases.Releases().links() if link.is_symlink()]
+            assert host.STATE.exists() != purge
 
 
 def check_way_back(*, rows: bool) -> None:
@@ -296,6 +339,10 @@ def main(act: str) -> None:
             with pytest.raises(errors.DeadlineError):
                 installed()
             assert seen() == before, seen() ^ before
+            return
+        if act == "cut-off":
+            host.STATE.mkdir()  # such as a disk of its own is mounted on
+            check_cut_off()
             return
         installed()
         check_installed()

@@ -27,7 +27,9 @@ def scratch() -> Path:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("act", ["purge", "keep", "fails", "mend-fails", "again", "goes-back", "stays"])
+@pytest.mark.parametrize(
+    "act", ["purge", "keep", "fails", "mend-fails", "again", "goes-back", "stays", "cut-off"]
+)
 def test_an_installation_is_exact(act: str, scratch: Path) -> None:
     mounts = " && ".join(
         f"mkdir -p {scratch}/m/{n} && mount -t tmpfs none {scratch}/m/{n} && mkdir {scratch}/m/{n}/u "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import pwd
 import shutil
@@ -204,18 +205,20 @@ class Install:
             asking.helper(privileged.DeleteBridge())  # the next VM has it made, with the new addresses
         owner = self._found_owner()
         installed = runtime.read_record(host.RUNTIME)
-        lines = [
-            f"owner_uid = {owner.pw_uid}",
-            f"owner_gid = {owner.pw_gid}",
-            f'owner_name = "{owner.pw_name}"',
-            f'network = "{self._choices.network}"',
-            f'network6 = "{_network6(self._choices.network6)}"',
-            f'state_dir = "{host.STATE}"',
-            f'helper_dir = "{host.HELPER}"',
-            f'firecracker_sha256 = "{installed["firecracker"].sha256}"',
-            f'jailer_sha256 = "{installed["jailer"].sha256}"',
-        ]
-        self._write(host.INSTALL_TOML, "\n".join(lines) + "\n")
+        decided: dict[str, str | int] = {
+            "owner_uid": owner.pw_uid,
+            "owner_gid": owner.pw_gid,
+            "owner_name": owner.pw_name,
+            "network": self._choices.network,
+            "network6": str(_network6(self._choices.network6)),
+            "state_dir": str(host.STATE),
+            "helper_dir": str(host.HELPER),
+            "firecracker_sha256": installed["firecracker"].sha256,
+            "jailer_sha256": installed["jailer"].sha256,
+        }
+        # Besides, what root itself has written there: a bridge, other uids.
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in (settings.written() | decided).items()]
+        self._write(host.INSTALL_TOML, "".join(lines))
         if not host.CONFIG_TOML.exists():
             self._write(host.CONFIG_TOML, config_file.text())
 
@@ -268,7 +271,7 @@ class Install:
         directories = {*self._before.directories, *map(str, self._directories)}
         shared = {*self._before.shared, *map(str, self._shared)}
         made = Manifest(tuple(sorted(files)), tuple(sorted(directories)), tuple(sorted(shared)))
-        MANIFEST.write_bytes(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
+        _publish(MANIFEST, msgspec.json.format(msgspec.json.encode(made)).decode() + "\n")
 
     async def _start(self) -> None:
         host.systemctl("daemon-reload")

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pwd
+import tomllib
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +41,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return pwd.getpwuid(self.owner_uid).pw_name == self.owner_name
         except KeyError:
             return False
+
+
+def written() -> dict[str, str | int]:
+    """All keys there are, also those that nobody here needs; those kept, where nothing is installed."""
+    for path in (host.INSTALL_TOML, host.KEPT_TOML):
+        with contextlib.suppress(FileNotFoundError):
+            return tomllib.loads(path.read_text())
+    return {}
 
 
 def read(path: Path = host.INSTALL_TOML) -> Settings | None:

@@ -14,6 +14,7 @@ from typing import Final
 from banger.contract import errors, names, privileged, sizes
 from banger.system import alone, asking, host, install, releases
 
+_OURS: Final = frozenset(map(str, (host.STATE, host.CACHE, host.HELPER)))
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
@@ -26,15 +27,15 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
             _uninstall(purge=purge, force=force, say=say)
     elif not host.KEPT_TOML.exists():
         raise errors.NotFoundError("banger is not installed on this host")
-    elif not purge:
-        raise errors.NotFoundError(
-            "banger is not installed on this host any more; its VMs, images and settings are here",
-            hint=f"to delete these too: sudo {sys.prefix}/bin/banger system uninstall --purge",
-        )
     else:
         with alone.on_host(host.HELPER):
             say("removing files")
-            _remove(install.read_manifest(), purge=True)
+            _remove(install.read_manifest(), purge=purge)
+        if not purge:
+            raise errors.NotFoundError(
+                "banger is not installed on this host any more; its VMs, images and settings are here",
+                hint=f"to delete these too: sudo {sys.prefix}/bin/banger system uninstall --purge",
+            )
 
 
 def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
@@ -64,6 +65,15 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     host.systemctl("disable", "-q", "--no-reload", *enabled)
     say("removing files")
     _remove(manifest, purge=purge)
+    if not purge:
+        say(
+            f"kept: VMs, images and kernels in {host.STATE}, logs and Firecracker in {host.HELPER}, "
+            f"settings in {host.ETC}"
+        )
+        say(f"a new installation finds them again: sudo {sys.prefix}/bin/banger system install")
+
+
+def _forget_units() -> None:
     for socket in (host.HELPER_SOCKET, host.BUILDER_SOCKET):
         with contextlib.suppress(FileNotFoundError):
             socket.parent.rmdir()
@@ -71,12 +81,6 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     # A unit that never failed is not known any more, which is what was wanted.
     with contextlib.suppress(errors.BangerError):
         host.systemctl("reset-failed", *host.LOADED, host.SLICE)
-    if not purge:
-        say(
-            f"kept: VMs, images and kernels in {host.STATE}, logs and Firecracker in {host.HELPER}, "
-            f"settings in {host.ETC}"
-        )
-        say(f"a new installation finds them again: sudo {sys.prefix}/bin/banger system install")
 
 
 def _take_down_vms() -> None:
@@ -92,21 +96,23 @@ def _is_kept(path: Path) -> bool:
 
 
 def _remove(manifest: install.Manifest, *, purge: bool) -> None:
+    """No unit runs any more, and from the first line on none is asked to: so this can be done again."""
+    if host.INSTALL_TOML.exists():
+        host.INSTALL_TOML.rename(host.KEPT_TOML)
     for path in map(Path, manifest.files):
-        # What says that banger is installed goes last: until then this can be done again.
-        if path != host.INSTALL_TOML and (purge or not _is_kept(path)):
+        if purge or not _is_kept(path):
             path.unlink(missing_ok=True)
     for link in releases.Releases().links():  # an upgrade's, of what the first installation did not have
         if link.is_symlink():
             link.unlink()
     (host.RELEASES / releases.PREVIOUS).unlink(missing_ok=True)
     install.remove_empty(map(Path, manifest.shared))
+    _forget_units()
     if not purge:
-        host.INSTALL_TOML.rename(host.KEPT_TOML)
         return
-    for path in (host.INSTALL_TOML, host.KEPT_TOML):
-        path.unlink(missing_ok=True)
-    for name in sorted(manifest.directories, reverse=True):
+    host.KEPT_TOML.unlink(missing_ok=True)
+    # Whoever made ours, such as to have a disk of its own there: all in them is ours.
+    for name in sorted({*manifest.directories, *_OURS}, reverse=True):
         shutil.rmtree(name, ignore_errors=True)
     # Of banger itself what lies in places that are its alone, whichever version takes it off.
     if Path(sys.prefix) == host.PREFIX or host.RELEASES in Path(sys.prefix).parents:
