@@ -386,6 +386,5 @@ def test_logs_rotate_and_are_the_owners_to_read(helper_world_here: HelperWorld) 
 
 def test_node_can_be_opened_by_number_only(helper_world_here: HelperWorld) -> None:
     world = helper_world_here
-    node = filesystem.open_node(world.policy, os.makedev(1, 3), 0)
-    assert os.listdir(world.root) == []
-    os.close(node)
+    with filesystem.node(world.policy, os.makedev(1, 3), 0):
+        assert os.listdir(world.root) == []

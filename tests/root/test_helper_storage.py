@@ -33,9 +33,8 @@ def no_loop_left() -> Iterator[None]:
 
 
 def attach(world: HelperWorld, path: str, role: str = "work") -> int:
-    held: list[int] = []
-    storage._attach(world.policy, path, names.VmId(VM), role, held)
-    return held[0]
+    with storage._attached(world.policy, path, names.VmId(VM), role) as device:
+        return os.dup(device)
 
 
 @pytest.fixture
@@ -271,14 +270,11 @@ def test_missing_image_and_kernel_are_not_found(helper_world_here: HelperWorld) 
 
 def test_node_is_opened_by_the_vms_uid_alone(helper_world_here: HelperWorld, root_disk: int) -> None:
     uid = helper_world_here.policy.uid(1)
-    node = filesystem.open_node(helper_world_here.policy, os.fstat(root_disk).st_rdev, uid)
-    try:
+    with filesystem.node(helper_world_here.policy, os.fstat(root_disk).st_rdev, uid) as node:
         for who, status in ((uid, 0), (uid + 1, 1)):
             path = f"/proc/self/fd/{node}"
             ended = program.run("head", ["-c", "1", path], uid=who, fds=[node], deadline_s=10)
             assert ended.status == status
-    finally:
-        os.close(node)
 
 
 def _attach_work(world: HelperWorld) -> None:

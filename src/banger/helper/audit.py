@@ -13,8 +13,8 @@ import msgspec
 from banger.contract import audit
 from banger.helper import filesystem
 from banger.helper import policy as policies
+from banger.helper.linux import libc
 
-_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _lock: Final = threading.Lock()
 _encoder: Final = msgspec.json.Encoder()
 
@@ -24,26 +24,15 @@ def append(policy: policies.Policy, entry: audit.Entry) -> None:
     line = _encoder.encode(entry) + b"\n"
     files = audit.REFUSED if entry.outcome == "refused" else audit.FILES
     directory = f"{policy.helper_dir}/{audit.DIRECTORY}"
+    path = f"{directory}/{files[0]}"
     with _lock:
         filesystem.make_directory(directory, 0o750, gid=policy.owner_gid)
-        fd = _opened(policy, f"{directory}/{files[0]}")
-        try:
-            if os.fstat(fd).st_size + len(line) > audit.MAX_FILE_BYTES:
-                os.close(fd)
-                fd = -1
-                _rotate(directory, files)
-                fd = _opened(policy, f"{directory}/{files[0]}")
-            os.write(fd, line)
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-
-def _opened(policy: policies.Policy, path: str) -> int:
-    fd = os.open(path, _FLAGS, 0o600)
-    os.fchown(fd, 0, policy.owner_gid)
-    os.fchmod(fd, 0o640)
-    return fd
+        with libc.closing(filesystem.open_log(policy, path)) as file:
+            is_full = os.fstat(file).st_size + len(line) > audit.MAX_FILE_BYTES
+        if is_full:
+            _rotate(directory, files)
+        with libc.closing(filesystem.open_log(policy, path, os.O_APPEND)) as file:
+            os.write(file, line)
 
 
 def _rotate(directory: str, files: tuple[str, ...]) -> None:

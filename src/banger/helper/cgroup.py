@@ -94,10 +94,8 @@ def held(policy: policies.Policy, vm_id: str, pid: int) -> Generator[int]:
     except ProcessLookupError:
         yield -1
         return
-    try:
+    with libc.closing(process):
         yield process if pid in processes(policy, vm_id) else -1
-    finally:
-        os.close(process)
 
 
 def delete(policy: policies.Policy, vm_id: names.VmId, *, deadline: float) -> None:
@@ -161,14 +159,12 @@ def _await_empty(path: str, deadline: float) -> bool:
         watch = libc.inotify(f"{path}/cgroup.events", libc.IN_MODIFY)
     except FileNotFoundError:
         return True
-    try:
+    with libc.closing(watch):
         while "populated 1" in _read(f"{path}/cgroup.events"):
             if not pidfd.wait(watch, deadline=deadline):
                 return False
             os.read(watch, 4096)
         return True
-    finally:
-        os.close(watch)
 
 
 def _path(policy: policies.Policy, vm_id: str) -> str:

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Final
 
 from banger.contract import errors, names, privileged
 from banger.helper import filesystem, program
 from banger.helper import policy as policies
+from banger.helper.linux import libc
 
 CHECK_DEADLINE_S: Final = 120.0
 PATCH_DEADLINE_S: Final = 30.0
@@ -28,11 +30,8 @@ def patch(policy: policies.Policy, request: privileged.PatchRoot, device: int, u
     """Writes the guest binary, and reads it back."""
     with open(policies.open_root_owned(policy.guest), "rb") as file:
         binary = file.read()
-    node = filesystem.open_node(policy, device, uid)
-    try:
+    with filesystem.node(policy, device, uid) as node:
         failed = _write(node, uid, binary)
-    finally:
-        os.close(node)
     if failed:
         raise errors.OperationFailedError(
             f"could not write {names.GUEST_BINARY} into the root disk: {failed}", vm=request.vm_id
@@ -42,12 +41,9 @@ def patch(policy: policies.Policy, request: privileged.PatchRoot, device: int, u
 
 def _write(node: int, uid: int, binary: bytes) -> str:
     """Empty when it is written; debugfs exits 0 always, so only what it reads back counts."""
-    source = _memory(binary)
-    try:
+    with _memory(binary) as source:
         lines = _write_commands(source, make_directory=_lacks_directory(node, uid))
         ended = _debugfs(node, uid, lines, [source], ["-w"])
-    finally:
-        os.close(source)
     if ended.status != 0 or f"debugfs: cat {names.GUEST_BINARY}\n".encode() + binary not in ended.output:
         return _complaint(ended.output)
     return ""
@@ -75,13 +71,10 @@ def _lacks_directory(node: int, uid: int) -> bool:
 def _debugfs(
     node: int, uid: int, lines: Sequence[str], sources: Sequence[int], options: Sequence[str]
 ) -> program.Ended:
-    script = _memory("".join(f"{line}\n" for line in lines).encode())
-    try:
+    with _memory("".join(f"{line}\n" for line in lines).encode()) as script:
         arguments = [*options, "-f", f"/proc/self/fd/{script}", f"/proc/self/fd/{node}"]
         fds = [node, script, *sources]
         return program.run("debugfs", arguments, uid=uid, fds=fds, deadline_s=PATCH_DEADLINE_S)
-    finally:
-        os.close(script)
 
 
 def _complaint(output: bytes) -> str:
@@ -95,42 +88,34 @@ def _complaint(output: bytes) -> str:
     return said[-1][:200] if said else "it said nothing"
 
 
-def _memory(data: bytes) -> int:
+@contextlib.contextmanager
+def _memory(data: bytes) -> Generator[int]:
     """An anonymous file of root's with this content, of mode 0777: the VM's uid may open it by number."""
-    fd = os.memfd_create("banger")
-    os.write(fd, data)
-    return fd
+    with libc.closing(os.memfd_create("banger")) as fd:
+        os.write(fd, data)
+        yield fd
 
 
 def _flush(policy: policies.Policy, device: int) -> None:
     """What debugfs wrote has reached the overlay, or we hear of it now."""
-    node = filesystem.open_node(policy, device, 0)
-    try:
-        fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(node)
-    try:
+    with filesystem.node(policy, device, 0) as node, _opened(node) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
+
+
+def _opened(node: int) -> contextlib.AbstractContextManager[int]:
+    return libc.closing(os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC))
 
 
 def check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
     """e2fsck as the VM's uid: it parses what the owner or the guest made."""
-    node = filesystem.open_node(policy, device, uid)
-    try:
+    deadline = time.monotonic() + CHECK_DEADLINE_S
+    with filesystem.node(policy, device, uid) as node:
         if _is_clean(node):
             return privileged.Check(repaired=False)
-        deadline = time.monotonic() + CHECK_DEADLINE_S
         for mode in ("-p", "-y"):
-            left_s = max(1.0, deadline - time.monotonic())
-            ended = program.run(
-                "e2fsck", [mode, f"/proc/self/fd/{node}"], uid=uid, fds=[node], deadline_s=left_s
-            )
+            ended = _run("e2fsck", mode, node=node, uid=uid, deadline=deadline)
             if ended.status in {0, 1}:
                 return privileged.Check(repaired=ended.status == 1)
-    finally:
-        os.close(node)
     said = _complaint(ended.output)
     raise errors.OperationFailedError(
         f"e2fsck could not repair the file system (status {ended.status}): {said}"
@@ -139,33 +124,35 @@ def check(policy: policies.Policy, device: int, uid: int) -> privileged.Check:
 
 def grow(policy: policies.Policy, device: int, uid: int) -> None:
     """The file system fills its device: resize2fs as the VM's uid, after the whole check that it wants."""
-    node = filesystem.open_node(policy, device, uid)
-    try:
+    deadline = time.monotonic() + GROW_DEADLINE_S
+    with filesystem.node(policy, device, uid) as node:
         if not _has_room(node):
             return
-        deadline = time.monotonic() + GROW_DEADLINE_S
-        for command, *options in (("e2fsck", "-f", "-y"), ("resize2fs",)):
-            left_s = max(1.0, deadline - time.monotonic())
-            arguments = [*options, f"/proc/self/fd/{node}"]
-            ended = program.run(command, arguments, uid=uid, fds=[node], deadline_s=left_s)
-    finally:
-        os.close(node)
+        _run("e2fsck", "-f", "-y", node=node, uid=uid, deadline=deadline)
+        ended = _run("resize2fs", node=node, uid=uid, deadline=deadline)
     if ended.status != 0:
         said = _complaint(ended.output)
         raise errors.OperationFailedError(f"resize2fs could not grow the file system: {said}")
     _flush(policy, device)
 
 
+def _run(command: str, *options: str, node: int, uid: int, deadline: float) -> program.Ended:
+    left_s = max(1.0, deadline - time.monotonic())
+    return program.run(command, [*options, f"/proc/self/fd/{node}"], uid=uid, fds=[node], deadline_s=left_s)
+
+
+def _superblock(node: int) -> tuple[bytes, int]:
+    """struct ext2_super_block, or zeros, and the size of the device."""
+    with _opened(node) as fd:
+        return os.pread(fd, 1024, 1024).ljust(1024, b"\0"), os.lseek(fd, 0, os.SEEK_END)
+
+
 def _has_room(node: int) -> bool:
     """Whether the device has blocks that a larger file system would use: a last group of blocks that could
     hold little more than its own tables is left out of any.
     """
-    fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        block, size = os.pread(fd, 1024, 1024), os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
-    if len(block) < 1024 or struct.unpack_from("<H", block, 0x38)[0] != _EXT2_SUPER_MAGIC:
+    block, size = _superblock(node)
+    if struct.unpack_from("<H", block, 0x38)[0] != _EXT2_SUPER_MAGIC:
         return False
     (low,), (shift,) = struct.unpack_from("<I", block, 0x04), struct.unpack_from("<I", block, 0x18)
     (features,), (high,) = struct.unpack_from("<I", block, 0x60), struct.unpack_from("<I", block, 0x150)
@@ -176,14 +163,8 @@ def _has_room(node: int) -> bool:
 
 
 def _is_clean(node: int) -> bool:
-    """What makes `e2fsck -p` end at once (struct ext2_super_block); starting it to hear that is not free."""
-    fd = os.open(f"/proc/self/fd/{node}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        block = os.pread(fd, 1024, 1024)
-    finally:
-        os.close(fd)
-    if len(block) < 1024:
-        return False
+    """What makes `e2fsck -p` end at once; starting it to hear that is not free."""
+    block, _ = _superblock(node)
     magic, state = struct.unpack_from("<HH", block, 0x38)
     incompatible, read_only = struct.unpack_from("<II", block, 0x60)
     (last_orphan,) = struct.unpack_from("<I", block, 0xE8)

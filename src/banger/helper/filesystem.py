@@ -13,6 +13,7 @@ import secrets
 import stat
 import threading
 import time
+from collections.abc import Generator
 from typing import Final
 
 from banger.contract import errors, privileged
@@ -34,16 +35,13 @@ _kernels = threading.Lock()
 
 def open_owned(policy: policies.Policy, path: str, *, writable: bool, max_bytes: int) -> int:
     """A regular file of the owner, `path` beneath the state directory. Leases and pipes cannot stall us."""
-    found = _walk(policy.state_dir, path)
-    try:
+    with libc.closing(_walk(policy.state_dir, path)) as found:
         status = os.fstat(found)
         good = stat.S_ISREG(status.st_mode) and status.st_uid == policy.owner_uid and status.st_nlink == 1
         if not good or not 0 < status.st_size <= max_bytes:
             raise errors.UnauthorizedError(f"{policy.state_dir}/{path} is not a plain file of the owner's")
         mode = os.O_RDWR if writable else os.O_RDONLY
         return os.open(f"/proc/self/fd/{found}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
-    finally:
-        os.close(found)
 
 
 def _walk(top: str, path: str) -> int:
@@ -156,31 +154,27 @@ def freeze_jail(root: int) -> int:
 def wait_for(directory: int, name: str, *, process: int, deadline: float) -> bool:
     """True when `name` is in the directory, False when the process ended before or the deadline passed."""
     watch = libc.inotify(f"/proc/self/fd/{directory}", libc.IN_CREATE | libc.IN_MOVED_TO)
-    try:
+    with libc.closing(watch):
         while not _exists(directory, name):
             ready = pidfd.wait(process, deadline=deadline, other=watch)
             if process in ready or not ready or time.monotonic() >= deadline:
                 return False  # also when something happens there all the time
             os.read(watch, 65536)
         return True
-    finally:
-        os.close(watch)
 
 
 def grant_socket(policy: policies.Policy, directory: int, name: str, uid: int) -> None:
     """The owner's group may connect. `directory` is frozen, so that nothing can take the socket's place."""
     try:
-        socket = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        socket = os.open(name, _PATH_ONLY, dir_fd=directory)
     except FileNotFoundError:
         raise errors.NotFoundError(f"the VMM made no socket {name}") from None
-    try:
+    with libc.closing(socket):
         status = os.fstat(socket)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != uid or status.st_nlink != 1:
             raise errors.UnauthorizedError(f"{name} in the jail is not the VMM's socket")
         os.chown(f"/proc/self/fd/{socket}", -1, policy.owner_gid)
         os.chmod(f"/proc/self/fd/{socket}", 0o660)
-    finally:
-        os.close(socket)
 
 
 def make_node(root: int, name: str, device: int, uid: int) -> None:
@@ -188,18 +182,18 @@ def make_node(root: int, name: str, device: int, uid: int) -> None:
     os.chown(name, uid, uid, dir_fd=root, follow_symlinks=False)
 
 
-def open_node(policy: policies.Policy, device: int, uid: int) -> int:
+@contextlib.contextmanager
+def node(policy: policies.Policy, device: int, uid: int) -> Generator[int]:
     """A descriptor through which a program of that uid may open the block device; it has no name."""
     name = f"{_NODE}{secrets.token_hex(8)}"
-    top = os.open(policy.helper_dir, _DIRECTORY)
-    try:
+    with libc.closing(os.open(policy.helper_dir, _DIRECTORY)) as top:
         make_node(top, name, device, uid)
         try:
-            return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            found = os.open(name, _PATH_ONLY, dir_fd=top)
         finally:
             os.unlink(name, dir_fd=top)
-    finally:
-        os.close(top)
+    with libc.closing(found):
+        yield found
 
 
 def half_made(policy: policies.Policy) -> list[str]:
@@ -236,12 +230,10 @@ def remove_tree(path: str) -> None:
         top = os.open(path, _DIRECTORY)
     except FileNotFoundError:
         return
-    try:
+    with libc.closing(top):
         while entries := os.listdir(top):
             for name in entries:
                 _remove_entry(top, name)
-    finally:
-        os.close(top)
     os.rmdir(path)
 
 
@@ -251,11 +243,9 @@ def _remove_entry(top: int, name: str) -> None:
         return
     except IsADirectoryError:
         child = os.open(name, _DIRECTORY, dir_fd=top)
-    try:
+    with libc.closing(child):
         for inner in os.listdir(child):
             os.rename(inner, secrets.token_hex(16), src_dir_fd=child, dst_dir_fd=top)
-    finally:
-        os.close(child)
     os.rmdir(name, dir_fd=top)
 
 
@@ -293,8 +283,8 @@ def make_logs(policy: policies.Policy, vm_id: str) -> None:
             os.close(open_log(policy, each))
 
 
-def open_log(policy: policies.Policy, path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def open_log(policy: policies.Policy, path: str, flags: int = 0) -> int:
+    fd = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     os.fchown(fd, 0, policy.owner_gid)
     os.fchmod(fd, 0o640)
     return fd
@@ -315,13 +305,10 @@ def link_kernel(policy: policies.Policy, root: int, kernel_id: str, name: str) -
 
     A version is (device, inode, size, mtime, ctime): nobody but root can change a file and keep its ctime.
     """
-    source = open_owned(policy, f"kernels/{kernel_id}/{name}", writable=False, max_bytes=MAX_KERNEL_BYTES)
-    try:
-        # One start at a time: the first one copies for all, and no pruning meets a copy that is being made.
-        with _kernels:
-            os.link(_kept(policy, source, kernel_id), name, dst_dir_fd=root)
-    finally:
-        os.close(source)
+    found = open_owned(policy, f"kernels/{kernel_id}/{name}", writable=False, max_bytes=MAX_KERNEL_BYTES)
+    # One start at a time: the first one copies for all, and no pruning meets a copy that is being made.
+    with libc.closing(found) as source, _kernels:
+        os.link(_kept(policy, source, kernel_id), name, dst_dir_fd=root)
 
 
 def _kept(policy: policies.Policy, source: int, kernel_id: str) -> str:

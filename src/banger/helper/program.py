@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from banger.contract import errors
-from banger.helper.linux import pidfd
+from banger.helper.linux import libc, pidfd
 
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 MAX_OUTPUT_BYTES: Final = 1 << 20
@@ -52,8 +52,7 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
     What it started ends with it, unless that made a session of its own, which e2fsprogs never do.
     """
     deadline = time.monotonic() + deadline_s
-    output = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+    with libc.closing(os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)) as output:
         os.ftruncate(output, MAX_OUTPUT_BYTES)
         fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)  # what goes beyond is refused
         argv = [*_limited(deadline_s), _find(name), *arguments]
@@ -69,8 +68,6 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
             process.wait()
             os.close(held)
         return Ended(process.returncode, os.pread(output, os.lseek(output, 0, os.SEEK_CUR), 0))
-    finally:
-        os.close(output)
 
 
 def _limited(deadline_s: float) -> list[str]:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Generator
 from typing import Final
 
 from banger.contract import errors, names, privileged
 from banger.helper import ext4, filesystem
 from banger.helper import policy as policies
-from banger.helper.linux import devmapper, loop
+from banger.helper.linux import devmapper, libc, loop
 
 CHUNK_SECTORS: Final = 8
 BUSY_DEADLINE_S: Final = 10.0
@@ -24,18 +26,15 @@ def create_snapshot(policy: policies.Policy, request: privileged.CreateSnapshot)
     name = names.dm_name(vm_id)
     if devmapper.find(name) is not None:
         raise errors.ConflictError(f"device {name} exists already", hint="tear the VM down first", vm=vm_id)
-    held: list[int] = []
-    try:
-        base = _attach(policy, f"images/{request.image_id}/rootfs.ext4", vm_id, BASE, held)
-        store = _attach(policy, f"vms/{vm_id}/overlay.cow", vm_id, OVERLAY, held)
-        size = os.lseek(held[0], 0, os.SEEK_END)
+    with (
+        _attached(policy, f"images/{request.image_id}/rootfs.ext4", vm_id, BASE) as base,
+        _attached(policy, f"vms/{vm_id}/overlay.cow", vm_id, OVERLAY) as store,
+    ):
+        sectors = os.lseek(base, 0, os.SEEK_END) // 512
         parameters = f"{_numbers(base)} {_numbers(store)} P {CHUNK_SECTORS}"
         device = devmapper.create(
-            name, _uuid(vm_id), sectors=size // 512, target="snapshot", parameters=parameters
+            name, _uuid(vm_id), sectors=sectors, target="snapshot", parameters=parameters
         )
-    finally:
-        for fd in held:  # the loops now live as long as the device does
-            os.close(fd)
     try:
         _require_valid(vm_id)
     except BaseException:
@@ -71,18 +70,14 @@ def attach_work_disk(policy: policies.Policy, request: privileged.AttachWorkDisk
     label = names.loop_label(vm_id, WORK)
     if loop.scan(label):
         raise errors.ConflictError(f"the work disk of VM {vm_id} is attached already", vm=vm_id)
-    held: list[int] = []
     try:
-        _attach(policy, f"vms/{vm_id}/work.ext4", vm_id, WORK, held)
-        device = os.fstat(held[0]).st_rdev
-        ext4.check(policy, device, uid)
-        ext4.grow(policy, device, uid)
+        with _attached(policy, f"vms/{vm_id}/work.ext4", vm_id, WORK) as disk:
+            device = os.fstat(disk).st_rdev
+            ext4.check(policy, device, uid)
+            ext4.grow(policy, device, uid)
     except BaseException:
         loop.detach(label, deadline=time.monotonic())
         raise
-    finally:
-        for fd in held:
-            os.close(fd)
     return _DONE
 
 
@@ -120,17 +115,17 @@ def patch_root(policy: policies.Policy, request: privileged.PatchRoot) -> privil
 # --- devices ---
 
 
-def _attach(policy: policies.Policy, path: str, vm_id: names.VmId, role: str, held: list[int]) -> int:
-    """Attaches a file of the owner's; the new descriptor joins `held`, the device's number is returned."""
+@contextlib.contextmanager
+def _attached(policy: policies.Policy, path: str, vm_id: names.VmId, role: str) -> Generator[int]:
+    """A loop device over a file of the owner's. One of a snapshot lives as long as somebody has it open."""
     writable = role != BASE
-    backing = filesystem.open_owned(policy, path, writable=writable, max_bytes=filesystem.MAX_DISK_BYTES)
     flags = 0 if role == WORK else loop.LO_FLAGS_AUTOCLEAR
     flags |= 0 if writable else loop.LO_FLAGS_READ_ONLY
-    try:
-        held.append(loop.attach(backing, names.loop_label(vm_id, role), flags=flags))
-    finally:
-        os.close(backing)
-    return os.fstat(held[-1]).st_rdev
+    opened = filesystem.open_owned(policy, path, writable=writable, max_bytes=filesystem.MAX_DISK_BYTES)
+    with libc.closing(opened) as backing:
+        made = loop.attach(backing, names.loop_label(vm_id, role), flags=flags)
+    with libc.closing(made) as device:
+        yield device
 
 
 def _require_valid(vm_id: names.VmId) -> None:
@@ -140,7 +135,8 @@ def _require_valid(vm_id: names.VmId) -> None:
         raise errors.OperationFailedError(f"the snapshot of VM {vm_id} is unusable: {said}", hint=hint)
 
 
-def _numbers(device: int) -> str:
+def _numbers(fd: int) -> str:
+    device = os.fstat(fd).st_rdev
     return f"{os.major(device)}:{os.minor(device)}"
 
 

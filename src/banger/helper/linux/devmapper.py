@@ -146,11 +146,8 @@ def _call(
     )
     _IOCTL.pack_into(request, 0, *header)
     request[_IOCTL.size : _IOCTL.size + len(payload)] = payload
-    control = _open()
-    try:
+    with libc.closing(_open()) as control:
         libc.ioctl(control, 0xC138FD00 | command, request, name)
-    finally:
-        os.close(control)
     answer = _Header._make(_IOCTL.unpack_from(request))
     return answer, bytes(request[answer.data_start : answer.data_size])
 

@@ -37,8 +37,7 @@ def attach(backing_fd: int, label: str, *, flags: int) -> int:
     info = _LOOP_INFO64.pack(*[0] * 8, flags, label.encode(), b"", b"", 0, 0)
     config = _LOOP_CONFIG.pack(backing_fd, 0, info, *[0] * 8)
     mode = os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with libc.closing(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)) as control:
         for _ in range(_ATTEMPTS):
             path = f"/dev/loop{libc.ioctl(control, LOOP_CTL_GET_FREE, 0, 'loop-control')}"
             device = os.open(path, mode | os.O_CLOEXEC)
@@ -50,8 +49,6 @@ def attach(backing_fd: int, label: str, *, flags: int) -> int:
                     raise
             else:
                 return device
-    finally:
-        os.close(control)
     raise OSError(errno.EBUSY, "no loop device stays free", label)
 
 
@@ -60,8 +57,8 @@ def scan(prefix: str) -> list[Loop]:
     found: list[Loop] = []
     for entry in os.listdir("/sys/block"):
         if entry.startswith("loop") and os.path.isdir(f"/sys/block/{entry}/loop"):
-            with contextlib.suppress(OSError):  # gone meanwhile
-                loop = Loop(int(entry[4:]), _label(f"/dev/{entry}"))
+            with contextlib.suppress(OSError), _opened(f"/dev/{entry}") as fd:  # gone meanwhile
+                loop = Loop(int(entry[4:]), _label(fd, entry))
                 if loop.label.startswith(prefix):
                     found.append(loop)
     return found
@@ -75,36 +72,27 @@ def detach(label: str, *, deadline: float) -> bool:
             _clear(loop)
         if time.monotonic() >= deadline:
             return False
-        if any(
-            other.label == label for other in loops if os.path.isdir(f"/sys/block/loop{other.number}/loop")
-        ):
+        if any(os.path.isdir(f"/sys/block/loop{loop.number}/loop") for loop in loops):
             time.sleep(delay_s)  # the kernel tells nobody when the last opener lets go
             delay_s = min(delay_s * 2, 0.1)
     return True
 
 
 def _clear(loop: Loop) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(loop.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if _label_of(fd, loop.path) == loop.label:
-                libc.ioctl(fd, LOOP_CLR_FD, 0, loop.path)
-        except OSError as error:
-            if error.errno not in {errno.ENXIO, errno.EBUSY}:
-                raise
-        finally:
-            os.close(fd)
-
-
-def _label(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _label_of(fd, path)
-    finally:
-        os.close(fd)
+        with _opened(loop.path) as fd:
+            if _label(fd, loop.path) == loop.label:
+                libc.ioctl(fd, LOOP_CLR_FD, 0, loop.path)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENXIO, errno.EBUSY}:
+            raise
 
 
-def _label_of(fd: int, path: str) -> str:
+def _opened(path: str) -> contextlib.AbstractContextManager[int]:
+    return libc.closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _label(fd: int, path: str) -> str:
     info = bytearray(_LOOP_INFO64.size)
     libc.ioctl(fd, LOOP_GET_STATUS64, info, path)
     name: bytes = _LOOP_INFO64.unpack(info)[9]
