@@ -311,7 +311,7 @@ def _jails(sources: Sources) -> Iterator[Case]:
 
 
 def _machines(sources: Sources) -> Iterator[Case]:
-    none = {"pid": 0, "start_ticks": 0}
+    none = {"pid": 0}
     kills = [KillVmm(vm_id=VM, force=force) for force in (False, True)]
     yield Case("no VMM is found or killed", (done(FindVmm(vm_id=VM), **none), *map(done, kills)))
     yield Case("no VMM, no usage", (done(GetUsage(vm_id=VM), cpu_usec=0, memory_bytes=0, rx_bytes=0),))

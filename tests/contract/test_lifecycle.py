@@ -427,7 +427,7 @@ async def test_a_vmm_that_takes_its_time_to_die_is_seen_all_the_same(
     await daemon.create()
     (vm,) = daemon.world.vms.values()
     assert vm.vmm is not None
-    dying = [privileged.Vmm(pid=vm.vmm.pid, start_ticks=1)] * 3
+    dying = [privileged.Vmm(pid=vm.vmm.pid)] * 3
     handlers: dict[Any, Any] = worlds.HANDLERS
     find = handlers[privileged.FindVmm]
 

@@ -164,7 +164,6 @@ async def _list_world(world: World, request: Any) -> privileged.Result:
                 cgroup=vm.cgroup,
                 logs=vm.logs,
                 vmm_pid=_vmm(vm).pid,
-                vmm_start_ticks=_vmm(vm).start_ticks,
             )
             for vm_id, vm in world.vms.items()
             if vm.logs or not vm.is_empty
@@ -207,13 +206,13 @@ async def _create_snapshot(world: World, request: privileged.CreateSnapshot) -> 
     vm.base_loops = True
     await world.middle(request)
     vm.snapshot = True
-    return privileged.Snapshot(device=f"/dev/mapper/fc-rootfs-{request.vm_id}")
+    return privileged.Done()
 
 
 async def _check_snapshot(world: World, request: privileged.CheckSnapshot) -> privileged.Result:
     vm = world.claim(request.vm_id, request.slot)
     _need(vm.snapshot, "there is no snapshot to check", errors.NotFoundError)
-    return privileged.Check(repaired=False)
+    return privileged.Done()
 
 
 async def _patch_root(world: World, request: privileged.PatchRoot) -> privileged.Result:
@@ -317,7 +316,7 @@ async def _delete_jail(world: World, request: privileged.DeleteJail) -> privileg
 
 
 async def _check_runtime(world: World, request: Any) -> privileged.Result:
-    return privileged.HostInfo(version="fake", protocol=privileged.PROTOCOL_VERSION)
+    return privileged.Done()
 
 
 async def _launch(world: World, request: privileged.LaunchVmm) -> privileged.Result:
@@ -344,7 +343,7 @@ async def _launch(world: World, request: privileged.LaunchVmm) -> privileged.Res
 
 
 def _vmm(vm: VmState) -> privileged.Vmm:
-    return privileged.Vmm(pid=vm.vmm.pid, start_ticks=1) if vm.vmm and vm.runs else privileged.Vmm(pid=0)
+    return privileged.Vmm(pid=vm.vmm.pid if vm.vmm and vm.runs else 0)
 
 
 async def _grant(world: World, request: privileged.GrantApiSocket) -> privileged.Result:

@@ -95,7 +95,7 @@ def _requests() -> list[bytes]:
 def _helper_reply() -> Target:
     decoder = msgspec.json.Decoder(privileged.Reply)
     seeds = [
-        msgspec.json.encode(privileged.Reply(result=privileged.Vmm(pid=7, start_ticks=1))),
+        msgspec.json.encode(privileged.Reply(result=privileged.Vmm(pid=7))),
         msgspec.json.encode(
             privileged.Reply(error=errors.to_body(errors.NoSpaceError("full", hint="free")))
         ),

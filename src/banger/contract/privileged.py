@@ -22,7 +22,7 @@ from banger.contract import errors, names
 MAX_REQUEST_BYTES: Final = 64 * 1024
 MAX_REPLY_BYTES: Final = 4 * 1024 * 1024
 MAX_OTHERS: Final = 10_000
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
 Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
@@ -55,26 +55,12 @@ class HostInfo(Result, tag="host_info", frozen=True):
     protocol: int
     firecracker_version: str = ""
     """Empty when the runtime is not installed."""
-    firecracker_sha256: str = ""
-    jailer_sha256: str = ""
-
-
-class Snapshot(Result, tag="snapshot", frozen=True):
-    device: str
-    """Path of the device-mapper node on the host."""
-
-
-class Check(Result, tag="check", frozen=True):
-    repaired: bool
-    """e2fsck corrected something (exit status 1)."""
 
 
 class Vmm(Result, tag="vmm", frozen=True):
     """A VMM process. `pid` is 0 when none runs."""
 
     pid: int
-    start_ticks: int = 0
-    """Field 22 of /proc/<pid>/stat: with the pid it names one process for ever."""
 
 
 class Usage(Result, tag="usage", frozen=True):
@@ -102,7 +88,6 @@ class VmWorld(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cgroup: bool = False
     logs: bool = False
     vmm_pid: int = 0
-    vmm_start_ticks: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -145,7 +130,7 @@ class World(Result, tag="world", frozen=True):
 
 
 class GetHost(Request[HostInfo], tag="get_host", frozen=True):
-    """Who answers: version, protocol, the runtime's versions and hashes."""
+    """Who answers: its version, its protocol, and the version of Firecracker."""
 
 
 class ListWorld(Request[World], tag="list_world", frozen=True):
@@ -174,14 +159,14 @@ class UnrouteResolver(Request[Done], tag="unroute_resolver", frozen=True):
     """What it was told about the bridge's link is taken back."""
 
 
-class CheckRuntime(Request[HostInfo], tag="check_runtime", frozen=True):
+class CheckRuntime(Request[Done], tag="check_runtime", frozen=True):
     """Firecracker and jailer are there, writable by root alone, and the ones recorded at installation."""
 
 
 # --- operations on one VM ---
 
 
-class CreateSnapshot(Request[Snapshot], tag="create_snapshot", frozen=True):
+class CreateSnapshot(Request[Done], tag="create_snapshot", frozen=True):
     """A dm-snapshot of the image's `rootfs.ext4` (read-only) with the VM's `overlay.cow` as its store."""
 
     vm_id: Id
@@ -189,7 +174,7 @@ class CreateSnapshot(Request[Snapshot], tag="create_snapshot", frozen=True):
     image_id: Id
 
 
-class CheckSnapshot(Request[Check], tag="check_snapshot", frozen=True):
+class CheckSnapshot(Request[Done], tag="check_snapshot", frozen=True):
     """`e2fsck -p` (then `-y`) on the snapshot, as the VM's uid; exit 0 and 1 are both fine."""
 
     vm_id: Id
@@ -372,7 +357,7 @@ AnyRequest = (
     | TearDown
     | PurgeLogs
 )
-AnyResult = Done | Ensured | Routed | HostInfo | Snapshot | Check | Vmm | Usage | World
+AnyResult = Done | Ensured | Routed | HostInfo | Vmm | Usage | World
 REQUEST_TYPES: Final[tuple[type[Request[Result]], ...]] = typing.get_args(AnyRequest)
 
 

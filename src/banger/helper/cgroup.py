@@ -125,10 +125,9 @@ def open_console_procs(policy: policies.Policy) -> int:
     return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
-def processes(policy: policies.Policy, vm_id: str) -> dict[int, int]:
-    """pid to start time, of the VM's cgroup; KVM's kernel threads are there too and do not count."""
-    pids = [int(pid) for pid in _read(f"{_path(policy, vm_id)}/cgroup.procs").split()]
-    return {pid: ticks for pid in pids if (ticks := pidfd.start_ticks(pid))}
+def processes(policy: policies.Policy, vm_id: str) -> list[int]:
+    """The pids in the VM's cgroup; KVM's kernel threads are there too and do not count."""
+    return list(filter(pidfd.is_alive, map(int, _read(f"{_path(policy, vm_id)}/cgroup.procs").split())))
 
 
 def vm_ids(policy: policies.Policy) -> list[str]:

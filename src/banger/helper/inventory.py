@@ -32,7 +32,6 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
     found = {*devices, *loops, *taps, *rules, *jails, *cgroups, *logs}
     vms: list[privileged.VmWorld] = []
     for vm_id in sorted(filter(names.is_id, found)):
-        vmm = process.find(policy, vm_id)
         vms.append(
             privileged.VmWorld(
                 vm_id=vm_id,
@@ -43,8 +42,7 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
                 jail=vm_id in jails,
                 cgroup=vm_id in cgroups,
                 logs=vm_id in logs,
-                vmm_pid=vmm.pid,
-                vmm_start_ticks=vmm.start_ticks,
+                vmm_pid=process.find(policy, vm_id).pid,
             )
         )
     nameless = {

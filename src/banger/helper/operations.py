@@ -31,14 +31,7 @@ def get_host(policy: policies.Policy, _request: privileged.GetHost) -> privilege
         version=banger.__version__,
         protocol=privileged.PROTOCOL_VERSION,
         firecracker_version=_firecracker_version(policy),
-        firecracker_sha256=policy.firecracker_sha256,
-        jailer_sha256=policy.jailer_sha256,
     )
-
-
-def check_runtime(policy: policies.Policy, _request: privileged.CheckRuntime) -> privileged.HostInfo:
-    process.check_runtime(policy)
-    return get_host(policy, privileged.GetHost())
 
 
 def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileged.Done:
@@ -75,7 +68,7 @@ OPERATIONS: Final[
     privileged.DeleteBridge: network.delete_bridge,
     privileged.RouteResolver: resolver.route_resolver,
     privileged.UnrouteResolver: resolver.unroute_resolver,
-    privileged.CheckRuntime: check_runtime,
+    privileged.CheckRuntime: process.check_runtime,
     privileged.CreateSnapshot: storage.create_snapshot,
     privileged.CheckSnapshot: storage.check_snapshot,
     privileged.PatchRoot: storage.patch_root,

@@ -78,7 +78,7 @@ def launch(policy: policies.Policy, request: privileged.LaunchVmm) -> privileged
     os.close(filesystem.open_jail(policy, vm_id))
     if find(policy, vm_id).pid:
         raise errors.ConflictError(f"VM {vm_id} is running already", vm=vm_id)
-    check_runtime(policy)
+    check_runtime(policy, privileged.CheckRuntime())
     uid = filesystem.make_jail(
         policy, vm_id, request.slot
     )  # anew: the jailer refuses what an earlier try left
@@ -292,9 +292,7 @@ def find_vmm(policy: policies.Policy, request: privileged.FindVmm) -> privileged
 
 
 def find(policy: policies.Policy, vm_id: str) -> privileged.Vmm:
-    for pid, ticks in sorted(cgroup.processes(policy, vm_id).items()):
-        return privileged.Vmm(pid=pid, start_ticks=ticks)
-    return privileged.Vmm(pid=0)
+    return privileged.Vmm(pid=min(cgroup.processes(policy, vm_id), default=0))
 
 
 @contextlib.contextmanager
@@ -374,6 +372,7 @@ def get_usage(policy: policies.Policy, request: privileged.GetUsage) -> privileg
 # --- the runtime ---
 
 
-def check_runtime(policy: policies.Policy) -> None:
+def check_runtime(policy: policies.Policy, _request: privileged.CheckRuntime) -> privileged.Done:
     policies.require_pinned(policy.firecracker, policy.firecracker_sha256)
     policies.require_pinned(policy.jailer, policy.jailer_sha256)
+    return _DONE

@@ -20,7 +20,7 @@ BASE, OVERLAY, WORK = "base", "overlay", "work"
 _DONE: Final = privileged.Done()
 
 
-def create_snapshot(policy: policies.Policy, request: privileged.CreateSnapshot) -> privileged.Snapshot:
+def create_snapshot(policy: policies.Policy, request: privileged.CreateSnapshot) -> privileged.Done:
     vm_id = names.VmId(request.vm_id)
     filesystem.claim(policy, vm_id, request.slot)
     name = names.dm_name(vm_id)
@@ -32,15 +32,14 @@ def create_snapshot(policy: policies.Policy, request: privileged.CreateSnapshot)
     ):
         sectors = os.lseek(base, 0, os.SEEK_END) // 512
         parameters = f"{_numbers(base)} {_numbers(store)} P {CHUNK_SECTORS}"
-        device = devmapper.create(
-            name, _uuid(vm_id), sectors=sectors, target="snapshot", parameters=parameters
-        )
+        # The loops then live as long as the device does.
+        devmapper.create(name, _uuid(vm_id), sectors=sectors, target="snapshot", parameters=parameters)
     try:
         _require_valid(vm_id)
     except BaseException:
         devmapper.remove(name, deadline=time.monotonic() + BUSY_DEADLINE_S)
         raise
-    return privileged.Snapshot(device=f"/dev/dm-{os.minor(device.number)}")
+    return _DONE
 
 
 def delete_snapshot(_policy: policies.Policy, request: privileged.DeleteSnapshot) -> privileged.Done:
@@ -59,9 +58,10 @@ def delete_snapshot(_policy: policies.Policy, request: privileged.DeleteSnapshot
     return _DONE
 
 
-def check_snapshot(policy: policies.Policy, request: privileged.CheckSnapshot) -> privileged.Check:
+def check_snapshot(policy: policies.Policy, request: privileged.CheckSnapshot) -> privileged.Done:
     uid = filesystem.claim(policy, request.vm_id, request.slot)
-    return ext4.check(policy, snapshot_device(names.VmId(request.vm_id)), uid)
+    ext4.check(policy, snapshot_device(names.VmId(request.vm_id)), uid)
+    return _DONE
 
 
 def attach_work_disk(policy: policies.Policy, request: privileged.AttachWorkDisk) -> privileged.Done:

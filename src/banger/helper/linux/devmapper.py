@@ -30,70 +30,51 @@ _REPLY_BYTES: Final = 64 * 1024
 _CONTROL: Final = "/dev/mapper/control"
 
 
-class _Header(NamedTuple):
-    """struct dm_ioctl."""
-
-    major: int
-    minor: int
-    patch: int
-    data_size: int
-    data_start: int
-    target_count: int
-    open_count: int
-    flags: int
-    event_nr: int
-    padding: int
-    dev: int
-    name: bytes
-    uuid: bytes
-
-
 class Device(NamedTuple):
     number: int
     """As st_rdev."""
     uuid: str
-    open_count: int
 
 
-def create(name: str, uuid: str, *, sectors: int, target: str, parameters: str) -> Device:
+class _Answer(NamedTuple):
+    flags: int
+    device: Device
+    data: bytes
+
+
+def create(name: str, uuid: str, *, sectors: int, target: str, parameters: str) -> None:
     """An active device, or none: a failure removes what was made."""
     _call(DM_DEV_CREATE, name, uuid=uuid)
     try:
         _call(DM_TABLE_LOAD, name, payload=_table(sectors, target, parameters), targets=1)
         _call(DM_DEV_SUSPEND, name, event=_UDEV_LEAVE_ALONE)  # without DM_SUSPEND_FLAG this resumes
-        device = find(name)
-        if device is None:
-            raise OSError(errno.ENODEV, "device vanished", name)
     except BaseException:
         with contextlib.suppress(OSError):
             _call(DM_DEV_REMOVE, name, event=_UDEV_LEAVE_ALONE)
         raise
-    return device
 
 
 def find(name: str) -> Device | None:
     """None too where the kernel has no device-mapper: then it has no device either."""
     try:
-        header, _ = _call(DM_DEV_STATUS, name)
+        return _call(DM_DEV_STATUS, name).device
     except OSError as error:
         if error.errno in {errno.ENXIO, errno.ENOENT}:
             return None
         raise
-    return Device(header.dev, header.uuid.split(b"\0")[0].decode(), header.open_count)
 
 
 def status(name: str) -> str:
     """What the device's only target says of itself, such as `16/204800 16` or `Invalid` of a snapshot."""
-    _, data = _call(DM_TABLE_STATUS, name)
-    return data[_TARGET.size :].split(b"\0")[0].decode()
+    return _call(DM_TABLE_STATUS, name).data[_TARGET.size :].split(b"\0")[0].decode()
 
 
 def names(prefix: str) -> list[str]:
     try:
-        header, data = _call(DM_LIST_DEVICES, "")
+        flags, _, data = _call(DM_LIST_DEVICES, "")
     except FileNotFoundError:
         return []
-    if header.flags & DM_BUFFER_FULL_FLAG:
+    if flags & DM_BUFFER_FULL_FLAG:
         raise OSError(errno.ENOBUFS, "too many devices to list", "device-mapper")
     found: list[str] = []
     offset = 0
@@ -139,17 +120,16 @@ def _call(
     event: int = 0,
     payload: bytes = b"",
     targets: int = 0,
-) -> tuple[_Header, bytes]:
+) -> _Answer:
     request = bytearray(max(_IOCTL.size + len(payload), _REPLY_BYTES))
-    header = _Header(
-        4, 0, 0, len(request), _IOCTL.size, targets, 0, flags, event, 0, 0, name.encode(), uuid.encode()
-    )
-    _IOCTL.pack_into(request, 0, *header)
+    sizes = (len(request), _IOCTL.size, targets, 0)
+    _IOCTL.pack_into(request, 0, 4, 0, 0, *sizes, flags, event, 0, 0, name.encode(), uuid.encode())
     request[_IOCTL.size : _IOCTL.size + len(payload)] = payload
     with libc.closing(_open()) as control:
         libc.ioctl(control, 0xC138FD00 | command, request, name)
-    answer = _Header._make(_IOCTL.unpack_from(request))
-    return answer, bytes(request[answer.data_start : answer.data_size])
+    _, _, _, end, start, _, _, flags, _, _, number, _, found = _IOCTL.unpack_from(request)
+    device = Device(number, found.split(b"\0")[0].decode())
+    return _Answer(flags, device, bytes(request[start:end]))
 
 
 def _open() -> int:

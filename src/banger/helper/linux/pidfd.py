@@ -12,17 +12,16 @@ from typing import Final
 _PF_KTHREAD: Final = 0x00200000
 
 
-def start_ticks(pid: int) -> int:
-    """Field 22 of /proc/<pid>/stat; 0 for a kernel thread, a zombie, or nothing.
+def is_alive(pid: int) -> bool:
+    """By /proc/<pid>/stat; not a kernel thread, a zombie, or nothing.
 
     A process whose first thread has ended looks like a zombie while others run: field 20 counts them.
     """
     with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rpartition(")")[2].split()
-        is_alive = fields[0] not in "ZX" or int(fields[17]) > 1
-        if is_alive and not int(fields[6]) & _PF_KTHREAD:
-            return int(fields[19])
-    return 0
+        runs = fields[0] not in "ZX" or int(fields[17]) > 1
+        return runs and not int(fields[6]) & _PF_KTHREAD
+    return False
 
 
 def wait(pidfd: int, *, deadline: float, other: int = -1) -> list[int]:
