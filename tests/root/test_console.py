@@ -257,9 +257,7 @@ def launch(policy: policies.Policy, directory: Path, jailer: str) -> privileged.
     with contextlib.ExitStack() as stack:
         root = os.open(directory, os.O_PATH)
         stack.callback(os.close, root)
-        with process._streams(policy, VM, root) as streams:
-            started = process._start(policy, VM, UID, streams)
-        stack.callback(os.close, started)
+        started = stack.enter_context(process._started(policy, VM, UID, root))
         process._await_jailer(policy, VM, started, time.monotonic() + 20)
     return process.find(policy, VM)
 

@@ -209,7 +209,7 @@ def test_frozen_jail_is_no_longer_the_vmms(helper_world_here: HelperWorld) -> No
     for directory in (place / "dev", place / "dev" / "net"):
         directory.mkdir()
         os.chown(directory, uid, uid)
-    os.close(filesystem.freeze_jail(root))
+    filesystem.freeze_jail(root)
     os.close(root)
     for directory in (place, place / "run", place / "dev", place / "dev" / "net"):
         status = directory.stat()

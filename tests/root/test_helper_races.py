@@ -197,13 +197,13 @@ def test_a_vmm_cannot_have_root_open_anything_but_its_socket(
             root = filesystem.open_jail(world.policy, VM)
             child = _swap_as(uid, filesystem.jail(world.policy, VM) + "/root/run", target)
             try:
-                frozen = filesystem.freeze_jail(root)
+                filesystem.freeze_jail(root)
                 try:
-                    filesystem.grant_socket(world.policy, frozen, "api.sock", uid)
-                    granted = os.stat("api.sock", dir_fd=frozen, follow_symlinks=False)
+                    with filesystem.opened_run(root) as run:
+                        filesystem.grant_socket(world.policy, run, "api.sock", uid)
+                        granted = os.stat("api.sock", dir_fd=run, follow_symlinks=False)
                     assert (granted.st_uid, granted.st_gid) == (uid, OWNER)
                 finally:
-                    os.close(frozen)
                     after = target.lstat()
                     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, 0, before.st_gid)
             finally:

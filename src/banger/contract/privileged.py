@@ -285,14 +285,14 @@ class LaunchVmm(Request[Vmm], tag="launch_vmm", frozen=True):
 
 
 class GrantApiSocket(Request[Done], tag="grant_api_socket", frozen=True):
-    """The owner may connect to the VMM's API socket. Waits for the socket with a deadline."""
+    """The owner may connect to the VMM's API socket, which the launch waited for."""
 
     vm_id: Id
     slot: Slot
 
 
 class GrantVsock(Request[Done], tag="grant_vsock", frozen=True):
-    """The owner may connect to the VM's vsock socket. Waits for the socket with a deadline."""
+    """The owner may connect to the VM's vsock socket, which the launch waited for."""
 
     vm_id: Id
     slot: Slot

@@ -112,11 +112,11 @@ def open_procs(policy: policies.Policy, vm_id: names.VmId) -> int:
 
 
 def open_memory_events(policy: policies.Policy, vm_id: names.VmId) -> int:
-    """Counts what was ended in the VM's cgroup for want of memory; -1 where the kernel does not."""
+    """Counts what was ended in the VM's cgroup for want of memory; empty where the kernel does not."""
     try:
         return os.open(f"{_path(policy, vm_id)}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return -1
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def open_console_procs(policy: policies.Policy) -> int:

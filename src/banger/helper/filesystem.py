@@ -130,25 +130,21 @@ def open_jail(policy: policies.Policy, vm_id: str) -> int:
         raise errors.NotFoundError(f"VM {vm_id} has no jail") from None
 
 
-def open_run(root: int) -> int:
-    return os.open("run", _DIRECTORY, dir_fd=root)
+def opened_run(root: int) -> contextlib.AbstractContextManager[int]:
+    """Where the VMM makes its sockets."""
+    return _opened(root, "run")
 
 
-def freeze_jail(root: int) -> int:
-    """Takes the jail's directories from the VMM: what is in them stays what it is. A descriptor of /run."""
-    kept = -1
+def _opened(root: int, path: str) -> contextlib.AbstractContextManager[int]:
+    return libc.closing(os.open(path, _DIRECTORY, dir_fd=root))
+
+
+def freeze_jail(root: int) -> None:
+    """Takes the jail's directories from the VMM: what is in them stays what it is."""
     for path in (".", "run", "dev", "dev/net"):
-        with contextlib.suppress(FileNotFoundError):
-            directory = os.open(path, _DIRECTORY, dir_fd=root)
+        with contextlib.suppress(FileNotFoundError), _opened(root, path) as directory:
             os.fchown(directory, 0, 0)
             os.fchmod(directory, 0o711)
-            if path == "run":
-                kept = directory
-            else:
-                os.close(directory)
-    if kept < 0:
-        raise errors.NotFoundError("the jail has no run directory")
-    return kept
 
 
 def wait_for(directory: int, name: str, *, process: int, deadline: float) -> bool:

@@ -10,26 +10,27 @@ none is believed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import signal
 import subprocess
 import time
-from collections.abc import Generator
-from typing import Final, NamedTuple, NoReturn
+from collections.abc import Callable, Generator
+from typing import Final, NoReturn
 
 import msgspec
 
 from banger.contract import errors, names, privileged
 from banger.helper import cgroup, filesystem, network, storage
 from banger.helper import policy as policies
-from banger.helper.linux import netlink, pidfd
+from banger.helper.linux import libc, netlink, pidfd
 
 LAUNCH_DEADLINE_S: Final = 20.0
-SOCKET_DEADLINE_S: Final = 10.0
 END_DEADLINE_S: Final = 10.0
 LOG_LIMIT_BYTES: Final = 512 << 10
 GUEST_CID: Final = 3
+API_SOCKET, VSOCK_SOCKET = "api.sock", "vsock.sock"
 _LOOKS: Final = 100
 # Neither VMX nor SVM: Firecracker is not tested with guests that are hosts, and what KVM does for those has
 # been the way out of a guest before. Bits: Intel SDM, CPUID.1:ECX.5; AMD APM, CPUID Fn8000_0001:ECX.2.
@@ -60,7 +61,7 @@ def delete_jail(policy: policies.Policy, request: privileged.DeleteJail) -> priv
     if find(policy, request.vm_id).pid:
         raise errors.ConflictError(f"VM {request.vm_id} is running", hint="kill it first", vm=request.vm_id)
     _await_console(request.vm_id, deadline_s=1.0)  # it reads the cgroup's last words
-    cgroup.delete(policy, names.VmId(request.vm_id), deadline=time.monotonic() + END_DEADLINE_S)
+    _end(policy, names.VmId(request.vm_id))
     filesystem.remove_tree(filesystem.jail(policy, request.vm_id))
     return _DONE
 
@@ -79,21 +80,15 @@ def launch(policy: policies.Policy, request: privileged.LaunchVmm) -> privileged
     if find(policy, vm_id).pid:
         raise errors.ConflictError(f"VM {vm_id} is running already", vm=vm_id)
     check_runtime(policy, privileged.CheckRuntime())
-    uid = filesystem.make_jail(
-        policy, vm_id, request.slot
-    )  # anew: the jailer refuses what an earlier try left
+    # Anew: the jailer refuses what an earlier try left.
+    uid = filesystem.make_jail(policy, vm_id, request.slot)
     deadline = time.monotonic() + LAUNCH_DEADLINE_S
-    with contextlib.ExitStack() as undo:
-        root = filesystem.open_jail(policy, vm_id)
-        undo.callback(os.close, root)
+    with libc.closing(filesystem.open_jail(policy, vm_id)) as root, contextlib.ExitStack() as on_failure:
         _furnish(policy, request, root, uid)
-        on_failure = undo.enter_context(contextlib.ExitStack())
         on_failure.callback(_end, policy, vm_id)
         cgroup.create(policy, vm_id, vcpus=request.vcpus, memory_mib=request.memory_mib)
-        with _streams(policy, vm_id, root) as streams:
-            started = _start(policy, vm_id, uid, streams)
-            undo.callback(os.close, started)
-        _await_jailer(policy, vm_id, started, deadline)
+        with _started(policy, vm_id, uid, root) as jailer:
+            _await_jailer(policy, vm_id, jailer, deadline)
         vmm = _await_vmm(policy, vm_id, root, deadline)
         if _consoles[vm_id].poll() is not None:
             raise errors.OperationFailedError(f"the log writer of VM {vm_id} ended at once", vm=vm_id)
@@ -154,72 +149,59 @@ def _configuration(request: privileged.LaunchVmm) -> dict[str, object]:
     }
 
 
-class _Streams(NamedTuple):
-    """What the VMM writes to, and the log writer's descriptors: source, file and predecessor of each log."""
-
-    output: int
-    ending: int
-    logs: tuple[int, ...]
-
-
 @contextlib.contextmanager
-def _streams(policy: policies.Policy, vm_id: names.VmId, root: int) -> Generator[_Streams]:
-    """Open for as long as it takes to start both: the writer ends when nobody holds the VMM's output."""
-    directory = filesystem.logs(policy, vm_id)
-    with contextlib.ExitStack() as opened:
+def _started(policy: policies.Policy, vm_id: names.VmId, uid: int, root: int) -> Generator[int]:
+    """Starts the log writer as the VM's uid with its descriptors alone, and through it the jailer.
 
-        def held(fd: int) -> int:
-            opened.callback(os.close, fd)
-            return fd
-
-        source, output = map(held, os.pipe2(os.O_CLOEXEC))
-        logs: list[int] = []
-        for name in filesystem.LOGS:
-            if name != "console":
-                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-                source = held(os.open(f"{name}.log", flags, dir_fd=root))
-            logs.append(source)
-            logs += [held(filesystem.open_log(policy, f"{directory}/{name}.log{end}")) for end in ("", ".1")]
-        ending = held(filesystem.open_log(policy, f"{directory}/{filesystem.ENDING}.log"))
-        yield _Streams(output, ending, tuple(logs))
-
-
-def _start(policy: policies.Policy, vm_id: names.VmId, uid: int, streams: _Streams) -> int:
-    """Starts the log writer as the VM's uid with these descriptors alone, and through it the jailer.
-
-    The jailer is in the VM's cgroup already: its own way there costs it half of its time. Returns the
+    The jailer is in the VM's cgroup already: its own way there costs it half of its time. Yields the
     descriptor where a byte comes when the jailer has ended well.
     """
     os.close(policies.open_root_owned(policy.console))
     _await_console(vm_id, deadline_s=0)
-    with contextlib.ExitStack() as opened:
+    jailer, telling = os.pipe2(os.O_CLOEXEC)
+    # The others are open for as long as starting takes: the writer ends when nobody holds the VMM's output.
+    with libc.closing(jailer), contextlib.ExitStack() as opened:
 
         def held(fd: int) -> int:
-            if fd >= 0:
-                opened.callback(os.close, fd)
-            return fd
+            return opened.enter_context(libc.closing(fd))
 
-        started, telling = os.pipe2(os.O_CLOEXEC)
-        on_failure = opened.enter_context(contextlib.ExitStack())
-        on_failure.callback(os.close, started)
-        group, its_group = held(cgroup.open_console_procs(policy)), held(cgroup.open_procs(policy, vm_id))
-        fds = (group, held(telling), held(cgroup.open_memory_events(policy, vm_id)), streams.ending)
+        told, group = held(telling), held(cgroup.open_console_procs(policy))
+        output, streams = _streams(policy, vm_id, root, held)
+        ending = filesystem.open_log(policy, f"{filesystem.logs(policy, vm_id)}/{filesystem.ENDING}.log")
+        fds = (group, told, held(cgroup.open_memory_events(policy, vm_id)), held(ending))
+        its_group = held(cgroup.open_procs(policy, vm_id))
         argv = [policy.console, str(uid), *map(str, fds), str(LOG_LIMIT_BYTES)]
-        argv += [":".join(map(str, streams.logs[at : at + 3])) for at in range(0, len(streams.logs), 3)]
+        argv += [":".join(map(str, stream)) for stream in streams]
         argv += ["--", str(its_group), *_jailer(policy, vm_id, uid)]
         # A user for Popen would have it fork this whole process; without one it borrows its memory (vfork).
         _consoles[vm_id] = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
-            stdout=streams.output,
-            stderr=streams.output,
-            pass_fds=[fd for fd in (*fds, its_group, *streams.logs) if fd >= 0],
+            stdout=output,
+            stderr=output,
+            pass_fds=[*fds, its_group, *itertools.chain(*streams)],
             env={},
             cwd="/",
             start_new_session=True,
         )
-        on_failure.pop_all()
-    return started
+        opened.close()
+        yield jailer
+
+
+def _streams(
+    policy: policies.Policy, vm_id: names.VmId, root: int, held: Callable[[int], int]
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """What the VMM writes to; and of each log its source, its file and the file's predecessor."""
+    source, output = map(held, os.pipe2(os.O_CLOEXEC))
+    streams: list[tuple[int, int, int]] = []
+    for name in filesystem.LOGS:
+        if name != "console":
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            source = held(os.open(f"{name}.log", flags, dir_fd=root))
+        path = f"{filesystem.logs(policy, vm_id)}/{name}.log"
+        current, old = (held(filesystem.open_log(policy, each)) for each in (path, f"{path}.1"))
+        streams.append((source, current, old))
+    return output, streams
 
 
 def _jailer(policy: policies.Policy, vm_id: names.VmId, uid: int) -> list[str]:
@@ -241,22 +223,18 @@ def _await_jailer(policy: policies.Policy, vm_id: names.VmId, started: int, dead
 
 def _await_vmm(policy: policies.Policy, vm_id: names.VmId, root: int, deadline: float) -> privileged.Vmm:
     """The VMM has made its sockets: its configuration was good, and it goes on to load the kernel."""
-    with _held(policy, vm_id) as (vmm, process):
-        if process >= 0:
-            run = filesystem.open_run(root)
-            try:
-                if filesystem.wait_for(run, "vsock.sock", process=process, deadline=deadline):
-                    return vmm
-            finally:
-                os.close(run)
-    _fail_launch(
-        policy, vm_id, "Firecracker ended" if not find(policy, vm_id).pid else "Firecracker is stuck"
-    )
+    with _held(policy, vm_id) as (vmm, process), filesystem.opened_run(root) as run:
+        sockets = (API_SOCKET, VSOCK_SOCKET) if process >= 0 else ()
+        made = [filesystem.wait_for(run, each, process=process, deadline=deadline) for each in sockets]
+    if not made or not all(made):
+        runs = find(policy, vm_id).pid
+        _fail_launch(policy, vm_id, "Firecracker is stuck" if runs else "Firecracker ended")
+    return vmm
 
 
 def _fail_launch(policy: policies.Policy, vm_id: names.VmId, what: str) -> NoReturn:
     """With the end of the VMM's log, once it is written: the log writer ends after the VMM."""
-    cgroup.delete(policy, vm_id, deadline=time.monotonic() + END_DEADLINE_S)
+    _end(policy, vm_id)
     _await_console(vm_id, deadline_s=1.0)
     said = filesystem.log_tail(policy, vm_id, "vmm")
     if not said:
@@ -266,7 +244,7 @@ def _fail_launch(policy: policies.Policy, vm_id: names.VmId, what: str) -> NoRet
 
 
 def _end(policy: policies.Policy, vm_id: names.VmId) -> None:
-    """Undoes a launch. The jail's contents are made anew by the next one, or deleted with it."""
+    """Of a launch the rest, the jail's contents, is made anew by the next one, or deleted with the jail."""
     cgroup.delete(policy, vm_id, deadline=time.monotonic() + END_DEADLINE_S)
 
 
@@ -313,33 +291,24 @@ def _held(policy: policies.Policy, vm_id: str) -> Generator[tuple[privileged.Vmm
 
 
 def grant_api_socket(policy: policies.Policy, request: privileged.GrantApiSocket) -> privileged.Done:
-    _grant(policy, request.vm_id, request.slot, "api.sock")
+    _grant(policy, request.vm_id, request.slot, API_SOCKET)
     return _DONE
 
 
 def grant_vsock(policy: policies.Policy, request: privileged.GrantVsock) -> privileged.Done:
-    _grant(policy, request.vm_id, request.slot, "vsock.sock")
+    _grant(policy, request.vm_id, request.slot, VSOCK_SOCKET)
     return _DONE
 
 
 def _grant(policy: policies.Policy, vm_id: str, slot: int, name: str) -> None:
+    """The launch saw the VMM make both sockets; once the jail is frozen it can make none."""
     uid = filesystem.claim(policy, vm_id, slot)
-    with contextlib.ExitStack() as stack:
-        vmm, process = stack.enter_context(_held(policy, vm_id))
-        if not vmm.pid:
-            raise errors.NotRunningError(f"VM {vm_id} is not running", vm=vm_id)
-        root = filesystem.open_jail(policy, vm_id)
-        stack.callback(os.close, root)
-        run = filesystem.open_run(root)
-        stack.callback(os.close, run)
-        deadline = time.monotonic() + SOCKET_DEADLINE_S
-        for each in ("api.sock", "vsock.sock"):  # both, since the VMM can make none once the jail is frozen
-            if not filesystem.wait_for(run, each, process=process, deadline=deadline):
-                said = filesystem.log_tail(policy, vm_id, "vmm")
-                raise errors.OperationFailedError(f"the VMM of VM {vm_id} made no {each}: {said}", vm=vm_id)
-        frozen = filesystem.freeze_jail(root)
-        stack.callback(os.close, frozen)
-        filesystem.grant_socket(policy, frozen, name, uid)
+    if not find(policy, vm_id).pid:
+        raise errors.NotRunningError(f"VM {vm_id} is not running", vm=vm_id)
+    with libc.closing(filesystem.open_jail(policy, vm_id)) as root:
+        filesystem.freeze_jail(root)
+        with filesystem.opened_run(root) as run:
+            filesystem.grant_socket(policy, run, name, uid)
 
 
 def kill_vmm(policy: policies.Policy, request: privileged.KillVmm) -> privileged.Done:
