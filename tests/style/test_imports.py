@@ -56,7 +56,7 @@ MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"archive", "system", "workspac
 """Within a function: `system install` and `doctor` do the work themselves, as the root who calls them;
 repositories are read by the user's own process, which may read what the daemon may not."""
 
-ROOT_LOADS = {"audit", "decoding", "egress", "errors", "names", "privileged"}
+ROOT_LOADS = {"audit", "decoding", "egress", "errors", "names", "peer", "privileged"}
 """Of the contract. What root does not need, such as reading what people write, it does not load."""
 
 # `banger` itself holds the version; importing it imports nothing else.

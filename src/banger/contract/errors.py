@@ -111,25 +111,7 @@ class OperationFailedError(BangerError):
     code = "operation_failed"
 
 
-_BY_CODE: dict[str, type[BangerError]] = {
-    error.code: error
-    for error in (
-        BadRequestError,
-        UnauthorizedError,
-        NotFoundError,
-        AlreadyExistsError,
-        NotRunningError,
-        ConflictError,
-        CancelledError,
-        DeadlineError,
-        NoSpaceError,
-        MissingToolError,
-        UnavailableError,
-        RefusedError,
-        ProtocolError,
-        OperationFailedError,
-    )
-}
+_BY_CODE: dict[str, type[BangerError]] = {error.code: error for error in BangerError.__subclasses__()}
 CODES = frozenset(_BY_CODE)
 
 
@@ -176,26 +158,19 @@ def exhausted(error: BaseException) -> BangerError | None:
 
 def to_body(error: BaseException, *, op_id: str = "", step: str = "") -> ErrorBody:
     """Describes any exception for a wire; notes added to it (failed undos) become `also`."""
-    also = tuple(getattr(error, "__notes__", ()))
     known = error if isinstance(error, BangerError) else exhausted(error)
-    if known is not None:
-        return ErrorBody(
-            code=known.code,
-            message=known.message,
-            hint=known.hint,
-            op_id=op_id,
-            step=step,
-            fields=known.fields,
-            also=also,
-        )
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if known is None:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "this is a fault in banger; the journal of bangerd has the details"
+        known = OperationFailedError(f"unexpected error: {text}", hint=hint)
     return ErrorBody(
-        code="operation_failed",
-        message=f"unexpected error: {text}",
-        hint="this is a fault in banger; the journal of bangerd has the details",
+        code=known.code,
+        message=known.message,
+        hint=known.hint,
         op_id=op_id,
         step=step,
-        also=also,
+        fields=known.fields,
+        also=tuple(getattr(error, "__notes__", ())),
     )
 
 

@@ -91,7 +91,8 @@ OPERATIONS: Final[
     privileged.TearDown: tear_down,
     privileged.PurgeLogs: process.purge_logs,
 }
-_UNLOCKED: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
+LOOKS: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
+"""They change nothing, and wait for nothing."""
 
 
 def execute(policy: policies.Policy, request: privileged.Request[privileged.ResultT]) -> privileged.ResultT:
@@ -102,85 +103,74 @@ def execute(policy: policies.Policy, request: privileged.Request[privileged.Resu
 def run(policy: policies.Policy, request: privileged.Request[Any]) -> Any:
     """Runs one operation; whatever the kernel refuses becomes a BangerError that names it."""
     if isinstance(request, privileged.ListWorld) and request.settled:
-        _under_way.wait(deadline_s=SETTLE_DEADLINE_S)
-    with _under_way.entered(), _alone(request):
+        _settle()
+    with _known(), _alone(request):
         try:
             return OPERATIONS[type(request)](policy, request)
         except OSError as error:
             raise _explained(policy, request, error) from error
 
 
-class _Lock:
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+_under_way: Final[set[object]] = set()
+_changed: Final = threading.Condition()
 
 
-_locks: weakref.WeakValueDictionary[str, _Lock] = weakref.WeakValueDictionary()
-_locks_guard = threading.Lock()
+@contextlib.contextmanager
+def _known() -> Generator[None]:
+    """The operation is under way, for who has to know when it is over."""
+    token = object()
+    with _changed:
+        _under_way.add(token)
+    try:
+        yield
+    finally:
+        with _changed:
+            _under_way.discard(token)
+            _changed.notify_all()
 
 
-class _UnderWay:
-    """The operations that run now, for who has to know that those are over."""
-
-    def __init__(self) -> None:
-        self._tokens: set[object] = set()
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def entered(self) -> Generator[None]:
-        token = object()
-        with self._changed:
-            self._tokens.add(token)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._tokens.discard(token)
-                self._changed.notify_all()
-
-    def wait(self, *, deadline_s: float) -> None:
-        """Until all that run now have ended. One that takes longer is in nobody's way."""
-        with self._changed:
-            now = set(self._tokens)
-            self._changed.wait_for(lambda: not now & self._tokens, deadline_s)
+def _settle() -> None:
+    """Until all that are under way now have ended. One that takes longer is in nobody's way."""
+    with _changed:
+        now = set(_under_way)
+        _changed.wait_for(lambda: not now & _under_way, SETTLE_DEADLINE_S)
 
 
-_under_way: Final = _UnderWay()
+_locks: Final[weakref.WeakValueDictionary[str, threading.Lock]] = weakref.WeakValueDictionary()
+_locks_guard: Final = threading.Lock()
 
 
 @contextlib.contextmanager
 def _alone(request: privileged.Request[Any]) -> Generator[None]:
     """Two operations on one VM, or two on the bridge, wait for each other; a lock lives while it is used."""
-    if isinstance(request, _UNLOCKED):
+    if isinstance(request, LOOKS):
         yield
         return
     with _locks_guard:
-        held = _locks.setdefault(getattr(request, "vm_id", ""), _Lock())
-    if not held.lock.acquire(timeout=LOCK_DEADLINE_S):
+        lock = _locks.setdefault(getattr(request, "vm_id", ""), threading.Lock())
+    if not lock.acquire(timeout=LOCK_DEADLINE_S):
         raise errors.ConflictError("another operation on the same VM takes too long")
     try:
         yield
     finally:
-        held.lock.release()
+        lock.release()
 
 
 def _explained(
-    policy: policies.Policy, request: privileged.Request[Any], error: Exception
+    policy: policies.Policy, request: privileged.Request[Any], error: errors.BangerError | OSError
 ) -> errors.BangerError:
     if isinstance(error, errors.BangerError):
         return error
-    number = error.errno if isinstance(error, OSError) else None
-    what = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    message = f"{operation_name(request)}{what}: {os.strerror(number) if number else error}"
+    what = f": {error.filename}" if error.filename else ""
+    message = f"{operation_name(request)}{what}: {os.strerror(error.errno) if error.errno else error}"
     if (known := errors.exhausted(error)) is not None:
         # What is written by descriptor has no path, and all of it lies there.
-        where = f", in {policy.helper_dir}" if number == errno.ENOSPC and "/" not in what else ""
+        where = f", in {policy.helper_dir}" if error.errno == errno.ENOSPC and "/" not in what else ""
         return type(known)(f"{message}{where}", hint=known.hint)
-    if number == errno.ENOENT and isinstance(error, OSError) and str(error.filename).startswith("/dev/"):
-        return errors.MissingToolError(
-            message, hint="load the kernel modules loop, dm_snapshot, tun and kvm"
-        )
-    if number == errno.EBUSY:
+    if error.errno == errno.ENOENT and str(error.filename).startswith("/dev/"):
+        hint = "load the kernel modules loop, dm_snapshot, tun and kvm"
+        return errors.MissingToolError(message, hint=hint)
+    if error.errno == errno.EBUSY:
         return errors.ConflictError(message)
     return errors.OperationFailedError(message)
 

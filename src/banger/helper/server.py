@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from banger.contract import audit as records
-from banger.contract import decoding, errors, privileged
+from banger.contract import decoding, errors, peer, privileged
 from banger.helper import audit, limits, network, operations
 from banger.helper import policy as policies
 
@@ -36,10 +36,7 @@ RATE: Final = 200.0
 """Requests of the owner a second, when it goes on for long; a hundred starts at once fit into the burst."""
 BURST: Final = 2_000
 _LENGTH: Final = struct.Struct("!I")
-_PEER: Final = struct.Struct("=iII")
 _LEVELS: Final = {"error": "<3>", "warning": "<4>", "info": "<6>", "debug": "<7>"}
-# What a scan or a look does is of interest to nobody when it went well.
-_QUIET: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
 _TAKES_TAPS: Final = (privileged.EnsureBridge, privileged.CreateTap)
 """A start ensures the bridge some time before it takes a tap."""
 _TOO_MANY_HINT: Final = "try again in a moment; `banger audit` shows what is asked so often"
@@ -99,7 +96,7 @@ class Server:
 
     def _admit(self, connection: socket.socket) -> None:
         """Root's at once: whatever the owner's daemon does, root is heard."""
-        of_root = _peer(connection)[1] == 0
+        of_root = peer.of(connection).uid == 0
         try:
             with self._changed:
                 if of_root or self._owners < MAX_CONNECTIONS:
@@ -151,36 +148,38 @@ class Server:
             select.select([self._stop], [], [], wait_s)
 
 
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """pid and uid."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    pid, uid, _ = _PEER.unpack(found)
-    return pid, uid
-
-
 def exchange(policy: policies.Policy, connection: socket.socket) -> None:
     """Reads one request, runs it, answers. The peer is judged before a byte of it is read."""
     began = time.monotonic()
-    pid, uid = _peer(connection)
-    envelope: privileged.Envelope | None = None
-    entry = {"id": os.urandom(6).hex(), "peer_uid": uid, "peer_pid": pid}
+    asker = peer.of(connection)
+    request: privileged.AnyRequest | None = None
+    entry: dict[str, Any] = {"id": os.urandom(6).hex(), "peer_uid": asker.uid, "peer_pid": asker.pid}
     try:
-        if uid not in {0, policy.owner_uid}:
-            raise errors.UnauthorizedError(f"uid {uid} may not ask the helper")
+        if asker.uid not in {0, policy.owner_uid}:
+            raise errors.UnauthorizedError(f"uid {asker.uid} may not ask the helper")
         envelope = _decode(_receive(connection, began + READ_DEADLINE_S))
-        if not isinstance(envelope.request, _QUIET):  # a kill in the middle leaves this trace of it
-            _record(policy, envelope, entry | _named(envelope) | {"outcome": "begun", "elapsed_ms": 0.0})
-        reply = privileged.Reply(result=operations.run(policy, envelope.request))
-        error = None
-    except Exception as caught:  # whatever fails, the peer gets an answer and the journal a line
-        error = caught
-        reply = privileged.Reply(error=errors.to_body(caught, op_id=envelope.op_id if envelope else ""))
-    ended = _log_end(envelope, error, uid, pid, time.monotonic() - began)
-    if envelope is None or error is not None or not isinstance(envelope.request, _QUIET):
-        _record(policy, envelope, entry | ended)
+        request = envelope.request
+        vm_id = getattr(request, "vm_id", "")
+        entry |= {"op": operations.operation_name(request), "op_id": envelope.op_id, "vm": vm_id}
+        if not isinstance(request, operations.LOOKS):  # a kill in the middle leaves this trace of it
+            _record(policy, request, {**entry, "outcome": "begun", "elapsed_ms": 0.0})
+        reply = privileged.Reply(result=operations.run(policy, request))
+        entry["outcome"] = "done"
+        level = "info"
+    except Exception as error:  # whatever fails, the peer gets an answer and the journal a line
+        reply = privileged.Reply(error=errors.to_body(error, op_id=entry.get("op_id", "")))
+        entry["outcome"] = "refused" if isinstance(error, _REFUSALS) else "failed"
+        entry |= {"error": str(error), "code": getattr(error, "code", type(error).__name__)}
+        level = "warning" if isinstance(error, errors.BangerError) else "error"
+    entry["elapsed_ms"] = round((time.monotonic() - began) * 1000, 1)
+    if reply.error is None and isinstance(request, operations.LOOKS):
+        log("debug", "privileged operation", **entry)
+    else:
+        log(level, "privileged operation", **entry)
+        _record(policy, request, entry)
     connection.settimeout(WRITE_DEADLINE_S)
     connection.sendall(_framed(reply))
-    if error is None and envelope is not None and isinstance(envelope.request, _TAKES_TAPS):
+    if reply.error is None and isinstance(request, _TAKES_TAPS):
         _refill(policy)
     _part(connection)
 
@@ -243,39 +242,12 @@ def _decode(data: bytes) -> privileged.Envelope:
         raise errors.BadRequestError(f"the request is not valid: {error}") from None
 
 
-def _named(envelope: privileged.Envelope) -> dict[str, Any]:
-    return {
-        "op": operations.operation_name(envelope.request),
-        "op_id": envelope.op_id,
-        "vm": getattr(envelope.request, "vm_id", ""),
-    }
-
-
-def _log_end(
-    envelope: privileged.Envelope | None, error: Exception | None, uid: int, pid: int, elapsed_s: float
-) -> dict[str, Any]:
-    """What was logged."""
-    fields: dict[str, Any] = {"peer_uid": uid, "peer_pid": pid, "elapsed_ms": round(elapsed_s * 1000, 1)}
-    level = "info"
-    if envelope is not None:
-        fields |= _named(envelope)
-        level = "debug" if isinstance(envelope.request, _QUIET) else "info"
-    if error is not None:
-        level = "warning" if isinstance(error, errors.BangerError) else "error"
-        fields |= {"error": str(error), "code": getattr(error, "code", type(error).__name__)}
-    refused = isinstance(error, _REFUSALS)
-    outcome = "refused" if refused else "done" if error is None else "failed"
-    fields["outcome"] = outcome
-    log(level, "privileged operation", **fields)
-    return fields
-
-
-def _record(policy: policies.Policy, envelope: privileged.Envelope | None, fields: dict[str, Any]) -> None:
+def _record(policy: policies.Policy, request: privileged.AnyRequest | None, fields: dict[str, Any]) -> None:
     """A record that cannot be written is said in the journal: a full disk must not keep VMs from ending."""
-    asked: dict[str, Any] = {} if envelope is None else msgspec.to_builtins(envelope.request)
-    fields["error"] = fields.get("error", "")[: records.MAX_TEXT]
+    asked: dict[str, Any] = {} if request is None else msgspec.to_builtins(request)
+    error = fields.get("error", "")[: records.MAX_TEXT]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     try:
-        audit.append(policy, records.Entry(time=now, asked=asked, **fields))
-    except OSError as error:
-        log("error", "the audit record cannot be written", error=str(error))
+        audit.append(policy, records.Entry(**{**fields, "time": now, "asked": asked, "error": error}))
+    except OSError as failed:
+        log("error", "the audit record cannot be written", error=str(failed))
