@@ -16,7 +16,7 @@ MAX_LINES = 500
 TO_BE_SPLIT: set[str] = set()
 """Too long today. Nothing joins this list, and what is split leaves it."""
 HEAD = "SPDX-License-Identifier: MIT"
-SUFFIXES = (".py", ".c", ".h", ".sh", ".service", ".socket", ".slice")
+SUFFIXES = (".py", ".c", ".h", ".sh", ".nft", ".service", ".socket", ".slice")
 NAMED = ("Makefile", ".ci/run", "requirements/refresh")
 
 SLEEPS: dict[str, str] = {

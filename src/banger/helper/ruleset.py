@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The elements of banger's own nftables tables: what VMs own of the sets that `tables.py` lays out.
+"""The elements of banger's own nftables tables: what VMs own of the sets that `rules.nft` lays out.
 
 Every element carries its VM's id as comment. Whatever is changed is one change: all of it holds, or nothing.
 """
@@ -101,7 +101,7 @@ def ensure(policy: policies.Policy) -> Ensured:
                 raise errors.ConflictError(
                     f"table {family} {tables.TABLE} exists and is not banger's", hint="rename or delete it"
                 )
-        if all(wanted in _chains(listed.get(family, [])) for family in tables.COUNTERS):
+        if all(wanted in _chains(listed.get(family, [])) for family in tables.FAMILIES):
             return Ensured(False, _elements(listed))
         nftables.load(tables.text(policy))
         return Ensured(True, set())
@@ -134,7 +134,7 @@ def replace(owner: str, wanted: Iterable[Element], *, addresses: Collection[str]
         listed = _listed()
         present = _elements(listed)
         want = {each.identity: each for each in wanted}
-        if want and len(listed) < len(tables.COUNTERS):
+        if want and len(listed) < len(tables.FAMILIES):
             raise errors.NotFoundError("the packet rules are not loaded", hint="ensure the bridge first")
         have = {each.identity: each for each in present if each.owner == owner}
         gone = [each for name, each in have.items() if name not in want]
@@ -183,7 +183,7 @@ def set_opened(links: set[str]) -> None:
 def _listed() -> dict[str, list[nftables.Json]]:
     """What is in each table of our name that there is, by family; each is read once, and alone."""
     found: dict[str, list[nftables.Json]] = {}
-    for family in tables.COUNTERS:
+    for family in tables.FAMILIES:
         try:
             found[family] = nftables.query("table", family=family, name=tables.TABLE)
         except nftables.RefusedError:
@@ -209,7 +209,7 @@ def _elements(listed: dict[str, list[nftables.Json]]) -> set[Element]:
     parsed: set[Element] = set()
     for each in itertools.chain.from_iterable(listed.values()):
         fields = each.get("set") or each.get("map")
-        if fields is not None and fields["name"] != "private":
+        if fields is not None:
             of = Set(fields["family"], fields["name"])
             parsed |= {_element(of, raw) for raw in fields.get("elem", ())}
     return parsed
