@@ -122,7 +122,9 @@ def allowing(
 def named_for(net: Net) -> list[int]:
     """For how many seconds each opened address was opened."""
     return [
-        each.timeout_s for each in ruleset.elements() if each.set in (ruleset.NAMED, ruleset.NAMED_PORTS)
+        each.timeout_s
+        for each in ruleset.elements()
+        if each.set in (ruleset.REACH[4].named, ruleset.REACH[4].named_ports)
     ]
 
 

@@ -114,7 +114,7 @@ def test_what_another_firewall_refuses_is_closed_again(net: Net, monkeypatch: py
     with pytest.raises(errors.OperationFailedError, match="holding the xtables lock"):
         net.rules(guest, nat=True)
     net.rules(guest, nat=False)
-    assert not [each for each in ruleset.elements() if each.set == ruleset.NAT]
+    assert not [each for each in ruleset.elements() if each.set == ruleset.REACH[4].nat]
     assert firewall.shown() == before
     assert not forwards("uplink0")
 
@@ -364,7 +364,7 @@ def test_guests_in_random_order_leave_exactly_what_is_wanted(net: Net) -> None:
             wanted[slot] = nat
     owners = [each.owner for each in ruleset.elements() if each.set == ruleset.GUESTS]
     assert sorted(owners) == sorted(f"{slot:04x}" * 3 for slot in wanted)
-    natted = [each.owner for each in ruleset.elements() if each.set == ruleset.NAT]
+    natted = [each.owner for each in ruleset.elements() if each.set == ruleset.REACH[4].nat]
     assert sorted(natted) == sorted(f"{slot:04x}" * 3 for slot, nat in wanted.items() if nat)
     taps = [link.name for link in netlink.links() if link.name.startswith("tap-")]
     assert len(taps) == len(wanted)

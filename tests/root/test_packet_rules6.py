@@ -384,7 +384,7 @@ def test_a_host_without_ipv6_says_so(net: Net) -> None:
 
 def test_a_prefix_that_the_host_has_elsewhere_is_refused(net: Net) -> None:
     network_world.run("ip", "addr", "add", "fd62:616e:6765:7200::5/48", "dev", "uplink0", "nodad")
-    with pytest.raises(errors.ConflictError, match="in use"):
+    with pytest.raises(errors.ConflictError, match="overlaps"):
         net.guest(1, ipv6=True)
 
 

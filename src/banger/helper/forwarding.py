@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from banger.contract import egress, errors
-from banger.helper import bridge, program, ruleset, tables
+from banger.helper import addresses, program, ruleset, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink, nftables
 
@@ -47,8 +47,9 @@ class Need(NamedTuple):
 
 def needed(elements: Iterable[ruleset.Element]) -> Need:
     sets = {element.set for element in elements if element.owner}
-    nat = ruleset.NAT in sets
-    reach = {ruleset.EVERYWHERE, ruleset.ALLOWED, ruleset.ALLOWED_PORTS, ruleset.NAMED, ruleset.NAMED_PORTS}
+    of = ruleset.REACH[4]
+    nat = of.nat in sets
+    reach = {of.everywhere, of.allowed, of.allowed_ports, of.named, of.named_ports}
     return Need(
         to_host=ruleset.GUESTS in sets,
         through_host=nat or ruleset.MEMBERS in sets,
@@ -72,7 +73,7 @@ def follow(policy: policies.Policy, change: ruleset.Change) -> None:
 def sync(policy: policies.Policy, elements: set[ruleset.Element]) -> None:
     """Makes the host do what these elements need, and no more. Idempotent."""
     need = needed(elements)
-    bridge.set_addresses6(policy, wanted=need.ipv6)
+    addresses.set_addresses6(policy, wanted=need.ipv6)
     _forward(policy, need, {json.loads(each.key) for each in elements if each.set == ruleset.OPENED})
     _pass_others(policy, need)
 
@@ -199,11 +200,10 @@ def _differences(policy: policies.Policy, need: Need) -> list[nftables.Json]:
     if not chains:
         return []
     seen = [each["table"] for each in nftables.query("tables")]
-    owned = {_table(each) for each in seen if _has_owner(each)}
-    rules = [rule for chain in chains for rule in _rules(chain)]
+    owned = {(each["family"], each["name"]) for each in seen if _has_owner(each)}
     commands: list[nftables.Json] = []
     for chain in chains:
-        here = [rule for rule in rules if (rule["family"], rule["table"], rule["chain"]) == chain[:3]]
+        here = _rules(chain)
         mine = [rule for rule in here if rule.get("comment") == TAG]
         wanted = _wanted(policy, need, chain) if chain.drops or len(here) > len(mine) else []
         if (chain.family, chain.table) not in owned:
@@ -236,13 +236,9 @@ def _bases(listed: list[nftables.Json]) -> Iterator[nftables.Json]:
                 yield fields
 
 
-def _table(fields: nftables.Json) -> tuple[str, str]:
-    return fields["family"], fields["name"]
-
-
-def _has_owner(fields: nftables.Json) -> bool:
+def _has_owner(table: nftables.Json) -> bool:
     """Only the process that made such a table may change it."""
-    return "owner" in fields.get("flags", ())
+    return "owner" in table.get("flags", ())
 
 
 def _wanted(policy: policies.Policy, need: Need, chain: _Chain) -> list[tuple[str, str]]:
@@ -256,26 +252,22 @@ def _wanted(policy: policies.Policy, need: Need, chain: _Chain) -> list[tuple[st
 def _changes(
     chain: _Chain, mine: list[nftables.Json], wanted: list[tuple[str, str]]
 ) -> Iterator[nftables.Json]:
-    have: dict[tuple[str, str], int] = {}
+    if sorted(map(_match, mine)) == sorted(wanted):
+        return
     for rule in mine:
-        match = _match(rule)
-        if match in wanted and match not in have:
-            have[match] = rule["handle"]
-        else:
-            yield {"delete": {"rule": chain.rule({"handle": rule["handle"]})}}
+        yield {"delete": {"rule": chain.rule({"handle": rule["handle"]})}}
     for key, link in wanted:
-        if (key, link) not in have:
-            compared = {"match": {"op": "==", "left": {"meta": {"key": key}}, "right": link}}
-            # With a counter, iptables-nft shows it as a rule of its own kind.
-            counter = {"counter": {"packets": 0, "bytes": 0}}
-            rule = {"expr": [compared, counter, {"accept": None}], "comment": TAG}
-            yield {"insert": {"rule": chain.rule(rule)}}
+        compared = {"match": {"op": "==", "left": {"meta": {"key": key}}, "right": link}}
+        # With a counter, iptables-nft shows it as a rule of its own kind.
+        counter = {"counter": {"packets": 0, "bytes": 0}}
+        rule = {"expr": [compared, counter, {"accept": None}], "comment": TAG}
+        yield {"insert": {"rule": chain.rule(rule)}}
 
 
 def _match(rule: nftables.Json) -> tuple[str, str]:
     with contextlib.suppress(KeyError, IndexError, TypeError):
         match: Any = rule["expr"][0]["match"]
-        return match["left"]["meta"]["key"], match["right"]
+        return str(match["left"]["meta"]["key"]), str(match["right"])
     return "", ""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from banger.contract import egress, errors, names, privileged
 from banger.helper import filesystem, forwarding, ruleset
@@ -109,21 +109,11 @@ def _egress(guest: str, request: privileged.SetGuestRules, version: int) -> Iter
         yield ruleset.Element(reach.everywhere, ruleset.key(guest))
     allowed = [(rule.port, _network(rule.cidr)) for rule in request.allow]
     for port in sorted({port for port, network in allowed if network.version == version}):
-        # The kernel refuses intervals that overlap.
+        # The kernel refuses intervals that overlap. All are of one version, whichever.
         networks = [network for at, network in allowed if at == port and network.version == version]
         of, more = (reach.allowed_ports, (port,)) if port else (reach.allowed, ())
-        for network in _collapsed(networks):
+        for network in ipaddress.collapse_addresses(cast("list[ipaddress.IPv4Network]", networks)):
             yield ruleset.Element(of, ruleset.key(guest, _as_json(network), *more))
-
-
-def _collapsed(networks: list[IpNetwork]) -> Iterator[IpNetwork]:
-    """Of one version."""
-    yield from ipaddress.collapse_addresses(
-        [each for each in networks if isinstance(each, ipaddress.IPv4Network)]
-    )
-    yield from ipaddress.collapse_addresses(
-        [each for each in networks if isinstance(each, ipaddress.IPv6Network)]
-    )
 
 
 def _as_json(network: IpNetwork) -> Any:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from typing import Final
 
 from banger.contract import errors, names, privileged
-from banger.helper import filesystem, forwarding, guest_rules, ruleset, spares, tables
+from banger.helper import addresses, filesystem, forwarding, guest_rules, ruleset, spares, tables
 from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
@@ -19,23 +18,17 @@ _DONE: Final = privileged.Done()
 
 def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) -> privileged.Ensured:
     bridge = find_bridge(policy)
-    wanted = str(names.bridge_address(policy.prefix))
-    addresses = netlink.addresses()
-    index = bridge.number if bridge is not None else 0
-    others = [address for address in addresses if address.link != index]
-    _refuse_overlap(policy, [f"{each.local}/{each.prefix_length}" for each in others])
-    elsewhere = [route for route in netlink.routes() if route.prefix_length and index not in route.links]
-    _refuse_overlap(policy, [f"{each.destination}/{each.prefix_length}" for each in elsewhere])
+    number = bridge.number if bridge is not None else 0
+    hint = f"set another network in {policies.DEFAULT_PATH}"
+    addresses.refuse_overlap(policy.prefix, number, hint=hint)
     if bridge is None:
-        netlink.add_bridge(policy.bridge, alias=BRIDGE_ALIAS, mac=_BRIDGE_MAC)
-        bridge = find_bridge(policy)
-        if bridge is None:
-            raise errors.ConflictError(f"bridge {policy.bridge} vanished while it was made")
-    netlink.learn_from_forwarded_frames(bridge.number, policy.bridge)
-    if not bridge.is_up:
-        netlink.bring_up(bridge.number, alias=BRIDGE_ALIAS)
-    address = netlink.Address(bridge.number, wanted, policy.prefix.prefixlen)
-    if address not in addresses:
+        number = netlink.add_bridge(policy.bridge, alias=BRIDGE_ALIAS, mac=_BRIDGE_MAC)
+    elif not bridge.is_up:
+        netlink.bring_up(number, alias=BRIDGE_ALIAS)
+    netlink.learn_from_forwarded_frames(number, policy.bridge)
+    wanted = str(names.bridge_address(policy.prefix))
+    address = netlink.Address(number, wanted, policy.prefix.prefixlen)
+    if address not in netlink.addresses():
         netlink.add_address(address, policy.bridge)
     with ruleset.lock:
         rebuilt, elements = ruleset.ensure(policy)
@@ -131,12 +124,3 @@ def tap_owners(policy: policies.Policy, links: list[netlink.Link]) -> list[str]:
 
 def _tap_alias(vm_id: names.VmId) -> str:
     return f"banger/{vm_id}"
-
-
-def _refuse_overlap(policy: policies.Policy, others: list[str]) -> None:
-    for other in others:
-        network = ipaddress.IPv4Interface(other).network
-        if network.overlaps(policy.prefix) and network.prefixlen > 0:
-            hint = f"set another network in {policies.DEFAULT_PATH}"
-            message = f"network {policy.prefix} overlaps {network}, which this host already uses"
-            raise errors.ConflictError(message, hint=hint)

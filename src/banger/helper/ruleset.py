@@ -30,13 +30,6 @@ GUESTS: Final = Set("bridge", "guests")
 NETWORKS: Final = Set("bridge", "networks")
 MEMBERS: Final = Set("bridge", "members")
 MEMBER_MACS: Final = Set("inet", "member_macs")
-NAT: Final = Set("inet", "nat")
-INTERNET: Final = Set("inet", "internet")
-EVERYWHERE: Final = Set("inet", "everywhere")
-ALLOWED: Final = Set("inet", "allowed")
-ALLOWED_PORTS: Final = Set("inet", "allowed_ports")
-NAMED: Final = Set("inet", "named")
-NAMED_PORTS: Final = Set("inet", "named_ports")
 OPENED: Final = Set("inet", "opened")
 WITH_IPV6: Final = Set("bridge", "with_ipv6")
 SOURCES6: Final = Set("bridge", "sources6")
@@ -57,8 +50,8 @@ class Reach(NamedTuple):
 
 
 REACH: Final = {
-    4: Reach(NAT, INTERNET, EVERYWHERE, ALLOWED, ALLOWED_PORTS, NAMED, NAMED_PORTS),
-    6: Reach(*(Set("inet", f"{name}6") for name in Reach._fields)),
+    version: Reach(*(Set("inet", f"{name}{end}") for name in Reach._fields))
+    for version, end in ((4, ""), (6, "6"))
 }
 """By the version of IP."""
 
@@ -85,14 +78,8 @@ def key(*parts: Any) -> str:
     return json.dumps(parts[0] if len(parts) == 1 else {"concat": list(parts)}, sort_keys=True)
 
 
-class Ensured(NamedTuple):
-    rebuilt: bool
-    """The tables had to be made, and are empty."""
-    elements: set[Element]
-
-
-def ensure(policy: policies.Policy) -> Ensured:
-    """The tables are there and of this version."""
+def ensure(policy: policies.Policy) -> tuple[bool, set[Element]]:
+    """The tables are there and of this version. Whether they had to be made, and what is in them."""
     wanted = tables.version(policy)
     with lock:
         listed = _listed()
@@ -102,9 +89,9 @@ def ensure(policy: policies.Policy) -> Ensured:
                     f"table {family} {tables.TABLE} exists and is not banger's", hint="rename or delete it"
                 )
         if all(wanted in _chains(listed.get(family, [])) for family in tables.FAMILIES):
-            return Ensured(False, _elements(listed))
+            return False, _elements(listed)
         nftables.load(tables.text(policy))
-        return Ensured(True, set())
+        return True, set()
 
 
 def delete() -> None:
@@ -142,9 +129,7 @@ def replace(owner: str, wanted: Iterable[Element], *, addresses: Collection[str]
         strangers = {each.owner for each in theirs} - {owner, ""}
         gone += [each for each in present if each.owner in strangers]
         fresh = [each for name, each in want.items() if name not in have]
-        commands = [_command("delete", each) for each in gone] + [_command("add", each) for each in fresh]
-        if commands:
-            nftables.change(commands)
+        _exchange(gone, fresh)
         return Change(present, present - set(gone) | set(fresh))
 
 
@@ -157,16 +142,11 @@ def _guest_of(element: Element) -> str:
     return str(parts[0]) if any(element.set in reach for reach in REACH.values()) else ""
 
 
-def refresh(wanted: Iterable[Element]) -> None:
+def refresh(wanted: Collection[Element]) -> None:
     """Adds elements with a timeout, which begins anew for those that are there."""
     with lock:
         present = {each.identity for each in elements()}
-        commands: list[nftables.Json] = []
-        for each in wanted:
-            if each.identity in present:
-                commands.append(_command("delete", each))
-            commands.append(_command("add", each))
-        nftables.change(commands)
+        _exchange([each for each in wanted if each.identity in present], wanted)
 
 
 def set_opened(links: set[str]) -> None:
@@ -174,10 +154,13 @@ def set_opened(links: set[str]) -> None:
     with lock:
         present = {each for each in elements() if each.set == OPENED}
         wanted = {Element(OPENED, key(name)) for name in links}
-        commands = [_command("delete", each) for each in present - wanted]
-        commands += [_command("add", each) for each in wanted - present]
-        if commands:
-            nftables.change(commands)
+        _exchange(present - wanted, wanted - present)
+
+
+def _exchange(gone: Iterable[Element], fresh: Iterable[Element]) -> None:
+    commands = [_command("delete", each) for each in gone] + [_command("add", each) for each in fresh]
+    if commands:
+        nftables.change(commands)
 
 
 def _listed() -> dict[str, list[nftables.Json]]:

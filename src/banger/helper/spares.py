@@ -8,7 +8,6 @@ whatever ends the helper leaves none, and nobody else can attach to one meanwhil
 from __future__ import annotations
 
 import collections
-import errno
 import os
 import threading
 from typing import Final, NamedTuple
@@ -36,14 +35,12 @@ _room: Final = threading.BoundedSemaphore(LIMIT)
 def make(bridge: netlink.Link, name: str = _NAME) -> Spare:
     fd, name = netlink.open_tap(name, owner=_ROOT)
     try:
-        made = netlink.find(name)
-        if made is None:
-            raise OSError(errno.ENODEV, "tap vanished while it was made", name)
-        netlink.add_port(made.number, alias=ALIAS, master=bridge.number, group=tables.TAP_GROUP)
+        number = netlink.number_of(name)
+        netlink.add_port(number, alias=ALIAS, master=bridge.number, group=tables.TAP_GROUP)
     except BaseException:
         os.close(fd)
         raise
-    return Spare(fd, made.number)
+    return Spare(fd, number)
 
 
 def refill(bridge: netlink.Link) -> None:

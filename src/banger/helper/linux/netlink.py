@@ -6,11 +6,13 @@ Only what the helper needs: importing a full library costs 20 MB and, on a slow 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from typing import Final, NamedTuple
 
 from banger.helper.linux import libc
@@ -77,7 +79,7 @@ def links() -> list[Link]:
 
 
 def find(name: str) -> Link | None:
-    return _find(_ifinfo() + _attribute(IFLA_IFNAME, name.encode() + b"\0"), name)
+    return _find(_ifinfo() + _name(name), name)
 
 
 def find_number(number: int) -> Link | None:
@@ -85,28 +87,30 @@ def find_number(number: int) -> Link | None:
 
 
 def _find(wanted: bytes, what: str) -> Link | None:
-    try:
-        return _link(_request(RTM_GETLINK, 0, wanted, what)[0])
-    except OSError as error:
-        if error.errno == errno.ENODEV:
-            return None
-        raise
+    found: Link | None = None
+    with _gone_is_gone():
+        found = _get(wanted, what)
+    return found
 
 
-def add_bridge(name: str, *, alias: str, mac: bytes) -> None:
+def number_of(name: str) -> int:
+    """Raises OSError when there is no such link."""
+    return _get(_ifinfo() + _name(name), name).number
+
+
+def add_bridge(name: str, *, alias: str, mac: bytes) -> int:
     """With a fixed hardware address: a bridge otherwise takes that of a port, and changes it with them."""
     info = _attribute(IFLA_INFO_KIND, b"bridge")
-    attributes = _attribute(IFLA_IFNAME, name.encode() + b"\0") + _attribute(IFLA_ADDRESS, mac)
+    attributes = _name(name) + _attribute(IFLA_ADDRESS, mac)
     attributes += _attribute(IFLA_LINKINFO | NLA_F_NESTED, info)
     _request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, _ifinfo() + attributes, name)
-    link = find(name)
-    if link is None:
-        raise OSError(errno.ENODEV, "bridge vanished", name)
+    number = number_of(name)
     try:
-        bring_up(link.number, alias=alias)
+        bring_up(number, alias=alias)
     except BaseException:
-        delete(link.number, name)
+        delete(number, name)
         raise
+    return number
 
 
 def bring_up(index: int, *, alias: str, name: str = "") -> None:
@@ -116,7 +120,7 @@ def bring_up(index: int, *, alias: str, name: str = "") -> None:
     """
     attributes = _attribute(IFLA_IFALIAS, alias.encode()) + _without_ipv6()
     if name:
-        attributes += _attribute(IFLA_IFNAME, name.encode() + b"\0")
+        attributes += _name(name)
     _request(RTM_SETLINK, 0, _ifinfo(index) + attributes, name or alias)
     _request(RTM_SETLINK, 0, _ifinfo(index, flags=IFF_UP, change=IFF_UP), name or alias)
 
@@ -152,11 +156,8 @@ def learn_from_forwarded_frames(index: int, name: str) -> None:
 
 def delete(index: int, name: str) -> None:
     """Gone is gone, whoever did it."""
-    try:
+    with _gone_is_gone():
         _request(RTM_DELLINK, 0, _ifinfo(index), name)
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise
 
 
 def addresses(family: int = socket.AF_INET) -> list[Address]:
@@ -179,11 +180,8 @@ def add_address(address: Address, name: str) -> None:
 
 def delete_address(address: Address, name: str) -> None:
     """Gone is gone."""
-    try:
+    with _gone_is_gone():
         _request(RTM_DELADDR, 0, _ifaddr(address), name)
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV):
-            raise
 
 
 def _ifaddr(address: Address) -> bytes:
@@ -246,6 +244,23 @@ def _ifinfo(index: int = 0, *, family: int = socket.AF_UNSPEC, flags: int = 0, c
     return _IFINFO.pack(family, 0, index, flags, change)
 
 
+@contextlib.contextmanager
+def _gone_is_gone() -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENODEV, errno.EADDRNOTAVAIL}:
+            raise
+
+
+def _get(wanted: bytes, what: str) -> Link:
+    return _link(_request(RTM_GETLINK, 0, wanted, what)[0])
+
+
+def _name(name: str) -> bytes:
+    return _attribute(IFLA_IFNAME, name.encode() + b"\0")
+
+
 def _attribute(kind: int, data: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
 
@@ -299,7 +314,7 @@ def _text(data: bytes) -> str:
 
 
 def _u32(data: bytes) -> int:
-    return int.from_bytes(data[:4], "little" if struct.pack("=H", 1)[0] else "big")
+    return int.from_bytes(data[:4], sys.byteorder)
 
 
 def _request(kind: int, flags: int, payload: bytes, what: str = "netlink") -> list[bytes]:

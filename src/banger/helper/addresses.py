@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The bridge's IPv6 addresses, there while a guest has one: hosts that want no IPv6 get none from us.
+"""Addresses of the bridge: in networks that the host has nowhere else, and IPv6 ones while a guest has one.
 
-One in the guests' prefix, at which they find the host, and one of the link's own: without it the kernel
-cannot ask who has the address of a guest that it forwards to.
+Hosts that want no IPv6 get none from us. There are two: one in the guests' prefix, at which they find the
+host, and one of the link's own, without which the kernel cannot ask who has the address of a guest that it
+forwards to.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from banger.helper import policy as policies
 from banger.helper.linux import netlink
 
 _LINK_LOCAL: Final = "fe80::fc:ff:fe00:1"
-_SHORTEST: Final = 16
+_SHORTEST: Final = {4: 1, 6: 16}
+"""A route for all prefixes together is none for ours: ours takes precedence."""
 _NONE_HERE: Final = (errno.EACCES, errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
 """What the kernel says where IPv6 is switched off, for the link or altogether."""
+
+
+def refuse_overlap(network: ipaddress.IPv4Network | ipaddress.IPv6Network, link: int, *, hint: str) -> None:
+    """Raises ConflictError when another link has an address there, or leads there."""
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    there = [f"{each.local}/{each.prefix_length}" for each in netlink.addresses(family) if each.link != link]
+    routes = [each for each in netlink.routes(family) if link not in each.links]
+    for other in there + [f"{each.destination}/{each.prefix_length}" for each in routes]:
+        found = ipaddress.ip_interface(other).network
+        if found.prefixlen >= _SHORTEST[network.version] and found.overlaps(network):
+            message = f"network {network} overlaps {found}, which this host already uses"
+            raise errors.ConflictError(message, hint=hint)
 
 
 def set_addresses6(policy: policies.Policy, *, wanted: bool) -> None:
@@ -36,8 +50,8 @@ def set_addresses6(policy: policies.Policy, *, wanted: bool) -> None:
         for address in set(ours) & set(there):
             netlink.delete_address(address, policy.bridge)
         return
-    elsewhere = [each for each in netlink.routes(socket.AF_INET6) if link.number not in each.links]
-    _refuse_overlap(policy, [each for each in there if each.link != link.number], elsewhere)
+    hint = "`banger doctor` names another one, to install with `--network6`"
+    refuse_overlap(policy.prefix6, link.number, hint=hint)
     for address in ours:
         if address not in there:
             _add(policy, address)
@@ -54,21 +68,3 @@ def _add(policy: policies.Policy, address: netlink.Address) -> None:
             hint="make the VM without IPv6, or set net.ipv6.conf.all.disable_ipv6 and "
             "net.ipv6.conf.default.disable_ipv6 to 0",
         ) from error
-
-
-def _refuse_overlap(
-    policy: policies.Policy, others: list[netlink.Address], routes: list[netlink.Route]
-) -> None:
-    """A route for all local prefixes together is none for ours: ours takes precedence, whichever it is."""
-    hint = "`banger doctor` names another one, to install with `--network6`"
-    for each in others:
-        if ipaddress.IPv6Address(each.local) in policy.prefix6:
-            raise errors.ConflictError(
-                f"network {policy.prefix6} is in use: this host has {each.local}", hint=hint
-            )
-    for route in routes:
-        network = ipaddress.IPv6Network((route.destination, route.prefix_length))
-        if route.prefix_length >= _SHORTEST and network.overlaps(policy.prefix6):
-            raise errors.ConflictError(
-                f"network {policy.prefix6} overlaps {network}, which this host already uses", hint=hint
-            )
