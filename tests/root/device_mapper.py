@@ -127,7 +127,7 @@ def install(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Kernel:
     control = directory / "control"
     control.write_bytes(b"")
 
-    def ioctl(fd: int, request: int, argument: int | bytes | bytearray, what: str) -> int:
+    def ioctl(fd: int, request: int, argument: int | bytearray, what: str) -> int:
         if request & ~0xFF == 0xC138FD00:
             assert isinstance(argument, bytearray)
             return made.ioctl(fd, request, argument, what)

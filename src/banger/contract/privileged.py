@@ -53,8 +53,6 @@ class Done(Result, tag="done", frozen=True):
 class HostInfo(Result, tag="host_info", frozen=True):
     version: str
     protocol: int
-    firecracker_version: str = ""
-    """Empty when the runtime is not installed."""
 
 
 class Vmm(Result, tag="vmm", frozen=True):
@@ -130,7 +128,7 @@ class World(Result, tag="world", frozen=True):
 
 
 class GetHost(Request[HostInfo], tag="get_host", frozen=True):
-    """Who answers: its version, its protocol, and the version of Firecracker."""
+    """Who answers."""
 
 
 class ListWorld(Request[World], tag="list_world", frozen=True):

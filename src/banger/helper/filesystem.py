@@ -88,7 +88,7 @@ def claim(policy: policies.Policy, vm_id: str, slot: int) -> int:
     uid = policy.uid(slot)
     base = os.path.dirname(jail(policy, vm_id))
     own = _claimed(base, vm_id)
-    found = {other: _claimed(base, other) for other in _listed(base)} if own is None else {vm_id: own}
+    found = {other: _claimed(base, other) for other in listed(base)} if own is None else {vm_id: own}
     for other, taken in found.items():
         if taken is not None and (taken == uid) != (other == vm_id):
             raise errors.ConflictError(f"slot {slot}: VM {other} has uid {taken}", vm=vm_id)
@@ -194,9 +194,9 @@ def node(policy: policies.Policy, device: int, uid: int) -> Generator[int]:
 
 def half_made(policy: policies.Policy) -> list[str]:
     """What a helper that was killed left: nodes on their way to having no name, and unfinished copies."""
-    found = [f"{policy.helper_dir}/{name}" for name in _listed(policy.helper_dir) if name.startswith(_NODE)]
+    found = [f"{policy.helper_dir}/{name}" for name in listed(policy.helper_dir) if name.startswith(_NODE)]
     cache = f"{policy.helper_dir}/kernels"
-    return found + [f"{cache}/{name}" for name in _listed(cache) if "." in name]
+    return found + [f"{cache}/{name}" for name in listed(cache) if "." in name]
 
 
 def sweep(policy: policies.Policy) -> None:
@@ -206,7 +206,7 @@ def sweep(policy: policies.Policy) -> None:
             os.unlink(path)
 
 
-def _listed(directory: str) -> list[str]:
+def listed(directory: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         return sorted(os.listdir(directory))
     return []
@@ -297,10 +297,7 @@ def log_tail(policy: policies.Policy, vm_id: str, name: str, limit: int = 1500) 
 
 
 def link_kernel(policy: policies.Policy, root: int, kernel_id: str, name: str) -> None:
-    """Puts the owner's kernel file into a jail as a hard link of root's copy, made once for each version.
-
-    A version is (device, inode, size, mtime, ctime): nobody but root can change a file and keep its ctime.
-    """
+    """Puts the owner's kernel file into a jail as a hard link of root's copy, made once for each version."""
     found = open_owned(policy, f"kernels/{kernel_id}/{name}", writable=False, max_bytes=MAX_KERNEL_BYTES)
     # One start at a time: the first one copies for all, and no pruning meets a copy that is being made.
     with libc.closing(found) as source, _kernels:
@@ -308,23 +305,17 @@ def link_kernel(policy: policies.Policy, root: int, kernel_id: str, name: str) -
 
 
 def _kept(policy: policies.Policy, source: int, kernel_id: str) -> str:
-    identity = _identity(source)
+    identity = policies.file_version(source)
     cache = f"{policy.helper_dir}/kernels"
     make_directory(cache, 0o700)
     kept = f"{cache}/{identity}"
     if not os.path.exists(kept):
         _copy(source, kept)
-        if _identity(source) != identity:
+        if policies.file_version(source) != identity:
             os.unlink(kept)
             raise errors.ConflictError(f"kernel {kernel_id} changed while it was read")
         _prune(cache, keep=identity)
     return kept
-
-
-def _identity(fd: int) -> str:
-    status = os.fstat(fd)
-    parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return "-".join(f"{part:x}" for part in parts)
 
 
 def _copy(source: int, target: str) -> None:

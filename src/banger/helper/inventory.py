@@ -26,9 +26,9 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
     links = netlink.links()
     taps = set(network.tap_owners(policy, links))
     rules = guest_rules.owners()
-    jails = _entries(f"{policy.jails}/firecracker")
+    jails = set(filesystem.listed(f"{policy.jails}/firecracker"))
     cgroups = set(cgroup.vm_ids(policy))
-    logs = _entries(f"{policy.helper_dir}/logs")
+    logs = set(filesystem.listed(f"{policy.helper_dir}/logs"))
     found = {*devices, *loops, *taps, *rules, *jails, *cgroups, *logs}
     vms: list[privileged.VmWorld] = []
     for vm_id in sorted(filter(names.is_id, found)):
@@ -53,9 +53,11 @@ def list_world(policy: policies.Policy, _request: privileged.ListWorld) -> privi
         "cgroup": sorted(cgroups),
         "logs": sorted(logs),
     }
-    others = itertools.chain(_misnamed(nameless), _foreign_rules(), _mounts(policy), _half_made(policy))
     ahead = (privileged.Other("tap", link.name) for link in links if spares.is_spare(link))
-    others = itertools.chain(ahead, others, _processes(policy))
+    staged = (privileged.Other("staged", path) for path in filesystem.half_made(policy))
+    others = itertools.chain(
+        ahead, _misnamed(nameless), _foreign_rules(), _mounts(policy), staged, _processes(policy)
+    )
     return privileged.World(
         vms=tuple(vms),
         bridge=any(link.name == policy.bridge and link.alias == network.BRIDGE_ALIAS for link in links),
@@ -89,11 +91,6 @@ def _mounts(policy: policies.Policy) -> Iterator[privileged.Other]:
                 yield privileged.Other("mount", place, vm_id=vm_id if names.is_id(vm_id) else "")
 
 
-def _half_made(policy: policies.Policy) -> Iterator[privileged.Other]:
-    for path in filesystem.half_made(policy):
-        yield privileged.Other("staged", path)
-
-
 def _processes(policy: policies.Policy) -> Iterator[privileged.Other]:
     """Every process that has a VM's uid: VMMs, their log writers, checks of file systems."""
     for entry in os.scandir("/proc"):
@@ -104,9 +101,3 @@ def _processes(policy: policies.Policy) -> Iterator[privileged.Other]:
                     with open(f"{entry.path}/comm") as comm:
                         name = f"{entry.name} {comm.read().strip()}"
                     yield privileged.Other("process", name, slot=uid - policy.uid_base)
-
-
-def _entries(directory: str) -> set[str]:
-    with contextlib.suppress(FileNotFoundError):
-        return set(os.listdir(directory))
-    return set()

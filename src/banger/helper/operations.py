@@ -14,24 +14,17 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
-import msgspec
-
 import banger
-from banger.contract import decoding, errors, privileged
+from banger.contract import errors, privileged
 from banger.helper import guest_rules, inventory, network, process, resolver, storage
 from banger.helper import policy as policies
 
 LOCK_DEADLINE_S: Final = 60.0
 SETTLE_DEADLINE_S: Final = 10.0
-_RUNTIME_RECORD: Final = "runtime.json"
 
 
-def get_host(policy: policies.Policy, _request: privileged.GetHost) -> privileged.HostInfo:
-    return privileged.HostInfo(
-        version=banger.__version__,
-        protocol=privileged.PROTOCOL_VERSION,
-        firecracker_version=_firecracker_version(policy),
-    )
+def get_host(_policy: policies.Policy, _request: privileged.GetHost) -> privileged.HostInfo:
+    return privileged.HostInfo(version=banger.__version__, protocol=privileged.PROTOCOL_VERSION)
 
 
 def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileged.Done:
@@ -177,13 +170,3 @@ def _explained(
 
 def operation_name(request: privileged.Request[Any]) -> str:
     return str(request.__struct_config__.tag)
-
-
-def _firecracker_version(policy: policies.Policy) -> str:
-    """As recorded by the installation beside the files; root wrote it."""
-    with contextlib.suppress(OSError, errors.UnauthorizedError, msgspec.DecodeError, UnicodeDecodeError):
-        fd = policies.open_root_owned(f"{os.path.dirname(policy.firecracker)}/{_RUNTIME_RECORD}")
-        with open(fd, "rb") as file:
-            record = decoding.json(file.read(), dict[str, dict[str, str]])
-        return record.get("firecracker", {}).get("version", "")
-    return ""

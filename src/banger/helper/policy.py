@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import ipaddress
 import os
 import stat
-import tomllib
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -90,8 +90,8 @@ def load(path: Path = DEFAULT_PATH) -> Policy:
     with open(fd, "rb") as file:
         text = file.read(_MAX_POLICY_BYTES)
     try:
-        return decoding.convert(tomllib.loads(text.decode()), Policy)
-    except (ValueError, msgspec.ValidationError) as error:
+        return decoding.toml(text, Policy)
+    except (ValueError, msgspec.MsgspecError) as error:
         hint = "`banger doctor` says how to mend it"
         raise errors.BadRequestError(f"{path} is not valid: {error}", hint=hint) from error
 
@@ -120,25 +120,25 @@ def require_pinned(path: str, sha256: str) -> None:
     except FileNotFoundError:
         hint = "run banger runtime pull, then banger system install"
         raise errors.MissingToolError(f"{path} is not installed", hint=hint) from None
-    try:
-        found = os.fstat(fd)
-        if (
-            _digest(fd, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
-            != sha256
-        ):
-            raise errors.UnauthorizedError(
-                f"{path} is not the file recorded at installation, sha256 {sha256}"
-            )
-    finally:
-        os.close(fd)
+    with open(fd, "rb") as file:
+        if _digest(file) != sha256:
+            message = f"{path} is not the file recorded at installation, sha256 {sha256}"
+            raise errors.UnauthorizedError(message)
 
 
-_digests: dict[tuple[int, ...], str] = {}
+_digests: Final[dict[str, str]] = {}
 
 
-def _digest(fd: int, identity: tuple[int, ...]) -> str:
-    """Read again only when the file was changed or replaced: only root can do that, and it changes ctime."""
-    if identity not in _digests:
-        with open(fd, "rb", closefd=False) as file:
-            _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _digests[identity]
+def _digest(file: io.BufferedReader) -> str:
+    """Read again only when the file was changed or replaced."""
+    version = file_version(file.fileno())
+    if version not in _digests:
+        _digests[version] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[version]
+
+
+def file_version(fd: int) -> str:
+    """Another one when the file is changed or replaced: nobody but root can do that and keep its ctime."""
+    status = os.fstat(fd)
+    parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return "-".join(f"{part:x}" for part in parts)

@@ -56,7 +56,20 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
         os.ftruncate(output, MAX_OUTPUT_BYTES)
         fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)  # what goes beyond is refused
         argv = [*_limited(deadline_s), _find(name), *arguments]
-        process = start(argv, uid=uid, fds=fds, output=output)
+        process = subprocess.Popen(
+            argv,
+            user=uid,
+            group=uid,
+            extra_groups=[],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=fds,
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+            umask=0o077,
+        )
         held = os.pidfd_open(process.pid)
         try:
             if not pidfd.wait(held, deadline=deadline):
@@ -104,23 +117,6 @@ def run_as_root(name: str, arguments: Sequence[str], *, deadline_s: float) -> En
     except subprocess.TimeoutExpired:
         raise errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s") from None
     return Ended(done.returncode, done.stderr[:MAX_OUTPUT_BYTES] if done.returncode else done.stdout)
-
-
-def start(argv: Sequence[str], *, uid: int, fds: Sequence[int], output: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        argv,
-        user=uid,
-        group=uid,
-        extra_groups=[],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        pass_fds=fds,
-        env=ENVIRONMENT,
-        cwd="/",
-        start_new_session=True,
-        umask=0o077,
-    )
 
 
 def _find(name: str) -> str:

@@ -25,6 +25,11 @@ class RuntimeService:
         found = await asyncio.to_thread(runtime.status, self._installed)
         return [_view(status) for status in found]
 
+    async def firecracker_version(self) -> str:
+        """As recorded when it was installed; empty when it is not."""
+        record = await asyncio.to_thread(runtime.read_record, self._installed)
+        return record["firecracker"].version if "firecracker" in record else ""
+
     def pull(self) -> resources.Operation:
         """Into the cache, where `banger system install` finds them."""
 

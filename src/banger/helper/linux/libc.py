@@ -37,12 +37,9 @@ def closing(fd: int) -> Generator[int]:
         os.close(fd)
 
 
-def ioctl(fd: int, request: int, argument: int | bytes | bytearray, what: str) -> int:
+def ioctl(fd: int, request: int, argument: int | bytearray, what: str) -> int:
     """`fcntl.ioctl`, changing a bytearray in place."""
     try:
-        if isinstance(argument, bytes):
-            fcntl.ioctl(fd, request, argument)
-            return 0
         return fcntl.ioctl(fd, request, argument)
     except OSError as error:
         raise OSError(error.errno, error.strerror, what) from None

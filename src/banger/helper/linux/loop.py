@@ -35,7 +35,7 @@ class Loop(NamedTuple):
 def attach(backing_fd: int, label: str, *, flags: int) -> int:
     """A descriptor of a new loop device over an open file. With AUTOCLEAR it lives as long as it is open."""
     info = _LOOP_INFO64.pack(*[0] * 8, flags, label.encode(), b"", b"", 0, 0)
-    config = _LOOP_CONFIG.pack(backing_fd, 0, info, *[0] * 8)
+    config = bytearray(_LOOP_CONFIG.pack(backing_fd, 0, info, *[0] * 8))
     mode = os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR
     with libc.closing(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)) as control:
         for _ in range(_ATTEMPTS):

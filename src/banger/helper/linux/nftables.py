@@ -63,24 +63,20 @@ def _library() -> ctypes.CDLL:
 
 def _run(given: bytes, *, flags: int) -> bytes:
     """A context of its own for each call: it holds a socket of the calling thread's network."""
-    with _lock:
-        return _run_alone(given, flags=flags)
-
-
-def _run_alone(given: bytes, *, flags: int) -> bytes:
     library = _library()
-    context = ctypes.c_void_p(library.nft_ctx_new(NFT_CTX_DEFAULT))
-    if context.value is None:
-        raise errors.OperationFailedError("libnftables gave no context")
-    try:
-        library.nft_ctx_output_set_flags(context, ctypes.c_uint(flags))
-        library.nft_ctx_buffer_output(context)
-        library.nft_ctx_buffer_error(context)
-        if library.nft_run_cmd_from_buffer(context, given):
-            raise _refused(library.nft_ctx_get_error_buffer(context))
-        return library.nft_ctx_get_output_buffer(context) or b""
-    finally:
-        library.nft_ctx_free(context)
+    with _lock:
+        context = ctypes.c_void_p(library.nft_ctx_new(NFT_CTX_DEFAULT))
+        if context.value is None:
+            raise errors.OperationFailedError("libnftables gave no context")
+        try:
+            library.nft_ctx_output_set_flags(context, ctypes.c_uint(flags))
+            library.nft_ctx_buffer_output(context)
+            library.nft_ctx_buffer_error(context)
+            if library.nft_run_cmd_from_buffer(context, given):
+                raise _refused(library.nft_ctx_get_error_buffer(context))
+            return library.nft_ctx_get_output_buffer(context) or b""
+        finally:
+            library.nft_ctx_free(context)
 
 
 def _refused(said: bytes | None) -> RefusedError:

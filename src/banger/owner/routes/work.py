@@ -30,7 +30,7 @@ async def get_info(services: routes.Injected) -> resources.DaemonInfo:
         pid=os.getpid(),
         started_at=services.started_at,
         helper_version=host.version,
-        firecracker_version=host.firecracker_version,
+        firecracker_version=await services.runtime.firecracker_version(),
         dns=services.naming.status(),
         can_build=services.images.can_build(),
     )
