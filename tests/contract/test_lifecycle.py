@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,30 @@ async def test_delete_leaves_nothing(daemon: conftest.Daemon, running: bool) -> 
     assert not any(vm.logs for vm in daemon.world.vms.values())
     assert await daemon.services.vms.list() == []
     assert not any((daemon.paths.state / "vms").glob("*"))
+
+
+async def test_a_vm_whose_disks_are_gone_is_gone(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when its deletion is cancelled meanwhile, as by a daemon that ends."""
+    loop, deleting, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    remove = shutil.rmtree
+
+    def slow(path: Path) -> None:
+        loop.call_soon_threadsafe(deleting.set)
+        release.wait(10)
+        remove(path)
+
+    await daemon.create()
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    operation = await daemon.services.vms.delete("web")
+    await asyncio.wait_for(deleting.wait(), 10)
+    daemon.services.operations.request_cancel(operation.id)
+    await asyncio.sleep(0)
+    release.set()
+    await daemon.done(operation)
+    assert not any((daemon.paths.state / "vms").glob("*"))
+    assert await daemon.services.vms.list() == []
 
 
 async def test_kill_needs_no_guest(daemon: conftest.Daemon) -> None:

@@ -423,14 +423,19 @@ class VmService:
         try:
             async with self._ending(vm):
                 await stop.delete(self._host, vm, self._features)
+                await steps.finish(self._forget(vm))
         except Exception:
             if vm.id in self._store.throw_aways():
                 self.leftovers.add(vm.id, whole=True)
             raise
+        _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
+
+    async def _forget(self, vm: record.VmRecord) -> None:
+        if self._host.layout.vm_dir(vm.id).is_dir():
+            await stop.delete_disks(self._host.layout.vm_dir(vm.id))
         self._keys.forget(vm.name)
         self._store.delete(vm.id)
         self.activities.forget(vm.id)
-        _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
 
     async def _on_vmm_gone(self, vm_id: names.VmId) -> bool:
         """It was not asked to end by us, or by an operation that failed and left a row that is not true."""

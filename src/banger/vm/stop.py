@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 
-from banger import steps
 from banger.contract import errors, privileged, resources
 from banger.vm import capabilities, host, record
 
@@ -39,12 +38,10 @@ async def kill(
 
 
 async def delete(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:
-    """Runtime, disks and logs are gone; the row is the caller's, who deletes it last."""
+    """Runtime and logs are gone; disks and row are the caller's, who deletes both last, or neither."""
     await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
     await release(host, vm, features)
     await host.privileged(privileged.PurgeLogs(vm_id=vm.id))
-    if host.layout.vm_dir(vm.id).is_dir():
-        await steps.finish(delete_disks(host.layout.vm_dir(vm.id)))
 
 
 async def delete_disks(directory: Path) -> None:
