@@ -219,6 +219,30 @@ async def test_what_its_user_decided_since_counts(paths: config.Paths, world: wo
         assert await started_again(daemon) == []
 
 
+async def test_one_that_its_user_stops_as_the_host_goes_down_stays_down(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    stopping, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.KillVmm):
+            stopping.set()
+            await release.wait()
+
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        world.before = slow
+        await daemon.services.vms.stop("again")
+        await asyncio.wait_for(stopping.wait(), 10)
+        going_down = daemon.services.restarts.begin_stopping()
+        await asyncio.sleep(0)
+        release.set()
+        assert (await daemon.done(going_down)).error is None
+        assert not (await settled(daemon))["again"].stopped_with_host
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == []
+
+
 async def test_one_that_powered_off_as_the_power_failed_ran_too(
     paths: config.Paths, world: worlds.World
 ) -> None:

@@ -215,6 +215,8 @@ class VmService:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
                 vm = await self._stop(vm, stop.stop)
+            elif vm.state is resources.VmState.STOPPED and not vm.stopped_with_host:
+                return self._view(vm)  # its user, or time, stopped it as we waited
             vm = msgspec.structs.replace(vm, stopped_with_host=True, host_boot_id=self._host.boot_id)
             self._store.save(vm)
             return self._view(vm)
