@@ -232,10 +232,17 @@ async def test_who_asks_for_very_many_at_once_learns_how_each_ended(
     assert {(await registry.wait(each.id)).status for each in begun} == {Status.SUCCEEDED}
 
 
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        ("_KEPT_AT_LEAST_S", 0.0),  # waiting two minutes is the alternative
+        ("_MOST", 200),
+    ],
+)
 async def test_only_so_many_ended_ones_are_kept(
-    registry: operations.Operations, monkeypatch: pytest.MonkeyPatch
+    registry: operations.Operations, monkeypatch: pytest.MonkeyPatch, limit: str, value: float
 ) -> None:
-    monkeypatch.setattr(operations, "_KEPT_AT_LEAST_S", 0.0)  # waiting two minutes is the alternative
+    monkeypatch.setattr(operations, limit, value)
     lasting = registry.start("vm.create", "lasting", _forever)
     for _ in range(205):
         await registry.wait(registry.start("vm.stop", "web", _nothing).id)

@@ -26,6 +26,8 @@ _KEPT: Final = 200
 _KEPT_FOR_S: Final = 3600.0
 _KEPT_AT_LEAST_S: Final = 120.0
 """Who asks for hundreds of operations at once looks only then how the first have ended."""
+_MOST: Final = names.MAX_SLOTS + _KEPT
+"""One for each VM that there may be, and no more whatever a client asks for in a minute."""
 _CLOSE_S: Final = 45.0
 
 current_op_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_op_id", default="")
@@ -204,7 +206,7 @@ class Operations:
         surplus = len(ended) - _KEPT
         for number, entry in enumerate(ended):
             kept_s = _KEPT_AT_LEAST_S if number < surplus else _KEPT_FOR_S
-            if entry.ended_at <= now - kept_s:
+            if entry.ended_at <= now - kept_s or number < len(ended) - _MOST:
                 del self._entries[entry.operation.id]
 
 
