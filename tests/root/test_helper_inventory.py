@@ -70,6 +70,31 @@ def test_a_mount_in_a_jail_is_seen(helper_world_here: HelperWorld, own_network: 
     assert named(seen(world), "mount") == []
 
 
+def test_names_of_others_that_are_no_text_are_no_matter(
+    helper_world_here: HelperWorld, own_network: None, tmp_path: Path
+) -> None:
+    """Any user may have a file system mounted at such a place, by FUSE, and a program call itself so."""
+    place, world = os.path.join(os.fsencode(tmp_path), b"caf\xe9"), helper_world_here
+    os.mkdir(place)
+    uid = world.policy.uid(SLOT)
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    try:
+        with subprocess.Popen(
+            ["sh", "-c", "printf 'caf\\351' >/proc/$$/comm; echo; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            user=uid,
+            group=uid,
+            extra_groups=[],
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert SLOT in {other.slot for other in seen(world).others}
+            process.kill()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
 def test_a_helper_that_starts_sweeps_what_was_half_made(
     helper_world_here: HelperWorld, own_network: None
 ) -> None:

@@ -83,7 +83,7 @@ def _foreign_rules() -> Iterator[privileged.Other]:
 def _mounts(policy: policies.Policy) -> Iterator[privileged.Other]:
     """Below the jails and the owner's directory nothing is ever mounted by us."""
     jails = f"{policy.jails}/firecracker/"
-    with open(_MOUNTS) as lines:
+    with open(_MOUNTS, errors="replace") as lines:
         for line in lines:
             place = line.split()[4]
             if place.startswith((jails, f"{policy.state_dir}/")):
@@ -98,6 +98,6 @@ def _processes(policy: policies.Policy) -> Iterator[privileged.Other]:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 uid = os.stat(entry.path).st_uid
                 if policy.is_vm_uid(uid):
-                    with open(f"{entry.path}/comm") as comm:
+                    with open(f"{entry.path}/comm", errors="replace") as comm:
                         name = f"{entry.name} {comm.read().strip()}"
                     yield privileged.Other("process", name, slot=uid - policy.uid_base)

@@ -17,9 +17,9 @@ def is_alive(pid: int) -> bool:
 
     A process whose first thread has ended looks like a zombie while others run: field 20 counts them.
     """
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rpartition(")")[2].split()
-        runs = fields[0] not in "ZX" or int(fields[17]) > 1
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat", "rb") as stat:
+        fields = stat.read().rpartition(b")")[2].split()
+        runs = fields[0] not in b"ZX" or int(fields[17]) > 1
         return runs and not int(fields[6]) & _PF_KTHREAD
     return False
 
