@@ -20,7 +20,7 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from banger import run
-from banger.contract import decoding, errors, names
+from banger.contract import decoding, errors, given_names
 
 _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
@@ -110,7 +110,7 @@ class Artefacts(Generic[R]):
         self._type = record_type
 
     def path(self, artefact_id: str) -> Path:
-        return self._root / names.parse_id(artefact_id, f"{self._what} id")
+        return self._root / given_names.parse_id(artefact_id, f"{self._what} id")
 
     def records(self) -> list[R]:
         """Every readable record, oldest first; a broken one is not listed, but `broken` names it."""
@@ -159,7 +159,7 @@ class Artefacts(Generic[R]):
     @contextlib.contextmanager
     def stage(self, artefact_id: str) -> Iterator[Path]:
         """A directory to fill; what the block does not `publish` is gone after it."""
-        staged = self._root / f".{names.parse_id(artefact_id)}{_STAGED}"
+        staged = self._root / f".{given_names.parse_id(artefact_id)}{_STAGED}"
         with room_for(f"{self._what} {artefact_id}"):
             staged.mkdir(parents=True)
             try:
@@ -186,7 +186,7 @@ class Artefacts(Generic[R]):
 
     def delete(self, artefact_id: str) -> None:
         """Whether something still uses it is for the caller to check, under its lock. Gone is fine."""
-        doomed = self._root / f".{names.parse_id(artefact_id)}{_DELETED}"
+        doomed = self._root / f".{given_names.parse_id(artefact_id)}{_DELETED}"
         with contextlib.suppress(FileNotFoundError):
             self.path(artefact_id).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -204,7 +204,7 @@ class Artefacts(Generic[R]):
 
 def _is_id(text: str) -> bool:
     with contextlib.suppress(errors.BadRequestError):
-        return bool(names.parse_id(text))
+        return bool(given_names.parse_id(text))
     return False
 
 

@@ -84,8 +84,8 @@ def test_a_host_that_routes_everything_is_told_so() -> None:
 
 
 def test_the_ipv6_prefix_of_a_host_is_local_and_always_the_same() -> None:
-    one, other = names.derived_network6("one"), names.derived_network6("other")
-    assert one == names.derived_network6("one") != other
+    one, other = addresses.derived_network6("one"), addresses.derived_network6("other")
+    assert one == addresses.derived_network6("one") != other
     assert names.parse_network6(str(one)) == one
     assert one.network_address.packed[0] == 0xFD
     assert names.parse_network6(names.NETWORK6) == names.DEFAULT_NETWORK6

@@ -27,14 +27,14 @@ class _Name(click.ParamType[str]):
         self._collection = collection
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from banger.contract import errors, names
+        from banger.contract import errors, given_names
 
         try:
             if self.name == "vm":
-                return names.parse_vm_name(value)
+                return given_names.parse_vm_name(value)
             if self._is_reference(value):
                 return value
-            return names.parse_artefact_name(value, self.name)
+            return given_names.parse_artefact_name(value, self.name)
         except errors.BadRequestError as error:
             self.fail(f"{error.message}: {error.hint}", param, ctx)
 
@@ -242,9 +242,9 @@ def _parse_publish(text: str) -> object:
 
 
 def _parse_peers(text: str) -> object:
-    from banger.contract import names
+    from banger.contract import given_names
 
-    return names.parse_vm_name(text) if text else text
+    return given_names.parse_vm_name(text) if text else text
 
 
 VM: Final = _Name("vm", "/v1/vms")

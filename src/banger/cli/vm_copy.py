@@ -19,7 +19,7 @@ from typing import Final
 import click
 
 from banger.cli import client, command, exchange, output, params, progress, render, signals, workspaces
-from banger.contract import errors, names, sizes, transfers
+from banger.contract import errors, given_names, sizes, transfers
 
 _PIPE: Final = "-"
 _COPYING: Final = "copying"
@@ -60,7 +60,7 @@ def parse_place(text: str) -> Place:
         path = path[2:]
     if not path.startswith("/"):
         path = posixpath.join("/root", path)
-    return Place(names.parse_vm_name(vm), path)
+    return Place(given_names.parse_vm_name(vm), path)
 
 
 @command.make(

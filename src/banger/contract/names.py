@@ -20,8 +20,6 @@ KernelId = NewType("KernelId", str)
 
 # A `$` alone also matches before a last line feed, and msgspec searches rather than matches in full.
 ID_PATTERN: Final = r"^[0-9a-f]{12}$(?!\n)"
-VM_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$(?!\n)"
-ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$(?!\n)"
 PEER_NETWORK_PATTERN: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$(?!\n)"
 """A VM's name, or nothing."""
 
@@ -57,35 +55,8 @@ def new_id() -> str:
     return os.urandom(6).hex()
 
 
-def parse_id(text: str, what: str = "id") -> str:
-    """Raises BadRequestError unless `text` is 12 lower-case hex digits."""
-    if not re.fullmatch(ID_PATTERN, text):
-        raise errors.BadRequestError(f"{what} {text!r} is not 12 hex digits")
-    return text
-
-
 def is_id(text: str) -> bool:
     return re.fullmatch(ID_PATTERN, text) is not None
-
-
-def parse_vm_name(text: str) -> VmName:
-    """Raises BadRequestError unless `text` is 1–63 characters of a-z, 0-9 and inner hyphens."""
-    if not re.fullmatch(VM_NAME_PATTERN, text):
-        raise errors.BadRequestError(
-            f"{text!r} is not a VM name",
-            hint="use 1 to 63 lower-case letters, digits and hyphens, with no hyphen at the ends",
-        )
-    return VmName(text)
-
-
-def parse_artefact_name(text: str, what: str) -> str:
-    """A name for an image or kernel: like a VM's, dots and underscores inside allowed."""
-    if not re.fullmatch(ARTEFACT_NAME_PATTERN, text):
-        raise errors.BadRequestError(
-            f"{text!r} is not a name for {what}",
-            hint="use 1 to 63 lower-case letters, digits, dots, underscores and hyphens",
-        )
-    return text
 
 
 def dm_name(vm_id: VmId) -> str:
@@ -136,14 +107,6 @@ def bridge_address(network: ipaddress.IPv4Network) -> ipaddress.IPv4Address:
 
 
 # --- IPv6 ---
-
-
-def derived_network6(seed: str) -> ipaddress.IPv6Network:
-    """A unique local prefix (RFC 4193) that is always the same for the same seed."""
-    import hashlib  # only an installation asks, and it takes as long to load as all of this module
-
-    global_id = hashlib.sha256(f"banger {seed}".encode()).digest()[:5]
-    return ipaddress.IPv6Network((b"\xfd" + global_id + bytes(10), 64))
 
 
 def parse_network6(text: str) -> ipaddress.IPv6Network:

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import msgspec
 
 from banger.contract import egress as egresses
-from banger.contract import errors, names
+from banger.contract import errors, given_names, names
 
 API_VERSION: Final = 1
 
@@ -23,7 +23,7 @@ MemoryMib = Annotated[int, msgspec.Meta(ge=64, le=1024 * 1024)]
 DiskMib = Annotated[int, msgspec.Meta(ge=16, le=16 * 1024 * 1024)]
 LifeSeconds = Annotated[int, msgspec.Meta(ge=0, le=10 * 366 * 86400)]
 PeerNetwork = Annotated[str, msgspec.Meta(pattern=names.PEER_NETWORK_PATTERN)]
-VmNameText = Annotated[str, msgspec.Meta(pattern=names.VM_NAME_PATTERN)]
+VmNameText = Annotated[str, msgspec.Meta(pattern=given_names.VM_NAME_PATTERN)]
 
 
 class VmState(enum.StrEnum):

@@ -15,13 +15,13 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from banger.contract import decoding, errors, names, requests
+from banger.contract import decoding, errors, given_names, requests
 from banger.images import recipe, reference
 
 _SHIPPED: Final = "catalog.toml"
 _MAX_BYTES: Final = 1 << 20
 
-Name = Annotated[str, msgspec.Meta(pattern=names.ARTEFACT_NAME_PATTERN)]
+Name = Annotated[str, msgspec.Meta(pattern=given_names.ARTEFACT_NAME_PATTERN)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
 Summary = Annotated[str, msgspec.Meta(max_length=200)]
 Arch = Literal["x86_64", "aarch64"]

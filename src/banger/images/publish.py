@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from banger import artefacts, run
-from banger.contract import decoding, errors, names
+from banger.contract import decoding, errors, given_names, names
 from banger.images import assemble, base, ext4, records
 from banger.images import bundle as bundles
 from banger.images import recipe as recipes
@@ -69,8 +69,8 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
         record = decoding.json(_small(directory / records.RECORD), records.Image)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.BadRequestError(f"{directory} is not an image directory: {error}") from error
-    wanted = names.parse_artefact_name(name or record.name, "an image")
-    names.parse_id(record.id, "image id")
+    wanted = given_names.parse_artefact_name(name or record.name, "an image")
+    given_names.parse_id(record.id, "image id")
     with images.stage(record.id) as staged:
         for part in parts:
             copy_sparse(directory / part, staged / part)
@@ -103,7 +103,7 @@ def _small(path: Path) -> bytes:
 
 def promote(images: records.Images, image: records.Image, *, name: str) -> records.Image:
     """Publishes a copy of an image under another name."""
-    names.parse_artefact_name(name, "an image")
+    given_names.parse_artefact_name(name, "an image")
     image_id = names.new_id()
     with images.stage(image_id) as staged:
         for part in (records.ROOTFS, records.WORK_SEED):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 
 from banger import artefacts
-from banger.contract import building, decoding, errors, names, requests
+from banger.contract import building, decoding, errors, given_names, requests
 from banger.images import base
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _EXTENDS: Final = "extends"
 _MORE_PACKAGES: Final = "more_packages"
 _TREE: Final = "tree"
 
-Name = Annotated[str, msgspec.Meta(pattern=names.ARTEFACT_NAME_PATTERN)]
+Name = Annotated[str, msgspec.Meta(pattern=given_names.ARTEFACT_NAME_PATTERN)]
 Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{0,200}$(?!\n)")]
 Unit = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9@:_.-]{1,200}\.[a-z]+$(?!\n)")]
 OnHost = Annotated[str, msgspec.Meta(pattern=r"^(~/|/)[^\x00]{1,4000}$(?!\n)")]

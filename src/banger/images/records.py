@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from banger import artefacts
-from banger.contract import names
+from banger.contract import given_names
 from banger.images import bundle, reference
 
 ROOTFS: Final = "rootfs.ext4"
@@ -55,7 +55,7 @@ def parse_name(text: str) -> str:
     """A plain name, or the reference of a pulled image in its familiar form."""
     if reference.is_explicit(text) and reference.parse(text).familiar == text:
         return text
-    return names.parse_artefact_name(text, "an image")
+    return given_names.parse_artefact_name(text, "an image")
 
 
 class Images(artefacts.Artefacts[Image]):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import msgspec
 
 from banger import artefacts, pinned, toml_file
-from banger.contract import errors, names
+from banger.contract import errors, given_names
 from banger.kernels import records
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(pattern=names.ARTEFACT_NAME_PATTERN)]
+    name: Annotated[str, msgspec.Meta(pattern=given_names.ARTEFACT_NAME_PATTERN)]
     summary: str
     arch: Literal["x86_64", "aarch64"]
     source: Library | Package | File

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from banger import artefacts, pinned
-from banger.contract import decoding, errors, names
+from banger.contract import decoding, errors, given_names, names
 from banger.kernels import build_config, elf, files, initrd, inspect, modules, needs, parts, records
 
 Say = Callable[[str], None]
@@ -33,7 +33,7 @@ def import_path(
     on_line: Say | None = None,
 ) -> records.Kernel:
     """Imports under a name. `arch` is that of the machine that will boot it, this one if it is absent."""
-    names.parse_artefact_name(name, "a kernel")
+    given_names.parse_artefact_name(name, "a kernel")
     kernel_id = names.new_id()
     with kernels.stage(kernel_id) as staged:
         work = staged / "work"

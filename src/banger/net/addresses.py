@@ -6,6 +6,7 @@ Used by installation and doctor, which run without the helper.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import sys
 from collections.abc import Iterable, Iterator
@@ -102,7 +103,7 @@ def _free6(network: Network6, found: Iterable[Route]) -> Network6:
     """Always the same one for the same host."""
     taken = [route.network for route in found]
     for number in range(_PROPOSALS6):
-        candidate = names.derived_network6(f"{network} {number}")
+        candidate = derived_network6(f"{network} {number}")
         if not any(candidate.overlaps(each) for each in taken):
             return candidate
     raise errors.ConflictError("this host routes every local prefix", hint="name one with --network6")
@@ -131,3 +132,9 @@ def _candidates() -> Iterator[Network]:
 def _address(text: str) -> ipaddress.IPv4Address:
     """The kernel prints an address as the number its bytes are on this machine."""
     return ipaddress.IPv4Address(int(text, 16).to_bytes(4, sys.byteorder))
+
+
+def derived_network6(seed: str) -> ipaddress.IPv6Network:
+    """A unique local prefix (RFC 4193) that is always the same for the same seed."""
+    global_id = hashlib.sha256(f"banger {seed}".encode()).digest()[:5]
+    return ipaddress.IPv6Network((b"\xfd" + global_id + bytes(10), 64))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from banger.contract import destinations, egress, errors, names, resources, sizes
+from banger.contract import destinations, egress, errors, given_names, names, resources, sizes
 from banger.vm import create, lifetime, record
 
 
@@ -34,7 +34,7 @@ def applied(
             )
         vm, sources["disk_size_mib"] = msgspec.structs.replace(vm, disk_size_mib=body.disk_size_mib), asked
     if body.name is not None:
-        vm = msgspec.structs.replace(vm, name=names.parse_vm_name(body.name))
+        vm = msgspec.structs.replace(vm, name=given_names.parse_vm_name(body.name))
     if body.kernel is not None:
         vm = msgspec.structs.replace(vm, kernel_id=kernel_id(body.kernel))
     return at_once(msgspec.structs.replace(vm, sources=sources), body)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from banger import artefacts, guest_binary, run
-from banger.contract import errors, names, requests, resources
+from banger.contract import errors, given_names, requests, resources
 from banger.images import base, catalog, ext4, lookup, recipe, records, reference
 from banger.owner import builder, locks, operations, store
 
@@ -125,7 +125,7 @@ class ImageService:
         return self.begin(self.building(body, await run.in_thread(_recipe, body)))
 
     def building(self, body: requests.BuildImage, wanted: recipe.Recipe) -> Making:
-        name = names.parse_artefact_name(body.name or wanted.name, "an image")
+        name = given_names.parse_artefact_name(body.name or wanted.name, "an image")
         wanted.tree.check_sources()
 
         from banger.images import publish
@@ -158,7 +158,7 @@ class ImageService:
     def register(self, body: requests.RegisterImage) -> resources.Operation:
         """Raises ConflictError while another image is made under that name; the same is made once."""
         if body.name is not None:
-            names.parse_artefact_name(body.name, "an image")
+            given_names.parse_artefact_name(body.name, "an image")
 
         from banger.images import publish
 
@@ -173,7 +173,7 @@ class ImageService:
     def promote(self, ref: str, body: requests.PromoteImage) -> resources.Operation:
         """A copy under a name of its own: the blocks are shared where the file system can do that."""
         image = self.find(ref)
-        name = names.parse_artefact_name(body.name, "an image")
+        name = given_names.parse_artefact_name(body.name, "an image")
 
         from banger.images import publish
 

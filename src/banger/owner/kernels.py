@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from banger import artefacts, guest_binary, run
-from banger.contract import errors, names, requests, resources
+from banger.contract import errors, given_names, requests, resources
 from banger.kernels import catalog, records
 from banger.owner import locks, operations, store
 
@@ -107,7 +107,7 @@ class KernelService:
 
     def import_path(self, body: requests.ImportKernel) -> resources.Operation:
         """Raises ConflictError while another kernel is made under that name; the same is made once."""
-        name = names.parse_artefact_name(body.name, "a kernel")
+        name = given_names.parse_artefact_name(body.name, "a kernel")
 
         if not body.path.startswith("/") or "\0" in body.path:
             raise errors.BadRequestError(f"{body.path!r} is not an absolute path")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from banger import guest_binary, pinned, run
-from banger.contract import errors, names, requests, resources, sizes
+from banger.contract import errors, given_names, requests, resources, sizes
 from banger.images import blobs, bundle, catalog, recipe, records, reference
 from banger.owner import images, operations
 
@@ -66,12 +66,12 @@ class PullService:
         if entry is not None:
             return self._pull(entry.pinned(), body.name or entry.name, body.disk_size_mib)
         wanted = reference.parse(body.reference)
-        name = names.parse_artefact_name(body.name, "an image") if body.name else wanted.familiar
+        name = given_names.parse_artefact_name(body.name, "an image") if body.name else wanted.familiar
         return self._pull(wanted, name, body.disk_size_mib)
 
     def import_path(self, body: requests.ImportImage) -> resources.Operation:
         """Of a layout, an archive or a tar that the owner can read."""
-        name = names.parse_artefact_name(body.name, "an image")
+        name = given_names.parse_artefact_name(body.name, "an image")
         path = Path(body.path)
         if not path.is_absolute():
             raise errors.BadRequestError(f"{body.path!r} is not an absolute path")

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 import msgspec
 
 from banger import steps
-from banger.contract import errors, names, ports, privileged, resources
+from banger.contract import errors, given_names, names, ports, privileged, resources
 from banger.images import bundle
 from banger.owner import (
     activity,
@@ -143,7 +143,9 @@ class VmService:
 
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
-        name = names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
+        name = (
+            given_names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
+        )
         create.require_opened(body.allow, self._host.names_closed)
         missing = self._resolver.missing(body)
         if missing:

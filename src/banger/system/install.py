@@ -395,7 +395,7 @@ def _publish(path: Path, text: str) -> None:
 
 def _network6(text: str) -> ipaddress.IPv6Network:
     try:
-        return names.parse_network6(text) if text else names.derived_network6(_machine_id())
+        return names.parse_network6(text) if text else addresses.derived_network6(_machine_id())
     except ValueError as error:
         raise errors.BadRequestError(f"no network for guests: {error}") from None
 
