@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -155,6 +156,21 @@ def test_a_table_that_only_its_maker_may_change_is_named(net: Net, monkeypatch: 
         "nft", "insert", "rule", "inet", "firewalld", "filter_FORWARD", "iifname", "br-fc", "accept"
     )
     net.rules(guest, nat=True)
+
+
+def test_tagged_rules_that_are_not_quite_ours_are_replaced_whatever_they_say(net: Net) -> None:
+    """One of each kind that nft prints otherwise: a set, no match at all, and one of ours twice."""
+    network_world.run("nft", "add", "table", "inet", "other")
+    hook = "{ type filter hook forward priority 0; policy drop; }"
+    network_world.run("nft", "add", "chain", "inet", "other", "stop", hook)
+    for rule in ('iifname { "a", "b" }', "counter", 'iifname "br-fc"', 'iifname "br-fc"'):
+        network_world.run("nft", "add", "rule", "inet", "other", "stop", f'{rule} accept comment "banger"')
+    guest = net.guest(1, nat=True)
+    shown = network_world.run("nft", "list", "chain", "inet", "other", "stop")
+    assert re.findall(r'(\w+) "br-fc" counter .* accept comment "banger"', shown) == ["oifname", "iifname"]
+    assert shown.count("banger") == 2
+    net.unplug(guest)
+    assert "banger" not in network_world.run("nft", "list", "chain", "inet", "other", "stop")
 
 
 def test_forwarding_is_lent_by_the_links_that_need_it_and_given_back(net: Net) -> None:

@@ -245,9 +245,9 @@ def _decode(data: bytes) -> privileged.Envelope:
 def _record(policy: policies.Policy, request: privileged.AnyRequest | None, fields: dict[str, Any]) -> None:
     """A record that cannot be written is said in the journal: a full disk must not keep VMs from ending."""
     asked: dict[str, Any] = {} if request is None else msgspec.to_builtins(request)
-    error = fields.get("error", "")[: records.MAX_TEXT]
+    shortened = {**fields, "error": fields.get("error", "")[: records.MAX_TEXT]}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     try:
-        audit.append(policy, records.Entry(**{**fields, "time": now, "asked": asked, "error": error}))
+        audit.append(policy, records.Entry(time=now, asked=asked, **shortened))
     except OSError as failed:
         log("error", "the audit record cannot be written", error=str(failed))
