@@ -85,7 +85,7 @@ OPERATIONS: Final[
     privileged.PurgeLogs: process.purge_logs,
 }
 LOOKS: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
-"""They change nothing, and wait for nothing."""
+"""They change nothing, and no other operation waits for them."""
 
 
 def execute(policy: policies.Policy, request: privileged.Request[privileged.ResultT]) -> privileged.ResultT:
