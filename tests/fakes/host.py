@@ -52,6 +52,7 @@ _FILES = {
     "/proc/self/mountinfo": (
         "25 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
         "26 25 0:23 / /sys/fs/cgroup rw,nosuid,nodev,noexec shared:2 - cgroup2 cgroup2 rw,nsdelegate\n"
+        "27 25 0:40 / /media/a\r\u2028b rw,nosuid,nodev shared:3 - fuse.any any rw\n"
     ),
     "/proc/swaps": "Filename\tType\tSize\tUsed\tPriority\n/dev/zram0\tpartition\t1\t0\t100\n",
     "/proc/cmdline": "root=/dev/vda quiet",

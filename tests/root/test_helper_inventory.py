@@ -74,7 +74,7 @@ def test_names_of_others_that_are_no_text_are_no_matter(
     helper_world_here: HelperWorld, own_network: None, tmp_path: Path
 ) -> None:
     """Any user may have a file system mounted at such a place, by FUSE, and a program call itself so."""
-    place, world = os.path.join(os.fsencode(tmp_path), b"caf\xe9"), helper_world_here
+    place, world = os.path.join(os.fsencode(tmp_path), b"caf\xe9\r\xe2\x80\xa8"), helper_world_here
     os.mkdir(place)
     uid = world.policy.uid(SLOT)
     subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)

@@ -83,9 +83,10 @@ def _foreign_rules() -> Iterator[privileged.Other]:
 def _mounts(policy: policies.Policy) -> Iterator[privileged.Other]:
     """Below the jails and the owner's directory nothing is ever mounted by us."""
     jails = f"{policy.jails}/firecracker/"
-    with open(_MOUNTS, errors="replace") as lines:
+    with open(_MOUNTS, "rb") as lines:
         for line in lines:
-            place = line.split()[4]
+            # Its bytes are whoever's that mounted it, but for the space and the line end.
+            place = line.split(b" ")[4].decode(errors="replace")
             if place.startswith((jails, f"{policy.state_dir}/")):
                 vm_id = place.removeprefix(jails).partition("/")[0]
                 yield privileged.Other("mount", place, vm_id=vm_id if names.is_id(vm_id) else "")

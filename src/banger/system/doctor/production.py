@@ -98,8 +98,7 @@ def nx_huge_pages(scene: scenes.Scene) -> report.Finding:
 
 
 def _cgroup_options(scene: scenes.Scene) -> list[str]:
-    for line in (scene.text_or_none("/proc/self/mountinfo") or "").splitlines():
-        fields = line.split()
+    for fields in scene.mounts():
         if fields[4] == _CGROUPS:
             return fields[-1].split(",")
     return []

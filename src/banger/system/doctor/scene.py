@@ -119,6 +119,11 @@ class Scene:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def mounts(self) -> list[list[str]]:
+        """The fields of each. A place may have any byte in its name but the space and the line end."""
+        text = self.at("/proc/self/mountinfo").read_bytes().decode(errors="replace")
+        return [line.split(" ") for line in text.split("\n") if line]
+
     def program(self, name: str) -> Path | None:
         for directory in run.SEARCH_PATH.split(":"):
             path = self.at(directory) / name

@@ -67,8 +67,7 @@ def jail_mount(scene: scenes.Scene) -> report.Finding:
 def _mount_of(scene: scenes.Scene, path: str) -> tuple[str, set[str]]:
     """The mount point that holds a path, and its options: the last that fits, of the longest ones."""
     best, options = "", set[str]()
-    for line in scene.text("/proc/self/mountinfo").splitlines():
-        fields = line.split()
+    for fields in scene.mounts():
         point = fields[4].replace("\\040", " ")
         holds = path == point or path.startswith(f"{point.rstrip('/')}/")
         if holds and len(point) >= len(best):
