@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_what_lies_behind_a_link_is_not_copied(home: Path) -> None:
     git(where, "update-index", "--skip-worktree", "keys/key")
     with snapshot.scratch(found) as scratch:
         assert not [path for path in scratch.take().files if path.startswith(b"keys/")]
+
+
+@pytest.mark.parametrize("path", ["../.ssh/key", "/proc/version", "src/../../.ssh/key", ".git/description"])
+def test_an_index_that_git_would_not_write_names_nothing_of_this_host(home: Path, path: str) -> None:
+    where = home / "unpacked"
+    stand_in = "x" * len(path)
+    before = copying.take(repository.find(where), include_untracked=False)
+    track(where, stand_in)
+    index = where / ".git" / "index"
+    data = index.read_bytes()[:-20].replace(stand_in.encode(), path.encode())
+    index.write_bytes(data + hashlib.sha1(data, usedforsecurity=False).digest())
+    copy = copying.take(repository.find(where), include_untracked=False)
+    assert copy.files == before.files
 
 
 @pytest.mark.parametrize("name", ["index", "sharedindex.x", "info/exclude", "shallow"])

@@ -29,6 +29,7 @@ _COPIED_KEYS: Final = (
     *("core.trustctime", "core.checkStat"),
 )
 _GITLINK: Final = b"160000"
+_NO_NAMES: Final = frozenset({b"", b".", b"..", b".git"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,12 @@ class Scratch:
         return self.git.records("ls-files", "--others", "--exclude-standard", "-z")
 
     def exists(self, path: bytes) -> bool:
-        """As a file or a link; not behind a link, where git looks for none and any file may lie."""
+        """As a file or a link; not behind a link, where git looks for none and any file may lie.
+
+        Nor by a path that git would let into no index: somebody else may have written this one.
+        """
+        if not _NO_NAMES.isdisjoint(path.split(b"/")):
+            return False
         mode = self._mode(path)
         return (stat.S_ISREG(mode) or stat.S_ISLNK(mode)) and self._is_inside(path.rpartition(b"/")[0])
 
