@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from banger.contract import errors
 from banger.owner import composition
+from banger.workspace import repository
 from tests.contract import api_served, conftest, repositories, workspaces
 from tests.fakes import world as worlds
 from tests.root import rooted_agent
@@ -70,3 +73,16 @@ async def test_what_can_be_read_only_no_more_is_said_and_keeps_no_vm_from_starti
     await guest.banger(*words, "umount /root/repo && mv /root/repo /root/elsewhere")
     assert "/root/repo in web is not read-only any more" in await restarted(guest)
     await guest.banger("vm", "exec", "web", "--cwd", "/", "--", "true")
+
+
+def test_a_directory_is_in_no_repository_of_another_user_above_it(tmp_path: Path) -> None:
+    """Such as /tmp/.git: who made it says which files of those below are sent, and what is beside them."""
+    above, mine = tmp_path / "above", tmp_path / "above" / "mine"
+    repositories.plain(above)
+    mine.mkdir()
+    os.chown(above / ".git", 65534, 65534)
+    with pytest.raises(errors.BadRequestError, match="belongs to another user"):
+        repository.find(mine)
+    assert repository.find(above).top == above  # named itself
+    os.chown(mine, 65534, 65534)
+    assert repository.find(mine).top == above  # all of it is theirs

@@ -118,6 +118,7 @@ def find(path: Path) -> Repository:
         hint = "clone it first, and name the clone"
         raise errors.BadRequestError(f"{git_dir} is a bare repository: it has no files", hint=hint)
     _refuse_files_elsewhere(Path(top), git_dir)
+    _refuse_anothers(Path(top), path.resolve())
     common = here.text("rev-parse", "--git-common-dir")
     return Repository(
         top=Path(top),
@@ -137,6 +138,15 @@ def _refuse_files_elsewhere(top: Path, git_dir: str) -> None:
             f"the configuration of {git_dir} says that its files are in {top}",
             hint="name a clone of it; or, where they are not: "
             f"git config --file {git_dir}/config --unset core.worktree",
+        )
+
+
+def _refuse_anothers(top: Path, path: Path) -> None:
+    """What another user put above the user's own directory says which files are sent, and with what."""
+    if top != path and (top / ".git").lstat().st_uid not in {os.geteuid(), path.stat().st_uid}:
+        raise errors.BadRequestError(
+            f"{path} is in the repository {top}, which belongs to another user",
+            hint=f"name that one, if it is meant; else make one here: `git init {path}`",
         )
 
 
