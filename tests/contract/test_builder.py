@@ -243,6 +243,25 @@ async def test_a_cancelled_build_ends_with_all_it_started(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_a_disk_that_fills_up_ends_the_build_and_all_it_started(
+    tmp_path: Path,
+    marks: Path,
+    mmdebstrap: Script,
+    listening: fakes.Listening,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mmdebstrap("setsid sleep 1000 & echo $! >>$marks/pids; echo $$ >>$marks/pids; echo begun >&2; wait")
+
+    def hear(line: str) -> None:
+        monkeypatch.setattr(artefacts, "RESERVE_BYTES", 1 << 60)
+
+    with pytest.raises(errors.NoSpaceError, match="what is unpacked") as caught:
+        build(tmp_path, hear)
+    assert "/var/tmp" in caught.value.hint
+    listening.wait()
+    assert not [pid for pid in (marks / "pids").read_text().split() if running(pid)]
+
+
 def running(pid: str) -> bool:
     """What init has not reaped yet is dead."""
     try:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from banger import systemd
 from banger.contract import resources
-from banger.owner import config, systemd
+from banger.owner import config
 from tests.contract import programs as programs_
 
 PERIOD_S = 0.6

@@ -7,6 +7,7 @@ says so in the tar that it makes. That the real one works as such a uid is in `t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import textwrap
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ PAIR: Final = ("probe-pair-a", "probe-pair-b")
 ATTACKER: Final = r"""
 #!/usr/bin/python3
 import contextlib, ctypes, glob, io, json, os, resource, signal, socket, struct, subprocess, sys, tarfile
-PTRACE_ATTACH = 16
+PTRACE_ATTACH, IO_URING_SETUP = 16, 425
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 def outcome(what):
     try:
@@ -33,8 +35,23 @@ def outcome(what):
     except Exception as error:
         return type(error).__name__
 
-def connect(path):
-    socket.socket(socket.AF_UNIX).connect(path)
+def asked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "asked")
+
+def connect(path, kind=socket.SOCK_STREAM):
+    socket.socket(socket.AF_UNIX, kind).connect(path)
+
+def services():
+    # Of the host, by the sockets that have a name.
+    found = set()
+    paths = [line.split()[-1] for line in open("/proc/self/net/unix") if " /" in line]
+    for path in paths:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError):
+                connect(path, kind)
+                found.add(path)
+    return sorted(found)
 
 def make_setuid():
     with open("suid", "w"):
@@ -58,17 +75,13 @@ def other():
 def attack(connection):
     # The other of two builds. Each ends when both have tried.
     pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    libc = ctypes.CDLL(None, use_errno=True)
-    def traced():
-        if libc.ptrace(PTRACE_ATTACH, pid, None, None):
-            raise OSError(ctypes.get_errno(), "ptrace")
     found = {
         "its uids": [uid, gid],
         "to see it": outcome(lambda: os.stat(f"/proc/{pid}")),
         "its files": outcome(lambda: os.listdir(f"/proc/{pid}/root/var/tmp")),
         "a signal": outcome(lambda: os.kill(pid, 0)),
         "a signal by pidfd": outcome(lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 0)),
-        "to trace it": outcome(traced),
+        "to trace it": outcome(lambda: asked(LIBC.ptrace(PTRACE_ATTACH, pid, None, None))),
         "its limits": outcome(lambda: resource.prlimit(pid, resource.RLIMIT_CORE)),
         "its priority": outcome(lambda: os.setpriority(os.PRIO_PROCESS, pid, 5)),
         "in sight": sorted({os.stat(each).st_uid for each in glob.glob("/proc/[0-9]*")} - {os.getuid()}),
@@ -101,6 +114,12 @@ found = {
     "a namespace": outcome(lambda: subprocess.run(["unshare", "-r", "true"], check=True)),
     "the system": outcome(lambda: open("/usr/local/bin/new", "w")),
     "a device": outcome(lambda: open("/dev/kvm")),
+    "the builder's memory": outcome(lambda: open(f"/proc/{os.getppid()}/mem", "r+b")),
+    "io_uring": outcome(lambda: asked(LIBC.syscall(IO_URING_SETUP, 1, None))),
+    "shared memory": outcome(lambda: os.mkdir("/dev/shm/of-a-build")),
+    "services": services(),
+    "to resolve a name": outcome(lambda: subprocess.run(
+        ["getent", "-s", "dns", "hosts", "x.localhost"], check=True, capture_output=True).stdout.split()[0]),
     "a setuid file": outcome(make_setuid),
     "to stay": outcome(stay),
     "its input": os.readlink("/proc/self/fd/0"),
@@ -117,9 +136,9 @@ with tarfile.open(tar, "w") as file:
 print("the attacker was here", file=sys.stderr)
 """
 REFUSED: Final = {
-    "daemon's socket": "PermissionError",
-    "helper's socket": "PermissionError",
-    "builder's socket": "PermissionError",
+    "daemon's socket": "FileNotFoundError",
+    "helper's socket": "FileNotFoundError",
+    "builder's socket": "FileNotFoundError",
     "owner's home": "PermissionError",
     "root's home": "PermissionError",
     "state": "PermissionError",
@@ -132,10 +151,15 @@ REFUSED: Final = {
     "a namespace": "CalledProcessError",
     "the system": "OSError",
     "a device": "FileNotFoundError",
+    "the builder's memory": "FileNotFoundError",
+    "io_uring": "PermissionError",
 }
 ALLOWED: Final = {
     "a setuid file": "did: '0o104755'",
     "to stay": "did: None",
+    "shared memory": "did: None",
+    "services": ["/run/systemd/notify", "/run/systemd/resolve/io.systemd.Resolve"],
+    "to resolve a name": "did: b'::1'",
     "its input": "/dev/null",
     "rights": "0 0 1",
 }
@@ -149,11 +173,17 @@ OTHER: Final = {
     "its priority": "PermissionError",
     "in sight": [],
 }
+STOPPER: Final = """
+#!/bin/sh
+kill -STOP $PPID
+exec sleep 1002
+"""
+SOON: Final = "/run/systemd/system/bangerd-build@.service.d/soon.conf"
 GONE: Final = f"""
 for turn in $(seq 100); do
   left="$(ps -eo uid=,args= | awk '$1 >= {names.BUILD_UIDS[0]} && $1 <= {names.UID_BASE}'
 systemctl list-units --all --plain --no-legend 'bangerd-build@*')
-$(ls -d /var/tmp/*bangerd-build* 2>/dev/null)"
+$(ls -d /var/tmp/*bangerd-build* /dev/shm/of-a-build 2>/dev/null)"
   [ -n "$(echo $left)" ] || break
   sleep 0.1
 done
@@ -166,35 +196,43 @@ class Built(NamedTuple):
 
     said: str
     ids: list[list[int]]
-    found: dict[str, str]
+    found: dict[str, Any]
     other: dict[str, Any]
+
+
+@contextlib.contextmanager
+def attacked(host: Lab, attacker: str, *recipes: str) -> Iterator[None]:
+    """Builds of these recipes run this as mmdebstrap, inside the block."""
+    forward = b'#!/bin/sh\nexec "$@"\n'
+    programs = {
+        "mmdebstrap": textwrap.dedent(attacker).lstrip().encode(),
+        "fakeroot": forward,
+        "fakechroot": forward,
+    }
+    for name, text in programs.items():
+        host.write(f"{PLACE}/{name}", text, mode=0o755)
+    for name in recipes:
+        recipe = f'extends = "busybox"\nname = "{name}"\nmore_packages = ["{name}"]\n'
+        host.write(f"{HOME}/{name}.toml", recipe.encode())
+    yield
+    made = [f"{PLACE}/{name}" for name in (*programs, "new")]
+    made += [f"{HOME}/{name}.toml" for name in recipes]
+    host.run(["rm", "-f", *made])
+    user.banger(host, "image", "cache", "prune")
 
 
 @pytest.fixture(scope="module")
 def builds(installed_host: Lab) -> Iterator[tuple[Built, Built]]:
     """Two builds that went on at the same time, on a host whose mmdebstrap is the attacker."""
-    forward = b'#!/bin/sh\nexec "$@"\n'
-    programs = {
-        "mmdebstrap": textwrap.dedent(ATTACKER).lstrip().encode(),
-        "fakeroot": forward,
-        "fakechroot": forward,
-    }
-    for name, text in programs.items():
-        installed_host.write(f"{PLACE}/{name}", text, mode=0o755)
-    for name in PAIR:
-        recipe = f'extends = "busybox"\nname = "{name}"\nmore_packages = ["{name}"]\n'
-        installed_host.write(f"{HOME}/{name}.toml", recipe.encode())
     installed_host.run(
         ["sh", "-c", "touch /var/tmp/of-the-host; systemctl show -P MainPID bangerd >/etc/probe-daemon"]
     )
     commands = [("image", "build", f"{HOME}/{name}.toml") for name in PAIR]
-    one, two = user.at_once(installed_host, commands, timeout_s=240)
+    with attacked(installed_host, ATTACKER, *PAIR):
+        one, two = user.at_once(installed_host, commands, timeout_s=240)
     yield reported(installed_host, PAIR[0], one), reported(installed_host, PAIR[1], two)
     user.banger(installed_host, "image", "delete", *PAIR, check=False)
-    made = [f"{PLACE}/{name}" for name in (*programs, "new")]
-    made += [f"{HOME}/{name}.toml" for name in PAIR]
-    installed_host.run(["rm", "-f", "/var/tmp/of-the-host", "/etc/probe-daemon", *made])
-    user.banger(installed_host, "image", "cache", "prune")
+    installed_host.run(["rm", "-f", "/var/tmp/of-the-host", "/etc/probe-daemon"])
 
 
 def reported(host: Lab, name: str, ended: user.Ended) -> Built:
@@ -225,3 +263,17 @@ def test_builds_at_the_same_time_cannot_reach_each_other(
         assert uid in names.BUILD_UIDS
         assert groups == []
         assert here.other == OTHER | {"its uids": [uid, uid]}
+
+
+@pytest.mark.long
+def test_who_stops_the_builder_is_ended_all_the_same(installed_host: Lab) -> None:
+    """It has the builder's uid. The watchdog is that of the unit, and shorter."""
+    host = installed_host
+    host.write(SOON, b"[Service]\nWatchdogSec=30\n")
+    host.run(["systemctl", "daemon-reload"])
+    with attacked(host, STOPPER, "probe"):
+        said = user.banger(host, "image", "build", f"{HOME}/probe.toml", check=False, timeout_s=150)
+    host.run(["sh", "-c", f"rm -r {SOON.rpartition('/')[0]} && systemctl daemon-reload"])
+    assert said.status != 0
+    assert "the builder ended before its work did" in said.error_text
+    assert host.run(["sh", "-c", GONE], timeout_s=60).text.strip() == ""

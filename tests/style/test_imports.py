@@ -31,8 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contract": set(),
     "helper": {"contract"},
     "cli": {"contract"},
-    "builder": {"artefacts", "contract", "images", "run"},
+    "builder": {"artefacts", "contract", "images", "run", "systemd"},
     "steps": set(),
+    "systemd": set(),
     "run": {"contract"},
     "archive": {"contract", "tarstream"},
     "artefacts": {"contract", "run"},
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vm": _PLANNING,
     "system": _PLANNING,
     "workspace": {"archive", "contract", "run"},
-    "owner": _PLANNING | {"inprocess", "system", "vm"},
+    "owner": _PLANNING | {"inprocess", "system", "systemd", "vm"},
     "inprocess": {"contract", "helper"},
 }
 MAY_IMPORT_LAZILY: dict[str, set[str]] = {"cli": {"archive", "system", "workspace"}}

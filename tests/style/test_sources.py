@@ -20,6 +20,7 @@ SUFFIXES = (".py", ".c", ".h", ".sh", ".nft", ".service", ".socket", ".slice")
 NAMED = ("Makefile", ".ci/run", "requirements/refresh")
 
 SLEEPS: dict[str, str] = {
+    "builder/main.py": "a disk that fills up announces nothing: it is looked at now and then",
     "helper/linux/devmapper.py": "the kernel tells nobody when the last opener of a device lets go",
     "helper/linux/loop.py": "the kernel tells nobody when the last opener of a device lets go",
     "images/blobs.py": "a line that broke is tried again, and time is all that mends it",

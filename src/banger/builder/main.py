@@ -4,6 +4,9 @@
 `bangerd-build@.service` starts it with the last of root's rights given up. It believes the daemon nothing:
 who asks is judged before a byte is read, and the request by its types. A daemon that goes away, or says
 another word, ends the build.
+
+What it starts has its uid, and may stop or kill it but do no more to it: systemd ends the unit, with all
+that runs in it, when this process ends or is silent.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -21,7 +25,7 @@ from typing import Final
 
 import msgspec
 
-from banger import artefacts, run
+from banger import artefacts, run, systemd
 from banger.contract import building, decoding, errors, names, peer
 from banger.images import base
 
@@ -31,6 +35,9 @@ _LEVELS: Final = {"error": "<3>", "info": "<6>"}
 _STDIN: Final = 0
 _SCRATCH: Final = "banger-build-"
 _SPACE_HINT: Final = "free some space on the disk of /var/tmp, where packages are unpacked"
+_LOOK_S: Final = 0.5
+_LEAST_NAMES: Final = 4096
+_PR_SET_DUMPABLE: Final = 4
 
 
 class _Installed(msgspec.Struct, frozen=True):
@@ -54,9 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "error", f"will not run as uid {os.geteuid()}, which a VM has: see uid_base in {options.install}"
         )
         return 1
+    _hide()
     with _standard_input() as connection:
         asyncio.run(serve(connection, installed.owner_uid))
     return 0
+
+
+def _hide() -> None:
+    """No memory and no descriptor of ours is open to what has our uid; what is executed is as it was."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_DUMPABLE, *(ctypes.c_ulong(0) for _ in range(4))):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _standard_input() -> socket.socket:
@@ -90,17 +105,37 @@ async def serve(connection: socket.socket, owner_uid: int) -> None:
 async def _until_it_goes(connection: socket.socket, wanted: building.Base, frames: _Frames) -> None:
     """Nothing more is awaited of the peer: what can be read is its end, or what nobody asked for."""
     work = asyncio.create_task(run.in_thread(_build, wanted, frames))
+    beating = asyncio.create_task(systemd.beat_until(asyncio.Event()))
+    full = asyncio.create_task(_until_full(tempfile.gettempdir()))
     loop = asyncio.get_running_loop()
 
-    def gone() -> None:
+    def end() -> None:
         loop.remove_reader(connection)
+        beating.cancel()  # what hinders the end has the time of the watchdog, and no longer
         work.cancel()
 
-    loop.add_reader(connection, gone)
+    loop.add_reader(connection, end)
+    full.add_done_callback(lambda task: None if task.cancelled() else end())
     try:
         await work
+    except asyncio.CancelledError:
+        if full.done():
+            raise errors.NoSpaceError("no space left for what is unpacked", hint=_SPACE_HINT) from None
+        raise
     finally:
         loop.remove_reader(connection)
+        beating.cancel()
+        full.cancel()
+
+
+async def _until_full(place: str) -> None:
+    """Others work on that disk, VMs among them. Nobody is told when one fills up: it has to be looked at."""
+    while True:
+        found = os.statvfs(place)
+        has_names = not found.f_files or found.f_favail >= _LEAST_NAMES
+        if found.f_bavail * found.f_frsize < artefacts.RESERVE_BYTES or not has_names:
+            return
+        await asyncio.sleep(_LOOK_S)
 
 
 def _build(wanted: building.Base, frames: _Frames) -> None:

@@ -18,8 +18,9 @@ import msgspec
 import uvicorn
 
 import banger
+from banger import systemd
 from banger.contract import errors, names
-from banger.owner import operations, peers, systemd
+from banger.owner import operations, peers
 
 _log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What systemd hears from this service: that it is ready, that it stops, that its event loop still runs."""
+"""What systemd hears from a service of ours: that it is ready, that it stops, that its event loop runs."""
 
 from __future__ import annotations
 
