@@ -345,10 +345,14 @@ def endless(kind: bytes, size: int) -> Callable[[socket.socket], None]:
     return says
 
 
-def test_lines_without_end_are_not_listened_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "MAX_LINES_BYTES", 100_000)
+@pytest.mark.parametrize(("limit", "size"), [("MAX_LINES_BYTES", 1000), ("MAX_LINES", 1), ("MAX_LINES", 0)])
+def test_lines_without_end_are_not_listened_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, size: int
+) -> None:
+    """Also when there is nothing in them."""
+    monkeypatch.setattr(building, limit, 10_000)
     with (
-        lying(tmp_path, endless(building.LINE, 1000)),
+        lying(tmp_path, endless(building.LINE, size)),
         pytest.raises(errors.ProtocolError, match="too much"),
     ):
         build(tmp_path)

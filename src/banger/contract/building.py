@@ -23,6 +23,8 @@ MAX_FRAME_BYTES: Final = 256 << 10
 MAX_LINE_BYTES: Final = 4096
 MAX_LINES_BYTES: Final = 64 << 20
 """All that a build says; mmdebstrap says some hundred KiB of a default image."""
+MAX_LINES: Final = 200_000
+"""However short: each is an event in the daemon's loop."""
 LENGTH: Final = struct.Struct("!I")
 FRAME: Final = struct.Struct("!cI")
 LINE: Final = b"L"

@@ -80,15 +80,16 @@ def receive(
     connection: socket.socket, tar: IO[bytes], on_line: base.OnLine | None, *, within_s: float
 ) -> None:
     """All that the builder sends until its answer; raises what that says, and for what is no answer."""
-    frames, growing, said = _Frames(connection, within_s), _Tar(tar), 0
+    frames, growing, said, lines = _Frames(connection, within_s), _Tar(tar), 0, 0
     while True:
         kind, content = frames.next()
         match kind:
             case building.TAR:
                 growing.add(content)
             case building.LINE:
-                said += len(content)
-                if len(content) > building.MAX_LINE_BYTES or said > building.MAX_LINES_BYTES:
+                said, lines = said + len(content), lines + 1
+                too_much = said > building.MAX_LINES_BYTES or lines > building.MAX_LINES
+                if too_much or len(content) > building.MAX_LINE_BYTES:
                     raise errors.ProtocolError("the builder says too much", hint=_HINT)
                 if on_line is not None:
                     on_line(bytes(content).decode(errors="replace"))
