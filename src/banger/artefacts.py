@@ -20,7 +20,7 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from banger import run
-from banger.contract import decoding, errors, given_names
+from banger.contract import decoding, errors, given_names, names
 
 _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
@@ -147,7 +147,7 @@ class Artefacts(Generic[R]):
 
     def find(self, reference: str) -> R:
         """By id, or by name: the newest of that name."""
-        if (self._root / reference / self._record_name).exists() and reference in self._ids():
+        if names.is_id(reference) and (self._root / reference / self._record_name).exists():
             return self.read(reference)
         named = [record for record in self.records() if record.name == reference]
         if not named:
@@ -196,16 +196,10 @@ class Artefacts(Generic[R]):
         return {record.id: record.name for record in self.records()}
 
     def _ids(self) -> list[str]:
-        return [path.name for path in self._entries() if not path.name.startswith(".") and _is_id(path.name)]
+        return [path.name for path in self._entries() if names.is_id(path.name)]
 
     def _entries(self) -> list[Path]:
         return sorted(self._root.iterdir()) if self._root.is_dir() else []
-
-
-def _is_id(text: str) -> bool:
-    with contextlib.suppress(errors.BadRequestError):
-        return bool(given_names.parse_id(text))
-    return False
 
 
 def sync(path: Path) -> None:
