@@ -8,6 +8,7 @@ that borrows the repository's objects. The repository itself is not written to.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import stat
@@ -96,7 +97,7 @@ class Scratch:
             repository.top, {"GIT_DIR": str(directory), "GIT_WORK_TREE": str(repository.top)}
         )
         self._taken_bytes = 0
-        self._inside: dict[bytes, bool] = {}
+        self._inside = {b"": True}
         """Directories that have been looked at: whether there is one, and no link above it."""
 
     def take(self, *, include_untracked: bool = False, start: str = "", branch: str = "") -> Snapshot:
@@ -258,10 +259,10 @@ class Scratch:
         return (stat.S_ISREG(mode) or stat.S_ISLNK(mode)) and self._is_inside(path.rpartition(b"/")[0])
 
     def _is_inside(self, directory: bytes) -> bool:
-        if directory and directory not in self._inside:
-            is_one = stat.S_ISDIR(self._mode(directory))
-            self._inside[directory] = is_one and self._is_inside(directory.rpartition(b"/")[0])
-        return not directory or self._inside[directory]
+        if directory not in self._inside:
+            above = itertools.accumulate(directory.split(b"/"), lambda path, name: path + b"/" + name)
+            self._inside[directory] = all(stat.S_ISDIR(self._mode(each)) for each in above)
+        return self._inside[directory]
 
     def _mode(self, path: bytes) -> int:
         """0 for what is not there."""
