@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from banger import archive
 from banger.contract import errors
+from banger.workspace import copying
 from banger.workspace import repository as found
 from tests.contract import repositories, workspaces
 
@@ -197,6 +200,29 @@ async def test_a_linked_working_tree_that_cannot_be_copied_whole_is_refused(gues
     git(above.with_name("bare"), "worktree", "add", "-q", "-b", "other-feature", str(linked))
     words = ("vm", "workspace", "prepare", "web", str(linked))
     assert "bare" in (await guest.banger(*words, "--mode", "full-copy", status=2)).err
+
+
+def test_hooks_stay_here_and_what_is_only_called_so_goes_along(tmp_path: Path) -> None:
+    """A branch, a remote's branch, a submodule."""
+    here, there, outside = tmp_path / "here", tmp_path / "there", tmp_path / "outside"
+    repositories.plain(outside)
+    repositories.plain(here)
+    git(here, "submodule", "add", "-q", str(outside), "hooks")
+    git(here, "switch", "-q", "-c", "hooks")
+    repositories.commit(here)
+    git(here, "update-ref", "refs/remotes/origin/hooks", "HEAD")
+    git(here, "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/hooks")
+    for hooks in (here / ".git" / "hooks", here / ".git" / "modules" / "hooks" / "hooks"):
+        hooks.mkdir(exist_ok=True)
+        (hooks / "pre-commit").write_text("#!/bin/sh\n")
+    copy = copying.take(found.find(here), include_untracked=False)
+    there.mkdir()
+    subprocess.run(["tar", "-xC", str(there)], input=b"".join(archive.packed(copy.members())), check=True)
+    for name in ("HEAD", "refs/remotes/origin/hooks"):
+        assert commit_of(there, name) == commit_of(here, name)
+    assert git(there, "status", "--porcelain") == b""
+    assert git(there / "hooks", "status", "--porcelain") == b""
+    assert not [*there.rglob("pre-commit")]
 
 
 def test_a_guest_names_no_repository_outside(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from banger.workspace import sending
 from banger.workspace import snapshot as snapshots
 
 _GITLINK: Final = b"160000"
-_NOT_COPIED: Final = frozenset({"hooks", "fsmonitor--daemon.ipc", "fsmonitor--daemon"})
+_HOOKS: Final = "hooks"
+_NOT_COPIED: Final = frozenset({"fsmonitor--daemon.ipc", "fsmonitor--daemon"})
+_OF_GIT_DIRECTORY: Final = frozenset({"HEAD", "objects", "refs"})
+"""Where these lie, `hooks` are hooks; elsewhere it is the name of a branch, or of a submodule."""
 _SHARED: Final = frozenset(
     {
         *("branches", "common", "config", "description", "info", "lfs", "logs", "objects", "packed-refs"),
@@ -170,8 +173,12 @@ def _entries(
 ) -> Iterator[tuple[str, str]]:
     """Of a git directory: no hooks, which would run in the guest unseen, and nothing of a git that runs."""
     with contextlib.suppress(FileNotFoundError):
-        for entry in sorted(os.scandir(directory), key=lambda each: each.name):
-            if entry.name in _NOT_COPIED or entry.name.endswith(".lock") or not wanted(entry.name):
+        entries = sorted(os.scandir(directory), key=lambda each: each.name)
+        left = {*_NOT_COPIED}
+        if {entry.name for entry in entries} >= _OF_GIT_DIRECTORY:
+            left.add(_HOOKS)
+        for entry in entries:
+            if entry.name in left or entry.name.endswith(".lock") or not wanted(entry.name):
                 continue
             below = f"{name}/{entry.name}"
             yield below, entry.path
