@@ -208,6 +208,18 @@ def test_how_it_failed_comes_across(
     assert code != "no_space" or "/var/tmp" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "script", ['mkfifo "$tar"', 'rm -f "$tar"; ln -s /dev/zero "$tar"', 'rm -f "$tar"', 'mkdir "$tar"']
+)
+def test_what_is_made_and_is_no_file_is_not_read(
+    tmp_path: Path, mmdebstrap: Script, listening: fakes.Listening, script: str
+) -> None:
+    """A pipe would be waited for, a device read, without end."""
+    mmdebstrap(script)
+    with pytest.raises(errors.OperationFailedError, match="no file"):
+        build(tmp_path, deadline_s=20)
+
+
 def test_what_the_host_lacks_comes_across(
     tmp_path: Path, mmdebstrap: Script, listening: fakes.Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:

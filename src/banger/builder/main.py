@@ -17,11 +17,12 @@ import contextlib
 import ctypes
 import os
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import msgspec
 
@@ -147,10 +148,22 @@ def _build(wanted: building.Base, frames: _Frames) -> None:
         except errors.NoSpaceError as error:
             error.hint = _SPACE_HINT
             raise
-        with made.open("rb") as tar:
+        with _opened(made) as tar:
             while piece := tar.read(building.MAX_FRAME_BYTES):
                 run.check_cancelled()
                 frames.send(building.TAR, piece)
+
+
+def _opened(made: Path) -> IO[bytes]:
+    """Packages may have put anything there: a pipe would be waited for, a device read, without end."""
+    try:
+        descriptor = os.open(made, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise errors.OperationFailedError(f"what was built is no file: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise errors.OperationFailedError("what was built is no file")
+    return open(descriptor, "rb")
 
 
 class _Frames:
