@@ -29,7 +29,6 @@ DAEMONS = {
     "litestar",
     "uvicorn",
     "httpx",
-    "pyroute2",
     "banger.owner",
     "banger.system",
 }

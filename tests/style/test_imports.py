@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,26 @@ def test_starting_a_process_loads_only_what_it_may_use(name: str) -> None:
     assert {module[0] for module in modules} <= MAY_IMPORT[unit] | {unit}
     if unit == "helper":
         assert {module[1] for module in modules if module[0] == "contract" and module[1:]} == ROOT_LOADS
+
+
+def test_what_is_installed_along_is_used() -> None:
+    """A dependency that nothing imports is code that root owns and nobody looks at."""
+    project = tomllib.loads((tree.ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split("[<>=]", each)[0] for each in project["dependencies"]}
+    used = {
+        name.split(".")[0]
+        for path in tree.shipped_modules()
+        for node in ast.walk(tree.parse(path))
+        for name in _imported(node)
+    }
+    # uvicorn's own adapter to it is used, which has it of nobody.
+    assert wanted - used == {"websockets"}
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
 
 
 def test_every_module_can_be_imported_alone() -> None:
