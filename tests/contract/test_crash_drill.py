@@ -34,11 +34,7 @@ from tests.contract.test_image_service import BASE, TOP, add
 from tests.fakes import helper as helpers
 from tests.fakes import registry as registries
 
-pytestmark = [
-    pytest.mark.timeout(240),
-    # asyncio loses a connection that is accepted in the very moment in which a fake VMM dies.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(240)
 
 
 # --- the daemon ---

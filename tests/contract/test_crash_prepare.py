@@ -23,11 +23,7 @@ from tests.contract import repositories
 from tests.contract.crash_daemon import Report
 from tests.contract.crash_host import AGENT, RUNNING, Host, KilledError, Life, nothing
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    # asyncio loses a connection that is accepted in the very moment in which a fake VMM dies.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(120)
 KINDS = ("new", "again", "copy")
 
 

@@ -36,6 +36,7 @@ POWER = 75
 EVERY_PROOF = 5
 EVERY_POWER = 50
 BACK_WITHIN_S = 120
+GONE_WITHIN_S = 60
 TRUE_WITHIN_S = 60
 IDLE_WITHIN_S = 90
 UP_WITHIN_S = 120
@@ -96,7 +97,10 @@ def vmm_pids() -> dict[str, list[int]]:
 
 
 def kill(victims: tuple[str, ...]) -> int:
-    """All at once, as far as that goes; returns whom it met."""
+    """All at once, as far as that goes; returns whom it met, once these are gone.
+
+    Emulated, a VMM takes seconds to die, and as long as it is there it runs by everybody's word.
+    """
     pids: list[int] = []
     for victim in victims:
         if victim == "vmm":
@@ -107,7 +111,15 @@ def kill(victims: tuple[str, ...]) -> int:
     for pid in met:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, 9)
+    until("the killed", GONE_WITHIN_S, lambda: (f"{left} go on" if (left := remaining(met)) else "", None))
     return len(met)
+
+
+def remaining(pids: Sequence[int]) -> list[int]:
+    """Those that are more than a name; and whoever has a thread left in a VM's cgroup."""
+    inside = {pid for of in vmm_pids().values() for pid in of}
+    states = {pid: read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] for pid in pids}
+    return [pid for pid, state in states.items() if pid in inside or state not in ([], ["Z"], ["X"])]
 
 
 def until(what: str, deadline_s: float, look: Callable[[], tuple[str, Any]]) -> Any:
