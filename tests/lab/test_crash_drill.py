@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("BANGER_DRILL_KILLS", "25"))
 FIRST = int(os.environ.get("BANGER_DRILL_FIRST", "0"))
 SEED = int(os.environ.get("BANGER_DRILL_SEED") or random.SystemRandom().randrange(10**6))
 DRIVER = "/root/crash_walk.py"
-_S_PER_KILL = 30
+_S_PER_KILL = 60
 
 pytestmark = pytest.mark.timeout(300 + KILLS * _S_PER_KILL)
 
