@@ -49,6 +49,19 @@ async def tried_again() -> None:
             await asyncio.wait_for(asyncio.shield(task), 20)
 
 
+def held(world: worlds.World, kind: type[privileged.Request[Any]]) -> tuple[asyncio.Event, asyncio.Event]:
+    """Has the helper wait with each such request: one has come, and they may go on."""
+    come, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, kind):
+            come.set()
+            await release.wait()
+
+    world.before = slow
+    return come, release
+
+
 async def started_again(daemon: conftest.Daemon) -> list[str]:
     """Which VMs a daemon has started by itself, once it has."""
     await tried_again()
@@ -198,14 +211,7 @@ async def test_what_its_user_decided_since_counts(paths: config.Paths, world: wo
         for name in every:
             await create(daemon, name, autostart=True)
         await daemon.done(daemon.services.restarts.begin_stopping())
-    entered, release = asyncio.Event(), asyncio.Event()
-
-    async def slow(request: privileged.Request[Any]) -> None:
-        if isinstance(request, privileged.LaunchVmm):
-            entered.set()
-            await release.wait()
-
-    world.before = slow
+    entered, release = held(world, privileged.LaunchVmm)
     async with booted(paths, world, "second") as daemon:
         await asyncio.wait_for(entered.wait(), 10)
         assert (await daemon.done(await daemon.services.vms.stop("vm5"))).error is None
@@ -222,16 +228,9 @@ async def test_what_its_user_decided_since_counts(paths: config.Paths, world: wo
 async def test_one_that_its_user_stops_as_the_host_goes_down_stays_down(
     paths: config.Paths, world: worlds.World
 ) -> None:
-    stopping, release = asyncio.Event(), asyncio.Event()
-
-    async def slow(request: privileged.Request[Any]) -> None:
-        if isinstance(request, privileged.KillVmm):
-            stopping.set()
-            await release.wait()
-
     async with booted(paths, world, "first") as daemon:
         await create(daemon, "again", autostart=True)
-        world.before = slow
+        stopping, release = held(world, privileged.KillVmm)
         await daemon.services.vms.stop("again")
         await asyncio.wait_for(stopping.wait(), 10)
         going_down = daemon.services.restarts.begin_stopping()
@@ -258,16 +257,9 @@ async def test_one_that_powered_off_as_the_power_failed_ran_too(
 async def test_one_that_begins_to_run_as_the_others_are_stopped_is_stopped_too(
     paths: config.Paths, world: worlds.World
 ) -> None:
-    stopping, release = asyncio.Event(), asyncio.Event()
-
-    async def slow(request: privileged.Request[Any]) -> None:
-        if isinstance(request, privileged.KillVmm):
-            stopping.set()
-            await release.wait()
-
     async with booted(paths, world, "first") as daemon:
         await create(daemon, "slow", autostart=False)
-        world.before = slow
+        stopping, release = held(world, privileged.KillVmm)
         going_down = daemon.services.restarts.begin_stopping()
         await asyncio.wait_for(stopping.wait(), 10)
         await create(daemon, "late", autostart=True)

@@ -18,7 +18,7 @@ ARTEFACT_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$(?!\n)"
 
 def parse_id(text: str, what: str = "id") -> str:
     """Raises BadRequestError unless `text` is 12 lower-case hex digits."""
-    if not re.fullmatch(names.ID_PATTERN, text):
+    if not names.is_id(text):
         raise errors.BadRequestError(f"{what} {text!r} is not 12 hex digits")
     return text
 

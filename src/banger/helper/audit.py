@@ -27,9 +27,7 @@ def append(policy: policies.Policy, entry: audit.Entry) -> None:
     path = f"{directory}/{files[0]}"
     with _lock:
         filesystem.make_directory(directory, 0o750, gid=policy.owner_gid)
-        with libc.closing(filesystem.open_log(policy, path)) as file:
-            is_full = os.fstat(file).st_size + len(line) > audit.MAX_FILE_BYTES
-        if is_full:
+        if os.path.exists(path) and os.lstat(path).st_size + len(line) > audit.MAX_FILE_BYTES:
             _rotate(directory, files)
         with libc.closing(filesystem.open_log(policy, path, os.O_APPEND)) as file:
             os.write(file, line)
