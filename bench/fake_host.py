@@ -21,7 +21,9 @@ TREE: Final = Path(__file__).resolve().parent.parent
 IMAGE_ID: Final = "0123456789ab"
 KERNEL_ID: Final = "ba9876543210"
 DISK_MIB: Final = 64
-SETTINGS: Final = config.Config(image="tiny", disk_size_mib=DISK_MIB, memory_mib=128, dns_listen="")
+SETTINGS: Final = config.Config(
+    image="tiny", disk_size_mib=DISK_MIB, memory_mib=128, vms_memory_mib=1 << 20, dns_listen=""
+)
 NETWORK: Final = ipaddress.IPv4Network(names.NETWORK)
 END_S: Final = 30.0
 

@@ -36,6 +36,7 @@ SETTINGS = config.Config(
     power_off_deadline_s=0.2,
     disk_size_mib=16,
     memory_mib=128,
+    vms_memory_mib=1 << 20,  # nothing of it is used
     dns_listen="",
 )
 

@@ -20,6 +20,7 @@ VALUES: dict[str, object] = {
     "vcpus": 3,
     "memory_mib": 640,
     "disk_size_mib": 4096,
+    "vms_memory_mib": 65536,
     "ipv6": True,
     "agent_deadline_s": 12.5,
     "agent_silence_s": 9.0,

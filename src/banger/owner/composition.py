@@ -23,6 +23,7 @@ from banger.contract import errors, names, privileged, resources
 from banger.images import base, catalog
 from banger.owner import (
     activity,
+    admission,
     app,
     builder,
     clocks,
@@ -215,6 +216,7 @@ async def compose(
         keys=keys,
         zone=zone,
         activities=activities,
+        memory=admission.Memory(settings.vms_memory_mib or admission.host_memory_mib(), rows.list),
     )
     holdings = inventory.Inventory(
         machine,

@@ -66,6 +66,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vcpus: resources.Vcpus | None = None
     memory_mib: resources.MemoryMib | None = None
     disk_size_mib: resources.DiskMib | None = None
+    vms_memory_mib: resources.MemoryMib | None = None
+    """What all VMs that run may have together; absent: as much as the host has."""
     ipv6: bool = False
     """New VMs with a network get an IPv6 address too, unless asked otherwise."""
     agent_deadline_s: Seconds = 60.0

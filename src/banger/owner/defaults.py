@@ -11,10 +11,9 @@ from typing import Final
 
 from banger.contract import errors, names, ports, resources
 from banger.images import bundle
-from banger.owner import config, images, kernels, operations, pulls
+from banger.owner import admission, config, images, kernels, operations, pulls
 from banger.vm import create
 
-_MIB: Final = 1024 * 1024
 _VCPUS: Final = 2
 _MEMORY_MIB: Final = 1024
 _DISK_SIZE_MIB: Final = 8 * 1024
@@ -164,5 +163,5 @@ def _host_vcpus() -> int | None:
 
 def _host_memory_mib() -> int | None:
     """At most a quarter of a small host's memory."""
-    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB // 4
+    quarter = admission.host_memory_mib() // 4
     return max(_LEAST_MEMORY_MIB, quarter) if quarter < _MEMORY_MIB else None

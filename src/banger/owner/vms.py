@@ -22,6 +22,7 @@ from banger.contract import errors, given_names, names, ports, privileged, resou
 from banger.images import bundle
 from banger.owner import (
     activity,
+    admission,
     alterations,
     changes,
     inventory,
@@ -81,8 +82,10 @@ class VmService:
         keys: ssh.SshKeys,
         zone: dns.Zone,
         activities: activity.Activities,
+        memory: admission.Memory,
     ) -> None:
         self._host = host
+        self._memory = memory
         self._store = store
         self._operations = operations
         self._resolver = resolver
@@ -367,7 +370,8 @@ class VmService:
         seen = timeline.Timeline(vm.id, progress.stage)
         pipeline = start.Start(self._host, vm, self._features, seen)
         try:
-            await steps.run(pipeline.steps(), seen)
+            with self._memory.claimed(vm):
+                await steps.run(pipeline.steps(), seen)
         except BaseException as error:
             if isinstance(error, errors.BangerError):
                 error.step = seen.failed_step

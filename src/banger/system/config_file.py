@@ -16,6 +16,7 @@ _KEYS: Final = (
     ("vcpus", "2", "Virtual processors; absent: 2, or what a smaller host has."),
     ("memory_mib", "1024", "Memory in MiB; absent: 1024, or a quarter of a small host's."),
     ("disk_size_mib", "8192", "The work disk, /root, in MiB."),
+    ("vms_memory_mib", "16384", "Memory of all VMs that run, together; absent: as much as the host has."),
     ("ipv6", "false", "Whether VMs get an IPv6 address too."),
     ("agent_deadline_s", "60.0", "How many seconds a start waits for the guest's agent."),
     ("agent_silence_s", "15.0", "How long an agent may be silent before its VM counts as running no more."),
