@@ -46,8 +46,24 @@ need_git() {
 }
 """
 
+_ALONE: Final = r"""
+# A script whose daemon died is ended by the agent, but not at once: what comes after it waits for it.
+beside=${1%/*}
+mkdir -p -- "$beside" 2>/dev/null || :
+if [ -r "$beside" ] && command -v flock >/dev/null 2>&1; then
+  exec 9<"$beside"
+  tries=0
+  until flock -n 9; do
+    [ $tries -lt 100 ] || { echo "an earlier prepare is still at work beside $1" >&2; exit 94; }
+    tries=$((tries + 1))
+    sleep 0.2
+  done
+fi
+"""
+
 INSPECT: Final = (
     COMMON
+    + _ALONE
     + r"""
 path=$1
 [ "$2" = copy ] || need_git
@@ -74,6 +90,7 @@ rm -f $own/now
 
 SNAP: Final = (
     COMMON
+    + _ALONE
     + r"""
 cd "$1"
 cp -p .git/banger/index .git/banger/index.now
@@ -86,6 +103,7 @@ raw write-tree
 
 RECEIVE: Final = (
     COMMON
+    + _ALONE
     + r"""
 root=$1 format=$2 new=$3
 if [ "$new" = 1 ]; then
@@ -109,10 +127,11 @@ exec git -c core.bigFileThreshold=16m -c pack.threads=1 index-pack --stdin --fix
 """
 )
 
-MISSING: Final = COMMON + 'cd "$1"; exec git cat-file --batch-check="%(objectname)"\n'
+MISSING: Final = COMMON + _ALONE + 'cd "$1"; exec git cat-file --batch-check="%(objectname)"\n'
 
 SETTLE: Final = (
     COMMON
+    + _ALONE
     + r"""
 root=$1 final=$2 head=$3 branch=$4 worktree=$5 index=$6 discard=$7 taken=$8
 cd "$root"
@@ -171,10 +190,11 @@ LOCK: Final = (
 )
 """Makes a directory read-only, or writable again."""
 
-CLEAR: Final = 'set -eu; rm -rf -- "$1"'
+CLEAR: Final = f'set -eu; {_ALONE}rm -rf -- "$1"'
 
 PLACE: Final = (
-    'set -eu; if [ "$3" = 1 ]; then rm -rf -- "$2"; elif [ -e "$2" ]; then rmdir -- "$2"; fi; '
+    f"set -eu; {_ALONE}"
+    'if [ "$3" = 1 ]; then rm -rf -- "$2"; elif [ -e "$2" ]; then rmdir -- "$2"; fi; '
     'mv -- "$1" "$2"'
 )
 """A copied tree gets its final name."""
@@ -183,6 +203,7 @@ NO_GIT: Final = 90
 NO_DIRECTORY: Final = 91
 NO_COMMIT: Final = 92
 STAYS_BEHIND: Final = 93
+_AT_WORK: Final = 94
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +282,8 @@ def script_failure(name: str, status: int, said: Sequence[str]) -> errors.Banger
     if status == STAYS_BEHIND:
         hint = f"take it with `banger vm cp {name}:… .`; there, move it away or check out what git had"
         return errors.ConflictError(f"work in {name} would stay behind: {last}", hint=hint)
+    if status == _AT_WORK:
+        return errors.ConflictError(f"{name}: {last}", hint="try again in a moment")
     if status == 127:
         return errors.MissingToolError(f"{name} has no /bin/sh, or a basic tool is missing: {last}")
     if "No space left" in " ".join(said):
