@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,18 @@ async def test_a_registry_without_ranges_sends_all_again(client: Client) -> None
         registries.on(f"/blobs/{_digest(BASE)}", then=registries.breaks_after(2_000_000))
     ]
     assert (await client.pull()).layers[0].path.read_bytes() == BASE
+
+
+async def test_a_range_whose_begin_is_no_number_of_bytes_is_refused(client: Client) -> None:
+    def lies(handler: Any) -> None:
+        handler.answer(206, b"", **{"Content-Range": f"bytes {'9' * 5000}-9/9"})
+
+    client.registry.faults += [
+        registries.on(f"/blobs/{_digest(BASE)}", then=registries.breaks_after(2_000_000)),
+        registries.on(f"/blobs/{_digest(BASE)}", then=lies),
+    ]
+    with pytest.raises(errors.ProtocolError, match="another range than was asked for"):
+        await client.pull()
 
 
 async def test_a_wrong_byte_is_refused_and_not_kept(client: Client) -> None:

@@ -58,6 +58,7 @@ def test_a_destination(text: str, parsed: object) -> None:
         "10.1.2.300",
         "10.1.2.3:0",
         "10.1.2.3:65536",
+        "a.org:" + "9" * 5000,
         "10.1.2.3:",
         "a..b",
         "a.org:x",

@@ -159,6 +159,9 @@ TREES: dict[str, bytes] = {
     "an access list with names": tar(
         pax((b"SCHILY.acl.access", b"user::rwx,user:bob:rwx,group::r--,mask::r--,other::r--")), file(b"a")
     ),
+    "an access list with a number without end": tar(
+        pax((b"SCHILY.acl.access", b"u::rwx,u:%s:rwx,g::r--,m::r--,o::r--" % (b"9" * 5000))), file(b"a")
+    ),
     "a damaged binary access list": tar(
         pax((b"SCHILY.xattr.system.posix_acl_access", b"\2\0\0\0abc")), file(b"a")
     ),

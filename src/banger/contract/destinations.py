@@ -11,6 +11,7 @@ import msgspec
 
 from banger.contract import egress, errors
 
+_PORT: Final = re.compile("[0-9]{1,5}")
 _NAME: Final = (
     r"^(?=.{1,253}$)(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"
 )
@@ -97,6 +98,6 @@ def is_ipv6(rule: egress.Destination) -> bool:
 
 
 def _port(text: str, port: str) -> int:
-    if not port.isascii() or not port.isdecimal() or not 1 <= int(port) <= 65535:
+    if not _PORT.fullmatch(port) or not 1 <= int(port) <= 65535:
         raise errors.BadRequestError(f"{text!r} does not end in a port from 1 to 65535", hint=_HINT)
     return int(port)

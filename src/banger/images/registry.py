@@ -23,7 +23,7 @@ from banger.contract import decoding, errors
 from banger.images import authorization, connections, credentials, manifest, reference
 
 _PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
-_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_RANGE: Final = re.compile(r"bytes (\d{1,20})-\d+/(?:\d+|\*)")
 _MAX_ERROR_BYTES: Final = 64 << 10
 _MAX_SAID: Final = 200
 

@@ -27,6 +27,7 @@ _TAGS: Final = {
     b"m": (_MASK, _MASK),
     b"o": (_OTHER, _OTHER),
 }
+_ID: Final = re.compile(rb"\d{1,10}")
 _WORDS: Final = re.compile(
     rb"(u|g|m|o|user|group|mask|other):([^:]*):([r-])([w-])([x-])(?::(\d{1,10}))?(?:\s*#.*)?"
 )
@@ -52,7 +53,7 @@ def _entry(line: bytes) -> tuple[int, int, int]:
     if not who:
         return nobody, _NO_ID, bits
     number = number or who
-    if not number.isdigit() or nobody == somebody or int(number) >= _NO_ID:
+    if not _ID.fullmatch(number) or nobody == somebody or int(number) >= _NO_ID:
         raise errors.BadRequestError(
             f"an access control list names {who.decode(errors='replace')!r}, not a number",
             hint="make the archive with `tar --xattrs`, which has them as numbers, and without --acls",
