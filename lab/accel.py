@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from banger.system import kvm
 
@@ -26,13 +27,18 @@ class Accelerator:
         return self.name == "tcg"
 
 
+# Without ERMS: a kernel that has it clears a page byte by byte, and each store into a page that once held
+# code, as of a guest that has ended, is a search through what was translated of it.
+_EMULATED: Final = ("-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,+svm,-erms")
+
+
 @functools.cache
 def choose() -> Accelerator:
     """Probe this machine; a failed probe is no error, software always works."""
     reason = _refusal()
     if reason is None:
         return Accelerator("kvm", "KVM runs a guest and can nest", ("-accel", "kvm", "-cpu", "host"))
-    return Accelerator("tcg", reason, ("-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,+svm"))
+    return Accelerator("tcg", reason, _EMULATED)
 
 
 def _refusal() -> str | None:

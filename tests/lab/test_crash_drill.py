@@ -53,8 +53,9 @@ def test_a_random_walk_of_kills(drilled: Lab) -> None:
     assert user.leftovers(drilled) == ""
 
 
+@pytest.mark.long
 def test_what_was_flushed_is_there_after_a_kill_and_a_restart(drilled: Lab) -> None:
-    """Of the VMM, in the middle of the guest's life: nobody was asked to stop."""
+    """Of the VMM, in the middle of the guest's life. The walk looks for it too, every few kills."""
     user.banger(drilled, "vm", "create", "web", *user.TINY)
     script = "echo flushed > /root/kept; echo flushed > /kept; sync"
     user.banger(drilled, "vm", "exec", "web", "--", "sh", "-c", script)

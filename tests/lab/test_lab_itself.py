@@ -138,6 +138,7 @@ def test_two_labs_at_once_do_not_meet(fresh_host: Lab, new_name: NewName) -> Non
         assert other.machine.record.ssh_port != fresh_host.machine.record.ssh_port
 
 
+@pytest.mark.long
 def test_power_cut_keeps_what_was_flushed(fresh_host: Lab) -> None:
     content = os.urandom(1 << 20)
     fresh_host.write("/root/kept", content)
