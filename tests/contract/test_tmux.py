@@ -89,7 +89,9 @@ async def test_a_shell_its_size_and_ctrl_c(screen: Screen) -> None:
         screen.resize(100, 30)
         screen.type("clear; stty size\n")
         screen.see("30 100")
-        screen.type('sleep 1000; echo "ended by $?"\n')
+        # Until the shell has given the terminal to the command, Ctrl-C is the shell's own.
+        screen.type("clear; sh -c 'echo sleeps-$((20 + 22)); exec sleep 1000'\n")
+        screen.see("sleeps-42")
         screen.press("C-c")
         screen.see("^C")
         screen.type("clear; echo still-$((20 + 22))\n")
