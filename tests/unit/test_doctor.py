@@ -180,6 +180,7 @@ OWN = str(names.UID_BASE + 1)
 EDAC = "/sys/devices/system/edac/mc/mc0"
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
 MOUNTS = "/proc/self/mountinfo"
+NOEXEC = "30 25 8:2 / /var/lib rw,nodev,noexec - ext4 /dev/vdb rw\n"
 ROUTES = "/proc/net/route"
 IPV6 = "/proc/sys/net/ipv6/conf/all"
 ETC = "/etc/systemd/system"
@@ -326,15 +327,10 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ),
     ("ipv6", writes(f"{IPV6}/disable_ipv6", "1\n"), WARN, "no VM can have --ipv6", "disable_ipv6=0"),
     ("ipv6", loses(f"{IPV6}/disable_ipv6"), WARN, "no VM can have --ipv6", "disable_ipv6=0"),
-    (
-        "jail mount",
-        appends(MOUNTS, "30 25 8:2 / /var/lib rw,nodev,noexec - ext4 /dev/vdb rw\n"),
-        FAIL,
-        "/var/lib, which is mounted nodev, noexec",
-        "remount",
-    ),
+    ("jail mount", appends(MOUNTS, NOEXEC), FAIL, "/var/lib, which is mounted nodev, noexec", "remount"),
     ("configuration", refused_configuration, FAIL, "vcpu: unknown field", "correct the file"),
     ("configuration", configured(memory_mib=64_000), WARN, "64000 (config)", "config.toml"),
+    ("configuration", configured(vms_memory_mib=256), WARN, "VMs have 256 MiB together", "config.toml"),
     ("configuration", configured(vcpus=32), WARN, "the host has 2", "config.toml"),
     ("image", configured(image="other"), FAIL, "no image 'other'", "image build other"),
     ("image", loses(fakes.FakeHost.image_file("rootfs.ext4")), FAIL, "lost", "image delete"),

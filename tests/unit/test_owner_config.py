@@ -215,12 +215,13 @@ def test_check_config_prints_what_a_vm_gets_and_from_where(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     path = tmp_path / "config.toml"
-    path.write_text('vcpus = 3\nkernel = "own"\n')
+    path.write_text('vcpus = 3\nkernel = "own"\nvms_memory_mib = 4096\n')
     assert main.main(["--check-config", f"--config={path}"]) == 0
     values = msgspec.json.decode(capfdbinary.readouterr().out)["values"]
     assert values["vcpus"] == {"value": 3, "source": "config"}
     assert values["kernel"] == {"value": "own", "source": "config"}
     assert values["image"] == {"value": "debian-bookworm", "source": "default"}
+    assert values["vms_memory_mib"] == {"value": 4096, "source": "config"}
     assert values == msgspec.to_builtins(defaults.effective(config.load(path)))
 
 

@@ -131,7 +131,7 @@ def sizes(body: resources.CreateVm, settings: config.Config) -> dict[str, create
 
 
 def effective(settings: config.Config) -> dict[str, dict[str, int | str]]:
-    """What a VM gets for which nothing is asked, and where each value comes from."""
+    """What a VM gets for which nothing is asked, what all have together, and where each value comes from."""
     source = resources.SizeSource
     is_set = settings.image != config.Config().image
     values: dict[str, dict[str, int | str]] = {
@@ -139,6 +139,8 @@ def effective(settings: config.Config) -> dict[str, dict[str, int | str]]:
     }
     if settings.kernel is not None:
         values["kernel"] = {"value": settings.kernel, "source": source.CONFIG}
+    if settings.vms_memory_mib is not None:
+        values["vms_memory_mib"] = {"value": settings.vms_memory_mib, "source": source.CONFIG}
     for name, sized in sizes(resources.CreateVm(), settings).items():
         values[name] = {"value": sized.value, "source": sized.source}
     return values

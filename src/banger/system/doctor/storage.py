@@ -173,11 +173,12 @@ def configuration(scene: scenes.Scene) -> report.Finding:
 
 
 def _too_much(scene: scenes.Scene, values: dict[str, scenes.Effective]) -> str:
-    """A size that this host does not have, and where it was asked for."""
-    total_mib = _memory_mib(scene)
-    asked = values["memory_mib"]
+    """A size with which no VM starts here, and where it was asked for."""
+    asked, together = values["memory_mib"], values.get("vms_memory_mib")
+    total_mib = int(together.value) if together else _memory_mib(scene)
     if total_mib and int(asked.value) > total_mib:
-        return f"memory_mib = {asked.value} ({asked.source}), and the host has {total_mib} MiB"
+        whose = "VMs have {} MiB together (vms_memory_mib)" if together else "the host has {} MiB"
+        return f"memory_mib = {asked.value} ({asked.source}), and {whose.format(total_mib)}"
     cpus, has = values["vcpus"], scene.text("/proc/cpuinfo").count("processor\t:")
     if cpus.source is resources.SizeSource.CONFIG and has and int(cpus.value) > has:
         return f"vcpus = {cpus.value} ({cpus.source}), and the host has {has}"
