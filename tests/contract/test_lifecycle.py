@@ -128,6 +128,31 @@ async def test_a_guest_that_will_not_power_off_is_ended_all_the_same(daemon: con
     assert daemon.world.leftovers() == {}
 
 
+@pytest.mark.parametrize("deaf", [vmm.Behaviour(ignores_power_off=True), vmm.Behaviour(silent=True)])
+async def test_whoever_stops_a_guest_that_does_not_go_down_is_told_what_may_be_lost(
+    daemon: conftest.Daemon, deaf: vmm.Behaviour
+) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    assert await _notes(daemon, await daemon.services.vms.stop("web")) == []
+    await daemon.done(await daemon.services.vms.start("web"))
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+    fake._behaviour = deaf
+    (note,) = await _notes(daemon, await daemon.services.vms.stop("web"))
+    assert "web did not go down by itself" in note
+    assert await _notes(daemon, await daemon.services.vms.stop("web")) == [], "it does not run"
+
+
+async def _notes(daemon: conftest.Daemon, operation: resources.Operation) -> list[str]:
+    await daemon.done(operation)
+    return [
+        event.detail
+        async for event in daemon.services.operations.events(operation.id)
+        if event.kind == "note"
+    ]
+
+
 async def test_what_is_saved_of_a_vm_while_it_stops_is_kept(daemon: conftest.Daemon) -> None:
     """As when a workspace has arrived, and its row is written, while the guest flushes."""
     daemon.world.behaviour.ignores_power_off = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 _RUNNING: Final = resources.VmState.RUNNING
 _STARTING: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
+_ORDERLY: Final = functools.partial(stop.stop, tell=operations.note)
 Work = Callable[[operations.Progress, record.VmRecord], Awaitable[resources.Vm | None]]
 
 
@@ -208,7 +210,7 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
             self._notices.tell(vm.id, f"{vm.name} is being stopped")
-            return self._view(await self._stop(vm, stop.stop))
+            return self._view(await self._stop(vm, _ORDERLY))
 
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
 
@@ -219,7 +221,7 @@ class VmService:
             if vm.state is resources.VmState.RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
-                vm = await self._stop(vm, stop.stop)
+                vm = await self._stop(vm, _ORDERLY)
             elif vm.state is resources.VmState.STOPPED and not vm.stopped_with_host:
                 return self._view(vm)  # its user, or time, stopped it as we waited
             vm = msgspec.structs.replace(vm, stopped_with_host=True, host_boot_id=self._host.boot_id)
@@ -242,7 +244,7 @@ class VmService:
             if vm.state is resources.VmState.RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
                 self._notices.tell(vm.id, f"{vm.name} is being restarted")
-                vm = await self._stop(vm, stop.stop)
+                vm = await self._stop(vm, _ORDERLY)
             view = await self._start(vm, progress)
             if view.boot_id == before:
                 raise errors.OperationFailedError(
@@ -266,7 +268,7 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is resources.VmState.RUNNING and is_due(vm):
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, which {why}")
-                vm = msgspec.structs.replace(await self._stop(vm, stop.stop), stopped_because=why)
+                vm = msgspec.structs.replace(await self._stop(vm, _ORDERLY), stopped_because=why)
                 self._store.save(vm)
                 _log.info("vm stopped by time", extra={"vm": vm.id, "why": why})
             return self._view(vm)

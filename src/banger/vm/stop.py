@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,15 +17,25 @@ from banger.vm import capabilities, host, record
 _log = logging.getLogger(__name__)
 
 
+def _nobody(_: str) -> None:
+    return
+
+
 async def stop(
-    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+    host: host.Host,
+    vm: record.VmRecord,
+    features: Sequence[capabilities.Capability],
+    *,
+    tell: Callable[[str], None] = _nobody,
 ) -> record.VmRecord:
     """Flushes the guest's file systems, asks it to power off, then ends the VMM; returns the saved row.
 
     A guest that does not answer is ended all the same, within the limits' sum; its last writes may be lost,
-    which is logged as a warning.
+    which `tell` hears.
     """
-    await _ask_guest(host, vm)
+    went_down = await _ask_guest(host, vm)
+    if not went_down and vm.state is resources.VmState.RUNNING:
+        tell(f"{vm.name} did not go down by itself and is ended: what was written last in it may be lost")
     return await _end(host, vm, features)
 
 
@@ -70,7 +80,8 @@ async def take_down(
     await capabilities.clean_up_all(features, capabilities.Context(host=host, vm=vm))
 
 
-async def _ask_guest(host: host.Host, vm: record.VmRecord) -> None:
+async def _ask_guest(host: host.Host, vm: record.VmRecord) -> bool:
+    """Whether it went down."""
     limits = host.limits
     agent = host.agent(vm.id)
     try:
@@ -78,11 +89,13 @@ async def _ask_guest(host: host.Host, vm: record.VmRecord) -> None:
         await agent.power_off(grace_ms=int(limits.power_off_s * 1000))
         async with asyncio.timeout(limits.power_off_s + 1):
             await host.vmm_gone(vm.id)
+        return True
     except (errors.BangerError, TimeoutError) as error:
         _log.warning(
             "guest did not power off by itself; ending its VMM",
             extra={"vm": vm.id, "error": str(error) or "it took too long"},
         )
+        return False
 
 
 async def _end(
