@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import datetime
+import queue
 import re
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from banger.cli import live, progress, vm_life, workspaces
-from banger.contract import resources
+from banger.cli import client, live, progress, vm_life, workspaces
+from banger.contract import errors, resources
 
 
 def test_layers_are_shown_beside_their_sum() -> None:
@@ -84,17 +87,53 @@ def test_a_stage_that_goes_on_is_one(capsys: pytest.CaptureFixture[str]) -> None
     timing = progress.Timing()
     for number, stage in enumerate(("pull_image", "pull_image", "preflight", "")):
         timing.hear(_event("stage" if stage else "end", stage=stage, elapsed_ms=20.0 * number))
-    operation = resources.Operation(
+    vm_life.say_timing(progress.Outcome(_operation(), timing), json=False)
+    assert capsys.readouterr().err == "banger: web: 0.06s (pull_image 0.04s, preflight 0.02s)\n"
+
+
+def _operation() -> resources.Operation:
+    return resources.Operation(
         id="0123456789ab",
         kind="vm.create",
         target="web",
         status=resources.OperationStatus.SUCCEEDED,
-        created_at=datetime.datetime.now(datetime.UTC),
+        created_at=datetime.datetime.fromtimestamp(0, datetime.UTC),
     )
-    vm_life.say_timing(progress.Outcome(operation, timing), json=False)
-    assert capsys.readouterr().err == "banger: web: 0.06s (pull_image 0.04s, preflight 0.02s)\n"
 
 
 def _event(kind: str, **fields: Any) -> resources.Event:
     now = datetime.datetime.now(datetime.UTC)
     return resources.Event(operation="0123456789ab", seq=0, time=now, kind=kind, **fields)
+
+
+class SlowlyHeard:
+    """Each event comes half an hour after the one before, unless nobody waits for so long."""
+
+    def __init__(self, events: list[resources.Event]) -> None:
+        self._events: Iterator[resources.Event] = iter(events)
+
+    def get(self, timeout: float) -> tuple[int, resources.Event]:
+        event = next(self._events, None) if timeout >= 1800 else None
+        if event is None:
+            raise queue.Empty
+        return 0, event
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_goes_on_is_waited_for_and_what_is_silent_is_not(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull over a slow line takes hours, and was cancelled after one."""
+    layers = [_event("progress", stage="pull_image", current=done, total=9) for done in range(9)]
+    slow = SlowlyHeard([_event("stage", stage="pull_image"), *layers, *([_event("end")] if ends else [])])
+    monkeypatch.setattr(progress, "_Watch", lambda *_, **__: types.SimpleNamespace(heard=slow))
+    api = client.Client("/nowhere")
+
+    def follow() -> progress.Outcome:
+        return progress.follow_one(api, _operation, progress.Silent(), cancellable=True)
+
+    if ends:
+        assert follow().operation == _operation()
+    else:
+        with pytest.raises(errors.DeadlineError, match="said nothing"):
+            follow()

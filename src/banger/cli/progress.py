@@ -11,7 +11,6 @@ import dataclasses
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -20,7 +19,8 @@ import msgspec
 from banger.cli import client, exits, render, signals
 from banger.contract import errors, resources
 
-_WAIT_S: Final = 3600.0
+_SILENCE_S: Final = 3600.0
+"""Work that says how far it is may take as long as it likes: a pull over a slow line does."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -208,12 +208,14 @@ def _collect(
     timings: dict[int, Timing],
     outcomes: dict[int, _Ended],
 ) -> None:
-    deadline = time.monotonic() + _WAIT_S
     while len(outcomes) < len(operations):
         try:
-            index, heard = watch.heard.get(timeout=max(0.0, deadline - time.monotonic()))
+            index, heard = watch.heard.get(timeout=_SILENCE_S)
         except queue.Empty:
-            raise errors.DeadlineError(f"not done after {_WAIT_S:g} s", hint="see `banger ps`") from None
+            raise errors.DeadlineError(
+                f"bangerd has said nothing of it for {render.span(_SILENCE_S)}",
+                hint="`banger ps` shows whether it goes on, `journalctl -u bangerd` what happened",
+            ) from None
         if isinstance(heard, errors.BangerError):
             heard.fields.setdefault("op_id", operations[index].id)
             outcomes[index] = heard
