@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from banger.contract import privileged, resources
+from banger.contract import guest, privileged, resources
 from banger.owner import operations
 from tests.contract import api_served, cli_process, conftest
 
@@ -110,9 +110,80 @@ async def test_run_rm_leaves_nothing(served: api_served.Served) -> None:
     assert served.daemon.world.leftovers() == {}
 
 
+async def test_run_rm_waits_for_its_own_deletion(served: api_served.Served) -> None:
+    """Not for that of an earlier VM of its name, which has ended."""
+
+    async def takes_a_moment(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.KillVmm):
+            await asyncio.sleep(0.5)
+
+    words = ("vm", "run", "--rm", "--name", "web", "--", "exit", "0")
+    assert (await banger(served, *words)).status == 0
+    served.daemon.world.before = takes_a_moment
+    assert (await banger(served, *words)).status == 0
+    assert await names(served) == []
+
+
 async def test_run_keeps_the_vm_without_rm(served: api_served.Served) -> None:
-    assert (await banger(served, "vm", "run", "--name", "web", "--", "exit", "0")).status == 0
+    done = await banger(served, "vm", "run", "--name", "web", "--", "exit", "0")
+    assert (done.status, "web goes on" in done.err) == (0, True), done.err
     assert await names(served) == ["web"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        ("POST", "/v1/vms/web/stop", "web is being stopped"),
+        ("POST", "/v1/vms/web/kill", "web is being killed"),
+        ("DELETE", "/v1/vms/web", "web is being deleted"),
+        ("", "", "`banger vm explain NAME` says which"),
+    ],
+)
+async def test_run_does_not_say_that_a_vm_goes_on_which_ended_meanwhile(
+    served: api_served.Served, method: str, path: str, said: str
+) -> None:
+    command = ("vm", "run", "--name", "web", "--", "cat")
+    with cli_process.Cli(served.path).started(*command) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"here")
+        assert await asyncio.to_thread(process.stdout.read, 4) == b"here"
+        if method:
+            await served.done(method, path)
+        else:
+            (vm,) = served.daemon.world.vms.values()
+            assert vm.vmm is not None
+            await vm.vmm.kill()
+        assert await asyncio.to_thread(process.wait, cli_process.DEADLINE_S) == 125
+        err = process.stderr.read().decode()
+    assert said in err
+    assert "goes on" not in err
+
+
+async def test_run_does_not_say_that_a_vm_goes_on_which_is_being_stopped(
+    served: api_served.Served,
+) -> None:
+    """Its command ends as the guest goes down, before the VM has ended."""
+    with cli_process.Cli(served.path).started("vm", "run", "--name", "web", "--", "cat") as process:
+        stdin = process.stdin
+        assert stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+
+        async def ends_the_command(kind: guest.FrameType, part: str) -> None:
+            if (kind, part) == (guest.FrameType.FLUSH, "before"):
+                stdin.close()
+                await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+
+        served.daemon.world.behaviour.on_agent = ends_the_command
+        stdin.write(b"here")
+        assert await asyncio.to_thread(process.stdout.read, 4) == b"here"
+        await served.done("POST", "/v1/vms/web/stop")
+        assert process.returncode == 0
+        err = process.stderr.read().decode()
+    assert "web is being stopped" in err
+    assert "goes on" not in err
 
 
 @pytest.fixture

@@ -138,12 +138,12 @@ def submit_create(
         outcome = progress.follow_one(api, submit, shown, cancellable=True)
     except exits.SignalledError:
         for operation in begun:
-            render.note(_what_is_left(api, operation.target))
+            render.note(what_is_left(api, operation.target))
         raise
     if outcome.operation.status is resources.OperationStatus.FAILED and not _was_made(outcome):
         render.note("no VM was made")
     elif outcome.operation.status is not resources.OperationStatus.SUCCEEDED:
-        render.note(_what_is_left(api, outcome.operation.target))
+        render.note(what_is_left(api, outcome.operation.target))
     return outcome
 
 
@@ -152,7 +152,7 @@ def _was_made(outcome: progress.Outcome) -> bool:
     return any(stage == resources.Stage.PREFLIGHT for stage, _ in outcome.timing.stages)
 
 
-def _what_is_left(api: client.Client, name: str) -> str:
+def what_is_left(api: client.Client, name: str) -> str:
     try:
         left = api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
     except errors.NotFoundError:

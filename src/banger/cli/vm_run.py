@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
@@ -34,6 +34,7 @@ from banger.cli import (
 from banger.contract import errors, resources
 
 _EXEC_FIELDS: Final = ("user", "cwd", "env", "tty", "stdin", "timeout")
+_ENDS: Final = frozenset({"vm.stop", "vm.kill", "vm.restart", "vm.delete"})
 _IMAGE_LIKE: Final = r"[a-z0-9][a-z0-9._/@:-]*"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -252,7 +253,7 @@ def run(
                 bootstrap.install(api, vm, wanted.path)
 
         if detach:
-            _detached(settings, vm, prepare)
+            _detached(settings, api, vm, prepare)
             return
         with _Made(api, vm, remove=remove) as made:
             default = _SHELL if argv or ready is not None else _default_command(api, vm)
@@ -318,11 +319,13 @@ def _meant(word: str, *more: str) -> str:
     return f"for an image: `banger vm run --image {word}{with_command}`; {command_line}"
 
 
-def _detached(settings: command.Settings, vm: resources.Vm, prepare: Callable[[], None]) -> None:
+def _detached(
+    settings: command.Settings, api: client.Client, vm: resources.Vm, prepare: Callable[[], None]
+) -> None:
     try:
         prepare()
-    except BaseException:
-        _say_kept(vm)
+    except BaseException as error:
+        _say_kept(api, vm, error)
         raise
     if settings.json:
         output.json(vm)
@@ -330,8 +333,20 @@ def _detached(settings: command.Settings, vm: resources.Vm, prepare: Callable[[]
         output.text(vm.name)
 
 
-def _say_kept(vm: resources.Vm) -> None:
-    render.note(f"{vm.name} goes on; `banger vm exec {vm.name}`, `banger vm delete {vm.name}`")
+def _say_kept(api: client.Client, vm: resources.Vm, error: BaseException | None) -> None:
+    """As it is now: meanwhile somebody else may have ended it, or its guest itself."""
+    try:
+        runs = api.get(f"/v1/vms/{vm.id}", resources.Vm).has_vmm
+        if runs and (isinstance(error, errors.UnavailableError) or _ending(api, vm, _ENDS)):
+            return  # who works in it was told, or the error says how to see
+    except errors.NotFoundError:
+        runs = False
+    except errors.BangerError:
+        runs = True  # VMs outlive their daemon
+    if runs:
+        render.note(f"{vm.name} goes on; `banger vm exec {vm.name}`, `banger vm delete {vm.name}`")
+    else:
+        render.note(vm_life.what_is_left(api, vm.name))
 
 
 @dataclasses.dataclass(slots=True)
@@ -355,7 +370,7 @@ class _Made:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not self.remove:
-            _say_kept(self.vm)
+            _say_kept(self.api, self.vm, error)
         elif _wait_until_gone(self.api, self.vm, deletes_itself=self.is_handed_over) and isinstance(
             error, (KeyboardInterrupt, exits.SignalledError)
         ):
@@ -368,7 +383,7 @@ def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bo
     False, and said, when that failed.
     """
     try:
-        deletion = _running_deletion(api, vm) if deletes_itself else None
+        deletion = _ending(api, vm, {"vm.delete"}) if deletes_itself else None
         found = deletion or vm_life.submit_action(api, vm.id, "delete")
         progress.follow_one(api, lambda: found, progress.Silent(), cancellable=False).require()
     except errors.NotFoundError:
@@ -379,8 +394,10 @@ def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bo
     return True
 
 
-def _running_deletion(api: client.Client, vm: resources.Vm) -> resources.Operation | None:
+def _ending(api: client.Client, vm: resources.Vm, kinds: Collection[str]) -> resources.Operation | None:
+    """The operation that ends it now, and not one that ended another VM of that name."""
     for operation in api.get("/v1/operations", list[resources.Operation]):
-        if operation.kind == "vm.delete" and operation.target in {vm.name, vm.id}:
+        known = operation.kind in kinds and operation.target in {vm.name, vm.id}
+        if known and operation.status is resources.OperationStatus.RUNNING:
             return operation
     return None
