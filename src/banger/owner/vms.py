@@ -221,12 +221,15 @@ class VmService:
             if vm.state is resources.VmState.RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
-                vm = await self._stop(vm, _ORDERLY)
-            elif vm.state is resources.VmState.STOPPED and not vm.stopped_with_host:
+                return self._view(await self._stop(vm, functools.partial(_ORDERLY, mark=with_host)))
+            if vm.state is resources.VmState.STOPPED and not vm.stopped_with_host:
                 return self._view(vm)  # its user, or time, stopped it as we waited
-            vm = msgspec.structs.replace(vm, stopped_with_host=True, host_boot_id=self._host.boot_id)
+            vm = with_host(vm)
             self._store.save(vm)
             return self._view(vm)
+
+        def with_host(vm: record.VmRecord) -> record.VmRecord:
+            return msgspec.structs.replace(vm, stopped_with_host=True, host_boot_id=self._host.boot_id)
 
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
 
@@ -268,10 +271,12 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is resources.VmState.RUNNING and is_due(vm):
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, which {why}")
-                vm = msgspec.structs.replace(await self._stop(vm, _ORDERLY), stopped_because=why)
-                self._store.save(vm)
+                vm = await self._stop(vm, functools.partial(_ORDERLY, mark=by_time))
                 _log.info("vm stopped by time", extra={"vm": vm.id, "why": why})
             return self._view(vm)
+
+        def by_time(vm: record.VmRecord) -> record.VmRecord:
+            return msgspec.structs.replace(vm, stopped_because=why)
 
         operation = self._lifecycle_operation("vm.stop", vm.id, work)
         await self._operations.wait(operation.id)

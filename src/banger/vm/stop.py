@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,10 +12,17 @@ from pathlib import Path
 
 import msgspec
 
+from banger import steps
 from banger.contract import errors, privileged, resources
 from banger.vm import capabilities, host, record
 
 _log = logging.getLogger(__name__)
+
+Mark = Callable[[record.VmRecord], record.VmRecord]
+
+
+def _plain(vm: record.VmRecord) -> record.VmRecord:
+    return vm
 
 
 def _nobody(_: str) -> None:
@@ -27,30 +35,32 @@ async def stop(
     features: Sequence[capabilities.Capability],
     *,
     tell: Callable[[str], None] = _nobody,
+    mark: Mark = _plain,
 ) -> record.VmRecord:
     """Flushes the guest's file systems, asks it to power off, then ends the VMM; returns the saved row.
 
     A guest that does not answer is ended all the same, within the limits' sum; its last writes may be lost,
-    which `tell` hears.
+    which `tell` hears. `mark` is what the row says besides: saved with it, so never lost alone.
     """
     went_down = await _ask_guest(host, vm)
     if not went_down and vm.state is resources.VmState.RUNNING:
         tell(f"{vm.name} did not go down by itself and is ended: what was written last in it may be lost")
-    return await _end(host, vm, features)
+    return await steps.finish(_end(host, vm, features, mark))
 
 
 async def kill(
     host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
 ) -> record.VmRecord:
     """Ends the VMM with SIGKILL, without a word to the guest; same clean-up as `stop`."""
-    await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
-    return await _end(host, vm, features)
+    return await steps.finish(_end(host, vm, features))
 
 
 async def delete(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:
     """Runtime and logs are gone; disks and row are the caller's, who deletes both last, or neither."""
-    await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
-    await release(host, vm, features)
+    if vm.state is resources.VmState.RUNNING:
+        await steps.finish(_end_for_good(host, vm, features))
+    else:
+        await _end_runtime(host, vm, features)
     await host.privileged(privileged.PurgeLogs(vm_id=vm.id))
 
 
@@ -99,18 +109,43 @@ async def _ask_guest(host: host.Host, vm: record.VmRecord) -> bool:
 
 
 async def _end(
-    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+    host: host.Host,
+    vm: record.VmRecord,
+    features: Sequence[capabilities.Capability],
+    mark: Mark = _plain,
 ) -> record.VmRecord:
+    """Not to be cancelled in between: a row would say that it runs, and later that it ended by itself."""
+    await _end_runtime(host, vm, features)
+    return _save_stopped(host, vm, mark)
+
+
+async def _end_for_good(
+    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+) -> None:
+    """As `_end`, for a row that shall go too: where there is no room to write it, deleting makes some."""
+    await _end_runtime(host, vm, features)
+    with contextlib.suppress(errors.NoSpaceError):
+        _save_stopped(host, vm)
+
+
+async def _end_runtime(
+    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
+) -> None:
     await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
     await release(host, vm, features)
+
+
+def _save_stopped(host: host.Host, vm: record.VmRecord, mark: Mark = _plain) -> record.VmRecord:
     # Not the row of the beginning: a workspace may have arrived while the guest flushed.
     latest = host.records.get(vm.id)
+    never_ran = latest.state is resources.VmState.CREATED
     stopped = msgspec.structs.replace(
         latest,
-        state=resources.VmState.STOPPED,
+        state=latest.state if never_ran else resources.VmState.STOPPED,
         boot_id="",
         last_error=None,
         stopped_with_host=False,
     )
-    host.records.save(stopped)
-    return stopped
+    marked = mark(stopped)
+    host.records.save(marked)
+    return marked

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Who ends a VM is cancelled, or its daemon stopped, after the VMM has ended: the row says what is so."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from banger.contract import errors, privileged, resources
+from banger.owner import composition, config, routes
+from tests.contract import conftest
+from tests.fakes import world as worlds
+
+STOPPED = resources.VmState.STOPPED
+DURING = [privileged.KillVmm, privileged.DeleteGuestRules, privileged.TearDown]
+
+
+class Gate:
+    """Holds the first request of a kind until it is opened."""
+
+    def __init__(self, world: worlds.World, kind: type[privileged.Request[Any]]) -> None:
+        self._kind = kind
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+        world.before = self._before
+
+    async def _before(self, request: privileged.Request[Any]) -> None:
+        if isinstance(request, self._kind):
+            self.reached.set()
+            await self.go.wait()
+
+
+async def cut_short(services: routes.Services, gate: Gate, operation: resources.Operation) -> None:
+    """Cancelled while root works; root goes on."""
+    await gate.reached.wait()
+    services.operations.request_cancel(operation.id)
+    asyncio.get_running_loop().call_later(0.01, gate.go.set)
+    async with asyncio.timeout(10):
+        ended = await services.operations.wait(operation.id)
+    assert ended.status is resources.OperationStatus.CANCELLED
+
+
+async def settled(services: routes.Services) -> resources.Vm:
+    """Once nobody watches the VMM that was."""
+    async with asyncio.timeout(5):
+        while services.vms.live._watchers:  # noqa: ASYNC110 - it tells nobody that it is done
+            await asyncio.sleep(0.01)
+    return await services.vms.get("web")
+
+
+@pytest.mark.parametrize("during", DURING)
+@pytest.mark.parametrize("how", ["stop", "kill", "restart", "delete"])
+async def test_a_vm_that_was_ended_has_stopped(
+    daemon: conftest.Daemon, how: str, during: type[privileged.Request[Any]]
+) -> None:
+    """It would be said to have ended by itself, as its row went on saying that it runs."""
+    created = (await daemon.create()).vm
+    assert created is not None
+    gate = Gate(daemon.world, during)
+    await cut_short(daemon.services, gate, await getattr(daemon.services.vms, how)("web"))
+    vm = await settled(daemon.services)
+    assert (vm.state, vm.last_error) == (STOPPED, None)
+    assert daemon.world.leftovers() == {}
+    disks = daemon.paths.state / "vms" / created.id
+    assert {path.name for path in disks.iterdir()} == {"overlay.cow", "work.ext4"}
+
+
+@pytest.mark.parametrize("during", DURING)
+@pytest.mark.parametrize("how", ["stop", "kill", "delete"])
+async def test_a_daemon_that_is_stopped_meanwhile_leaves_a_true_row(
+    paths: config.Paths, world: worlds.World, how: str, during: type[privileged.Request[Any]]
+) -> None:
+    compose = composition.compose
+    async with compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        await conftest.Daemon(services, paths, world).create()
+        gate = Gate(world, during)
+        await getattr(services.vms, how)("web")
+        await gate.reached.wait()
+        asyncio.get_running_loop().call_later(0.01, gate.go.set)
+    async with compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        vm = await services.vms.get("web")
+        assert (vm.state, vm.last_error) == (STOPPED, None)
+    assert world.leftovers() == {}
+
+
+async def test_one_that_is_stopped_with_its_host_starts_with_it_all_the_same(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """A host that goes down waits two minutes for it, and then for nobody."""
+    compose = composition.compose
+    settings, network = conftest.SETTINGS, conftest.NETWORK
+    async with compose(settings, network, paths, world, "0" * 64, host_boot_id="1") as services:
+        await conftest.Daemon(services, paths, world).create()
+        await services.alterations.set("web", resources.SetVm(autostart=True))
+        gate = Gate(world, privileged.TearDown)
+        await services.vms.stop_with_host("web")
+        await gate.reached.wait()
+        asyncio.get_running_loop().call_later(0.01, gate.go.set)
+    async with compose(settings, network, paths, world, "0" * 64, host_boot_id="2") as services:
+        async with asyncio.timeout(10):
+            while (await services.vms.get("web")).state is not resources.VmState.RUNNING:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_a_full_disk_keeps_nobody_from_deleting(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it has stopped is not worth a row that shall go, and with it what fills the disk."""
+    await daemon.create()
+    rows = daemon.services.vms._store
+
+    def full(vm: object) -> None:
+        raise errors.NoSpaceError("no space left for banger's database")
+
+    monkeypatch.setattr(rows, "save", full)
+    operation = await daemon.done(await daemon.services.vms.delete("web"))
+    assert operation.status is resources.OperationStatus.SUCCEEDED, operation.error
+    assert await daemon.services.vms.list() == []
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_one_that_never_ran_has_not_stopped(daemon: conftest.Daemon, how: str) -> None:
+    await daemon.create(start=False)
+    operation = await daemon.done(await getattr(daemon.services.vms, how)("web"))
+    assert operation.vm is not None
+    assert operation.vm.state is resources.VmState.CREATED
