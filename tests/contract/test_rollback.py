@@ -233,6 +233,34 @@ async def test_stop_ends_a_start_that_hangs(daemon: conftest.Daemon, sabotage: S
     assert daemon.world.leftovers() == {}
 
 
+@pytest.mark.parametrize("verb", ["stop", "kill", "delete"])
+async def test_starts_that_wait_behind_one_that_hangs_end_with_it(
+    daemon: conftest.Daemon, sabotage: Sabotage, verb: str
+) -> None:
+    """Each of them would hang as the first did, and whoever ends the VM wait for all of them."""
+    vms, operations = daemon.services.vms, daemon.services.operations
+    await daemon.create(start=False)
+    sabotage.hang("wait_vsock_agent")
+    starts = [await vms.start("web") for _ in range(3)]
+    await sabotage.reached.wait()
+    ended = await daemon.done(await getattr(vms, verb)("web"))
+    assert ended.error is None
+    found = [operations.get(each.id).status for each in starts]
+    assert found == [resources.OperationStatus.CANCELLED] * 3
+    assert daemon.world.leftovers() == {}
+
+
+async def test_a_start_behind_a_stop_is_the_last_word(daemon: conftest.Daemon, sabotage: Sabotage) -> None:
+    sabotage.hang("wait_vsock_agent")
+    await daemon.services.vms.create(resources.CreateVm(name="web"))
+    await sabotage.reached.wait()
+    sabotage.mend()
+    await daemon.services.vms.stop("web")
+    started = await daemon.done(await daemon.services.vms.start("web"))
+    assert started.error is None
+    assert (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING
+
+
 async def test_a_request_to_root_is_awaited_even_when_cancelled(daemon: conftest.Daemon) -> None:
     """Otherwise the tap would be made after its undo had found nothing to delete."""
     entered, release = asyncio.Event(), asyncio.Event()

@@ -19,7 +19,7 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class _Entry:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    wanted: int = 0
+    wanted: list[str] = field(default_factory=list)
     holder: str = ""
 
 
@@ -34,21 +34,27 @@ class Lifecycle:
         entry = self._entries.get(key)
         return entry.holder if entry is not None and entry.lock.locked() else None
 
+    def wanting(self, key: str) -> tuple[str, ...]:
+        """The operation that holds it now, and those that wait for it; whoever is none is left out."""
+        entry = self._entries.get(key)
+        return tuple(filter(None, entry.wanted)) if entry is not None else ()
+
     @property
     def is_unused(self) -> bool:
         return not self._entries
 
     @asynccontextmanager
     async def hold(self, key: str, operation: str) -> AsyncIterator[None]:
+        """Whoever comes first holds it first."""
         entry = self._entries.setdefault(key, _Entry())
-        entry.wanted += 1
+        entry.wanted.append(operation)
         try:
             async with entry.lock:
                 entry.holder = operation
                 yield
         finally:
-            entry.wanted -= 1
-            if entry.wanted == 0:
+            entry.wanted.remove(operation)
+            if not entry.wanted:
                 self._entries.pop(key, None)
 
 

@@ -360,16 +360,17 @@ class VmService:
         found = self._store.find(ref)
 
         async def locked(progress: operations.Progress) -> resources.Vm | None:
-            await self._override(found.id, cancels)
+            self._override(found.id, cancels)
             async with self._lifecycle.hold(found.id, progress.op_id):
                 return await work(progress, self._store.get(found.id))
 
         return self._operations.start(kind, found.name, locked)
 
-    async def _override(self, vm_id: names.VmId, kinds: frozenset[str]) -> None:
-        holder = self._lifecycle.holder(vm_id)
-        if holder and self._operations.get(holder).kind in kinds:
-            await self._operations.cancel(holder)
+    def _override(self, vm_id: names.VmId, kinds: frozenset[str]) -> None:
+        """Those that wait as well, or each would have its turn; the lock is free when all have ended."""
+        for ahead in self._lifecycle.wanting(vm_id):
+            if self._operations.get(ahead).kind in kinds:
+                self._operations.request_cancel(ahead)
 
     async def _start(
         self, vm: record.VmRecord, progress: operations.Progress, *, remove_on_failure: bool = False
