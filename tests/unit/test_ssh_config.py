@@ -140,6 +140,8 @@ def test_openssh_reads_it_as_meant(tmp_path: Path) -> None:
     assert asked["stricthostkeychecking"] == "accept-new"
     assert asked["proxycommand"].startswith("/usr/local/bin/banger vm proxy")
     assert asked["identitiesonly"] == "yes"
+    waits = int(PROXY.partition("--wait ")[2].split()[0])
+    assert waits < int(asked["connecttimeout"]) < 3600, "who says why it gives up does so first"
     for other in ("example.org", "sub.web.vm", "vm"):
         assert "proxycommand" not in _asked(config, other)
 

@@ -20,6 +20,10 @@ from typing import Final
 from banger.contract import errors, reach
 
 FILE: Final = "banger.conf"
+_WAIT_S: Final = 60
+"""How long a guest may boot before its ssh server takes a connection."""
+_ANSWER_S: Final = 30
+"""How long one that took it may say nothing."""
 _MODE: Final = 0o600
 _BEGIN: Final = "# >>> banger: `banger ssh-config --uninstall` takes this block away"
 _NEW_FILE: Final = "; it made this file"
@@ -35,6 +39,7 @@ def options(access: reach.SshAccess, proxy: str) -> tuple[tuple[str, str], ...]:
     return (
         ("User", "root"),
         ("ProxyCommand", proxy),
+        ("ConnectTimeout", str(_WAIT_S + _ANSWER_S)),
         ("IdentityFile", _quoted(access.identity_file)),
         ("IdentitiesOnly", "yes"),
         ("PreferredAuthentications", "publickey"),
@@ -54,7 +59,7 @@ def proxy_command(program: Sequence[str], socket: str) -> str:
     """ssh hands it to a shell, with %n as the name it was given."""
     chosen = f" --socket {_shell(socket)}" if socket else ""
     # ssh has the shell run `exec COMMAND` (ssh_config(5), ProxyCommand): one more would be its name.
-    return f"{' '.join(map(_shell, program))}{chosen} vm proxy --wait 60 -- %n"
+    return f"{' '.join(map(_shell, program))}{chosen} vm proxy --wait {_WAIT_S} -- %n"
 
 
 def text(access: reach.SshAccess, proxy: str) -> str:
