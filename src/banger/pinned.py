@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Generator, Sequence
@@ -233,7 +234,15 @@ def _download(url: str, size_bytes: int) -> Generator[bytes, None, None]:
                 yield chunk
     except (OSError, http.client.HTTPException) as error:
         said = str(error).strip() or type(error).__name__
-        raise errors.UnavailableError(f"cannot download {url}: {said}") from error
+        raise errors.UnavailableError(f"cannot download {url}{_way(url)}: {said}") from error
+
+
+def _way(url: str) -> str:
+    """Through which proxy of our environment, without its password; nothing when there is none."""
+    proxy = urllib.request.getproxies().get("https", "")
+    if not proxy or urllib.request.proxy_bypass(urllib.parse.urlsplit(url).hostname or ""):
+        return ""
+    return f" through the proxy {proxy.rpartition('://')[2].rpartition('@')[2].rstrip('/')}"
 
 
 def _from_wheel(source: WheelMember, scratch: Path) -> Path:

@@ -238,6 +238,32 @@ def test_after_a_server_that_fails_the_next_source_is_tried(
     assert kept(tmp_path / "cache") == []
 
 
+def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever set it, long ago, would look for the fault at the server's."""
+
+    def refuse() -> None:
+        with listener.accept()[0] as peer:
+            peer.recv(1 << 16)
+            peer.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        for name in ("https_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://me:hunter2@{place}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        with pytest.raises(errors.UnavailableError) as caught:
+            pinned.fetch(pin(pinned.Url("https://files.invalid/x")), tmp_path / "cache")
+        thread.join()
+    assert f"through the proxy {place}" in caught.value.message
+    assert "502" in caught.value.message
+    assert "hunter2" not in caught.value.message
+
+
 def test_install_verifies_what_it_copies(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(CONTENT)
