@@ -244,11 +244,13 @@ def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
     """Whoever set it, long ago, would look for the fault at the server's."""
 
     def refuse() -> None:
-        with listener.accept()[0] as peer:
+        with contextlib.suppress(TimeoutError), listener.accept()[0] as peer:
             peer.recv(1 << 16)
             peer.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
 
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
         place = f"127.0.0.1:{listener.getsockname()[1]}"
         for name in ("https_proxy", "HTTPS_PROXY"):
             monkeypatch.setenv(name, f"http://me:hunter2@{place}")
