@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, privileged, resources
-from banger.owner import app
+from banger.owner import app, server
 from tests.contract import api_served, conftest
 
 Served = api_served.Served
@@ -98,6 +99,10 @@ REFUSED = [
     ("POST", "/v1/vms", {"name": "Web"}, 400),
     ("POST", "/v1/vms", {"name": "web\n"}, 400),
     ("POST", "/v1/vms", {"name": "../web"}, 400),
+    ("POST", "/v1/vms", {"name": "web.vm"}, 400),
+    ("POST", "/v1/vms", {"name": "w" * 64}, 400),
+    ("PATCH", "/v1/vms/old", {"name": "web.vm"}, 400),
+    ("PATCH", "/v1/vms/old", {"name": "-web"}, 400),
     ("POST", "/v1/vms", {"vcpus": 0}, 400),
     ("POST", "/v1/vms", {"vcpus": "two"}, 400),
     ("POST", "/v1/vms", [], 400),
@@ -240,6 +245,25 @@ async def test_stopping_ends_watchers_with_what_became_of_their_operation(daemon
 async def test_the_socket_is_the_owners_alone(served: Served) -> None:
     mode = served.path.stat().st_mode
     assert (stat.S_ISSOCK(mode), stat.S_IMODE(mode)) == (True, 0o600)
+
+
+def test_the_socket_is_the_owners_alone_from_its_first_instant_on(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is done to it afterwards comes too late for who was waiting."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("it was open to others until then")
+
+    for change in ("chmod", "fchmod"):
+        monkeypatch.setattr(os, change, refuse)
+    before = os.umask(0)
+    try:
+        with server.listening(short_path / "run" / "bangerd.sock"):
+            modes = [stat.S_IMODE(path.stat().st_mode) for path in (short_path / "run").rglob("*")]
+            assert (modes, stat.S_IMODE((short_path / "run").stat().st_mode)) == ([0o600], 0o700)
+    finally:
+        os.umask(before)
 
 
 _STRANGER = """

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,11 +19,14 @@ from tests.contract import cli_process
 from tests.fakes import daemon
 
 STRANGER = """
-import locale, os, sys
-from banger.cli import client, exits, main, output, progress, render, vm, vm_look
+import importlib, locale, os, pkgutil, sys
+from banger import cli
+for each in pkgutil.iter_modules(cli.__path__, "banger.cli."):
+    importlib.import_module(each.name)
+from banger.cli import main
 os.setgroups([])
 os.setuid(65534)
-sys.exit(main.run(["vm", "list"]))
+sys.exit(main.run(sys.argv[1:]))
 """
 
 
@@ -358,15 +361,40 @@ def test_no_daemon_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_stranger_is_told_whose_socket_it_is(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     """As nobody, after the imports: an interpreter in somebody's home is closed to others too."""
     fake.path.parent.chmod(0o700)
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER],
-        env=cli.environment(),
+    done = _as_nobody(cli, "vm", "list")
+    assert done.returncode == 1
+    assert b"you may not use" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--help",), b"vm"),
+        (("version",), b"bangerd: "),
+        (("completion", "bash"), b"complete"),
+        (("vm", "list"), b"web"),
+        (("vm", "stop", "web"), b"web"),
+    ],
+)
+def test_no_command_of_the_owners_needs_root(
+    cli: cli_process.Cli, fake: daemon.FakeDaemon, words: Sequence[str], said: bytes
+) -> None:
+    """Whoever may use the socket: here nobody, who has no home either."""
+    fake.path.parent.chmod(0o755)
+    fake.path.chmod(0o666)
+    done = _as_nobody(cli, *words)
+    assert (done.returncode, done.stderr if done.returncode else b"") == (0, b"")
+    assert said in done.stdout
+
+
+def _as_nobody(cli: cli_process.Cli, *words: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", STRANGER, *words],
+        env=cli.environment(HOME="/nonexistent"),
         capture_output=True,
         timeout=cli_process.DEADLINE_S,
         check=False,
     )
-    assert done.returncode == 1
-    assert b"you may not use" in done.stderr
 
 
 def test_reader_that_leaves_is_no_error(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:

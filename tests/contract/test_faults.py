@@ -88,7 +88,50 @@ async def test_a_create_that_comes_as_the_daemon_stops_leaves_no_row(daemon: con
     assert await daemon.services.vms.list() == []
 
 
+async def test_a_directory_too_deep_for_sockets_is_said_and_leaves_nothing(short_path: Path) -> None:
+    """The address of a socket has room for 107 bytes, and a jail's is a long one."""
+    paths = dataclasses.replace(conftest.laid_out(short_path), helper_dir=short_path / ("deep" * 20))
+    conftest.furnish(paths)
+    world = worlds.World(paths.state, paths.helper_dir / "jails", paths.helper_dir / "logs")
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        created = await conftest.Daemon(services, paths, world).create()
+        assert created.error is not None
+        assert created.error.step == "prepare_sockets"
+        assert "longer than 107 bytes" in created.error.message
+        assert "a shorter path" in created.error.hint
+        assert world.leftovers() == {}
+        assert world.asked(privileged.CreateSnapshot) == 0
+
+
 # --- records on the disk ---
+
+
+async def test_a_vm_whose_row_is_corrupt_is_deleted_like_any_other(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """By what its columns say, or by its id: what it has on the host follows from that."""
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        daemon = conftest.Daemon(services, paths, world)
+        for name in ("web", "other", "third"):
+            assert (await daemon.create(name)).error is None
+        _spoil(paths.database, "web")
+        assert (await _act(daemon, "delete")).error is None
+        assert {vm.name for vm in await services.vms.list()} == {"other", "third"}
+        _spoil(paths.database, "third")
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        daemon = conftest.Daemon(services, paths, world)
+        found = {vm.name: vm for vm in await services.vms.list()}
+        assert found["other"].state is resources.VmState.RUNNING
+        assert found["third"].last_error is not None
+        assert "banger vm delete third" in found["third"].last_error.hint
+        assert (await daemon.done(await services.vms.delete("third"))).error is None
+        assert set(world.leftovers()) == {found["other"].id}
+        assert [path.name for path in (paths.state / "vms").iterdir()] == [found["other"].id]
+
+
+def _spoil(database: Path, name: str) -> None:
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as outside:
+        outside.execute("UPDATE vms SET record = '{' WHERE name = ?", (name,))
 
 
 def test_a_record_that_is_no_text_is_said_and_harms_no_other(daemon: conftest.Daemon) -> None:

@@ -104,10 +104,12 @@ async def test_a_host_that_lost_its_power_starts_them_too(paths: config.Paths, w
     async with booted(paths, world, "first") as daemon:
         await create(daemon, "again", autostart=True)
         await create(daemon, "once", autostart=False)
+        addresses = {name: vm.address for name, vm in (await settled(daemon)).items()}
     await world.lose_power()
     async with booted(paths, world, "second") as daemon:
         assert await started_again(daemon) == ["again"]
         found = await settled(daemon)
+        assert {name: vm.address for name, vm in found.items()} == addresses
         assert (found["again"].state, found["once"].state) == (_RUNNING, _ERROR)
         assert found["once"].last_error is not None
         assert "the host restarted" in found["once"].last_error.message

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_one_in_use_goes_with_its_last_user(
     with pytest.raises(errors.ConflictError, match="in use"):
         operations.execute(world.policy, DROP)
     assert mapper.devices[NAME].leaving
+
+
+def test_one_that_is_busy_for_a_moment_is_waited_for(
+    world: HelperWorld, mapper: device_mapper.Kernel
+) -> None:
+    """As after a kill: the VMM is gone, and the kernel has not let go of its disk yet."""
+    mapper.devices[NAME] = device_mapper.Device(f"BANGER-{VM}", open_count=1)
+    last_close = threading.Timer(0.05, mapper.devices.clear)
+    last_close.start()
+    operations.execute(world.policy, DROP)
+    assert not mapper.devices
+    last_close.join()
 
 
 def test_devices_are_listed_by_their_prefix(mapper: device_mapper.Kernel) -> None:
