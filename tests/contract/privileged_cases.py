@@ -28,7 +28,6 @@ from banger.contract.privileged import (
     EnsureBridge,
     FindVmm,
     GetHost,
-    GetUsage,
     GrantApiSocket,
     GrantVsock,
     KillVmm,
@@ -314,7 +313,6 @@ def _machines(sources: Sources) -> Iterator[Case]:
     none = {"pid": 0}
     kills = [KillVmm(vm_id=VM, force=force) for force in (False, True)]
     yield Case("no VMM is found or killed", (done(FindVmm(vm_id=VM), **none), *map(done, kills)))
-    yield Case("no VMM, no usage", (done(GetUsage(vm_id=VM), cpu_usec=0, memory_bytes=0, rx_bytes=0),))
     yield Case("a launch needs a jail", (refused("not_found", launch(sources)), sees(**_NOTHING)))
     yield Case(
         "no socket is granted without a VMM",

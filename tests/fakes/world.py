@@ -363,10 +363,6 @@ async def _kill_vmm(world: World, request: privileged.KillVmm) -> privileged.Res
     return privileged.Done()
 
 
-async def _get_usage(world: World, request: privileged.GetUsage) -> privileged.Result:
-    return privileged.Usage()
-
-
 async def _tear_down(world: World, request: privileged.TearDown) -> privileged.Result:
     """In the real one's order, and as it can be cut off between the parts."""
     vm = world.vm(request.vm_id)
@@ -412,7 +408,6 @@ HANDLERS: dict[type[privileged.Request[Any]], Callable[[World, Any], Awaitable[p
     privileged.GrantVsock: _grant,
     privileged.FindVmm: _find_vmm,
     privileged.KillVmm: _kill_vmm,
-    privileged.GetUsage: _get_usage,
     privileged.TearDown: _tear_down,
     privileged.PurgeLogs: _purge_logs,
 }

@@ -103,10 +103,6 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 15) -> bool:
 def test_vm_boots_and_its_agent_listens(empty_host: HelperHost) -> None:
     vmm = empty_host.start()
     empty_host.await_agent()
-    (usage,) = empty_host.do(privileged.GetUsage(vm_id=VM))
-    assert isinstance(usage, privileged.Usage)
-    assert usage.cpu_usec > 0
-    assert usage.memory_bytes > 1 << 20
     (seen,) = empty_host.world().vms
     assert seen == privileged.VmWorld(
         vm_id=VM,

@@ -78,6 +78,10 @@ def test_the_host_reaches_guests_and_guests_not_each_other(two: Lab) -> None:
     assert get(two, "two", "127.0.0.1") == "two\n"
     found = two.run(["getent", "ahostsv6", "two.vm"]).text
     assert shown["address6"] in found
+    stats = json.loads(user.banger(two, "vm", "stats", "two", "--json").text)
+    counts = {count: stats[count] for count in ("cpu_usec", "read_bytes", "rx_bytes", "tx_bytes")}
+    assert all(counts.values()), counts
+    assert stats["memory_peak_bytes"] >= stats["memory_bytes"] > 1 << 20
 
 
 _SERVICES = ("bangerd", "bangerd-root")

@@ -18,7 +18,7 @@ MAX_TEXT: Final = 300
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request. Looks that went well (`find_vmm`, `get_usage`, `list_world`, `get_host`) leave none."""
+    """One request. Looks that went well (`find_vmm`, `list_world`, `get_host`) leave none."""
 
     time: str
     """RFC 3339, UTC."""

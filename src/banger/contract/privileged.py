@@ -61,18 +61,6 @@ class Vmm(Result, tag="vmm", frozen=True):
     pid: int
 
 
-class Usage(Result, tag="usage", frozen=True):
-    """Counters of the VM's cgroup and tap since the VMM started; zero where the kernel offers none."""
-
-    cpu_usec: int = 0
-    memory_bytes: int = 0
-    memory_peak_bytes: int = 0
-    rx_bytes: int = 0
-    tx_bytes: int = 0
-    read_bytes: int = 0
-    write_bytes: int = 0
-
-
 class VmWorld(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What exists on the host under one VM's name."""
 
@@ -309,10 +297,6 @@ class KillVmm(Request[Done], tag="kill_vmm", frozen=True):
     force: bool
 
 
-class GetUsage(Request[Usage], tag="get_usage", frozen=True):
-    vm_id: Id
-
-
 class TearDown(Request[Done], tag="tear_down", frozen=True):
     """Nothing is left of this VM's runtime: VMM, tap, rules, loops, snapshot, jail, cgroup. Keeps logs."""
 
@@ -351,11 +335,10 @@ AnyRequest = (
     | GrantVsock
     | FindVmm
     | KillVmm
-    | GetUsage
     | TearDown
     | PurgeLogs
 )
-AnyResult = Done | Ensured | Routed | HostInfo | Vmm | Usage | World
+AnyResult = Done | Ensured | Routed | HostInfo | Vmm | World
 REQUEST_TYPES: Final[tuple[type[Request[Result]], ...]] = typing.get_args(AnyRequest)
 
 

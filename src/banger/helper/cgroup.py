@@ -15,6 +15,7 @@ from collections.abc import Generator
 from typing import Final
 
 from banger.contract import errors, names
+from banger.helper import filesystem
 from banger.helper import policy as policies
 from banger.helper.linux import libc, pidfd
 
@@ -48,10 +49,13 @@ def ensure_parent(policy: policies.Policy) -> None:
 
 
 def create(policy: policies.Policy, vm_id: names.VmId, *, vcpus: int, memory_mib: int) -> None:
-    """A cgroup with limits: what the VM was promised, and room for the VMM itself."""
+    """A cgroup with limits: what the VM was promised, and room for the VMM itself.
+
+    The owner may read it, for its counters.
+    """
     ensure_parent(policy)
     path = _path(policy, vm_id)
-    _make(path)
+    filesystem.make_directory(path, 0o750, gid=policy.owner_gid)
     _limit(path, vcpus=vcpus, memory_mib=memory_mib)
 
 
@@ -136,20 +140,6 @@ def vm_ids(policy: policies.Policy) -> list[str]:
         leaves = [entry.name for entry in os.scandir(parent) if entry.is_dir()]
         return [leaf for leaf in leaves if leaf not in {HOLDER, CONSOLES}]
     return []
-
-
-def usage(policy: policies.Policy, vm_id: str) -> dict[str, int]:
-    """Counters under the names of privileged.Usage; zero where the kernel offers none."""
-    path = _path(policy, vm_id)
-    cpu = dict(line.split() for line in _read(f"{path}/cpu.stat").splitlines())
-    io = [field.split("=") for field in _read(f"{path}/io.stat").split() if "=" in field]
-    return {
-        "cpu_usec": int(cpu.get("usage_usec", 0)),
-        "memory_bytes": int(_read(f"{path}/memory.current") or 0),
-        "memory_peak_bytes": int(_read(f"{path}/memory.peak") or 0),
-        "read_bytes": sum(int(value) for key, value in io if key == "rbytes"),
-        "write_bytes": sum(int(value) for key, value in io if key == "wbytes"),
-    }
 
 
 def _await_empty(path: str, deadline: float) -> bool:

@@ -80,11 +80,10 @@ OPERATIONS: Final[
     privileged.GrantVsock: process.grant_vsock,
     privileged.FindVmm: process.find_vmm,
     privileged.KillVmm: process.kill_vmm,
-    privileged.GetUsage: process.get_usage,
     privileged.TearDown: tear_down,
     privileged.PurgeLogs: process.purge_logs,
 }
-LOOKS: Final = (privileged.FindVmm, privileged.GetUsage, privileged.ListWorld, privileged.GetHost)
+LOOKS: Final = (privileged.FindVmm, privileged.ListWorld, privileged.GetHost)
 """They change nothing, and no other operation waits for them."""
 
 

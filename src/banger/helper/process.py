@@ -24,7 +24,7 @@ import msgspec
 from banger.contract import errors, names, privileged
 from banger.helper import cgroup, filesystem, network, storage
 from banger.helper import policy as policies
-from banger.helper.linux import libc, netlink, pidfd
+from banger.helper.linux import libc, pidfd
 
 LAUNCH_DEADLINE_S: Final = 20.0
 END_DEADLINE_S: Final = 10.0
@@ -327,15 +327,6 @@ def kill_vmm(policy: policies.Policy, request: privileged.KillVmm) -> privileged
             if not pidfd.wait(process, deadline=deadline):
                 message = f"the VMM of VM {vm_id} (pid {vmm.pid}) does not end"
                 raise errors.DeadlineError(message, hint="use force", vm=vm_id)
-
-
-def get_usage(policy: policies.Policy, request: privileged.GetUsage) -> privileged.Usage:
-    """What the tap sends, the guest receives."""
-    tap = netlink.find(names.tap_name(names.VmId(request.vm_id)))
-    counters = cgroup.usage(policy, request.vm_id)
-    if tap is not None and network.is_tap_of(policy, tap, names.VmId(request.vm_id)):
-        counters |= {"rx_bytes": tap.tx_bytes, "tx_bytes": tap.rx_bytes}
-    return privileged.Usage(**counters)
 
 
 # --- the runtime ---

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from banger.contract import errors, guest, names, privileged, resources
+from banger.contract import errors, guest, names, resources
+from banger.owner import usage as usages
 from banger.vm import host, lifetime, record
 
 
@@ -89,7 +90,7 @@ class Views:
         )
 
     def stats(
-        self, vm: record.VmRecord, pid: int, usage: privileged.Usage, health: guest.Health
+        self, vm: record.VmRecord, pid: int, usage: usages.Usage, health: guest.Health
     ) -> resources.VmStats:
         return resources.VmStats(
             id=vm.id,

@@ -38,6 +38,7 @@ from banger.owner import (
     silence,
     ssh,
     store,
+    usage,
     views,
 )
 from banger.owner import guest as guests
@@ -136,9 +137,8 @@ class VmService:
 
     async def stats(self, ref: str) -> resources.VmStats:
         vm = self._store.find_running(ref)
-        usage = await self._host.privileged(privileged.GetUsage(vm_id=vm.id))
         health = await self._connect(vm.id).health()
-        return self._views.stats(vm, self.live.pid(vm.id), usage, health)
+        return self._views.stats(vm, self.live.pid(vm.id), usage.of(vm.id), health)
 
     async def log_file(self, ref: str, source: str) -> Path:
         vm = self._store.find(ref)

@@ -26,7 +26,7 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 AF_BRIDGE: Final = 7
 IFF_UP: Final = 1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_PROTINFO, IFLA_LINKINFO = 1, 3, 10, 12, 18
-IFLA_IFALIAS, IFLA_STATS64, IFLA_AF_SPEC, IFLA_GROUP = 20, 23, 26, 27
+IFLA_IFALIAS, IFLA_AF_SPEC, IFLA_GROUP = 20, 26, 27
 IFLA_INET_CONF, IPV4_DEVCONF_FORWARDING = 1, 1
 RTA_DST, RTA_OIF, RTA_MULTIPATH, RTN_UNICAST = 1, 4, 9, 1
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
@@ -58,8 +58,6 @@ class Link(NamedTuple):
     """uid that may open it; -1 when it is no tap or has no owner."""
     forwards: bool
     """Passes on IPv4 packets that come in through it."""
-    rx_bytes: int
-    tx_bytes: int
 
 
 class Route(NamedTuple):
@@ -295,7 +293,6 @@ def _link(body: bytes) -> Link:
     info = _attributes(attributes.get(IFLA_LINKINFO, b""))
     kind = _text(info.get(IFLA_INFO_KIND, b""))
     tun = _attributes(info.get(IFLA_INFO_DATA, b"")) if kind == "tun" else {}
-    stats = attributes.get(IFLA_STATS64, bytes(32))
     return Link(
         index,
         _text(attributes[IFLA_IFNAME]),
@@ -305,7 +302,6 @@ def _link(body: bytes) -> Link:
         _u32(attributes.get(IFLA_MASTER, bytes(4))),
         _u32(tun[IFLA_TUN_OWNER]) if IFLA_TUN_OWNER in tun else -1,
         _forwards(attributes),
-        *struct.unpack_from("=16x2Q", stats),
     )
 
 
