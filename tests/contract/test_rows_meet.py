@@ -77,10 +77,12 @@ async def test_a_workspace_that_arrives_meanwhile_stays(
     async def meanwhile(request: privileged.Request[Any]) -> None:
         if isinstance(request, during):
             latest = rows.get(names.VmId(created.id))
-            rows.save(latest.with_workspace(WORKSPACE).with_workspace(OTHER))
+            latest = latest.with_workspace(WORKSPACE).with_workspace(OTHER)
+            rows.save(msgspec.structs.replace(latest, placing="/root/third"))
             if fails:
                 raise errors.OperationFailedError("no")
 
     daemon.world.before = meanwhile
     await change(daemon, created)
-    assert rows.get(names.VmId(created.id)).workspaces == (OTHER, WORKSPACE)
+    row = rows.get(names.VmId(created.id))
+    assert (row.workspaces, row.placing) == ((OTHER, WORKSPACE), "/root/third")

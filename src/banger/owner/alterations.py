@@ -72,8 +72,7 @@ class Alterations:
                 try:
                     await self._host.keeper.set_rules(changed)
                 except errors.BangerError:
-                    workspaces = self._rows.get(vm_id).workspaces  # one may have arrived meanwhile
-                    self._rows.save(msgspec.structs.replace(vm, workspaces=workspaces))
+                    self._rows.save(vm.with_what_arrived(self._rows.get(vm_id)))
                     self._host.keeper.look_again()  # root may have opened it all the same
                     raise
                 self._zone.add(changed)

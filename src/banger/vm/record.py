@@ -72,3 +72,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def with_workspace(self, sent: resources.Workspace) -> VmRecord:
         others = tuple(each for each in self.workspaces if each.path != sent.path)
         return msgspec.structs.replace(self, workspaces=(sent, *others)[:_MAX_WORKSPACES])
+
+    def with_what_arrived(self, latest: VmRecord) -> VmRecord:
+        """With what `latest` has of workspaces: they come into a row without the lock of a life cycle."""
+        return msgspec.structs.replace(self, workspaces=latest.workspaces, placing=latest.placing)

@@ -232,8 +232,7 @@ class Start:
     async def _persist(self) -> None:
         if self.started is not None:
             # One may have been saved when the VM ended that this one follows.
-            workspaces = self._host.records.get(self._vm.id).workspaces
-            self.started = msgspec.structs.replace(self.started, workspaces=workspaces)
+            self.started = self.started.with_what_arrived(self._host.records.get(self._vm.id))
             self._host.records.save(self.started)
             # Only a row that says it runs is looked after: what was lost before must be looked for now.
             if self._vm.network and self._host.keeper.doubts != self._doubts:
