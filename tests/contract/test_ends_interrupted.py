@@ -10,28 +10,14 @@ import pytest
 
 from banger.contract import errors, privileged, resources
 from banger.owner import composition, config, routes
-from tests.contract import conftest
+from tests.contract import conftest, gates
 from tests.fakes import world as worlds
 
 STOPPED = resources.VmState.STOPPED
 DURING = [privileged.KillVmm, privileged.DeleteGuestRules, privileged.TearDown]
 
 
-class Gate:
-    """Holds the first request of a kind until it is opened."""
-
-    def __init__(self, world: worlds.World, kind: type[privileged.Request[Any]]) -> None:
-        self._kind = kind
-        self.reached, self.go = asyncio.Event(), asyncio.Event()
-        world.before = self._before
-
-    async def _before(self, request: privileged.Request[Any]) -> None:
-        if isinstance(request, self._kind):
-            self.reached.set()
-            await self.go.wait()
-
-
-async def cut_short(services: routes.Services, gate: Gate, operation: resources.Operation) -> None:
+async def cut_short(services: routes.Services, gate: gates.Gate, operation: resources.Operation) -> None:
     """Cancelled while root works; root goes on."""
     await gate.reached.wait()
     services.operations.request_cancel(operation.id)
@@ -57,7 +43,7 @@ async def test_a_vm_that_was_ended_has_stopped(
     """It would be said to have ended by itself, as its row went on saying that it runs."""
     created = (await daemon.create()).vm
     assert created is not None
-    gate = Gate(daemon.world, during)
+    gate = gates.Gate(daemon.world, during)
     await cut_short(daemon.services, gate, await getattr(daemon.services.vms, how)("web"))
     vm = await settled(daemon.services)
     assert (vm.state, vm.last_error) == (STOPPED, None)
@@ -74,7 +60,7 @@ async def test_a_daemon_that_is_stopped_meanwhile_leaves_a_true_row(
     compose = composition.compose
     async with compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         await conftest.Daemon(services, paths, world).create()
-        gate = Gate(world, during)
+        gate = gates.Gate(world, during)
         await getattr(services.vms, how)("web")
         await gate.reached.wait()
         asyncio.get_running_loop().call_later(0.01, gate.go.set)
@@ -93,7 +79,7 @@ async def test_one_that_is_stopped_with_its_host_starts_with_it_all_the_same(
     async with compose(settings, network, paths, world, "0" * 64, host_boot_id="1") as services:
         await conftest.Daemon(services, paths, world).create()
         await services.alterations.set("web", resources.SetVm(autostart=True))
-        gate = Gate(world, privileged.TearDown)
+        gate = gates.Gate(world, privileged.TearDown)
         await services.vms.stop_with_host("web")
         await gate.reached.wait()
         asyncio.get_running_loop().call_later(0.01, gate.go.set)

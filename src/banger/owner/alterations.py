@@ -43,10 +43,11 @@ class Alterations:
         """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
         vm = self._rows.find(ref)
         create.require_opened(body.allow or (), self._host.names_closed)
+        self._require_idle(vm)
         runs = vm.state is resources.VmState.RUNNING
-        if runs and body.needs_no_stop and not self._lifecycle.holder(vm.id):
+        if runs and body.needs_no_stop:
             return await self._set_at_once(vm.id, body)
-        if runs or self._lifecycle.holder(vm.id):
+        if runs:
             raise errors.ConflictError(
                 f"{vm.name} cannot be changed while it runs",
                 hint=f"stop it first: `banger vm stop {vm.name}`",
@@ -81,8 +82,7 @@ class Alterations:
     async def extend(self, ref: str, body: resources.ExtendVm) -> resources.Vm:
         """Raises ConflictError while it is being stopped or changed."""
         found = self._rows.find_running(ref)
-        if self._lifecycle.holder(found.id):
-            raise errors.ConflictError(f"{found.name} is being stopped or changed now")
+        self._require_idle(found)
         async with self._lifecycle.hold(found.id, ""):
             vm = lifetime.extended(self._rows.find_running(found.id), body.by_s)
             self._rows.save(vm)
@@ -96,8 +96,7 @@ class Alterations:
         """
         gone = set(ports.parse_all(body.unpublish))
         found = self._rows.find(ref)
-        if self._lifecycle.holder(found.id):
-            raise errors.ConflictError(f"{found.name} is being changed", hint="wait until that has ended")
+        self._require_idle(found)
         async with self._lifecycle.hold(found.id, ""):
             vm = self._rows.get(found.id)
             kept = [each for each in ports.parse_all(vm.publish) if each not in gone]
@@ -117,6 +116,15 @@ class Alterations:
                     self._rows.save(msgspec.structs.replace(latest, publish=vm.publish))
                     raise
             return self._view(self._rows.get(vm.id))
+
+    def _require_idle(self, vm: record.VmRecord) -> None:
+        """Raises ConflictError while an operation holds it, whatever its row says meanwhile."""
+        if operation := self._lifecycle.holder(vm.id):
+            raise errors.ConflictError(
+                f"operation {operation} is at work on {vm.name} now",
+                hint="wait until it has ended",
+                operation=operation,
+            )
 
 
 def _require_unpublished(vm: str, kept: Iterable[ports.Publish], fresh: Iterable[ports.Publish]) -> None:

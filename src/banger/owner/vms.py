@@ -298,11 +298,9 @@ class VmService:
         return self._lifecycle.holder(vm_id)
 
     def is_up(self, vm: record.VmRecord) -> bool:
-        """It runs, or is being started."""
-        holder = self._lifecycle.holder(vm.id)
-        return vm.state is resources.VmState.RUNNING or (
-            bool(holder) and self._operations.get(str(holder)).kind in _STARTING
-        )
+        """It runs, or is being started, or waits for that."""
+        wanting = map(self._operations.get, self._lifecycle.wanting(vm.id))
+        return vm.state is _RUNNING or any(each.kind in _STARTING for each in wanting)
 
     async def take_down(self, vm_id: names.VmId) -> None:
         """Nothing of a VM that does not run stays but its disks and logs: no port and no name either."""
