@@ -165,13 +165,18 @@ def to_body(error: BaseException, *, op_id: str = "", step: str = "") -> ErrorBo
         known = OperationFailedError(f"unexpected error: {text}", hint=hint)
     return ErrorBody(
         code=known.code,
-        message=known.message,
-        hint=known.hint,
+        message=sayable(known.message),
+        hint=sayable(known.hint),
         op_id=op_id,
         step=step,
-        fields=known.fields,
-        also=tuple(getattr(error, "__notes__", ())),
+        fields={name: sayable(value) for name, value in known.fields.items()},
+        also=tuple(map(sayable, getattr(error, "__notes__", ()))),
     )
+
+
+def sayable(text: str) -> str:
+    """Text for any wire: the name of a file may be no UTF-8, and none would take it as it is."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_body(body: ErrorBody) -> BangerError:

@@ -7,6 +7,8 @@ import enum
 
 import msgspec
 
+from banger.contract import errors
+
 
 class Kind(enum.StrEnum):
     """What a thing is. The words are those that people read."""
@@ -75,3 +77,12 @@ class Inventory(msgspec.Struct, frozen=True):
     @property
     def leftovers(self) -> tuple[Thing, ...]:
         return tuple(thing for thing in self.things if not thing.owner and not thing.foreign)
+
+    def sayable(self) -> Inventory:
+        """For a wire; what is done by a name needs it as it is."""
+        return Inventory(
+            tuple(
+                msgspec.structs.replace(each, name=errors.sayable(each.name), why=errors.sayable(each.why))
+                for each in self.things
+            )
+        )

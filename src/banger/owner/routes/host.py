@@ -14,7 +14,7 @@ from banger.owner import routes
 @litestar.get("/v1/inventory")
 async def get_inventory(services: routes.Injected) -> inventory.Inventory:
     """Everything of banger's on this host with its owner, looked for now; leftovers first."""
-    return await services.inventory.take()
+    return (await services.inventory.take()).sayable()
 
 
 @litestar.post("/v1/inventory/collect", status_code=202)
