@@ -11,10 +11,16 @@ from tests.fakes import world as worlds
 
 
 class Gate:
-    """Holds the first request of a kind until it is opened."""
+    """Holds requests of a kind until it is opened; then they fail, if they are to."""
 
-    def __init__(self, world: worlds.World, kind: type[privileged.Request[Any]]) -> None:
+    def __init__(
+        self,
+        world: worlds.World,
+        kind: type[privileged.Request[Any]],
+        failure: Exception | None = None,
+    ) -> None:
         self._kind = kind
+        self._failure = failure
         self.reached, self.go = asyncio.Event(), asyncio.Event()
         world.before = self._before
 
@@ -22,3 +28,5 @@ class Gate:
         if isinstance(request, self._kind):
             self.reached.set()
             await self.go.wait()
+            if self._failure is not None:
+                raise self._failure

@@ -12,7 +12,7 @@ import pytest
 
 from banger.contract import errors, names, privileged, resources
 from banger.owner import composition, config, routes
-from tests.contract import conftest
+from tests.contract import conftest, gates
 from tests.fakes import world as worlds
 
 CREATED, ERROR, STOPPED = resources.VmState.CREATED, resources.VmState.ERROR, resources.VmState.STOPPED
@@ -154,3 +154,26 @@ async def test_a_delete_that_fails_keeps_the_row_by_which_it_is_done_again(
     assert daemon.world.leftovers() == {}
     assert await daemon.services.vms.list() == []
     assert not any((daemon.paths.state / "vms").glob("*"))
+
+
+async def test_one_whose_deletion_fails_while_its_rest_is_taken_away_goes_too(
+    daemon: conftest.Daemon,
+) -> None:
+    """The command that it was made for has ended: nobody else would delete it before the next daemon."""
+    vms = daemon.services.vms
+    created = (await daemon.create()).vm
+    assert created is not None
+    vm_id = names.VmId(created.id)
+    gate = gates.Gate(daemon.world, privileged.PurgeLogs, errors.UnavailableError("the helper restarts"))
+    vms._store.set_throw_away(vm_id, throw_away=True)
+    deleting = await vms.delete("web")
+    await gate.reached.wait()
+    vms.leftovers.add(vm_id)
+    async with asyncio.timeout(5):
+        while len(vms._lifecycle._entries[vm_id].wanted) < 2:  # noqa: ASYNC110 - it tells nobody that it waits
+            await asyncio.sleep(0.01)
+    gate.go.set()
+    assert (await daemon.done(deleting)).status is resources.OperationStatus.FAILED
+    daemon.world.before = worlds._nothing
+    await nothing_is_left(daemon.services)
+    assert await vms.list() == []

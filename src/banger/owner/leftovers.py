@@ -48,12 +48,14 @@ class Leftovers:
             while True:
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+                whole = vm_id in self._whole
                 try:
-                    await self._take_away(vm_id, whole=vm_id in self._whole)
+                    await self._take_away(vm_id, whole=whole)
                 except Exception as error:
                     fields = {"vm": vm_id, "error": str(error), "again_s": delay_s}
                     _log.warning("could not take away what is left; trying again", extra=fields)
-                else:
+                    continue
+                if whole or vm_id not in self._whole:  # else it was to go wholly only since
                     _log.info("took away what was left", extra={"vm": vm_id})
                     return
         finally:
