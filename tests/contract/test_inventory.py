@@ -218,6 +218,23 @@ async def test_one_that_cannot_be_taken_away_keeps_no_other_and_is_said(daemon: 
     assert set(daemon.world.leftovers()) == {"eeeeeeeeeeee"}
 
 
+async def test_what_its_user_deletes_meanwhile_is_no_failure(daemon: conftest.Daemon) -> None:
+    await daemon.create("web", start=False)
+    vm = await daemon.services.vms.get("web")
+    first = "000000000000"
+    for vm_id in (first, vm.id):
+        daemon.world.vms[vm_id] = worlds.VmState(tap=True)
+
+    async def deleted(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.PurgeLogs) and request.vm_id == first:
+            await daemon.done(await daemon.services.vms.delete("web"))
+
+    daemon.world.before = deleted
+    ended = await collect(daemon)
+    assert ended.error is None
+    assert daemon.world.leftovers() == {}
+
+
 async def test_a_dead_vm_that_cannot_be_taken_down_is_watched_on(daemon: conftest.Daemon) -> None:
     await daemon.create()
     vm = await daemon.services.vms.get("web")

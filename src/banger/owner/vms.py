@@ -305,7 +305,9 @@ class VmService:
     async def take_down(self, vm_id: names.VmId) -> None:
         """Nothing of a VM that does not run stays but its disks and logs: no port and no name either."""
         async with self._lifecycle.hold(vm_id, ""):
-            vm = self._store.get(vm_id)
+            vm = next((each for each in self._store.list() if each.id == vm_id), None)
+            if vm is None:
+                return  # deleted while we waited, with all that it had
             if vm.state is not resources.VmState.RUNNING:
                 await stop.take_down(self._host, vm, self._features)
             elif not await self._has_vmm(vm_id):
