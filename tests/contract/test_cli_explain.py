@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from banger.contract import errors, guest, privileged, resources
 from tests.contract import api_served, cli_process, conftest
+from tests.fakes import daemon as fakes
 
 
 @pytest.fixture
@@ -113,6 +115,60 @@ async def test_prune_deletes_what_does_not_run_and_asks_first(served: api_served
     assert (nothing.text, nothing.err) == ("", "banger: nothing to prune\n")
     assert (await banger(served, "vm", "prune", "--force")).text == "old-one\nold-two\n"
     assert [vm.name for vm in await served.get("/v1/vms", list[resources.Vm])] == ["web"]
+
+
+@pytest.mark.parametrize("verb", ["start", "restart"])
+async def test_prune_leaves_what_is_being_started(served: api_served.Served, verb: str) -> None:
+    """Whose disks may hold a year of work, and who does not run for these seconds."""
+    reached, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.CreateTap):
+            reached.set()
+            await release.wait()
+
+    await served.daemon.create(start=False)
+    served.daemon.world.before = hold
+    starting = await served.begin("POST", f"/v1/vms/web/{verb}")
+    await reached.wait()
+    assert (await banger(served, "vm", "prune", "--dry-run")).text == ""
+    pruned = await banger(served, "vm", "prune", "--force")
+    assert (pruned.text, pruned.err) == ("", "banger: nothing to prune\n")
+    release.set()
+    ended = (await served.watch(starting.id))[-1].result
+    assert ended is not None
+    assert ended.error is None
+    assert [vm.name for vm in await served.get("/v1/vms", list[resources.Vm])] == ["web"]
+
+
+async def test_prune_leaves_what_was_started_while_it_asked(served: api_served.Served) -> None:
+    await served.daemon.create("idle", start=False)
+    await served.daemon.create("web", start=False)
+
+    def asked() -> cli_process.Terminal:
+        terminal = stack.enter_context(cli_process.Cli(served.path).on_terminal("vm", "prune"))
+        terminal.read_until(b"Delete them?")
+        return terminal
+
+    def agree(terminal: cli_process.Terminal) -> int:
+        terminal.type(b"y\n")
+        terminal.read_until(b"web runs, or is being started")
+        return terminal.wait()
+
+    with contextlib.ExitStack() as stack:
+        terminal = await asyncio.to_thread(asked)
+        await served.done("POST", "/v1/vms/web/start")
+        assert await asyncio.to_thread(agree, terminal) == 1
+    (left,) = await served.get("/v1/vms", list[resources.Vm])
+    assert (left.name, left.state) == ("web", resources.VmState.RUNNING)
+
+
+def test_prune_leaves_what_will_be_started_with_its_host(
+    cli: cli_process.Cli, fake: fakes.FakeDaemon
+) -> None:
+    fake.add_vm("again", "stopped", autostart=True, stopped_with_host=True)
+    fake.add_vm("once", "stopped", stopped_with_host=True)
+    assert cli.run("vm", "prune", "--dry-run").text == "once\n"
 
 
 async def test_prune_takes_no_for_an_answer(served: api_served.Served) -> None:

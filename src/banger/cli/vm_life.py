@@ -350,7 +350,9 @@ def extend(settings: command.Settings, names: tuple[str, ...], by_s: float | Non
     many.finish(settings, results)
 
 
-def each(settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool) -> None:
+def each(
+    settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool, **how: str
+) -> None:
     """Does it to every name, whatever becomes of the others; reports each."""
     api = settings.client()
     wanted = list(dict.fromkeys(names))
@@ -360,7 +362,7 @@ def each(settings: command.Settings, names: Sequence[str], verb: str, *, cancell
     def submit() -> list[resources.Operation]:
         for name in wanted:
             try:
-                submitted[name] = submit_action(api, name, verb)
+                submitted[name] = submit_action(api, name, verb, **how)
             except errors.UnavailableError:
                 raise
             except errors.BangerError as error:
@@ -375,11 +377,11 @@ def each(settings: command.Settings, names: Sequence[str], verb: str, *, cancell
     many.finish(settings, [_result(settings, name, failed.get(name) or ended[name]) for name in wanted])
 
 
-def submit_action(api: client.Client, name: str, verb: str) -> resources.Operation:
+def submit_action(api: client.Client, name: str, verb: str, **how: str) -> resources.Operation:
     path = f"/v1/vms/{client.segment(name)}"
     if verb != "delete":
         return api.post(f"{path}/{verb}")
-    operation = api.delete(path)
+    operation = api.delete(client.query(path, **how))
     if operation is None:
         raise errors.ProtocolError("bangerd did not say how the deletion goes")
     return operation

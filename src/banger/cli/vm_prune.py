@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Collection
+from typing import Final
 
 import click
 
-from banger.cli import command, output, params, render, vm_life
+from banger.cli import client, command, output, params, render, vm_life
 from banger.contract import errors, resources, sizes
+
+_STARTS: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
 
 
 @command.make(
@@ -34,8 +38,10 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
 
     What is on their work disks is lost.
     """
-    found = settings.client().get("/v1/vms", list[resources.Vm])
-    names = [vm.name for vm in found if _is_idle(vm, older_than)]
+    api = settings.client()
+    starting = _being_started(api)  # first: what ends being started meanwhile is seen to run
+    found = api.get("/v1/vms", list[resources.Vm])
+    names = [vm.name for vm in found if _is_idle(vm, older_than) and vm.name not in starting]
     if dry_run or not names:
         if settings.json:
             output.json(names)
@@ -46,12 +52,18 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
         return
     if not force:
         _ask(names)
-    vm_life.each(settings, names, "delete", cancellable=False)
+    vm_life.each(settings, names, "delete", cancellable=False, unless_up="true")
+
+
+def _being_started(api: client.Client) -> Collection[str]:
+    running = resources.OperationStatus.RUNNING
+    all_ = api.get("/v1/operations", list[resources.Operation])
+    return {each.target for each in all_ if each.kind in _STARTS and each.status is running}
 
 
 def _is_idle(vm: resources.Vm, older_than_s: float | None) -> bool:
-    if vm.has_vmm:
-        return False
+    if vm.has_vmm or (vm.autostart and vm.stopped_with_host):
+        return False  # the latter is about to be started
     since = vm.started_at or vm.created_at
     age_s = (datetime.datetime.now(datetime.UTC) - since).total_seconds()
     return older_than_s is None or age_s >= older_than_s

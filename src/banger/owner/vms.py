@@ -257,13 +257,20 @@ class VmService:
 
         return self._lifecycle_operation("vm.restart", ref, work)
 
-    async def delete(self, ref: str) -> resources.Operation:
+    async def delete(self, ref: str, *, unless_up: bool = False) -> resources.Operation:
+        """With `unless_up` raises ConflictError for one that runs or is being started."""
+        if unless_up and self.is_up(self._store.find(ref)):
+            raise _is_up(ref)
+
         async def work(progress: operations.Progress, vm: record.VmRecord) -> None:
+            if unless_up and vm.state is resources.VmState.RUNNING:  # it was started as we waited
+                raise _is_up(vm.name)
             progress.stage(resources.Stage.DELETE, f"deleting {vm.name}")
             self._notices.tell(vm.id, f"{vm.name} is being deleted")
             await self._delete(vm)
 
-        return self._lifecycle_operation("vm.delete", ref, work, cancels=_STARTING | {"vm.stop", "vm.kill"})
+        cancels = frozenset() if unless_up else _STARTING | {"vm.stop", "vm.kill"}
+        return self._lifecycle_operation("vm.delete", ref, work, cancels=cancels)
 
     async def stop_when_due(self, vm: record.VmRecord, why: str, is_due: lifetimes.IsDue) -> None:
         """Time has stopped it, unless somebody came in between."""
@@ -487,3 +494,7 @@ class VmService:
         ended = ending.ended(latest, self._host.layout.logs / vm.id, self._host.boot_id)
         self._store.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
+
+
+def _is_up(name: str) -> errors.ConflictError:
+    return errors.ConflictError(f"{name} runs, or is being started", hint=f"see `banger vm show {name}`")

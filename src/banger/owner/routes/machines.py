@@ -48,9 +48,11 @@ async def set_vm(
 
 
 @litestar.delete("/v1/vms/{ref:str}", status_code=202)
-async def delete_vm(ref: params.FromPath[str], services: routes.Injected) -> resources.Operation:
-    """Deletes a VM with its disks; stops it first."""
-    return await services.vms.delete(ref)
+async def delete_vm(
+    ref: params.FromPath[str], services: routes.Injected, unless_up: params.FromQuery[bool] = False
+) -> resources.Operation:
+    """Deletes a VM with its disks; stops it first; with `unless_up` one that runs is refused."""
+    return await services.vms.delete(ref, unless_up=unless_up)
 
 
 @litestar.post("/v1/vms/{ref:str}/{verb:str}", status_code=202)
