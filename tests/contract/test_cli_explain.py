@@ -163,6 +163,26 @@ async def test_prune_leaves_what_was_started_while_it_asked(served: api_served.S
     assert (left.name, left.state) == ("web", resources.VmState.RUNNING)
 
 
+async def test_prune_leaves_another_one_of_the_same_name(served: api_served.Served) -> None:
+    await served.daemon.create(start=False)
+
+    def asked() -> cli_process.Terminal:
+        terminal = stack.enter_context(cli_process.Cli(served.path).on_terminal("vm", "prune"))
+        terminal.read_until(b"Delete them?")
+        return terminal
+
+    def agree(terminal: cli_process.Terminal) -> int:
+        terminal.type(b"y\n")
+        return terminal.wait()
+
+    with contextlib.ExitStack() as stack:
+        terminal = await asyncio.to_thread(asked)
+        await served.done("DELETE", "/v1/vms/web")
+        await served.daemon.create(start=False)
+        assert await asyncio.to_thread(agree, terminal) == 1
+    assert [vm.name for vm in await served.get("/v1/vms", list[resources.Vm])] == ["web"]
+
+
 def test_prune_leaves_what_will_be_started_with_its_host(
     cli: cli_process.Cli, fake: fakes.FakeDaemon
 ) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import click
@@ -351,9 +351,19 @@ def extend(settings: command.Settings, names: tuple[str, ...], by_s: float | Non
 
 
 def each(
-    settings: command.Settings, names: Sequence[str], verb: str, *, cancellable: bool, **how: str
+    settings: command.Settings,
+    names: Sequence[str],
+    verb: str,
+    *,
+    cancellable: bool,
+    ids: Mapping[str, str] | None = None,
+    **how: str,
 ) -> None:
-    """Does it to every name, whatever becomes of the others; reports each."""
+    """Does it to every name, whatever becomes of the others; reports each.
+
+    `ids` says whose the names were: what has such a name by now may be another.
+    """
+    refs = ids or {}
     api = settings.client()
     wanted = list(dict.fromkeys(names))
     submitted: dict[str, resources.Operation] = {}
@@ -362,7 +372,7 @@ def each(
     def submit() -> list[resources.Operation]:
         for name in wanted:
             try:
-                submitted[name] = submit_action(api, name, verb, **how)
+                submitted[name] = submit_action(api, refs.get(name, name), verb, **how)
             except errors.UnavailableError:
                 raise
             except errors.BangerError as error:

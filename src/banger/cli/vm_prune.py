@@ -41,7 +41,8 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
     api = settings.client()
     starting = _being_started(api)  # first: what ends being started meanwhile is seen to run
     found = api.get("/v1/vms", list[resources.Vm])
-    names = [vm.name for vm in found if _is_idle(vm, older_than) and vm.name not in starting]
+    ids = {vm.name: vm.id for vm in found if _is_idle(vm, older_than) and vm.name not in starting}
+    names = list(ids)
     if dry_run or not names:
         if settings.json:
             output.json(names)
@@ -52,7 +53,7 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
         return
     if not force:
         _ask(names)
-    vm_life.each(settings, names, "delete", cancellable=False, unless_up="true")
+    vm_life.each(settings, names, "delete", cancellable=False, ids=ids, unless_up="true")
 
 
 def _being_started(api: client.Client) -> Collection[str]:

@@ -216,6 +216,8 @@ class VmService:
 
     async def stop_with_host(self, ref: str) -> resources.Operation:
         """In order, also one that is only being started, or still to be; what does not run is fine."""
+        boot_id = self._host.boot_id
+        with_host = functools.partial(msgspec.structs.replace, stopped_with_host=True, host_boot_id=boot_id)
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is resources.VmState.RUNNING:
@@ -227,9 +229,6 @@ class VmService:
             vm = with_host(vm)
             self._store.save(vm)
             return self._view(vm)
-
-        def with_host(vm: record.VmRecord) -> record.VmRecord:
-            return msgspec.structs.replace(vm, stopped_with_host=True, host_boot_id=self._host.boot_id)
 
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
 
@@ -259,8 +258,8 @@ class VmService:
 
     async def delete(self, ref: str, *, unless_up: bool = False) -> resources.Operation:
         """With `unless_up` raises ConflictError for one that runs or is being started."""
-        if unless_up and self.is_up(self._store.find(ref)):
-            raise _is_up(ref)
+        if unless_up and self.is_up(found := self._store.find(ref)):
+            raise _is_up(found.name)
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> None:
             if unless_up and vm.state is resources.VmState.RUNNING:  # it was started as we waited
@@ -278,12 +277,10 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is resources.VmState.RUNNING and is_due(vm):
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, which {why}")
+                by_time = functools.partial(msgspec.structs.replace, stopped_because=why)
                 vm = await self._stop(vm, functools.partial(_ORDERLY, mark=by_time))
                 _log.info("vm stopped by time", extra={"vm": vm.id, "why": why})
             return self._view(vm)
-
-        def by_time(vm: record.VmRecord) -> record.VmRecord:
-            return msgspec.structs.replace(vm, stopped_because=why)
 
         operation = self._lifecycle_operation("vm.stop", vm.id, work)
         await self._operations.wait(operation.id)
