@@ -75,6 +75,24 @@ async def test_a_panic_is_quoted_from_the_console(served: api_served.Served) -> 
     assert "Kernel panic - not syncing: out of luck" in shown.partition("the last it printed:")[2]
 
 
+async def test_what_was_logged_by_the_start_before_is_shown(served: api_served.Served) -> None:
+    """Who starts a VM again that failed would otherwise take away why."""
+    created = (await served.daemon.create()).vm
+    assert created is not None
+    logs = served.daemon.paths.layout.logs / created.id
+    (logs / "console.log").write_bytes(b"fine\n")
+    (logs / "console.log.1").write_bytes(b"Kernel panic\n")
+    (logs / "vmm.log.1").write_bytes(b"exit_code=1\n")
+    assert (await banger(served, "vm", "logs", "web")).text == "fine\n"
+    before = await banger(served, "vm", "logs", "--previous", "web")
+    assert (before.text, before.err) == ("Kernel panic\n", "")
+    assert (
+        await banger(served, "vm", "logs", "--previous", "--source", "vmm", "web")
+    ).text == "exit_code=1\n"
+    refused = await banger(served, "vm", "logs", "--previous", "-f", "web", status=2)
+    assert "nothing is added" in refused.err
+
+
 async def test_the_signal_that_ended_a_vmm_is_named(served: api_served.Served) -> None:
     created = (await served.daemon.create()).vm
     assert created is not None

@@ -220,11 +220,13 @@ def _error_facts(error: errors.ErrorBody) -> Iterator[tuple[str, str]]:
     examples=[
         ("banger vm logs web", "what the guest printed on its console"),
         ("banger vm logs -f web", "and what it prints from now on"),
+        ("banger vm logs --previous web", "what it printed before it was started again"),
         ("banger vm logs --source vmm web", "what Firecracker says"),
     ],
 )
 @click.argument("name", type=params.VM)
 @click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
+@click.option("--previous", is_flag=True, help="What came before: by the start before, or long ago.")
 @click.option(
     "--source",
     type=click.Choice(["console", "vmm"]),
@@ -233,16 +235,19 @@ def _error_facts(error: errors.ErrorBody) -> Iterator[tuple[str, str]]:
     help="The guest's console, or the VMM's own log.",
 )
 @click.pass_obj
-def logs(settings: command.Settings, name: str, follow: bool, source: str) -> None:
+def logs(settings: command.Settings, name: str, follow: bool, previous: bool, source: str) -> None:
     """Show a VM's console, or what its VMM says.
 
     In a pipe it is written as it is; on a terminal control characters are shown, not obeyed. The default
     kernel, generic-6.12, has no serial console, so the log of its VMs only tells that they go down: see
     `banger vm logs --source vmm NAME`, or boot `--kernel debian-6.12`.
     """
-    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source=source, follow=str(follow).lower())
+    if follow and previous:
+        raise errors.BadRequestError("--previous and -f exclude each other: nothing is added to the past")
+    chosen = {"source": source, "follow": str(follow).lower(), "previous": str(previous).lower()}
+    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", **chosen)
     with _goes_on(follow), settings.client().stream(asked) as answer:
-        _show(answer, console_of=name if source == "console" else "")
+        _show(answer, console_of=name if source == "console" and not previous else "")
 
 
 @command.make("console", examples=[("banger vm console web", "what the guest prints, until Ctrl-C")])

@@ -140,9 +140,9 @@ class VmService:
         health = await self._connect(vm.id).health()
         return self._views.stats(vm, self.live.pid(vm.id), usage.of(vm.id), health)
 
-    async def log_file(self, ref: str, source: str) -> Path:
+    async def log_file(self, ref: str, source: str, *, previous: bool = False) -> Path:
         vm = self._store.find(ref)
-        return self._host.layout.logs / vm.id / f"{source}.log"
+        return self._host.layout.logs / vm.id / f"{source}.log{'.1' if previous else ''}"
 
     # --- life cycle ---
 

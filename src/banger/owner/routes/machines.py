@@ -105,9 +105,13 @@ async def get_logs(
     services: routes.Injected,
     source: params.FromQuery[Literal["console", "vmm"]] = "console",
     follow: params.FromQuery[bool] = False,
+    previous: params.FromQuery[bool] = False,
 ) -> response.Stream:
-    """The VM's serial console, or what its VMM said; with `follow`, also what is added from now on."""
-    path = await services.vms.log_file(ref, source)
+    """The VM's serial console, or what its VMM said; with `follow`, also what is added from now on.
+
+    With `previous` what came before that: of the start before, or of this one when it said very much.
+    """
+    path = await services.vms.log_file(ref, source, previous=previous)
     return response.Stream(_tail(path, follow=follow), media_type="text/plain; charset=utf-8")
 
 
