@@ -57,6 +57,33 @@ def test_one_who_comes_as_it_ends_is_hung_up_on(turns: int) -> None:
         assert _ended(client)
 
 
+def test_a_peer_that_vanished_keeps_no_place_for_ever() -> None:
+    """A laptop that fell asleep says no goodbye, and would be one of the few that are served."""
+    found: list[int] = []
+
+    async def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        found.append(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        found.extend(connection.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+
+    async def go() -> None:
+        listening = _listening()
+        address = listening.getsockname()
+        server = tcp_server.TcpServer(look, most=10)
+        server.start(listening)
+        reader, writer = await asyncio.open_connection(*address)
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+        await server.close()
+
+    asyncio.run(go())
+    is_asked, idle_s, between_s, times = found
+    assert is_asked
+    assert idle_s + between_s * times <= 300
+
+
 def test_more_than_it_takes_are_hung_up_on_and_others_served() -> None:
     async def go() -> None:
         listening = _listening()

@@ -19,6 +19,8 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, N
 
 _PAUSE_S: Final = 1.0
 """Before the next try, when this process has no descriptor left for one more."""
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+"""A peer that vanished without a word is missed after two minutes; else each would keep a place for ever."""
 
 
 class TcpServer:
@@ -67,6 +69,9 @@ class TcpServer:
             connection.close()
             return
         connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._fresh.add(connection)
         task = asyncio.create_task(self._run(connection))
         self._tasks.add(task)
