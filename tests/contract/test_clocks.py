@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from banger.contract import errors, names, privileged, resources
@@ -147,6 +148,50 @@ async def test_who_does_not_answer_is_asked_by_the_next_look_and_who_refuses_muc
     ours = [each for each in caplog.records if each.name == clocks.__name__]
     warned = [each for each in ours if each.levelno >= logging.WARNING]
     assert [getattr(each, "error", "") for each in warned] == ["not mine"]
+
+
+async def test_who_does_not_answer_holds_up_nobody_else(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A paused VMM, say: it is waited for for seconds."""
+    monkeypatch.setattr(clocks, "_LOOK_S", 0.01)
+    machine, host = await _vm(daemon), Host()
+    await _paused(daemon, 1)
+    watched = _watched(daemon, host)
+    watched.start()
+    try:
+        for set_by_ns in (HOUR, 2 * HOUR):
+            host.set_by_ns = set_by_ns
+            await _follows(machine, set_by_ns)
+    finally:
+        await watched.close()
+
+
+async def test_those_that_are_silent_hold_up_nobody_however_many_they_are(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clocks, "_LOOK_S", 0.01)
+    settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=0.2)
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        daemon = conftest.Daemon(services, paths, world)
+        await _paused(daemon, 2 * clocks._AT_ONCE)
+        machine = await _vm(daemon)
+    machine.clock_off_ns = -HOUR
+    async with composition.compose(settings, conftest.NETWORK, paths, world, "0" * 64):
+        await _follows(machine, 0)
+
+
+async def _paused(daemon: conftest.Daemon, count: int) -> None:
+    for number in range(count):
+        made = await daemon.create(f"paused-{number}")
+        assert made.vm is not None, made.error
+        _vmm(daemon, made.vm.id)._behaviour = vmm.Behaviour(hangs=True)
+
+
+async def _follows(machine: vmm.FakeVmm, off_ns: int) -> None:
+    async with asyncio.timeout(5):
+        while abs(machine.clock_off_ns - off_ns) >= NEAR:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
 
 
 async def test_a_vm_that_was_restarted_is_asked_anew(daemon: conftest.Daemon) -> None:

@@ -8,6 +8,7 @@ clock was set. What a guest's own clock loses or gains besides, nothing on the h
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,10 @@ Life = tuple[names.VmId, str]
 
 
 class Clocks:
-    """`look` is one look at all that run; `start` looks every few seconds. Most looks ask nobody."""
+    """`look` is one look at all that run; `start` looks every few seconds. Most looks ask nobody.
+
+    No look waits for another's guests: one that hangs takes seconds to be given up.
+    """
 
     def __init__(
         self,
@@ -47,45 +51,63 @@ class Clocks:
         self._between_ns = wall_ns() - steady_ns()
         self._next_ns: dict[Life, int] = {}
         """When each is asked again; one that is missing, now."""
+        self._asking: dict[Life, asyncio.Task[None]] = {}
+        self._turn = asyncio.Semaphore(_AT_ONCE)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._watch(), name="clocks")
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, *self._asking.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def look(self) -> None:
+        await asyncio.gather(*self._begin())
+
+    def _begin(self) -> list[asyncio.Task[None]]:
+        """Asks all whose time it is, and whom nobody waits for yet."""
         now_ns = self._steady_ns()
         between_ns = self._wall_ns() - now_ns
+        lives = {(vm.id, vm.boot_id) for vm in self._running()}
         if abs(between_ns - self._between_ns) > _JUMP_NS:
             self._between_ns = between_ns
             self._next_ns.clear()
-        lives = {(vm.id, vm.boot_id) for vm in self._running()}
+            outdated = set(self._asking)  # what they answer is of before
+        else:
+            outdated = self._asking.keys() - lives
+        for life in outdated:
+            self._asking[life].cancel()
         self._next_ns = {life: at for life, at in self._next_ns.items() if life in lives}
-        due = [life for life in lives if self._next_ns.get(life, now_ns) <= now_ns]
-        turn = asyncio.Semaphore(_AT_ONCE)
-        await asyncio.gather(*(self._hold(life, turn) for life in due))
+        due = [life for life in lives - self._asking.keys() if self._next_ns.get(life, now_ns) <= now_ns]
+        for life in due:
+            task = self._asking[life] = asyncio.create_task(self._hold(life), name=f"clock-{life[0]}")
+            # Not the task's own last word: one that is cancelled before it begins has none.
+            task.add_done_callback(functools.partial(self._asked, life))
+        return [self._asking[life] for life in due]
 
-    async def _hold(self, life: Life, turn: asyncio.Semaphore) -> None:
+    def _asked(self, life: Life, _: asyncio.Task[None]) -> None:
+        del self._asking[life]
+
+    async def _hold(self, life: Life) -> None:
         vm_id, _ = life
         try:
-            async with turn:
+            async with self._turn:
                 off_ns = await clock.hold(self._agent(vm_id), self._wall_ns)
             if off_ns:
                 _log.info("a guest's clock was set", extra={"vm": vm_id, "off_s": off_ns / _NS})
         except (errors.UnavailableError, errors.DeadlineError):
             return  # that it is silent is others' to say; the next look asks again
-        except errors.BangerError as error:
-            _log.warning("a guest's clock is not ours to set", extra={"vm": vm_id, "error": error.message})
+        except Exception as error:
+            _log.warning("a guest's clock is not ours to set", extra={"vm": vm_id, "error": str(error)})
         self._next_ns[life] = self._steady_ns() + _AGAIN_NS
 
     async def _watch(self) -> None:
         while True:
             try:
-                await self.look()
+                self._begin()
             except Exception as error:
                 # Whatever it was, such as a disk: this task ends with the daemon alone.
                 _log.warning("the guests' clocks could not be looked at", extra={"error": str(error)})

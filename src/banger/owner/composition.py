@@ -227,7 +227,8 @@ async def compose(
         lambda: image_service.records.names() | kernel_service.names(),
     )
     with_host = restarts.Restarts(vm_service, rows, running, host_boot_id)
-    times = clocks.Clocks(lambda: _running(rows), connect)
+    silent_since = vm_service.live.agents.silent_since
+    times = clocks.Clocks(lambda: [vm for vm in _running(rows) if not silent_since(vm.id)], connect)
     try:
         await asyncio.to_thread(holdings.sweep)
         await zone.start()
