@@ -184,6 +184,27 @@ async def test_a_copy_cancelled_in_the_middle(
     assert await served.get("/v1/images", list[resources.Image]) == before
 
 
+async def test_a_copy_whose_image_is_deleted_meanwhile_says_so(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It spoke of a path of ours that is not there, and of who looks for it."""
+    oci_make.layout(tmp_path / "small", "v1", [BASE], {})
+    made = await served.done("POST", "/v1/images/import", {"path": str(tmp_path / "small"), "name": "laid"})
+    assert made.image is not None, made.error
+    copy, images = publish.copy_sparse, served.daemon.services.images
+
+    def deleted_after_the_first(source: Path, target: Path) -> None:
+        copy(source, target)
+        images.delete("laid")
+
+    monkeypatch.setattr(publish, "copy_sparse", deleted_after_the_first)
+    ended = await served.done("POST", "/v1/images/laid/promote", {"name": "other"})
+    assert ended.error is not None
+    assert ended.error.message == "image laid was deleted while it was copied"
+    assert ended.error.hint == "`banger image list` shows what there is"
+    assert _left(served.daemon.paths) == []
+
+
 def _slow_down(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> asyncio.Event:
     """Work that goes on until it is cancelled, which no real disk can be told; set when it has begun."""
     begun, loop, really = asyncio.Event(), asyncio.get_running_loop(), getattr(module, name)

@@ -106,8 +106,16 @@ def promote(images: records.Images, image: records.Image, *, name: str) -> recor
     given_names.parse_artefact_name(name, "an image")
     image_id = names.new_id()
     with images.stage(image_id) as staged:
-        for part in (records.ROOTFS, records.WORK_SEED):
-            copy_sparse(images.path(image.id) / part, staged / part)
+        try:
+            for part in (records.ROOTFS, records.WORK_SEED):
+                copy_sparse(images.path(image.id) / part, staged / part)
+        except errors.NotFoundError:
+            if images.path(image.id).exists():
+                raise
+            raise errors.NotFoundError(
+                f"image {image.name} was deleted while it was copied",
+                hint="`banger image list` shows what there is",
+            ) from None
         return images.publish(
             staged,
             msgspec.structs.replace(
