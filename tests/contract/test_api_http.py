@@ -228,6 +228,22 @@ async def test_logs_are_shown_and_followed(served: Served) -> None:
         assert await anext(parts) == b"new"
 
 
+@pytest.mark.parametrize("has_run", [True, False])
+async def test_a_log_that_is_followed_ends_with_its_vm(served: Served, has_run: bool) -> None:
+    """Whoever waits for more of it would wait for ever."""
+    await served.daemon.create(start=has_run)
+    vm = await served.get("/v1/vms/web", resources.Vm)
+    log = served.daemon.paths.layout.logs / vm.id / "console.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"one\n")
+    async with served.http.stream("GET", "/v1/vms/web/logs?follow=true") as stream:
+        parts = stream.aiter_raw()
+        assert await anext(parts) == b"one\n"
+        await served.done("DELETE", "/v1/vms/web")
+        async with asyncio.timeout(5):
+            assert [part async for part in parts] == []
+
+
 async def test_stopping_ends_watchers_with_what_became_of_their_operation(daemon: conftest.Daemon) -> None:
     async with api_served.serving(daemon) as served:
         _, path = await _begun(served)

@@ -97,6 +97,12 @@ class Store:
             return row
         raise errors.NotFoundError(f"VM {vm_id} does not exist any more")
 
+    def has(self, vm_id: names.VmId) -> bool:
+        with self._lock, _explained():
+            return (
+                self._connection.execute("SELECT 1 FROM vms WHERE id = ?", (vm_id,)).fetchone() is not None
+            )
+
     def find(self, ref: str) -> record.VmRecord:
         """By name, id or unambiguous beginning of an id. Raises NotFoundError or BadRequestError."""
         for row in self._select("WHERE name = ?1 OR id = ?1 ORDER BY id != ?1", ref):

@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 _RUNNING: Final = resources.VmState.RUNNING
 _STARTING: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
 _ORDERLY: Final = functools.partial(stop.stop, tell=operations.note)
+LogFile = tuple[Path, Callable[[], bool]]
 Work = Callable[[operations.Progress, record.VmRecord], Awaitable[resources.Vm | None]]
 
 
@@ -140,17 +141,18 @@ class VmService:
         health = await self._connect(vm.id).health()
         return self._views.stats(vm, self.live.pid(vm.id), usage.of(vm.id), health)
 
-    async def log_file(self, ref: str, source: str, *, previous: bool = False) -> Path:
+    async def log_file(self, ref: str, source: str, *, previous: bool = False) -> LogFile:
+        """And whether its VM is still there, whenever that is asked."""
         vm = self._store.find(ref)
-        return self._host.layout.logs / vm.id / f"{source}.log{'.1' if previous else ''}"
+        path = self._host.layout.logs / vm.id / f"{source}.log{'.1' if previous else ''}"
+        return path, functools.partial(self._store.has, vm.id)
 
     # --- life cycle ---
 
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
-        name = (
-            given_names.parse_vm_name(body.name) if body.name else create.new_name(self._store.taken_names())
-        )
+        taken = self._store.taken_names
+        name = given_names.parse_vm_name(body.name) if body.name else create.new_name(taken())
         create.require_opened(body.allow, self._host.names_closed)
         missing = self._resolver.missing(body)
         if missing:
@@ -309,9 +311,9 @@ class VmService:
     async def take_down(self, vm_id: names.VmId) -> None:
         """Nothing of a VM that does not run stays but its disks and logs: no port and no name either."""
         async with self._lifecycle.hold(vm_id, ""):
-            vm = next((each for each in self._store.list() if each.id == vm_id), None)
-            if vm is None:
+            if not self._store.has(vm_id):
                 return  # deleted while we waited, with all that it had
+            vm = self._store.get(vm_id)
             if vm.state is not resources.VmState.RUNNING:
                 await stop.take_down(self._host, vm, self._features)
             elif not await self._has_vmm(vm_id):

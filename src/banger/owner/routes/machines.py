@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -107,22 +107,23 @@ async def get_logs(
     follow: params.FromQuery[bool] = False,
     previous: params.FromQuery[bool] = False,
 ) -> response.Stream:
-    """The VM's serial console, or what its VMM said; with `follow`, also what is added from now on.
+    """The VM's serial console, or what its VMM said; with `follow`, also what is added while there is a VM.
 
     With `previous` what came before that: of the start before, or of this one when it said very much.
     """
-    path = await services.vms.log_file(ref, source, previous=previous)
-    return response.Stream(_tail(path, follow=follow), media_type="text/plain; charset=utf-8")
+    path, is_there = await services.vms.log_file(ref, source, previous=previous)
+    tail = _tail(path, goes_on=is_there if follow else bool)
+    return response.Stream(tail, media_type="text/plain; charset=utf-8")
 
 
-async def _tail(path: Path, *, follow: bool) -> AsyncIterator[bytes]:
+async def _tail(path: Path, *, goes_on: Callable[[], bool]) -> AsyncIterator[bytes]:
     """What the log holds, and what is added while the client stays. A missing log is an empty one."""
     position = 0
     while True:
         position, data = await asyncio.to_thread(_read, path, position)
         if data:
             yield data
-        elif not follow:
+        elif not goes_on():
             return
         else:
             # inotify would need a watch for each reader; half a second is quick enough for eyes.
