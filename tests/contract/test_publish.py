@@ -302,3 +302,57 @@ async def test_ports_live_with_their_vm_and_outlive_the_daemon(
         assert not await refuses(two)
         await daemon.done(await services.vms.delete("web"))
         assert await refuses(two)
+
+
+@contextlib.asynccontextmanager
+async def port_taken_meanwhile(
+    paths: config.Paths, world: worlds.World, *published: str
+) -> AsyncIterator[tuple[conftest.Daemon, socket.socket]]:
+    """A daemon that starts over a running VM, of whose ports another program has the first."""
+    settings = (conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64)
+    async with composition.compose(*settings) as services:
+        body = resources.CreateVm(name="web", publish=published)
+        done = await conftest.Daemon(services, paths, world).done(await services.vms.create(body))
+        assert done.error is None
+    first = ports.parse(published[0])
+    with socket.create_server((first.address, first.host_port)) as other:
+        async with composition.compose(*settings) as services:
+            yield conftest.Daemon(services, paths, world), other
+
+
+def trying_again() -> asyncio.Task[None]:
+    (task,) = (each for each in asyncio.all_tasks() if each.get_name() == "ports")
+    return task
+
+
+async def test_a_port_that_is_in_use_as_the_daemon_starts_keeps_no_other_and_comes_back(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_AGAIN_S", 0.01)
+    used, free = publishing.free_port(), publishing.free_port()
+    async with port_taken_meanwhile(paths, world, f"{used}:80", f"{free}:81") as (daemon, other):
+        assert not await refuses(free)
+        other.close()
+        await asyncio.wait_for(trying_again(), 20)
+        assert not await refuses(used)
+        await daemon.done(await daemon.services.vms.stop("web"))
+        assert await refuses(used)
+        assert await refuses(free)
+
+
+@pytest.mark.parametrize("verb", ["stop", "delete", "unpublish"])
+async def test_a_port_that_nobody_wants_any_more_does_not_come_back(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr(publish, "_AGAIN_S", 0.01)
+    used = publishing.free_port()
+    async with port_taken_meanwhile(paths, world, f"{used}:80") as (daemon, other):
+        task = trying_again()
+        if verb == "unpublish":
+            gone = ports.ChangePorts(unpublish=(f"{used}:80",))
+            await daemon.services.alterations.change_ports("web", gone)
+        else:
+            await daemon.done(await getattr(daemon.services.vms, verb)("web"))
+        other.close()
+        await asyncio.wait_for(task, 20)
+        assert await refuses(used)

@@ -22,6 +22,7 @@ from banger.vm import record
 
 _log = logging.getLogger(__name__)
 
+_AGAIN_S: Final = 5.0
 _ANY: Final = "0.0.0.0"  # noqa: S104 - to know it by, not to bind it
 _CHUNK: Final = 256 * 1024
 _CONNECT_S: Final = 10.0
@@ -52,6 +53,14 @@ class _Target:
     client: guests.GuestClient
 
 
+@dataclass(slots=True)
+class _Missing:
+    """What a VM's row has published, and somebody else had when the daemon started."""
+
+    vm: record.VmRecord
+    ports: list[ports.Publish]
+
+
 class Publisher:
     """Meets the capability's Publisher."""
 
@@ -61,6 +70,8 @@ class Publisher:
         self._network = network
         self._connect = connect
         self._ports: dict[names.VmId, list[_Port]] = {}
+        self._missing: dict[names.VmId, _Missing] = {}
+        self._trying: asyncio.Task[None] | None = None
 
     def require_free(self, publish: ports.Publish) -> None:
         """Raises AlreadyExistsError, which says what VM has the port, or BadRequestError."""
@@ -98,23 +109,62 @@ class Publisher:
             await steps.finish(self._put_back(vm, fresh, in_the_way))
             raise
         await self._drop(vm.id, [each for each in unwanted if each not in in_the_way])
+        self._missing.pop(vm.id, None)  # all that is wanted is served
 
     async def serve_all(self, vms: Iterable[record.VmRecord]) -> None:
-        """After the daemon's start. A port that is in use now is logged."""
+        """After the daemon's start. A port that is in use is logged, and tried again while it is wanted."""
         for vm in vms:
-            if vm.publish:
-                try:
-                    await self.serve(vm)
-                except errors.BangerError as error:
-                    _log.error("a port is no longer published", extra={"vm": vm.id, "error": error.message})
+            missing = [each for each in ports.parse_all(vm.publish) if not await self._serve_one(vm, each)]
+            if missing:
+                self._missing[vm.id] = _Missing(vm, missing)
+        if self._missing:
+            self._trying = asyncio.create_task(self._try_again(), name="ports")
 
     async def release(self, vm_id: names.VmId) -> None:
+        self._missing.pop(vm_id, None)
         for port in self._ports.pop(vm_id, []):
             await _end(port)
 
     async def close(self) -> None:
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
         for vm_id in list(self._ports):
             await self.release(vm_id)
+
+    async def _try_again(self) -> None:
+        while self._missing:
+            await asyncio.sleep(_AGAIN_S)  # nobody tells that a port is free
+            for missing in list(self._missing.values()):
+                for each in list(missing.ports):
+                    await self._try_one(missing, each)
+
+    async def _try_one(self, missing: _Missing, publish: ports.Publish) -> None:
+        vm = missing.vm
+        if self._missing.get(vm.id) is not missing or not await self._serve_one(vm, publish, again=True):
+            return
+        if self._missing.get(vm.id) is not missing:  # as it was opened
+            await self._drop(vm.id, self._held(vm.id, publish))
+            return
+        _log.info("a port is published again", extra={"vm": vm.id, "port": publish.place})
+        missing.ports.remove(publish)
+        if not missing.ports:
+            del self._missing[vm.id]
+
+    async def _serve_one(self, vm: record.VmRecord, publish: ports.Publish, *, again: bool = False) -> bool:
+        """One that cannot be is logged, the first time."""
+        try:
+            self._ports.setdefault(vm.id, []).append(_Port(publish, self._bound(publish), vm.name))
+            await self._open_all(vm)
+        except (errors.BangerError, OSError) as error:
+            level = logging.DEBUG if again else logging.ERROR
+            _log.log(level, "a port is no longer published", extra={"vm": vm.id, "error": str(error)})
+            await self._drop(vm.id, [each for each in self._held(vm.id, publish) if each.close is None])
+            return False
+        return True
+
+    def _held(self, vm_id: names.VmId, publish: ports.Publish) -> list[_Port]:
+        return [each for each in self._ports.get(vm_id, ()) if each.publish == publish]
 
     def _bound(self, publish: ports.Publish) -> socket.socket:
         try:
@@ -138,11 +188,7 @@ class Publisher:
     async def _put_back(self, vm: record.VmRecord, fresh: Iterable[_Port], ended: Iterable[_Port]) -> None:
         await self._drop(vm.id, fresh)
         for each in ended:
-            try:
-                self._ports.setdefault(vm.id, []).append(_Port(each.publish, bound(each.publish), vm.name))
-                await self._open_all(vm)
-            except (errors.BangerError, OSError) as error:
-                _log.error("a port is no longer published", extra={"vm": vm.id, "error": str(error)})
+            await self._serve_one(vm, each.publish)
 
     async def _open_all(self, vm: record.VmRecord) -> None:
         for port in self._ports.get(vm.id, ()):
