@@ -108,6 +108,27 @@ def test_an_archive_of_old_with_linked_layers(tmp_path: Path, scratch: Path) -> 
     assert len({layer.path for layer in made.layers}) == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "layer", "layer_first"),
+    [
+        (f"sha256:{'ab' * 32}", f"{'cd' * 32}.tar.gz", False),
+        ("config.json", f"{'cd' * 32}.tar.gz", True),
+    ],
+    ids=["crane, ko and kaniko", "jib"],
+)
+def test_archives_as_builders_without_docker_write_them(
+    tmp_path: Path, scratch: Path, config: str, layer: str, layer_first: bool
+) -> None:
+    entry = {"Config": config, "RepoTags": ["app:v1"], "Layers": [layer]}
+    parts = [_file(config, _config(BASE)), _file(layer, gzip.compress(BASE))]
+    if layer_first:
+        parts.reverse()
+    path = _archive(tmp_path / "app.tar", [*parts, _file("manifest.json", json.dumps([entry]).encode())])
+    made, tars = _opened(path, scratch)
+    assert (made.reference, tars) == ("docker.io/library/app:v1", [BASE])
+    assert made.layers[0].diff_id == oci_make.digest(BASE)
+
+
 @pytest.mark.parametrize("suffix", ["", "gzip", "zstd"])
 def test_a_root_file_system(tmp_path: Path, scratch: Path, suffix: str) -> None:
     path = tmp_path / "root.tar"

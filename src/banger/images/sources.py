@@ -29,7 +29,8 @@ _DOCKER: Final = "manifest.json"
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _FULL_NAME: Final = "io.containerd.image.name"
 _OF_AN_IMAGE: Final = re.compile(
-    r"blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(\.json|\.tar|/.*)?"
+    r"blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories"
+    r"|(sha256:)?[0-9a-f]{64}(\.json|\.tar(\.gz)?|/.*)?"
 )
 
 
