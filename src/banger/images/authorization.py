@@ -22,7 +22,10 @@ from banger.images import connections, credentials, reference
 
 _CLIENT_ID: Final = "banger"
 _MAX_TOKEN_BYTES: Final = 1 << 20
-_SCHEME: Final = re.compile(r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)(?:\s+|$)")
+_SCHEME: Final = re.compile(
+    r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)(?=[\s,]|$)(?:\s+[A-Za-z0-9._~+/-]+=*\s*(?=,|$))?\s*"
+)
+"""With what some have instead of parameters, such as Negotiate."""
 _PARAMETER: Final = re.compile(
     r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)\s*=\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]*))\s*(?:,|$)"
 )
