@@ -16,7 +16,7 @@ import pytest
 from banger import run
 from banger.contract import errors
 from banger.images import blobs, reference
-from tests.contract.image_client import BASE, TOP, Client
+from tests.contract.image_client import BASE, LIMITS, TOP, Client
 from tests.fakes import registry as registries
 
 
@@ -111,6 +111,36 @@ async def test_a_body_that_is_always_short_ends_with_what_is_missing(client: Cli
     client.registry.ranges = False
     with pytest.raises(errors.UnavailableError, match="ended early"):
         await client.pull()
+
+
+def _stops_in_the_middle(handler: registries._Handler) -> None:
+    """Of a document, which is small, half comes."""
+    name = handler.path.rpartition("/")[2]
+    registry = handler.registry
+    data = registry.blobs.get(name) or registry.manifests[name][1]
+    handler.send_response(200)
+    handler.send_header("Content-Type", registries.MANIFEST)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data[: len(data) // 2])
+    handler.hang_up()
+
+
+async def test_documents_that_break_off_are_asked_for_again(client: Client) -> None:
+    config = next(name for name, data in client.registry.blobs.items() if b"diff_ids" in data)
+    client.registry.faults += [
+        registries.on("/manifests/sha256", times=2, then=_stops_in_the_middle),
+        registries.on(f"/blobs/{config}", times=2, then=_stops_in_the_middle),
+    ]
+    assert (await client.pull()).layers[0].path.read_bytes() == BASE
+
+
+@pytest.mark.parametrize("part", ["/manifests/sha256", "/blobs/"])
+async def test_documents_that_always_break_off_are_given_up(client: Client, part: str) -> None:
+    client.registry.faults += [registries.on(part, times=99, then=_stops_in_the_middle)]
+    with pytest.raises(errors.UnavailableError, match="cannot be reached"):
+        await client.pull()
+    assert client.registry.count("GET", part) == LIMITS.attempts
 
 
 async def test_a_manifest_that_is_not_what_was_asked_for_is_refused(client: Client) -> None:

@@ -249,6 +249,35 @@ async def test_anonymous_tokens_are_asked_for_once(client: Client) -> None:
     )
 
 
+async def test_where_no_login_can_be_found_everybody_s_images_are_pulled(client: Client) -> None:
+    registry = client.registry
+    registry.bearer = True
+    client.log_in(json.dumps({"credsStore": "nowhere"}))
+    await client.pull()
+    assert any(
+        "docker-credential-nowhere" in note and "without a login" in note for note in client.watch.notes
+    )
+    assert all("authorization" not in each.headers for each in registry.asked if "/token" in each.path)
+
+
+@pytest.mark.parametrize("bearer", [False, True])
+async def test_where_no_login_can_be_found_others_images_say_why(client: Client, bearer: bool) -> None:
+    client.registry.login, client.registry.bearer = f"me:{PASSWORD}", bearer
+    client.log_in(json.dumps({"credsStore": "nowhere"}))
+    with pytest.raises(errors.MissingToolError, match="docker-credential-nowhere"):
+        await client.pull()
+
+
+async def test_where_an_anonymous_token_is_not_enough_it_says_why_there_is_no_login(client: Client) -> None:
+    registry = client.registry
+    registry.bearer = True
+    client.log_in(json.dumps({"credsStore": "nowhere"}))
+    refuse = registries.status(401, WWW_Authenticate=f'Bearer realm="http://{registry.host}/token"')
+    registry.faults += [registries.on("/manifests/", then=refuse, times=9)]
+    with pytest.raises(errors.MissingToolError, match="docker-credential-nowhere"):
+        await client.pull()
+
+
 async def test_an_identity_token_is_exchanged(client: Client) -> None:
     client.registry.bearer, client.registry.identity_token = True, "refresh-me"
     client.log_in(json.dumps({"auths": {client.registry.host: {"identitytoken": "refresh-me"}}}))

@@ -176,7 +176,10 @@ def test_a_secret_does_not_show_itself() -> None:
         ("Negotiate", [("negotiate", {})]),
         ('Negotiate, NTLM, Basic realm="x"', [("negotiate", {}), ("ntlm", {}), ("basic", {"realm": "x"})]),
         ('Negotiate YWI=, Bearer realm="x"', [("negotiate", {}), ("bearer", {"realm": "x"})]),
-        ('Negotiate YWI==,NTLM, Basic realm="x"', [("negotiate", {}), ("ntlm", {}), ("basic", {"realm": "x"})]),
+        (
+            'Negotiate YWI==,NTLM, Basic realm="x"',
+            [("negotiate", {}), ("ntlm", {}), ("basic", {"realm": "x"})],
+        ),
         ('BEARER   Realm = "x" ,  service = y', [("bearer", {"realm": "x", "service": "y"})]),
         ("====", []),
     ],

@@ -31,6 +31,10 @@ _PARAMETER: Final = re.compile(
 )
 
 
+LookedUp = credentials.Login | errors.BangerError | None
+"""A login, none, or why it could not be known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Challenge:
     """One way in, of a WWW-Authenticate header; names in lower case."""
@@ -69,24 +73,36 @@ async def satisfy(
     asked: list[Challenge],
     wire: connections.Connections,
     logins: credentials.Store,
-) -> tuple[credentials.Secret | None, credentials.Login | None]:
-    """The header that the registry wants, None when we have none; and the login that was looked up."""
-    login = await run.in_thread(logins.find, wanted)
+) -> tuple[credentials.Secret | None, LookedUp]:
+    """The header that the registry wants, None when we have none; and what came of looking up a login."""
+    found = await _look_up(wanted, logins)
+    login = found if isinstance(found, credentials.Login) else None
     bearer = next((each for each in asked if each.scheme == "bearer"), None)
     if bearer is not None:
-        token = await _token(wanted, bearer.parameters, wire, login)
-        return credentials.Secret(f"Bearer {token}"), login
+        token = await _token(wanted, bearer.parameters, wire, found)
+        return credentials.Secret(f"Bearer {token}"), found
     if any(each.scheme == "basic" for each in asked) and login is not None and not login.is_token:
-        return credentials.Secret(login.basic()), login
-    return None, login
+        return credentials.Secret(login.basic()), found
+    return None, found
+
+
+async def _look_up(wanted: reference.Reference, logins: credentials.Store) -> LookedUp:
+    """Why there is none is an error only where it takes one: most images are for everybody."""
+    try:
+        return await run.in_thread(logins.find, wanted)
+    except errors.CancelledError:
+        raise
+    except errors.BangerError as error:
+        return error
 
 
 async def _token(
     wanted: reference.Reference,
     parameters: Mapping[str, str],
     wire: connections.Connections,
-    login: credentials.Login | None,
+    found: LookedUp,
 ) -> str:
+    login = found if isinstance(found, credentials.Login) else None
     realm = _realm(wanted, parameters.get("realm", ""), wire)
     scope = f"repository:{wanted.path}:pull"
     query = {"service": parameters["service"]} if parameters.get("service") else {}
@@ -94,12 +110,12 @@ async def _token(
         form = {"grant_type": "refresh_token", "refresh_token": login.secret.reveal(), "scope": scope}
         form |= {**query, "client_id": _CLIENT_ID}
         async with wire.request("POST", realm, {}, form=form) as response:
-            return await _token_of(wanted, response, login)
+            return await _token_of(wanted, response, found)
     headers = {"Authorization": login.basic()} if login is not None else {}
     joint = "&" if urllib.parse.urlsplit(realm).query else "?"
     url = f"{realm}{joint}{urllib.parse.urlencode({**query, 'scope': scope})}"
     async with wire.request("GET", url, headers) as response:
-        return await _token_of(wanted, response, login)
+        return await _token_of(wanted, response, found)
 
 
 def _realm(wanted: reference.Reference, text: str, wire: connections.Connections) -> str:
@@ -118,32 +134,32 @@ def _realm(wanted: reference.Reference, text: str, wire: connections.Connections
     return text
 
 
-async def _token_of(
-    wanted: reference.Reference, response: httpx.Response, login: credentials.Login | None
-) -> str:
+async def _token_of(wanted: reference.Reference, response: httpx.Response, found: LookedUp) -> str:
     status = response.status_code
     if status in (400, 401, 403):
-        raise refused(wanted, login)
+        raise refused(wanted, found)
     if status == 429 or status >= 500:
         raise errors.UnavailableError(f"the token service of {wanted.host} answered {status}")
     if status != 200:
         raise errors.ProtocolError(f"the token service of {wanted.host} answered {status}")
     data = await read(response, _MAX_TOKEN_BYTES, "the token")
     try:
-        found = decoding.json(data, _Token)
+        said = decoding.json(data, _Token)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise errors.ProtocolError(f"the token service of {wanted.host} gave no token") from None
-    token = found.token or found.access_token
+    token = said.token or said.access_token
     if not token or not token.isascii() or not token.isprintable():
         raise errors.ProtocolError(f"the token service of {wanted.host} gave no token")
     return token
 
 
-def refused(wanted: reference.Reference, login: credentials.Login | None) -> errors.UnauthorizedError:
+def refused(wanted: reference.Reference, found: LookedUp) -> errors.BangerError:
     """Registries answer the same for what is not there and for what one may not see."""
-    if login is not None:
+    if isinstance(found, errors.BangerError):
+        return found
+    if found is not None:
         return errors.UnauthorizedError(
-            f"{wanted.host} does not let this login read {wanted.path}: the one of {login.origin}",
+            f"{wanted.host} does not let this login read {wanted.path}: the one of {found.origin}",
             hint=f"log in again as the owner of bangerd: `podman login {wanted.host}`; or it is not there",
         )
     return errors.UnauthorizedError(

@@ -70,7 +70,7 @@ class Registry:
         self._logins = logins
         self._say = say
         self._authorization: credentials.Secret | None = None
-        self._login: credentials.Login | None = None
+        self._login: authorization.LookedUp = None
         self._authorizing = asyncio.Lock()
         self._base = ""
 
@@ -208,6 +208,8 @@ class Registry:
             )
             if self._authorization is None or self._authorization.reveal() == used:
                 raise authorization.refused(self._wanted, self._login)
+            if isinstance(self._login, errors.BangerError):
+                self._say(f"{self._login.message}; asking without a login")
 
     async def _wait(self, attempt: int, failure: errors.BangerError, wait_s: float | None) -> None:
         limits = self._wire.limits
