@@ -87,10 +87,10 @@ class Registry:
 
     async def document(self, wanted: str) -> Document:
         """A manifest or index by tag or digest. Raises ProtocolError when it is not what the digest says."""
-        path = f"manifests/{wanted}"
-        async with self._asked("GET", path, {"Accept": manifest.ACCEPT}) as response:
-            data = await authorization.read(response, manifest.MAX_DOCUMENT_BYTES, "the manifest")
-            media_type = response.headers.get("content-type", "")
+        accept = {"Accept": manifest.ACCEPT}
+        data, media_type = await self._whole(
+            f"manifests/{wanted}", accept, manifest.MAX_DOCUMENT_BYTES, "the manifest"
+        )
         pinned = reference.parse_digest(wanted) if ":" in wanted else None
         found = reference.digest_of(data, pinned)
         if pinned is not None and found != pinned:
@@ -103,17 +103,12 @@ class Registry:
         """A configuration, verified."""
         if wanted.size > manifest.MAX_DOCUMENT_BYTES:
             raise errors.BadRequestError("the image's configuration is larger than 4 MiB")
-        async with self.blob(wanted.id, 0) as body:
-            data = bytearray()
-            async for chunk in body.chunks:
-                data += chunk
-                if len(data) > wanted.size:
-                    break
-        if reference.digest_of(bytes(data), wanted.id) != wanted.id:
+        data, _ = await self._whole(f"blobs/{wanted.id}", {}, wanted.size, "the configuration")
+        if reference.digest_of(data, wanted.id) != wanted.id:
             raise errors.ProtocolError(
                 f"{self._wanted.host} gave another configuration than the manifest names"
             )
-        return bytes(data)
+        return data
 
     @contextlib.asynccontextmanager
     async def blob(self, digest: reference.Digest, offset: int) -> AsyncIterator[Body]:
@@ -127,6 +122,24 @@ class Registry:
                     raise errors.ProtocolError(f"{self._wanted.host} gave another range than was asked for")
                 begins = offset
             yield Body(begins, response.aiter_raw())
+
+    async def _whole(
+        self, path: str, headers: Mapping[str, str], limit: int, what: str
+    ) -> tuple[bytes, str]:
+        """Something small and its media type. What breaks off is asked for again."""
+        attempt = 0
+        while True:
+            answered = False
+            try:
+                async with self._asked("GET", path, headers) as response:
+                    answered = True
+                    data = await authorization.read(response, limit, what)
+                    return data, response.headers.get("content-type", "")
+            except (errors.UnavailableError, errors.DeadlineError) as error:
+                if not answered:  # that has been tried often enough
+                    raise
+                attempt += 1
+                await self._wait(attempt, error, None)
 
     @contextlib.asynccontextmanager
     async def _asked(
