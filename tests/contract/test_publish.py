@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from banger.cli import vm_ports
-from banger.contract import errors, guest, ports, resources
+from banger.contract import errors, guest, names, ports, resources
 from banger.owner import composition, config, listeners, publish
 from banger.owner import guest as guests
 from tests.contract import agent, conftest, publishing
@@ -105,6 +105,36 @@ async def test_udp_travels_through_the_agent(publisher: publish.Publisher) -> No
                 data, peer = await loop.sock_recvfrom(server, 100)
                 await loop.sock_sendto(server, data.upper(), peer)
                 assert await loop.sock_recv(asking, 100) == text.upper()
+
+
+@pytest.mark.parametrize("network", [False, True])
+async def test_who_only_listens_by_udp_is_remembered_while_something_comes(
+    client: guests.GuestClient, network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_UDP_IDLE_S", 0.4)
+    monkeypatch.setattr(names, "guest_address", lambda *_: "127.0.0.1")
+    port, service = publishing.free_port(socket.SOCK_DGRAM), publishing.free_port(socket.SOCK_DGRAM)
+    loop = asyncio.get_running_loop()
+    publisher = publish.Publisher(conftest.NETWORK, lambda _: client)
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
+    ):
+        for each in (server, asking):
+            each.setblocking(False)
+        server.bind(("127.0.0.1", service))
+        await publisher.serve(publishing.row(f"{port}:{service}/udp", network=network))
+        asking.connect(("127.0.0.1", port))
+        try:
+            async with asyncio.timeout(10):
+                await loop.sock_sendall(asking, b"all of it")
+                _, peer = await loop.sock_recvfrom(server, 100)
+                for number in range(12):
+                    await loop.sock_sendto(server, b"%d" % number, peer)
+                    assert await loop.sock_recv(asking, 100) == b"%d" % number
+                    await asyncio.sleep(0.1)
+        finally:
+            await publisher.close()
 
 
 async def test_datagrams_that_nobody_takes_are_dropped(short_path: Path) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -366,39 +366,52 @@ class _Udp(asyncio.DatagramProtocol):
 
     async def _straight(self, addr: tuple[str, int], queue: asyncio.Queue[bytes]) -> None:
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_datagram_endpoint(
-            lambda: _Answers(lambda data: self._reply(data, addr)),
-            remote_addr=(self._target.address, self._target.port),
-        )
-        try:
-            while True:
-                async with asyncio.timeout(_UDP_IDLE_S):
+        async with _remembered() as idle:
+
+            def answer(data: bytes) -> None:
+                _put_off(idle)
+                self._reply(data, addr)
+
+            transport, _ = await loop.create_datagram_endpoint(
+                lambda: _Answers(answer), remote_addr=(self._target.address, self._target.port)
+            )
+            try:
+                while True:
                     _send(transport, await queue.get())
-        except TimeoutError:
-            return
-        finally:
-            transport.close()
+                    _put_off(idle)
+            finally:
+                transport.close()
 
     async def _by_agent(self, addr: tuple[str, int], queue: asyncio.Queue[bytes]) -> None:
         spec = guest.ConnectSpec(port=self._target.port, protocol="udp")
-        async with self._target.client.connect(spec) as tunnel:
+        async with self._target.client.connect(spec) as tunnel, _remembered() as idle:
 
             async def answers() -> None:
                 while data := await tunnel.read():
+                    _put_off(idle)
                     self._reply(data, addr)
-
-            async def questions() -> None:
-                with contextlib.suppress(TimeoutError):
-                    while True:
-                        async with asyncio.timeout(_UDP_IDLE_S):
-                            await tunnel.write(await queue.get())
 
             answering = asyncio.create_task(answers())
             try:
-                await questions()
+                while True:
+                    await tunnel.write(await queue.get())
+                    _put_off(idle)
             finally:
                 answering.cancel()
                 await asyncio.gather(answering, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _remembered() -> AsyncIterator[asyncio.Timeout]:
+    """Until neither side has said anything for a while; each of them puts that off."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_UDP_IDLE_S) as idle:
+            yield idle
+
+
+def _put_off(idle: asyncio.Timeout) -> None:
+    if not idle.expired():
+        idle.reschedule(asyncio.get_running_loop().time() + _UDP_IDLE_S)
 
 
 def _send(transport: asyncio.DatagramTransport, data: bytes, addr: tuple[str, int] | None = None) -> None:
