@@ -227,6 +227,47 @@ async def test_a_resolver_that_is_not_there_is_passed_over() -> None:
         assert await Desk(made).rcode(WEB, "example.org") == "NOERROR"
 
 
+def _says(rcode: int) -> Callable[[bytes], bytes]:
+    """Spoils a reply: its header says that, and that there is no record."""
+    return lambda data: (
+        data[:3] + bytes([data[3] & 0xF0 | rcode]) + data[4:6] + bytes(6) + data[12 : _end(data)]
+    )
+
+
+def _end(data: bytes) -> int:
+    """Where the question ends."""
+    return data.index(b"\0", 12) + 5
+
+
+@pytest.mark.parametrize("rcode", ["SERVFAIL", "REFUSED", "NOTIMP"])
+async def test_a_resolver_that_cannot_answer_is_passed_over(rcode: str) -> None:
+    bad = dns_served.upstream(RECORDS, [], _says(dnslib.RCODE.reverse[rcode]))
+    async with (
+        dns_served.serving(bad) as broken,
+        dns_served.serving(dns_served.upstream(RECORDS, [])) as fine,
+    ):
+        endpoints = [("127.0.0.1", dns_served.port_of(server)) for server in (broken, fine)]
+        made = forwarder.Forwarder(NETWORK, upstream.Upstream(lambda: endpoints).ask, _nothing)
+        made.update([WEB], serial=1)
+        assert await Desk(made).rcode(WEB, "example.org") == "NOERROR"
+        del endpoints[1]
+        assert await Desk(made).rcode(WEB, "example.org") == rcode
+
+
+async def test_a_long_answer_that_was_cut_anywhere_comes_by_tcp() -> None:
+    """As some routers cut it: at 512 bytes, in the middle of a record."""
+
+    def cut(data: bytes) -> bytes:
+        return data[:6] + b"\0\5" + data[8:] + b"\xc0\x0c\0\1" if data[2] & 2 else data
+
+    async with desk_with(WEB, spoil=cut) as desk:
+        by_tcp = await desk.ask(WEB, "big.example.org", tcp=True)
+        by_udp = await desk.ask(WEB, "big.example.org")
+        assert by_udp is not None
+        assert by_tcp is not None
+        assert (by_udp.header.tc, by_udp.rr, len(by_tcp.rr)) == (1, [], 59)
+
+
 async def _nothing(*_: object) -> None:
     return None
 

@@ -61,7 +61,11 @@ class Upstream:
         self._servers = servers
 
     async def ask(self, data: bytes, question: wire.Question, *, tcp: bool) -> tuple[bytes, wire.Reply]:
-        """The reply with the asker's id, and what it says. Raises UnavailableError when nobody answers."""
+        """The reply with the asker's id, and what it says. Raises UnavailableError when nobody answers.
+
+        As for the host itself, one that refuses or fails is passed over where another knows more.
+        """
+        refusal: tuple[bytes, wire.Reply] | None = None
         for server in self._servers():
             number = secrets.randbelow(65536)
             query = wire.with_id(data, number)
@@ -69,7 +73,12 @@ class Upstream:
                 async with asyncio.timeout(_TRY_S):
                     found = await _ask(server, query, question, number, tcp=tcp)
                 if found is not None:
-                    return wire.with_id(found[0], question.id), found[1]
+                    answer = wire.with_id(found[0], question.id), found[1]
+                    if not found[1].is_refusal:
+                        return answer
+                    refusal = refusal or answer
+        if refusal is not None:
+            return refusal
         raise errors.UnavailableError("no resolver of this host answered")
 
 
@@ -111,4 +120,4 @@ async def _by_tcp(
     finally:
         writer.transport.abort()
     reply = wire.read_reply(data, question, number)
-    return None if reply is None else (data, reply)
+    return None if reply is None or reply.truncated else (data, reply)

@@ -30,6 +30,7 @@ _MAX_ADDITIONAL: Final = 2
 """Options and a signature."""
 _CACHED: Final = 2048
 _RCODE_BADVERS: Final = 16
+_REFUSALS: Final = (dnslib.RCODE.SERVFAIL, dnslib.RCODE.NOTIMP, dnslib.RCODE.REFUSED)
 _RESPONSE: Final = 0x8000
 _AUTHORITATIVE: Final = 0x0400
 _ASKED: Final = b"\xc0\x0c"
@@ -131,19 +132,27 @@ class Reply:
     addresses: tuple[str, ...]
     """What the name stands for in the end, its aliases followed."""
     ttl_s: int
+    is_refusal: bool = False
+    """It says nothing of the name: another server may know."""
 
 
 def read_reply(data: bytes, asked: Question, number: int) -> Reply | None:
-    """None unless it is a whole reply to this question with this id."""
+    """None unless it is a reply to this question with this id, and whole or said to be cut."""
     try:
-        record = _strict(data)
-        header, questions = record.header, record.questions
+        buffer = dnslib.DNSBuffer(data)
+        header = dnslib.DNSHeader.parse(buffer)
+        question = dnslib.DNSQuestion.parse(buffer)
         matches = (
-            (header.id, header.qr, header.opcode, len(questions)) == (number, 1, dnslib.OPCODE.QUERY, 1)
-            and lower(questions[0].qname) == asked.name
-            and (questions[0].qtype, questions[0].qclass) == (asked.type, dnslib.CLASS.IN)
+            (header.id, header.qr, header.opcode, header.q) == (number, 1, dnslib.OPCODE.QUERY, 1)
+            and lower(question.qname) == asked.name
+            and (question.qtype, question.qclass) == (asked.type, dnslib.CLASS.IN)
         )
-        return Reply(bool(header.tc), *_addresses(record, asked.name)) if matches else None
+        if not matches:
+            return None
+        if header.tc:  # where it was cut may be anywhere
+            return Reply(truncated=True, addresses=(), ttl_s=0)
+        addresses, ttl_s = _addresses(_strict(data), asked.name)
+        return Reply(False, addresses, ttl_s, is_refusal=header.rcode in _REFUSALS)
     except Exception:
         # dnslib promises no closed set of exceptions for what strangers send.
         return None
