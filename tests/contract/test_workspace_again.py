@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""To and fro: what was pulled is no longer the guest's alone, and is replaced by what is sent next."""
+"""To and fro: what was pulled is no longer the guest's alone, and is replaced by what is sent next.
+
+And what was made of the guest's repository meanwhile is no reason for a prepare to fail half way.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 
 from tests.contract import repositories, workspaces
 
@@ -74,3 +81,52 @@ async def test_the_same_work_pulled_twice_is_the_same_commit(guest: Guest) -> No
     before = tip(guest)
     await pull(guest)
     assert tip(guest) == before
+
+
+async def test_keys_that_have_more_values_in_the_guest_stay_as_they_are(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    git(guest.source, "remote", "add", "origin", "https://example.org/here")
+    await guest.prepare()
+    git(guest.repo, "config", "--add", "remote.origin.fetch", "+refs/pull/*:refs/remotes/pull/*")
+    (guest.source / "README").write_text("newer\n")
+    git(guest.source, "remote", "set-url", "origin", "https://example.org/there")
+    await guest.prepare()
+    assert (guest.repo / "README").read_text() == "newer\n"
+    assert git(guest.repo, "config", "remote.origin.url") == b"https://example.org/there\n"
+    assert len(git(guest.repo, "config", "--get-all", "remote.origin.fetch").splitlines()) == 2
+
+
+async def test_a_branch_that_stood_for_another_becomes_its_own(guest: Guest) -> None:
+    repositories.plain(guest.source)
+    git(guest.source, "symbolic-ref", "refs/heads/alias", "refs/heads/main")
+    await guest.prepare()
+    git(guest.source, "symbolic-ref", "--delete", "refs/heads/alias")
+    git(guest.source, "branch", "alias", "main~1")
+    await guest.prepare()
+    assert git(guest.repo, "show-ref", "--heads") == git(guest.source, "show-ref", "--heads")
+    git(guest.source, "branch", "-D", "alias")
+    await guest.prepare()
+    assert git(guest.repo, "show-ref", "--heads") == git(guest.source, "show-ref", "--heads")
+
+
+def conflict(where: Path, *command: str) -> None:
+    """`command` stops at a conflict."""
+    git(where, "switch", "-q", "-c", "theirs", "main~1")
+    (where / "README").write_text("of theirs\n")
+    repositories.commit(where, "theirs")
+    git(where, "switch", "-q", "main")
+    git(where, *command, "theirs", check=False)
+    assert b"UU README" in git(where, "status", "--porcelain")
+
+
+@pytest.mark.parametrize("command", ["merge", "rebase", "cherry-pick"])
+async def test_what_was_under_way_in_the_guest_is_discarded_too(guest: Guest, command: str) -> None:
+    """A commit made there next would be one of two parents, of what nobody sees any more."""
+    repositories.plain(guest.source)
+    await guest.prepare()
+    conflict(guest.repo, command)
+    await guest.prepare("--discard")
+    assert git(guest.repo, "status") == git(guest.source, "status")
+    (guest.repo / "README").write_text("after\n")
+    repositories.commit(guest.repo, "after")
+    assert len(git(guest.repo, "log", "-1", "--format=%P").split()) == 1

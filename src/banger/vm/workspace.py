@@ -149,7 +149,10 @@ else
   raw read-tree --reset -u "$worktree"
 fi
 if [ -s $new/shallow ]; then cp $new/shallow .git/shallow; else rm -f .git/shallow; fi
-while IFS= read -r key && IFS= read -r value; do deaf config "$key" "$value"; done <$new/config
+while IFS= read -r key && IFS= read -r value; do
+  # A key that has more values here is the guest's own, and git would set none of them.
+  [ "$(deaf config --get-all "$key" | wc -l)" -gt 1 ] || deaf config "$key" "$value"
+done <$new/config
 deaf update-ref refs/banger/worktree "$worktree"
 if [ -e $own/sent ]; then
   cut -d' ' -f2- $own/sent | sort >$own/before
@@ -162,6 +165,11 @@ while IFS= read -r ref && IFS= read -r target; do deaf symbolic-ref "$ref" "$tar
 if [ -n "$branch" ]; then deaf symbolic-ref HEAD "$branch"; else deaf update-ref --no-deref HEAD "$head"; fi
 cp -p $own/index .git/index
 deaf read-tree --reset "$index"
+# A merge or the like goes with what it was made of; a rebase may hold work that was set aside for it.
+if [ "$discard" = 1 ] || [ -n "$taken" ]; then
+  (cd .git && rm -f MERGE_* AUTO_MERGE SQUASH_MSG CHERRY_PICK_HEAD REVERT_HEAD)
+fi
+if [ "$discard" = 1 ]; then (cd .git && rm -rf BISECT_* REBASE_HEAD rebase-apply rebase-merge sequencer); fi
 rm -f $own/unmerged
 if [ -s $new/unmerged ]; then deaf update-index -z --index-info <$new/unmerged; : >$own/unmerged; fi
 if [ -s $new/intended ]; then xargs -0 git -c core.fsmonitor=false add --intent-to-add -- <$new/intended; fi

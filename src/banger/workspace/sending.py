@@ -145,7 +145,9 @@ def _side_files(snapshot: snapshots.Snapshot) -> bytes:
     config = snapshot.repository.guest_config
     files = {
         "refs": b"".join(
-            b"update %s\0%s\0\0" % (os.fsencode(name), each.encode()) for name, each in refs.items()
+            # The name itself, also where it stands for another in the guest.
+            b"option no-deref\0update %s\0%s\0\0" % (os.fsencode(name), each.encode())
+            for name, each in refs.items()
         ),
         "sent": b"".join(b"%s %s\n" % (each.encode(), os.fsencode(name)) for name, each in refs.items()),
         "config": b"".join(
