@@ -38,6 +38,11 @@ const char *exec_input_take(struct exec_input *input, const uint8_t *data, size_
         return NULL;
 }
 
+static void give_back(struct exec_input *input, size_t size) {
+        if (!input->ending)
+                input->grant += size;
+}
+
 void exec_input_feed(struct exec_input *input) {
         ssize_t n = write(input->fd, ring + input->start, min_size(input->used, sizeof ring - input->start));
 
@@ -45,7 +50,7 @@ void exec_input_feed(struct exec_input *input) {
                 return;
         if (n < 0) {
                 /* The command has closed its input: swallow the rest, so that the client is not stuck with it. */
-                input->grant += input->used;
+                give_back(input, input->used);
                 input->used = 0;
                 close_fdp(&input->fd);
                 return;
@@ -53,26 +58,29 @@ void exec_input_feed(struct exec_input *input) {
         input->line_open = ring[input->start + (size_t) n - 1] != '\n';
         input->start = (input->start + (size_t) n) % sizeof ring;
         input->used -= (size_t) n;
-        input->grant += (size_t) n;
+        give_back(input, (size_t) n);
 }
 
-/* On a terminal the end of input is a character, and it only ends the input at the start of a line. */
+/* On a terminal the end of input is a character, and it only ends the input at the start of a line. Like all input it
+ * may have to wait for room. */
 static void end_tty_input(struct exec_input *input) {
         struct termios modes;
-        char end[2];
+        uint8_t end[2];
 
+        input->ending = true;
         if (tcgetattr(input->fd, &modes) < 0 || !(modes.c_lflag & ICANON))
                 return;
-        end[0] = end[1] = (char) modes.c_cc[VEOF];
-        (void) !write(input->fd, end, input->line_open ? 2 : 1);
+        end[0] = end[1] = modes.c_cc[VEOF];
+        store(input, end, input->line_open ? 2 : 1);
 }
 
 void exec_input_finish(struct exec_input *input) {
         if (!input->ended || input->used > 0 || input->fd < 0)
                 return;
-        if (input->tty)
+        if (input->tty && !input->ending)
                 end_tty_input(input);
-        close_fdp(&input->fd);
+        if (input->used == 0)
+                close_fdp(&input->fd);
 }
 
 size_t exec_input_grant(struct exec_input *input) {

@@ -8,6 +8,7 @@ struct exec_input {
         int fd; /* -1 when it is closed; what still comes is swallowed */
         bool tty;
         bool expected, ended, line_open;
+        bool ending; /* what is in the ring is the end of a terminal's input, nothing of the client's */
         size_t start, used; /* in the ring */
         size_t window_used; /* bytes that the client may not send again before a grant */
         size_t grant;

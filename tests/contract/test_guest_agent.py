@@ -49,7 +49,7 @@ def client(agent_socket: Path, half_a_request: socket.socket) -> guests.GuestCli
 
 
 async def run(
-    client: guests.GuestClient, *argv: str, stdin: bytes = b"", **spec: str | tuple[str, ...]
+    client: guests.GuestClient, *argv: str, stdin: bytes = b"", **spec: str | bool | tuple[str, ...]
 ) -> tuple[guest.ExitStatus, bytes, bytes]:
     """A command with all its input; its status and both outputs."""
     outputs = {1: bytearray(), 2: bytearray()}
@@ -174,6 +174,18 @@ async def test_a_terminal_has_the_size_it_was_given_and_follows_it(client: guest
                 await running.resize(50, 100)
                 await running.write(b"\r")
     assert b"50 100\r\n" in out
+
+
+async def test_input_to_a_terminal_ends_also_when_its_queue_is_just_full(client: guests.GuestClient) -> None:
+    """With this kernel that is at 65 and 70 KiB."""
+
+    async def ended(kib: int) -> bool:
+        script, line = "stty -echo; sleep 0.5; cat >/dev/null", b"x" * 63 + b"\n"
+        status, _, _ = await run(client, "sh", "-c", script, stdin=line * 16 * kib, tty=True)
+        return status.as_shell == 0
+
+    async with asyncio.timeout(10):
+        assert all(await asyncio.gather(*map(ended, range(64, 73))))
 
 
 def wait_until_gone(marker: str) -> None:
