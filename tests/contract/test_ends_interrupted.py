@@ -105,6 +105,26 @@ async def test_a_full_disk_keeps_nobody_from_deleting(
     assert await daemon.services.vms.list() == []
 
 
+@pytest.mark.parametrize("how", ["stop", "kill", "restart", "delete"])
+async def test_one_whose_rest_cannot_be_taken_away_has_stopped_too(
+    daemon: conftest.Daemon, how: str
+) -> None:
+    """The error is told to whoever asked; what is left is tried again."""
+    await daemon.create()
+    gate = gates.Gate(daemon.world, privileged.TearDown, errors.ConflictError("the device is busy"))
+    gate.go.set()
+    operation = await daemon.done(await getattr(daemon.services.vms, how)("web"))
+    assert operation.error is not None
+    assert operation.error.message == "the device is busy"
+    vm = await settled(daemon.services)
+    assert (vm.state, vm.last_error) == (STOPPED, None)
+    daemon.world.before = worlds._nothing
+    async with asyncio.timeout(5):
+        while daemon.world.leftovers():  # noqa: ASYNC110 - it tells nobody that it is done
+            await asyncio.sleep(0.01)
+    assert (await daemon.services.vms.get("web")).state is STOPPED
+
+
 @pytest.mark.parametrize("how", ["stop", "kill"])
 async def test_one_that_never_ran_has_not_stopped(daemon: conftest.Daemon, how: str) -> None:
     await daemon.create(start=False)

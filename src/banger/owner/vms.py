@@ -251,9 +251,7 @@ class VmService:
                 vm = await self._stop(vm, _ORDERLY)
             view = await self._start(vm, progress)
             if view.boot_id == before:
-                raise errors.OperationFailedError(
-                    f"{vm.name} still has the boot id it had before the restart"
-                )
+                raise errors.OperationFailedError(f"{vm.name} still has the boot id of before the restart")
             return view
 
         return self._lifecycle_operation("vm.restart", ref, work)
@@ -475,14 +473,16 @@ class VmService:
 
     @contextlib.asynccontextmanager
     async def _ending(self, vm: record.VmRecord) -> AsyncIterator[None]:
-        """Its VMM ends by our own doing in this block; when that fails, it is watched again."""
+        """Its VMM ends by our own doing in this block; when that fails, it, or its rest, is looked after."""
         pid = self.live.pid(vm.id)
         try:
             await self.live.forget(vm.id)
             yield
-        except BaseException:
-            if vm.state is resources.VmState.RUNNING:
+        except BaseException as error:
+            if vm.state is _RUNNING:
                 self.live.add(vm.id, pid)
+            if isinstance(error, Exception):
+                self.leftovers.add(vm.id)
             raise
 
     async def collect(self, vm: record.VmRecord) -> None:

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -18,6 +19,7 @@ from banger.vm import capabilities, host, record
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Mark = Callable[[record.VmRecord], record.VmRecord]
 
 
@@ -45,22 +47,19 @@ async def stop(
     went_down = await _ask_guest(host, vm)
     if not went_down and vm.state is resources.VmState.RUNNING:
         tell(f"{vm.name} did not go down by itself and is ended: what was written last in it may be lost")
-    return await steps.finish(_end(host, vm, features, mark))
+    return await steps.finish(_end(host, vm, features, lambda: _save_stopped(host, vm, mark)))
 
 
 async def kill(
     host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
 ) -> record.VmRecord:
     """Ends the VMM with SIGKILL, without a word to the guest; same clean-up as `stop`."""
-    return await steps.finish(_end(host, vm, features))
+    return await steps.finish(_end(host, vm, features, lambda: _save_stopped(host, vm)))
 
 
 async def delete(host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]) -> None:
     """Runtime and logs are gone; disks and row are the caller's, who deletes both last, or neither."""
-    if vm.state is resources.VmState.RUNNING:
-        await steps.finish(_end_for_good(host, vm, features))
-    else:
-        await _end_runtime(host, vm, features)
+    await steps.finish(_end(host, vm, features, lambda: _save_for_now(host, vm)))
     await host.privileged(privileged.PurgeLogs(vm_id=vm.id))
 
 
@@ -112,27 +111,29 @@ async def _end(
     host: host.Host,
     vm: record.VmRecord,
     features: Sequence[capabilities.Capability],
-    mark: Mark = _plain,
-) -> record.VmRecord:
-    """Not to be cancelled in between: a row would say that it runs, and later that it ended by itself."""
-    await _end_runtime(host, vm, features)
-    return _save_stopped(host, vm, mark)
+    save: Callable[[], T],
+) -> T:
+    """Not to be cancelled in between: a row would say that it runs, and later that it ended by itself.
 
-
-async def _end_for_good(
-    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
-) -> None:
-    """As `_end`, for a row that shall go too: where there is no room to write it, deleting makes some."""
-    await _end_runtime(host, vm, features)
-    with contextlib.suppress(errors.NoSpaceError):
-        _save_stopped(host, vm)
-
-
-async def _end_runtime(
-    host: host.Host, vm: record.VmRecord, features: Sequence[capabilities.Capability]
-) -> None:
+    So it would for one of which something is left: `save` says that it has stopped, then too.
+    """
     await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
-    await release(host, vm, features)
+    try:
+        await release(host, vm, features)
+    except Exception as error:
+        try:
+            save()
+        except errors.BangerError as second:
+            error.add_note(f"keeping that {vm.name} has stopped: {second.message}")
+        raise
+    return save()
+
+
+def _save_for_now(host: host.Host, vm: record.VmRecord) -> None:
+    """Of one whose row shall go too: where there is no room to write it, deleting makes some."""
+    if vm.state is resources.VmState.RUNNING:
+        with contextlib.suppress(errors.NoSpaceError):
+            _save_stopped(host, vm)
 
 
 def _save_stopped(host: host.Host, vm: record.VmRecord, mark: Mark = _plain) -> record.VmRecord:
