@@ -209,6 +209,18 @@ def test_everything_a_member_says_arrives(fs: filesystem.Filesystem) -> None:
     )
 
 
+def test_attributes_that_no_linux_has_are_left_out(fs: filesystem.Filesystem) -> None:
+    records = (
+        (b"SCHILY.xattr.com.apple.provenance", b"\x01\x02"),
+        (b"SCHILY.xattr.user.note", b"kept"),
+        (b"SCHILY.xattr.btrfs.compression", b"zstd"),
+    )
+    tars.put(fs, [tar(pax(*records), file(b"f"))])
+    found = fs.lookup(fs.ROOT, b"f")
+    assert found is not None
+    assert fs.attributes(found).xattrs == ((b"user.note", b"kept"),)
+
+
 def test_layers_of_every_compression(fs: filesystem.Filesystem, tmp_path: Path) -> None:
     said: list[str] = []
     layers = [

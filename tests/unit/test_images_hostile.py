@@ -154,7 +154,7 @@ TREES: dict[str, bytes] = {
     "a global header that sets sizes": tar(pax((b"size", b"0"), flag=b"g"), file(b"a", b"x" * 512)),
     "an attribute's name too long": tar(pax((b"SCHILY.xattr." + b"u" * 256, b"x")), file(b"a")),
     "an attribute too large": tar(pax((b"SCHILY.xattr.user.a", b"x" * 70_000)), file(b"a")),
-    "an attribute of no class": tar(pax((b"SCHILY.xattr.strange.a", b"x")), file(b"a")),
+    "an attribute without a name": tar(pax((b"SCHILY.xattr.user.", b"x")), file(b"a")),
     "an access list that is none": tar(pax((b"SCHILY.acl.access", b"user::rwx,evil")), file(b"a")),
     "an access list with names": tar(
         pax((b"SCHILY.acl.access", b"user::rwx,user:bob:rwx,group::r--,mask::r--,other::r--")), file(b"a")

@@ -22,6 +22,8 @@ from banger.tarstream import header, reader
 WHITEOUT: Final = b".wh."
 OPAQUE: Final = b".wh..wh..opq"
 _MAX_OLD_LINKS: Final = 1 << 16
+_NAMESPACES: Final = (b"user.", b"trusted.", b"security.", b"system.")
+"""Of extended attributes, on any file system that a guest's kernel would have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,4 +292,7 @@ def _attributes(entry: reader.Entry) -> filesystem.Attributes:
     mode = entry.mode
     if stat.S_ISLNK(mode):
         mode |= 0o777  # Linux knows no others
-    return filesystem.Attributes(mode, entry.uid, entry.gid, entry.mtime_ns, entry.device, entry.xattrs)
+    xattrs = entry.xattrs
+    if xattrs:  # others are of a Mac's file system, or of btrfs itself
+        xattrs = tuple(each for each in xattrs if each[0].startswith(_NAMESPACES))
+    return filesystem.Attributes(mode, entry.uid, entry.gid, entry.mtime_ns, entry.device, xattrs)
