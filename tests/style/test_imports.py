@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "archive": {"contract", "tarstream"},
     "artefacts": {"contract", "run"},
     "debian": {"contract", "run"},
-    "pinned": {"contract", "run"},
+    "pinned": {"artefacts", "contract", "run"},
     "guest_binary": {"contract"},
     "tarstream": {"contract", "run"},
     "toml_file": {"contract"},

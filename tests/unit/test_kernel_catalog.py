@@ -127,6 +127,12 @@ def test_no_directory_is_an_empty_one(tmp_path: Path) -> None:
             '{ kind = "url", url = "http://example.org/k" }]\n#',
             "not an https address",
         ),
+        (
+            '{ kind = "file", path',
+            f'{{ kind = "pypi-wheel-member", package = "p", version = "1", wheel = "p-1.whl", '
+            f'wheel_sha256 = "{64 * "0"}", member = "m" }}]\n#',
+            "'p-1.whl' is not a wheel's name",
+        ),
         ("[[kernel]]", "[[kernel", "not TOML"),
     ],
 )

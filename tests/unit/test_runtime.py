@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import resource
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from banger import pinned, run
@@ -141,6 +143,25 @@ def test_a_package_the_index_lacks(tmp_path: Path, wheel: pinned.WheelMember) ->
     with pytest.raises(errors.UnavailableError) as caught:
         pinned.fetch(pin(missing), tmp_path / "cache")
     assert "supply the file yourself" in caught.value.hint
+
+
+def test_a_wheel_that_lacks_the_member_is_passed_over(tmp_path: Path, wheel: pinned.WheelMember) -> None:
+    wrong = msgspec.structs.replace(wheel, member="sample/bin/nothing")
+    with pytest.raises(errors.UnavailableError, match=f"{WHEEL} has no sample/bin/nothing"):
+        pinned.fetch(pin(wrong), tmp_path / "cache")
+    assert pinned.fetch(pin(wrong, wheel), tmp_path / "cache").source == wheel.describe()
+
+
+def test_a_full_disk_is_told_and_no_other_source_is_tried(tmp_path: Path) -> None:
+    source, said = local(tmp_path / "big", b"x" * (2 << 20)), list[str]()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(errors.NoSpaceError, match="no space left for firecracker"):
+            pinned.fetch(pin(source, source), tmp_path / "cache", on_line=said.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (len(said), kept(tmp_path / "cache")) == (1, [])
 
 
 def test_platform_tags_come_from_the_wheel_name() -> None:
