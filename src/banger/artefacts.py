@@ -30,6 +30,8 @@ RESERVE_BYTES: Final = 256 << 20
 """Left free on the disk that images are made on, and unpacked on."""
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPACE_HINT: Final = "free some space or move the state directory"
+_NO_TIME: Final = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+_TICK: Final = datetime.timedelta(microseconds=1)
 
 
 class Record(Protocol):
@@ -89,7 +91,11 @@ def scratch_directory(parent: Path) -> Iterator[Path]:
 
 def now() -> str:
     """The time as records hold it: RFC 3339, UTC, fine enough to order by."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return _text(datetime.datetime.now(datetime.UTC))
+
+
+def _text(when: datetime.datetime) -> str:
+    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def moment(text: str) -> datetime.datetime | None:
@@ -98,6 +104,11 @@ def moment(text: str) -> datetime.datetime | None:
         found = datetime.datetime.fromisoformat(text)
         return found if found.tzinfo is not None else None
     return None
+
+
+def _made_at(record: Record) -> datetime.datetime:
+    """For an order; what holds no time is the oldest."""
+    return moment(record.created_at) or _NO_TIME
 
 
 class Artefacts(Generic[R]):
@@ -118,7 +129,7 @@ class Artefacts(Generic[R]):
         for artefact_id in self._ids():
             with contextlib.suppress(errors.BangerError):
                 found.append(self.read(artefact_id))
-        return sorted(found, key=lambda record: (record.created_at, record.id))
+        return sorted(found, key=lambda record: (_made_at(record), record.id))
 
     def broken(self) -> dict[str, str]:
         """Directories whose record cannot be read, and why."""
@@ -170,8 +181,13 @@ class Artefacts(Generic[R]):
     def publish(self, staged: Path, record: R) -> R:
         """Writes the record last, makes everything durable, then gives the directory its name.
 
-        Who cancels gets nothing up to that last moment, and all of it after.
+        Who cancels gets nothing up to that last moment, and all of it after. It is the newest of its name:
+        a clock that was ahead when another was made must not have that one used for ever.
         """
+        others = [_made_at(each) for each in self.records() if each.name == record.name]
+        if others and max(others) >= _made_at(record):
+            later = _text(max(others) + _TICK)
+            record = msgspec.structs.replace(record, created_at=later)  # type: ignore[type-var] # it is one
         encoded = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         (staged / self._record_name).write_bytes(encoded)
         for path in (*staged.iterdir(), staged):

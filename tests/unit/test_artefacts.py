@@ -37,6 +37,26 @@ def test_the_newest_of_a_name_is_meant(notes: artefacts.Artefacts[Note]) -> None
         notes.find("two")
 
 
+@pytest.mark.parametrize("before", ["2038-01-19T03:14:07.000000Z", "2038-01-19T03:14:07Z", "unknown"])
+def test_the_last_one_made_is_the_newest_whatever_the_clock_says(
+    notes: artefacts.Artefacts[Note], before: str
+) -> None:
+    """A host whose clock was ahead would go on with what was made then, for years."""
+    for note_id, name in (("aaaaaaaaaaaa", "one"), ("bbbbbbbbbbbb", "two")):
+        with notes.stage(note_id) as staged:
+            notes.publish(staged, Note(note_id, name, before))
+    second = put(notes, "000000000000", "one")
+    third = put(notes, "999999999999", "one")
+    assert notes.find("one") == third
+    assert [note.id for note in notes.records() if note.name == "one"] == [
+        "aaaaaaaaaaaa",
+        second.id,
+        third.id,
+    ]
+    other = put(notes, "cccccccccccc", "three")
+    assert other.created_at < "2038"
+
+
 @pytest.mark.parametrize("reference", ["..", "../x", "/etc", "", "."])
 def test_a_reference_is_no_path(notes: artefacts.Artefacts[Note], reference: str) -> None:
     put(notes, "aaaaaaaaaaaa", "one")
