@@ -220,6 +220,24 @@ async def test_what_cannot_be_sent_is_refused_at_once(guest: Guest, tmp_path: Pa
     assert not guest.repo.exists()
 
 
+@pytest.mark.parametrize("kept_away", ["blob:none", "tree:0"])
+async def test_a_partial_clone_is_refused_until_it_is_whole(
+    guest: Guest, tmp_path: Path, kept_away: str
+) -> None:
+    repositories.plain(tmp_path / "all")
+    git(tmp_path / "all", "config", "uploadpack.allowFilter", "true")
+    git(tmp_path, "clone", "-q", f"--filter={kept_away}", f"file://{tmp_path / 'all'}", str(guest.source))
+    refused = await guest.prepare("--dry-run", status=2)
+    assert f"{guest.source} is a partial clone" in refused.err
+    await guest.prepare("--mode", "full-copy")
+    assert "git fetch --refetch --no-filter" in refused.err
+    git(guest.source, "fetch", "-q", "--refetch", "--no-filter")
+    guest.repo = tmp_path / "there" / "whole"
+    await guest.prepare()
+    assert git(guest.repo, "fsck", "--full", "--no-dangling") == b""
+    assert git(guest.repo, "log", "--format=%H", "-p") == git(guest.source, "log", "--format=%H", "-p")
+
+
 def changed_below(where: Path) -> None:
     (where / "libs" / "below" / "ignored.log").write_text("no\n")
     (where / "libs" / "below" / "README").write_text("changed\n")

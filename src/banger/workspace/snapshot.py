@@ -104,9 +104,10 @@ class Scratch:
         """Reads the repository. `start` is a commit to begin from instead, with none of the changes here;
         `branch` a new branch's short name.
 
-        Raises ConflictError for submodules.
+        Raises BadRequestError for submodules, and for a clone that lacks a part of its history.
         """
         head, on = self.repository.head()
+        self._refuse_partial(head)
         if branch:
             on = f"refs/heads/{branch}"
         if start:
@@ -150,6 +151,19 @@ class Scratch:
             refs=self.repository.refs(),
             files=tuple(record.partition(b"\t")[2] for record in listed),
         )
+
+    def _refuse_partial(self, head: str) -> None:
+        """What it lacks is not fetched here, and the guest could not: it has no password of a remote."""
+        if not any(self.repository.objects.glob("pack/*.promisor")):
+            return
+        tips = dict.fromkeys([head, *self.repository.refs().values()])
+        asked = "".join(f"{tip}\n" for tip in tips if tip).encode()
+        if self.git("rev-list", "--objects", "--quiet", "--missing=print", "--stdin", stdin=asked):
+            raise errors.BadRequestError(
+                f"{self.repository.top} is a partial clone: a part of its history is only at its remote",
+                hint="`git fetch --refetch --no-filter` brings all of it; "
+                "`--mode full-copy` sends it as it is",
+            )
 
     def _copy_index(self) -> None:
         """With its time: git looks again at files that changed in the instant the index was written."""
