@@ -135,3 +135,28 @@ async def test_a_hundred_guests_are_asked_one_connection_each() -> None:
     await watch.close()
     assert asking == opened == set()
     assert watch.silent_since(everyone[0]) is None
+
+
+async def test_a_question_that_fails_is_not_the_last() -> None:
+    """A daemon that had no memory for a moment would call a guest silent from then on that answers."""
+    asked = asyncio.Event()
+
+    class Probe:
+        failures = 3
+
+        async def ask(self) -> None:
+            if self.failures:
+                self.failures -= 1
+                raise MemoryError
+            asked.set()
+
+        def close(self) -> None:
+            return
+
+    watch = silence.SilenceWatch(lambda _: Probe(), silent_after_s=0.03)
+    vm_id = names.VmId("0123456789ab")
+    watch.add(vm_id)
+    await asyncio.wait_for(asked.wait(), 5)
+    await asyncio.sleep(0)
+    assert watch.silent_since(vm_id) is None
+    await watch.close()

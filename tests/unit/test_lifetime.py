@@ -235,3 +235,25 @@ def test_the_nearest_end_is_shown() -> None:
     assert shown.next_end(vm) == "in 1 hour 59 minutes (idle)"
     assert [name for name, _ in shown.facts(vm)] == ["idle stop", "time to live"]
     assert render.until(now) == "0 seconds"
+
+
+async def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that had no memory for a moment would stop no VM by time any more."""
+    monkeypatch.setattr(lifetimes, "_LOOK_S", 0.001)
+    failures, looked = [MemoryError(), errors.OperationFailedError("no disk")], asyncio.Event()
+
+    def running() -> list[record.VmRecord]:
+        if failures:
+            raise failures.pop()
+        looked.set()
+        return []
+
+    async def stop(vm: record.VmRecord, why: str, is_due: lifetimes.IsDue) -> None:
+        raise AssertionError("none runs")
+
+    keeper = lifetimes.Lifetimes(running, activity.Activities(), lifetimes.Notices(), stop)
+    keeper.start()
+    try:
+        await asyncio.wait_for(looked.wait(), 5)
+    finally:
+        await keeper.close()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
-from banger.contract import errors, names
+from banger.contract import names
 from banger.owner import activity
 from banger.vm import lifetime, record
 
@@ -117,8 +117,8 @@ class Lifetimes:
     async def _stop_one(self, vm: record.VmRecord, end: lifetime.End) -> None:
         try:
             await self._stop(vm, end.why, self._is_due)
-        except errors.BangerError as error:
-            _log.error("could not stop a vm", extra={"vm": vm.id, "why": end.why, "error": error.message})
+        except Exception as error:
+            _log.error("could not stop a vm", extra={"vm": vm.id, "why": end.why, "error": str(error)})
 
     def _is_due(self, vm: record.VmRecord) -> bool:
         return any(end.left_s <= 0 for end in self.ends(vm))
@@ -128,5 +128,6 @@ class Lifetimes:
             await asyncio.sleep(_LOOK_S)
             try:
                 self.look()
-            except errors.BangerError as error:
-                _log.error("lifetimes could not be looked at", extra={"error": error.message})
+            except Exception as error:
+                # Whatever it was, such as a disk: this task ends with the daemon alone.
+                _log.error("lifetimes could not be looked at", extra={"error": str(error) or repr(error)})

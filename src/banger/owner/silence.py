@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from banger.contract import errors, names
+from banger.contract import names
 
 _log = logging.getLogger(__name__)
 
@@ -96,10 +96,11 @@ class SilenceWatch:
         try:
             async with asyncio.timeout(deadline_s):
                 await probe.ask()
-        except (errors.BangerError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever it was: this task ends with its VM alone
             if not guest.is_silent and self.silent_since(vm_id) is not None:
                 guest.is_silent = True
-                why = str(error) or f"no answer within {deadline_s:g} s"
+                is_late = isinstance(error, TimeoutError)
+                why = f"no answer within {deadline_s:g} s" if is_late else str(error) or repr(error)
                 _log.warning("the agent is silent", extra={"vm": vm_id, "error": why})
                 self._tell(vm_id, True)
             return
