@@ -10,8 +10,10 @@ import warnings
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
+
 from banger.contract import privileged, resources
-from banger.owner import composition, config
+from banger.owner import composition, config, vms
 from tests.contract import api_served, cli_process, conftest
 from tests.fakes import world as worlds
 
@@ -129,6 +131,55 @@ async def test_one_that_cannot_start_says_why_and_is_not_tried_for_ever(
         assert found["again"].last_error is not None
     async with booted(paths, world, "second") as daemon:
         assert await started_again(daemon) == []
+
+
+async def test_one_that_its_user_is_starting_is_not_started_twice(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """The second start would fail, and the journal say that it could not be started with its host."""
+    every = [f"vm{number}" for number in range(5)]
+    async with booted(paths, world, "first") as daemon:
+        for name in every:
+            await create(daemon, name, autostart=True)
+        last = (await daemon.services.vms.get("vm4")).id
+        await daemon.done(daemon.services.restarts.begin_stopping())
+    come, release, late = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def slow(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.LaunchVmm):
+            come.set()
+            await (late if request.vm_id == last else release).wait()
+
+    world.before = slow
+    async with booted(paths, world, "second") as daemon:
+        await asyncio.wait_for(come.wait(), 10)
+        await daemon.services.vms.start("vm4")
+        release.set()
+        asyncio.get_running_loop().call_later(0.3, late.set)
+        await tried_again()
+        assert {vm.state for vm in (await settled(daemon)).values()} == {_RUNNING}
+        begun = [each.target for each in daemon.services.operations.list() if each.kind == "vm.start"]
+        assert sorted(begun) == every
+
+
+async def test_one_that_fails_as_none_should_keeps_no_other_down(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with booted(paths, world, "first") as daemon:
+        for name in ("one", "two", "three"):
+            await create(daemon, name, autostart=True)
+        unlucky = (await daemon.services.vms.get("one")).id
+        await daemon.done(daemon.services.restarts.begin_stopping())
+    start = vms.VmService.start
+
+    async def without_memory(service: vms.VmService, ref: str) -> resources.Operation:
+        if ref == unlucky:
+            raise MemoryError
+        return await start(service, ref)
+
+    monkeypatch.setattr(vms.VmService, "start", without_memory)
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == ["three", "two"]
 
 
 async def test_one_that_is_being_started_is_not_forgotten(paths: config.Paths, world: worlds.World) -> None:

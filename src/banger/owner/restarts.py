@@ -77,9 +77,8 @@ class Restarts:
         return self._vms.is_up(vm) or self._is_wanted(vm)
 
     def _is_wanted(self, vm: record.VmRecord) -> bool:
-        runs = vm.state is resources.VmState.RUNNING
         is_other_boot = bool(self._boot_id) and vm.host_boot_id != self._boot_id
-        return vm.autostart and vm.stopped_with_host and is_other_boot and not runs
+        return vm.autostart and vm.stopped_with_host and is_other_boot and not self._vms.is_up(vm)
 
     async def _start_all(self, waiting: list[record.VmRecord]) -> None:
         places = asyncio.Semaphore(_AT_ONCE)
@@ -94,8 +93,9 @@ class Restarts:
                     return
                 begun = await self._vms.start(vm.id)
                 ended = await self._operations.wait(begun.id)
-            except errors.BangerError as error:  # deleted meanwhile, or the daemon is going
-                _log.warning("vm not started with its host", extra={"vm": vm.id, "error": error.message})
+            except Exception as error:  # deleted meanwhile, or the daemon is going; no other waits for it
+                fields = {"vm": vm.id, "error": str(error) or repr(error)}
+                _log.warning("vm not started with its host", extra=fields)
                 return
         is_up = ended.status is resources.OperationStatus.SUCCEEDED
         _log.log(
