@@ -89,7 +89,7 @@ def _member(name: str, path: str, links: dict[tuple[int, int], str]) -> tarfile.
         info = tarfile.TarInfo(name)
         info.mode, info.uid, info.gid = stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
         info.mtime = found.st_mtime_ns // 10**9
-        info.pax_headers = {"mtime": _decimal(found.st_mtime_ns)} | _attributes(path)
+        info.pax_headers = {"mtime": decimal(found.st_mtime_ns)} | _attributes(path)
         if stat.S_ISLNK(found.st_mode):
             info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
         elif stat.S_ISDIR(found.st_mode):
@@ -115,8 +115,10 @@ def _link_or_file(info: tarfile.TarInfo, found: os.stat_result, links: dict[tupl
         links[key] = info.name
 
 
-def _decimal(nanoseconds: int) -> str:
-    return f"{nanoseconds // 10**9}.{nanoseconds % 10**9:09d}"
+def decimal(ns: int) -> str:
+    """A time as pax headers have it: before 1970 the fraction goes back as well."""
+    seconds, rest = divmod(abs(ns), 10**9)
+    return f"{'-' if ns < 0 else ''}{seconds}.{rest:09}"
 
 
 def _attributes(path: str) -> dict[str, str]:

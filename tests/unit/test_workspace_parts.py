@@ -236,6 +236,18 @@ def test_what_was_packed_is_unpacked_the_same(tmp_path: Path) -> None:
     assert (target / "t" / "z").stat().st_ino == (target / "t" / "sub" / "f").stat().st_ino
 
 
+@pytest.mark.parametrize("mtime_ns", [-1, -250_000_000, -(10**9), -1_750_000_000, 0, 999_999_999])
+def test_times_before_1970_travel_too(tmp_path: Path, mtime_ns: int) -> None:
+    (tmp_path / "f").touch()
+    os.utime(tmp_path / "f", ns=(0, mtime_ns))
+    if (tmp_path / "f").stat().st_mtime_ns != mtime_ns:
+        pytest.fail("this file system has no such times")
+    target = tmp_path / "target"
+    target.mkdir()
+    unpack(b"".join(archive.packed([("f", str(tmp_path / "f"))])), target)
+    assert (target / "f").stat().st_mtime_ns == mtime_ns
+
+
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(1 << 20))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final, cast
 
+from banger import archive as archives
 from banger import run
 from banger.contract import errors, sizes
 from banger.images.mkfs import filesystem
@@ -90,18 +91,13 @@ def _member(fs: filesystem.Filesystem, inode: int, name: str) -> tarfile.TarInfo
     member.mtime = about.mtime_ns // _NS
     said = {f"SCHILY.xattr.{os.fsdecode(key)}": os.fsdecode(value) for key, value in about.xattrs}
     if about.mtime_ns % _NS or about.mtime_ns < 0:
-        said["mtime"] = _decimal(about.mtime_ns)
+        said["mtime"] = archives.decimal(about.mtime_ns)
     member.pax_headers = said
     if member.isreg():
         member.size = fs.size(inode)
     elif member.issym():
         member.linkname = os.fsdecode(fs.readlink(inode))
     return member
-
-
-def _decimal(ns: int) -> str:
-    seconds, rest = divmod(abs(ns), _NS)
-    return f"{'-' if ns < 0 else ''}{seconds}.{rest:09}"
 
 
 def _too_large(max_bytes: int) -> errors.NoSpaceError:
