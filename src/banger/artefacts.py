@@ -32,6 +32,9 @@ NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPACE_HINT: Final = "free some space or move the state directory"
 _NO_TIME: Final = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 _TICK: Final = datetime.timedelta(microseconds=1)
+_CLOSED_HINT: Final = (
+    "give it to the daemon's owner, or make it readable: `chmod a+r`, and a+x for the directories above"
+)
 
 
 class Record(Protocol):
@@ -239,9 +242,15 @@ def readable(path: Path) -> Iterator[None]:
         raise errors.NotFoundError(f"there is no {error.filename or path}", hint=unseen(path)) from error
     except PermissionError as error:
         raise errors.UnauthorizedError(
-            f"the daemon's owner may not read {error.filename or path}",
-            hint="give it to the owner, or make it readable: `chmod a+r`, and a+x for the directories above",
+            f"the daemon's owner may not read {error.filename or path}", hint=_CLOSED_HINT
         ) from error
+
+
+def unread(path: Path, error: OSError) -> str:
+    """The hint for a path of a user's that the daemon could not read; empty where there is none to give."""
+    if isinstance(error, PermissionError):
+        return _CLOSED_HINT
+    return unseen(path) if isinstance(error, FileNotFoundError) else ""
 
 
 def unseen(path: Path) -> str:

@@ -295,6 +295,12 @@ def test_what_is_no_image_is_not_registered(images: records.Images, tmp_path: Pa
         publish.register(images, tmp_path)
 
 
+def test_an_image_directory_that_the_daemon_does_not_see_is_said(images: records.Images) -> None:
+    with pytest.raises(errors.BadRequestError, match="not an image directory") as caught:
+        publish.register(images, Path("/tmp/no-image"))
+    assert "does not see the host's /tmp" in caught.value.hint
+
+
 @pytest.mark.parametrize("part", [records.RECORD, records.ROOTFS, records.WORK_SEED])
 def test_a_pipe_in_an_image_directory_is_not_waited_for(
     images: records.Images, assembled: Assembled, tmp_path: Path, part: str

@@ -75,8 +75,9 @@ def test_a_recipe_that_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.OperationFailedError, match="not the one that the catalog knows"):
         entry.text()
     mine.unlink()
-    with pytest.raises(errors.NotFoundError, match="cannot read"):
+    with pytest.raises(errors.NotFoundError, match="cannot read") as caught:
         entry.text()
+    assert "daemon" in caught.value.hint
 
 
 def _image(number: int, name: str, reference: str = "", digest: str = "") -> records.Image:

@@ -194,6 +194,16 @@ def test_a_file_of_this_host_that_cannot_be_taken_is_said_before_the_build(
         steps.check_sources()
 
 
+@pytest.mark.parametrize(
+    ("path", "hint"), [("/tmp/no-program", "does not see the host's /tmp"), ("/no", "by the daemon")]
+)
+def test_a_source_that_is_not_there_says_where_the_daemon_looks(path: str, hint: str) -> None:
+    steps = recipe.TreeSteps(file=(recipe.File("/a", source=path),))
+    with pytest.raises(errors.BadRequestError) as caught:
+        steps.check_sources()
+    assert hint in caught.value.hint
+
+
 @hypothesis.given(
     strategies.text("ab*", min_size=1).filter(lambda text: "*" in text), strategies.text("ab\n", min_size=1)
 )

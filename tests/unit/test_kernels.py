@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -347,6 +348,25 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, refused: Callable[...
     os.mkfifo(tmp_path / "fifo")
     assert "is not a file" in refused(tmp_path / "fifo")
     assert "is not a file" in refused(Path("/dev/zero"))
+
+
+def test_a_kernel_that_is_root_s_to_read_says_what_to_do(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ubuntu has its own in /boot; root, whose tests these may be, reads all."""
+    opened = os.open
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(samples.vmlinux())
+
+    def not_permitted(path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == kernel:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", not_permitted)
+    said = refused(kernel)
+    assert "Permission denied" in said
+    assert "chmod a+r" in said
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from banger import artefacts
 from banger.contract import decoding, errors, given_names, requests
 from banger.images import recipe, reference
 
@@ -55,7 +56,10 @@ class RecipeEntry(
                 with open(self.source, "rb") as file:
                     data = file.read(requests.RECIPE_CHARACTERS + 1)
             except OSError as error:
-                raise errors.NotFoundError(f"cannot read {self.source}: {error.strerror}") from error
+                hint = artefacts.unread(Path(self.source), error)
+                raise errors.NotFoundError(
+                    f"cannot read {self.source}: {error.strerror}", hint=hint
+                ) from error
         else:
             data = recipe.shipped(self.source)
         found = hashlib.sha256(data).hexdigest()

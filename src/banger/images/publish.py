@@ -67,7 +67,12 @@ def register(images: records.Images, directory: Path, *, name: str = "") -> reco
             raise errors.BadRequestError(f"{directory} is not an image directory: {path.name} is not a file")
     try:
         record = decoding.json(_small(directory / records.RECORD), records.Image)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise errors.BadRequestError(
+            f"{directory} is not an image directory: cannot read {records.RECORD} there: {error.strerror}",
+            hint=artefacts.unread(directory, error),
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.BadRequestError(f"{directory} is not an image directory: {error}") from error
     wanted = given_names.parse_artefact_name(name or record.name, "an image")
     given_names.parse_id(record.id, "image id")

@@ -134,7 +134,8 @@ def _open(source: str) -> int:
         found = os.open(os.path.expanduser(source), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise errors.BadRequestError(
-            f"the recipe's source {source} cannot be read: {error.strerror}"
+            f"the recipe's source {source} cannot be read: {error.strerror}",
+            hint=artefacts.unread(Path(source), error),
         ) from error
     if not stat.S_ISREG(os.fstat(found).st_mode):
         os.close(found)

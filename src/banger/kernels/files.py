@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from banger import run
+from banger import artefacts, run
 from banger.contract import errors
 
 Data = bytes | mmap.mmap
@@ -30,7 +30,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise errors.BadRequestError(f"cannot read {path}: {error.strerror}") from error
+        hint = artefacts.unread(path, error)
+        raise errors.BadRequestError(f"cannot read {path}: {error.strerror}", hint=hint) from error
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise errors.BadRequestError(f"{path} is not a file")
