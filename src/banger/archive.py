@@ -122,14 +122,20 @@ def decimal(ns: int) -> str:
 
 
 def _attributes(path: str) -> dict[str, str]:
-    """The user's own extended attributes; the kernel keeps the others to itself."""
+    """The user's own extended attributes; the kernel keeps the others to itself. A name that no pax header
+    can hold stays here with its value.
+    """
     found = {}
     with contextlib.suppress(OSError):
         for name in os.listxattr(path, follow_symlinks=False):
-            if name.startswith("user."):
+            if name.startswith("user.") and "=" not in name and _is_text(name):
                 value = os.getxattr(path, name, follow_symlinks=False)
                 found[_XATTR + name] = value.decode("utf-8", "surrogateescape")
     return found
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _content(path: str, size: int) -> Iterator[bytes]:
@@ -296,6 +302,7 @@ class _Unpacking:
             name, mode = parts[-1], entry.mode
             if stat.S_ISDIR(mode):
                 _make_directory(parent, name)
+                _set_attributes_of_directory(parent, name, entry)
                 self._open.append(_Directory("/".join(parts), mode, entry.mtime_ns))
             elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
                 self._done.skip(f"{'/'.join(parts)} is a device")
@@ -311,8 +318,10 @@ class _Unpacking:
             _link(self._top, target, parent, name)
         elif stat.S_ISLNK(entry.mode):
             os.symlink(entry.target, os.fsencode(name), dir_fd=parent)
+            with contextlib.suppress(OSError):  # not every file system has times of links
+                os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=parent, follow_symlinks=False)
         elif stat.S_ISFIFO(entry.mode):
-            os.mkfifo(name, entry.mode & 0o777, dir_fd=parent)
+            _make_pipe(parent, name, entry)
         else:
             _write(parent, name, entry, self._keep_room)
 
@@ -353,6 +362,31 @@ def _make_directory(parent: int, name: str) -> None:
             os.mkdir(name, 0o755, dir_fd=parent)
 
 
+def _set_attributes_of_directory(parent: int, name: str, entry: reader.Entry) -> None:
+    if entry.xattrs:
+        here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            _set_attributes(here, entry)
+        finally:
+            os.close(here)
+
+
+def _set_attributes(here: int, entry: reader.Entry) -> None:
+    for key, value in entry.xattrs:
+        if key.startswith(b"user."):
+            with contextlib.suppress(OSError):
+                os.setxattr(here, key, value)
+
+
+def _make_pipe(parent: int, name: str, entry: reader.Entry) -> None:
+    """Opened for reading it waits for nobody."""
+    os.mkfifo(name, 0o600, dir_fd=parent)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(name, flags, dir_fd=parent), "rb", buffering=0) as pipe:
+        os.fchmod(pipe.fileno(), entry.mode & 0o777)
+        os.utime(pipe.fileno(), ns=(entry.mtime_ns, entry.mtime_ns))
+
+
 def _clear(parent: int, name: str) -> None:
     """What is there is replaced and never written through; a directory that holds something stays."""
     try:
@@ -381,10 +415,7 @@ def _write(parent: int, name: str, entry: reader.Entry, keep_room: Callable[[], 
             view = memoryview(piece)
             while view:
                 view = view[file.write(view) :]
+        _set_attributes(file.fileno(), entry)  # while it may be written
         # Never set-user-id: the file is ours now, and a guest chose its content.
         os.fchmod(file.fileno(), entry.mode & 0o777)
-        for key, value in entry.xattrs:
-            if key.startswith(b"user."):
-                with contextlib.suppress(OSError):
-                    os.setxattr(file.fileno(), key, value)
         os.utime(file.fileno(), ns=(entry.mtime_ns, entry.mtime_ns))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import tarfile
@@ -246,6 +247,60 @@ def test_times_before_1970_travel_too(tmp_path: Path, mtime_ns: int) -> None:
     target.mkdir()
     unpack(b"".join(archive.packed([("f", str(tmp_path / "f"))])), target)
     assert (target / "f").stat().st_mtime_ns == mtime_ns
+
+
+def test_times_of_links_and_pipes_are_kept(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "link").symlink_to("old")
+    os.mkfifo(source / "pipe")
+    (source / "pipe").chmod(0o626)
+    for path in source.iterdir():
+        os.utime(path, ns=(10**18 + 1,) * 2, follow_symlinks=False)
+    unpack(b"".join(archive.packed(archive.walk(source, "s"))), tmp_path)
+    for path in source.iterdir():
+        found, wanted = (tmp_path / "s" / path.name).lstat(), path.lstat()
+        assert (found.st_mode, found.st_mtime_ns) == (wanted.st_mode, wanted.st_mtime_ns), path.name
+
+
+def test_attributes_are_kept_of_directories_and_of_what_is_not_to_be_written(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "d").mkdir(parents=True)
+    (source / "d" / "f").write_text("f")
+    for path in (source, source / "d", source / "d" / "f"):
+        os.setxattr(path, "user.note", bytes(path))
+    (source / "d" / "f").chmod(0o400)
+    data = b"".join(archive.packed(archive.walk(source, "s")))
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="b-") as name, as_anybody(Path(name)) as target:
+        unpack(data, target)
+        assert os.getxattr(target / "s" / "d", "user.note") == bytes(source / "d")
+        assert os.getxattr(target / "s" / "d" / "f", "user.note") == bytes(source / "d" / "f")
+        unpack(data, target, rename="")
+        assert "user.note" not in os.listxattr(target)
+
+
+@contextlib.contextmanager
+def as_anybody(target: Path) -> Iterator[Path]:
+    """Where the tests are root's, root's rights would hide what others may not do."""
+    if os.geteuid() != 0:
+        yield target
+        return
+    os.chown(target, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield target
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", [b"user.\xff", b"user.a=b", b"user.=", "user.naïve".encode()])
+def test_an_attribute_is_kept_or_left_here_and_never_another(tmp_path: Path, name: bytes) -> None:
+    """No pax header has a name that is no text, or with an equals sign in it."""
+    (tmp_path / "f").write_text("f")
+    os.setxattr(tmp_path / "f", name, b"value")
+    unpack(b"".join(archive.packed([("t/f", str(tmp_path / "f"))])), tmp_path)
+    found = {each: os.getxattr(tmp_path / "t" / "f", each) for each in os.listxattr(tmp_path / "t" / "f")}
+    assert found == ({os.fsdecode(name): b"value"} if b"na" in name else {})
 
 
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
