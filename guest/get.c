@@ -143,7 +143,8 @@ static struct seen *find_seen(struct get *get, const struct stat *status) {
 static const char *earlier_name(struct get *get, const struct stat *status) {
         struct seen *seen;
 
-        if (status->st_nlink < 2 || S_ISDIR(status->st_mode))
+        /* Who unpacks no device has none to link to. */
+        if (status->st_nlink < 2 || S_ISDIR(status->st_mode) || S_ISCHR(status->st_mode) || S_ISBLK(status->st_mode))
                 return NULL;
         if (!get->seen)
                 get->seen = calloc(LINK_SLOTS, sizeof *get->seen);
@@ -157,8 +158,9 @@ static const char *earlier_name(struct get *get, const struct stat *status) {
         return NULL;
 }
 
+/* A pax header's name ends at the first equals sign. */
 static bool is_wanted_xattr(const char *name) {
-        return strncmp(name, "user.", 5) == 0 || strcmp(name, "security.capability") == 0;
+        return (strncmp(name, "user.", 5) == 0 && !strchr(name, '=')) || strcmp(name, "security.capability") == 0;
 }
 
 static int collect_xattrs(int fd) {

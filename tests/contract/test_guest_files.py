@@ -121,6 +121,26 @@ async def test_a_tree_comes_back_as_it_is(client: guests.GuestClient, tmp_path: 
         assert names["source/link"].linkname == "nowhere"
 
 
+async def test_what_an_archive_cannot_tell_is_not_told_wrongly(
+    client: guests.GuestClient, tmp_path: Path
+) -> None:
+    """A device with two names is two devices: nobody unpacks the first, and the other would lead nowhere."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("text")
+    os.setxattr(source / "file", "user.a=b", b"value")
+    os.setxattr(source / "file", "user.a", b"own")
+    if os.geteuid() == 0:
+        os.mknod(source / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        os.link(source / "null", source / "zero")
+    with await fetch(client, source) as tar:
+        names = {info.name: info for info in tar.getmembers()}
+    said = names["source/file"].pax_headers
+    assert {key: value for key, value in said.items() if "xattr" in key} == {"SCHILY.xattr.user.a": "own"}
+    devices = {info.name for info in names.values() if info.type == tarfile.CHRTYPE}
+    assert devices == {f"source/{name}" for name in ("null", "zero") if os.geteuid() == 0}
+
+
 async def test_what_was_packed_is_unpacked_the_same(client: guests.GuestClient, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
