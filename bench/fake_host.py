@@ -109,6 +109,7 @@ def _prepared(top: Path) -> config.Paths:
     _write(image_dir / "image.json", {**common, **image, "has_init": True, "kernel": "tiny"})
     _write(kernel_dir / "kernel.json", {**common, **kernel, "vmlinux_bytes": 4})
     (image_dir / "rootfs.ext4").write_bytes(bytes(1 << 20))
+    (image_dir / "work-seed.tar").write_bytes(bytes(1024))  # the end of an archive
     (kernel_dir / "vmlinux").write_bytes(b"\x7fELF")
     return config.Paths(
         state=state,

@@ -113,6 +113,7 @@ def furnish(paths: config.Paths) -> None:
         json.dumps({**common, **kernel, "vmlinux_bytes": 4})
     )
     (state / "images" / IMAGE_ID / "rootfs.ext4").write_bytes(bytes(1 << 20))
+    (state / "images" / IMAGE_ID / "work-seed.tar").write_bytes(bytes(1024))  # the end of an archive
     (state / "kernels" / KERNEL_ID / "vmlinux").write_bytes(b"\x7fELF")
 
 

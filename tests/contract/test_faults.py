@@ -106,34 +106,6 @@ async def test_a_directory_too_deep_for_sockets_is_said_and_leaves_nothing(short
 # --- records on the disk ---
 
 
-async def test_a_vm_whose_row_is_corrupt_is_deleted_like_any_other(
-    paths: config.Paths, world: worlds.World
-) -> None:
-    """By what its columns say, or by its id: what it has on the host follows from that."""
-    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
-        daemon = conftest.Daemon(services, paths, world)
-        for name in ("web", "other", "third"):
-            assert (await daemon.create(name)).error is None
-        _spoil(paths.database, "web")
-        assert (await _act(daemon, "delete")).error is None
-        assert {vm.name for vm in await services.vms.list()} == {"other", "third"}
-        _spoil(paths.database, "third")
-    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
-        daemon = conftest.Daemon(services, paths, world)
-        found = {vm.name: vm for vm in await services.vms.list()}
-        assert found["other"].state is resources.VmState.RUNNING
-        assert found["third"].last_error is not None
-        assert "banger vm delete third" in found["third"].last_error.hint
-        assert (await daemon.done(await services.vms.delete("third"))).error is None
-        assert set(world.leftovers()) == {found["other"].id}
-        assert [path.name for path in (paths.state / "vms").iterdir()] == [found["other"].id]
-
-
-def _spoil(database: Path, name: str) -> None:
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as outside:
-        outside.execute("UPDATE vms SET record = '{' WHERE name = ?", (name,))
-
-
 def test_a_record_that_is_no_text_is_said_and_harms_no_other(daemon: conftest.Daemon) -> None:
     images = daemon.services.images
     broken = daemon.paths.state / "images" / "aaaaaaaaaaaa"

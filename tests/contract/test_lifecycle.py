@@ -113,7 +113,7 @@ async def test_stop_flushes_first_and_leaves_only_disks(daemon: conftest.Daemon)
     operation = await daemon.done(await daemon.services.vms.stop("web"))
     assert operation.vm is not None
     assert operation.vm.state is resources.VmState.STOPPED
-    assert fake.flushes == 1
+    assert (fake.flushes_before_power_off, fake.flushes) == (1, 1)
     assert daemon.world.leftovers() == {}
     disks = {path.name for path in (daemon.paths.state / "vms" / created.id).iterdir()}
     assert disks == {"overlay.cow", "work.ext4"}

@@ -57,6 +57,7 @@ class FakeVmm:
         self.pid = next(_pids)
         self.boot_id = str(uuid.uuid4())
         self.flushes = 0
+        self.flushes_before_power_off = 0
         self.knocks = 0
         self.clock_off_ns = behaviour.clock_off_ns
         self.clock_asked = 0
@@ -198,6 +199,7 @@ class FakeVmm:
             self.flushes += 1
             writer.write(guest.frame(F.REPLY))
         elif kind == F.POWER_OFF:
+            self.flushes_before_power_off = self.flushes
             writer.write(guest.frame(F.REPLY))
             if not self._behaviour.ignores_power_off:
                 asyncio.get_running_loop().call_later(0.005, self._die)

@@ -140,8 +140,18 @@ def test_a_work_disk_has_its_final_size_and_the_seed(tmp_path: Path, seed: Path)
     assert (file.mode, file.uid, file.gid) == (stat.S_IFREG | 0o4755, 1000, 1001)
 
 
+def test_a_seed_that_is_gone_is_no_empty_home(tmp_path: Path) -> None:
+    """Each image has one: without it the files of its `/root` would be missed for weeks."""
+    directory = tmp_path / "vm"
+    directory.mkdir()
+    with pytest.raises(errors.NotFoundError, match=r"work-seed\.tar") as caught:
+        workdisk.create(directory / "work.ext4", size_mib=64, seed=tmp_path / "work-seed.tar")
+    assert "make it again" in caught.value.hint
+    assert list(directory.iterdir()) == []
+
+
 def test_a_work_disk_without_seed_is_empty_and_roots(tmp_path: Path) -> None:
-    workdisk.create(tmp_path / "work.ext4", size_mib=64, seed=tmp_path / "absent")
+    workdisk.create(tmp_path / "work.ext4", size_mib=64)
     top = ext4_read.find(tmp_path / "work.ext4", "/")
     assert top is not None
     assert (top.mode, top.uid) == (stat.S_IFDIR | 0o700, 0)

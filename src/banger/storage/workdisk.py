@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from banger import artefacts
 from banger.contract import errors
@@ -37,7 +37,7 @@ def create(
     authorized_key: str = "",
     git_config: bytes = b"",
 ) -> None:
-    """Makes the disk; the seed is a tar of what `/root` shall hold, an absent one leaves it empty.
+    """Makes the disk; the seed is a tar of what `/root` shall hold. Raises NotFoundError when it is gone.
 
     `authorized_key` is a line for the guest's ssh server; it comes after those of the seed.
     `git_config` goes where git looks before `~/.gitconfig`, which counts more; a seed's own there stays.
@@ -63,12 +63,22 @@ def create(
         staged.unlink(missing_ok=True)
 
 
+def _opened(seed: Path) -> BinaryIO:
+    try:
+        return seed.open("rb")
+    except FileNotFoundError:
+        raise errors.NotFoundError(
+            f"the image is damaged: there is no {seed}",
+            hint="put the file back, or delete the image with its VMs and make it again",
+        ) from None
+
+
 def _make(staged: Path, size_bytes: int, seed: Path | None, authorized_key: str, git_config: bytes) -> None:
     limits = filesystem.Limits(max_bytes=size_bytes)
     with filesystem.Filesystem(staged, limits=limits) as made:
         made.set_attributes(made.ROOT, _private(stat.S_IFDIR | 0o700))
-        if seed is not None and seed.exists():
-            with seed.open("rb") as archive:
+        if seed is not None:
+            with _opened(seed) as archive:
                 pieces = iter(functools.partial(archive.read, _CHUNK), b"")
                 flatten.Tree(made).add(reader.entries(pieces), "the work seed")
         if authorized_key:
