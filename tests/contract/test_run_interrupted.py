@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from banger.contract import privileged, resources
-from banger.owner import operations
+from banger.owner import composition, config, operations
 from banger.vm import start
 from tests.contract import api_served, cli_process, conftest
+from tests.fakes import world as worlds
 
 # What root is asked for in each stage, while the start stands still.
 REQUESTS: dict[resources.Stage, type[privileged.Request[Any]]] = {
@@ -197,3 +198,18 @@ async def test_a_vm_whose_client_is_gone_before_it_watches_goes_too(
     for operation in served.daemon.services.operations.list():
         await served.daemon.done(operation)
     assert served.daemon.world.leftovers() == {}
+
+
+@pytest.mark.parametrize("remove", [True, False])
+async def test_one_that_nobody_has_come_for_goes_with_its_daemon(
+    paths: config.Paths, world: worlds.World, *, remove: bool
+) -> None:
+    """Its client may come within a minute, and to that daemon alone."""
+    compose = composition.compose
+    async with compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        body = resources.CreateVm(name="shop", remove_on_failure=remove, for_command=True)
+        made = await conftest.Daemon(services, paths, world).done(await services.vms.create(body))
+        assert made.error is None
+    async with compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        assert await services.vms.list() == []
+    assert world.leftovers() == {}

@@ -196,8 +196,8 @@ class VmService:
                 view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
             if body.for_command:
                 self.sessions.claims.expect(vm.id)
-            elif body.remove_on_failure:
-                self._store.set_throw_away(vm.id, throw_away=False)
+            if body.for_command != body.remove_on_failure:  # it was as in the latter until now
+                self._store.set_throw_away(vm.id, throw_away=body.for_command)
             return view
 
     async def start(self, ref: str) -> resources.Operation:
