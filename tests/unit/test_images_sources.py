@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import resource
 import shutil
@@ -248,6 +250,22 @@ def test_a_compressed_archive_leaves_the_host_room(
     free = artefacts.RESERVE_BYTES + (1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
     assert _refused(path, scratch, "unpacks to more than there is room").code == "no_space"
+
+
+@pytest.mark.parametrize(
+    ("data", "why", "hint"),
+    [
+        (lzma.compress(BASE), "packed with xz", "`xz -dk "),
+        (bz2.compress(BASE), "packed with bzip2", "`bzip2 -dk "),
+        (b"PK\3\4" + bytes(600), "not a whole tar", "plain or packed with gzip or zstd"),
+    ],
+    ids=["xz", "bzip2", "zip"],
+)
+def test_what_is_packed_in_another_way_says_what_to_do(
+    tmp_path: Path, scratch: Path, data: bytes, why: str, hint: str
+) -> None:
+    (tmp_path / "root").write_bytes(data)
+    assert hint in _refused(tmp_path / "root", scratch, why).hint
 
 
 def test_what_is_neither_file_nor_directory(tmp_path: Path, scratch: Path) -> None:

@@ -22,6 +22,8 @@ _MAX_MEMBERS: Final = 50_000
 _MAX_HEADER_BYTES: Final = 1 << 20
 _MAX_LINKS: Final = 8
 _CHUNK: Final = 1 << 20
+_OTHER_PACKED: Final = {b"\xfd7zX": "xz", b"BZh": "bzip2"}
+_HINT: Final = "copy or make it again; it should be a tar, plain or packed with gzip or zstd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,24 @@ class Archive:
 def first_name(path: Path) -> str:
     """The first member that is more than the top directory; says what kind of tar this is. Empty if none."""
     with path.open("rb") as file:
-        head = manifest.compression(file.read(4))
+        head = file.read(4)
+        _refuse_packed(path, head)
         file.seek(0)
-        stream = _Pieces(decompress.decompressed(file, head), _MAX_HEADER_BYTES)
+        stream = _Pieces(decompress.decompressed(file, manifest.compression(head)), _MAX_HEADER_BYTES)
         with _damage(path), tarfile.open(fileobj=stream, mode="r|", bufsize=tarfile.BLOCKSIZE) as members:
             for member in members:
                 if name := _plain(member.name):
                     return name
     return ""
+
+
+def _refuse_packed(path: Path, head: bytes) -> None:
+    for magic, program in _OTHER_PACKED.items():
+        if head.startswith(magic):
+            raise errors.BadRequestError(
+                f"{path.name} is packed with {program}, which no image is",
+                hint=f"unpack it first: `{program} -dk {path.name}`, and import what that leaves",
+            )
 
 
 def uncompressed(path: Path, scratch: Path, max_bytes: int) -> Path:
@@ -162,7 +174,7 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
-        raise errors.BadRequestError(f"{path.name} is not a whole tar: {error}") from error
+        raise errors.BadRequestError(f"{path.name} is not a whole tar: {error}", hint=_HINT) from error
 
 
 class _Pieces(io.RawIOBase):
