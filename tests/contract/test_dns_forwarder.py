@@ -274,10 +274,48 @@ async def _nothing(*_: object) -> None:
 
 def test_the_hosts_resolvers_are_its_resolv_conf_without_ourselves(tmp_path: Path) -> None:
     conf = tmp_path / "resolv.conf"
-    servers = ("10.213.240.1", "192.0.2.1", "::1", "", "192.0.2.2 ")
+    servers = ("10.213.240.1", "192.0.2.1", "fe80::1%lo", "", "x", "192.0.2.2 ", "192.0.2.3")
     assert upstream.of_host(conf) == ()
     conf.write_text("# x\nsearch lan\n" + "".join(f"nameserver {each}\n" for each in servers))
-    assert upstream.of_host(conf, never=["10.213.240.1"]) == (("192.0.2.1", 53), ("192.0.2.2", 53))
+    assert upstream.of_host(conf, never=["10.213.240.1"]) == (
+        ("192.0.2.1", 53),
+        ("fe80::1%lo", 53),
+        ("192.0.2.2", 53),
+    )
+    assert [upstream.text_of(each) for each in upstream.of_host(conf)[1:]] == [
+        "192.0.2.1:53",
+        "[fe80::1%lo]:53",
+    ]
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_a_resolver_with_ipv6_alone_is_asked(tcp: bool) -> None:
+    answered = dns_served.upstream(RECORDS, [])
+
+    class ByUdp(asyncio.DatagramProtocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = transport
+
+        def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+            self.transport.sendto(answered(data, addr[0], False), addr)  # type: ignore[attr-defined] # it is one
+
+    async def by_tcp(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+        reply = answered(asked, "", True)
+        assert isinstance(reply, bytes)
+        writer.write(len(reply).to_bytes(2, "big") + reply)
+        writer.close()
+
+    async with await asyncio.start_server(by_tcp, "::1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(ByUdp, local_addr=("::1", port))
+        made = forwarder.Forwarder(NETWORK, upstream.Upstream(lambda: [("::1", port)]).ask, _nothing)
+        made.update([WEB], serial=1)
+        reply = await Desk(made).ask(WEB, "example.org", tcp=tcp)
+        transport.close()
+    assert reply is not None
+    assert str(reply.rr[0].rdata) == "192.0.2.7"
 
 
 @pytest.mark.parametrize("text", ["1.1.1.1:0", "1.1.1.1:", "1.1.1.1:x", "x", "::1", "1.1.1.1:70000"])

@@ -50,8 +50,13 @@ def of_host(path: Path = RESOLV_CONF, *, never: Sequence[str] = ()) -> tuple[End
     servers = []
     for each in found:
         with contextlib.suppress(ValueError):
-            servers.append(str(ipaddress.IPv4Address(each)))
+            servers.append(str(ipaddress.ip_address(each)))
     return tuple((each, PORT) for each in servers if each not in never)[:_MAX_SERVERS]
+
+
+def text_of(server: Endpoint) -> str:
+    address, port = server
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class Upstream:
@@ -97,10 +102,11 @@ async def _by_udp(
 ) -> tuple[bytes, wire.Reply] | None:
     """A connected socket hears its server alone; the kernel gives it a port that nobody can guess."""
     loop = asyncio.get_running_loop()
-    with socket.socket(
-        socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-    ) as udp:
-        udp.connect(server)
+    # Looks nothing up: it knows the link that an IPv6 address may name.
+    found = socket.getaddrinfo(*server, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+    family, kind, _, _, address = found[0]
+    with socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as udp:
+        udp.connect(address)
         udp.send(query)
         for _ in range(_MAX_NOISE):
             data = await loop.sock_recv(udp, wire.MAX_TCP_BYTES)

@@ -155,7 +155,7 @@ class Naming:
             listen=self._host.endpoint if self._host else "",
             listen_source=settings.source_of("dns_listen"),
             guests=self._guests.endpoint if self._guests else "",
-            upstream=tuple(f"{address}:{port}" for address, port in self._servers()),
+            upstream=tuple(map(upstream.text_of, self._servers())),
             upstream_source=settings.source_of("dns_upstream"),
             routed=self._routed_link != 0,
             problem=self._problem,
