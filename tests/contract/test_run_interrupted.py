@@ -13,7 +13,7 @@ import pytest
 from banger.contract import privileged, resources
 from banger.owner import composition, config, operations
 from banger.vm import start
-from tests.contract import api_served, cli_process, conftest
+from tests.contract import api_served, cli_process, conftest, gates
 from tests.fakes import world as worlds
 
 # What root is asked for in each stage, while the start stands still.
@@ -213,3 +213,23 @@ async def test_one_that_nobody_has_come_for_goes_with_its_daemon(
     async with compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
         assert await services.vms.list() == []
     assert world.leftovers() == {}
+
+
+async def test_who_comes_before_the_vm_is_there_has_come(daemon: conftest.Daemon) -> None:
+    """As a client that does not wait for the start to end: its VM was deleted a minute later, under it."""
+    vms, sessions = daemon.services.vms, daemon.services.sessions
+    sessions.claims.within_s = 0.0
+    gate = gates.Gate(daemon.world, privileged.LaunchVmm)
+    making = await vms.create(resources.CreateVm(name="shop", remove_on_failure=True, for_command=True))
+    await gate.reached.wait()
+    request = resources.ExecRequest(argv=("true",), remove=True, hold=True)
+    vm_id = sessions.announced("shop", request)
+    gate.go.set()
+    assert (await daemon.done(making)).error is None
+    await asyncio.sleep(0.05)
+    assert [operation.kind for operation in daemon.services.operations.list()] == ["vm.create"]
+    await sessions.finished(vm_id, request)
+    for operation in daemon.services.operations.list():
+        await daemon.done(operation)
+    assert await vms.list() == []
+    assert not sessions.claims._claimed

@@ -22,12 +22,24 @@ class Claims:
         self.within_s = WITHIN_S
         self._delete = delete
         self._waiting: dict[names.VmId, asyncio.Task[None]] = {}
+        self._claimed: set[names.VmId] = set()
 
     def expect(self, vm_id: names.VmId) -> None:
+        """One whose client came before it was there is not waited for."""
+        if vm_id in self._claimed:
+            return
         self._waiting[vm_id] = asyncio.create_task(self._wait(vm_id), name=f"unclaimed-{vm_id}")
 
     def claimed(self, vm_id: names.VmId) -> None:
         """One that nobody waits for is fine."""
+        self._claimed.add(vm_id)
+        self._end_waiting(vm_id)
+
+    def left(self, vm_id: names.VmId) -> None:
+        """Who claimed it; it goes with them."""
+        self._claimed.discard(vm_id)
+
+    def _end_waiting(self, vm_id: names.VmId) -> None:
         waiting = self._waiting.pop(vm_id, None)
         if waiting is not None:
             waiting.cancel()
@@ -36,7 +48,7 @@ class Claims:
         """What was not claimed is left to the next daemon, whose clients are others."""
         waiting = list(self._waiting.values())
         for vm_id in list(self._waiting):
-            self.claimed(vm_id)
+            self._end_waiting(vm_id)
         await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _wait(self, vm_id: names.VmId) -> None:

@@ -59,6 +59,7 @@ class Sessions:
         A daemon that is stopping leaves that to the next one.
         """
         if request.remove:
+            self.claims.left(vm_id)
             with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
                 await self._delete(vm_id)
 
