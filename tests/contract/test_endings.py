@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from banger.contract import guest, resources
+from banger.contract import guest, privileged, resources
+from banger.owner import operations
 from tests.contract import conftest
 
 
@@ -90,3 +92,21 @@ async def _ended(daemon: conftest.Daemon) -> resources.Vm:
             await asyncio.sleep(0.01)  # nothing announces it: that the daemon noticed is what is tested
             vm = await daemon.services.vms.get("web")
     return vm
+
+
+async def test_what_is_done_for_a_vm_that_ended_belongs_to_no_operation(daemon: conftest.Daemon) -> None:
+    """In both journals it stood under the id of the start, which had ended hours before."""
+    asked: list[tuple[str, str]] = []
+
+    async def heard(request: privileged.Request[Any]) -> None:
+        asked.append((type(request).__name__, operations.current_op_id.get()))
+
+    created = await daemon.create()
+    assert created.vm is not None
+    daemon.world.before = heard
+    fake = daemon.world.vm(created.vm.id).vmm
+    assert fake is not None
+    await fake.kill()
+    await _ended(daemon)
+    assert "TearDown" in dict(asked)
+    assert {op_id for _, op_id in asked} == {""}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -46,7 +47,10 @@ class LiveVmms:
         before = self._watchers.pop(vm_id, None)
         if before is not None:
             before.cancel()
-        self._watchers[vm_id] = asyncio.create_task(self._watch(vm_id), name=f"watch-{vm_id}")
+        # Of no operation: the start ends, and with it what its id in the journal and its events are for.
+        self._watchers[vm_id] = asyncio.create_task(
+            self._watch(vm_id), name=f"watch-{vm_id}", context=contextvars.Context()
+        )
 
     async def forget(self, vm_id: names.VmId) -> None:
         """Its end is about to be our own doing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import datetime
 import logging
 import random
@@ -72,7 +73,9 @@ class SilenceWatch:
         if before is not None and before.task is not None:
             before.task.cancel()
         guest = self._guests[vm_id] = _Guest(time.monotonic())
-        guest.task = asyncio.create_task(self._watch(vm_id, guest), name=f"ask-{vm_id}")
+        guest.task = asyncio.create_task(
+            self._watch(vm_id, guest), name=f"ask-{vm_id}", context=contextvars.Context()
+        )
 
     async def forget(self, vm_id: names.VmId) -> None:
         guest = self._guests.pop(vm_id, None)
