@@ -202,6 +202,23 @@ async def test_a_linked_working_tree_that_cannot_be_copied_whole_is_refused(gues
     assert "bare" in (await guest.banger(*words, "--mode", "full-copy", status=2)).err
 
 
+@pytest.mark.parametrize("borrower", ["", "libs/below"])
+async def test_a_repository_that_borrows_objects_cannot_be_copied_whole(guest: Guest, borrower: str) -> None:
+    repositories.with_submodule(guest.source)
+    here, lender = guest.source / borrower, guest.source.with_name("lender")
+    git(here, "clone", "-q", "--bare", str(here), str(lender))
+    place = git(here, "rev-parse", "--git-path", "objects/info/alternates").decode().strip()
+    (here / place).write_text(f"{lender}/objects\n")
+    git(here, "repack", "-q", "-a", "-d", "-l")
+    refused = await guest.prepare("--mode", "full-copy", status=2)
+    assert f"{here} borrows objects" in refused.err
+    assert f"git -C {here} repack -a -d" in refused.err
+    git(here, "repack", "-q", "-a", "-d")
+    (here / place).unlink()
+    await guest.prepare("--mode", "full-copy")
+    assert git(guest.repo / borrower, "fsck", "--no-dangling") == b""
+
+
 def test_hooks_stay_here_and_what_is_only_called_so_goes_along(tmp_path: Path) -> None:
     """A branch, a remote's branch, a submodule."""
     here, there, outside = tmp_path / "here", tmp_path / "there", tmp_path / "outside"

@@ -76,6 +76,7 @@ def take(repository: repositories.Repository, *, include_untracked: bool) -> Cop
             "it would be of no use in a copy",
             hint="leave out --mode full-copy, or name a clone",
         )
+    _refuse_borrowed(repository)
     head, branch = repository.head()
     files, notes = _files(repository, include_untracked=include_untracked)
     named = tuple(sorted(files))
@@ -140,6 +141,7 @@ def _submodule(
     found = repositories.find(top)
     if found.top != top:
         return [], (f"submodule {os.fsdecode(path)} is not a repository",)
+    _refuse_borrowed(found)
     files, notes = _files(found, include_untracked=include_untracked)
     if not found.git_dir.is_relative_to(parent.top):
         raise errors.BadRequestError(
@@ -166,6 +168,16 @@ def _is_tied(repository: repositories.Repository) -> bool:
     said = ("config", "--file", str(repository.common_dir / "config"))
     bare = repository.git.text(*said, "--type=bool", "core.bare", ok=(0, 1))
     return bare == "true" or bool(repository.git.text(*said, "core.worktree", ok=(0, 1)))
+
+
+def _refuse_borrowed(repository: repositories.Repository) -> None:
+    """What it borrows may be all of another's, of which git alone knows what is its own too."""
+    alternates = repository.objects / "info" / "alternates"
+    if alternates.is_file() and alternates.read_bytes().strip():
+        raise errors.BadRequestError(
+            f"{repository.top} borrows objects of another repository: a copy would lack them",
+            hint=f"`git -C {repository.top} repack -a -d`, then delete {alternates}",
+        )
 
 
 def _entries(
