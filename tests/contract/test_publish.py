@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -157,6 +158,57 @@ async def test_a_service_that_is_not_there_ends_the_connection(publisher: publis
     await publisher.serve(publishing.row(f"{port}:{publishing.free_port()}"))
     with contextlib.suppress(ConnectionError):
         assert await sent_back(port, b"x") == b""
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """As the kernel does when a program with something unread is killed."""
+    socket_ = writer.get_extra_info("socket")
+    socket_.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("network", [False, True])
+async def test_what_is_cut_off_does_not_look_whole(
+    client: guests.GuestClient, network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that dies half way is no service that has said all, and neither is who sends to it."""
+    monkeypatch.setattr(names, "guest_address", lambda *_: "127.0.0.1")
+    seen: asyncio.Queue[bytes | ConnectionError] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if await reader.readexactly(5) == b"serve":
+                writer.write(b"half of it")
+                await reader.readexactly(4)
+                _reset(writer)
+            else:
+                seen.put_nowait(await reader.read())
+        except ConnectionError as error:
+            seen.put_nowait(error)
+        finally:
+            writer.close()
+
+    port = publishing.free_port()
+    publisher = publish.Publisher(conftest.NETWORK, lambda _: client)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server, asyncio.timeout(20):
+        service = server.sockets[0].getsockname()[1]
+        await publisher.serve(publishing.row(f"{port}:{service}", network=network))
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"serve")
+            assert await reader.readexactly(10) == b"half of it"
+            writer.write(b"die!")
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+            writer.close()
+            if network:  # an agent closes, which the kernel of a guest says as it likes
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"taken")
+                await writer.drain()
+                _reset(writer)
+                assert isinstance(await seen.get(), ConnectionError)
+        finally:
+            await publisher.close()
 
 
 async def test_a_port_in_use_is_refused_and_none_is_taken(publisher: publish.Publisher) -> None:

@@ -10,7 +10,8 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,6 +30,8 @@ _CONNECT_S: Final = 10.0
 _MAX_CONNECTIONS: Final = 512
 _MAX_UDP_CLIENTS: Final = 256
 _UDP_IDLE_S: Final = 60.0
+_RESET: Final = struct.pack("ii", 1, 0)
+"""To linger for no time: the kernel then says that the connection is reset."""
 _UDP_QUEUE: Final = 64
 _UDP_UNSENT_BYTES: Final = 256 * 1024
 
@@ -206,7 +209,8 @@ class Publisher:
 
         async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                await _carry_tcp(target, reader, writer)
+                with _reset_on_failure(writer):
+                    await _carry_tcp(target, reader, writer)
             except (OSError, errors.BangerError, TimeoutError) as error:
                 _log.debug(
                     "published connection ended", extra={"port": port.publish.place, "error": str(error)}
@@ -269,12 +273,25 @@ async def _carry_tcp(target: _Target, reader: asyncio.StreamReader, writer: asyn
             there, back = await asyncio.open_connection(target.address, target.port, limit=_CHUNK)
         try:
             touch = target.client.activity.touch
-            await _both(_pump(reader, back, touch), _pump(there, writer, touch))
+            with _reset_on_failure(back):
+                await _both(_pump(reader, back, touch), _pump(there, writer, touch))
         finally:
             back.close()
         return
     async with target.client.connect(guest.ConnectSpec(port=target.port)) as tunnel:
         await _both(_into(reader, tunnel), _out_of(tunnel, writer))
+
+
+@contextlib.contextmanager
+def _reset_on_failure(writer: asyncio.StreamWriter) -> Iterator[None]:
+    """What was cut off must not end as if all of it had come: many protocols have no other end mark."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it may be closed already
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        writer.transport.abort()
+        raise
 
 
 async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
