@@ -70,38 +70,85 @@ def packed(members: Iterable[tuple[str, str]], report: Report = lambda _: None) 
     """
     count, links = 0, dict[tuple[int, int], str]()
     for name, path in members:
-        info = _member(name, path, links)
-        if info is None:
-            continue
-        yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-        if info.isreg():
-            for piece in _content(path, info.size):
-                count += len(piece)
-                report(count)
-                yield piece
-            yield bytes(-info.size % tarfile.BLOCKSIZE)
+        with contextlib.closing(_Source(path)) as source:
+            info = _member(name, source, links)
+            if info is None:
+                continue
+            yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+            if info.isreg():
+                for piece in source.content(info.size):
+                    count += len(piece)
+                    report(count)
+                    yield piece
+                yield bytes(-info.size % tarfile.BLOCKSIZE)
     yield _END
 
 
-def _member(name: str, path: str, links: dict[tuple[int, int], str]) -> tarfile.TarInfo | None:
+class _Source:
+    """What is at a path. A file is opened, so that what is said of it is of the very one that is read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = -1
+        with _readable(path):
+            self.found = os.lstat(path)
+            if stat.S_ISREG(self.found.st_mode):
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+                self._descriptor = os.open(path, flags)
+                self.found = os.fstat(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def attributes(self) -> dict[str, str]:
+        """The user's own extended attributes; the kernel keeps the others to itself. A name that no pax
+        header can hold stays here with its value.
+        """
+        place, is_open = (self._descriptor, True) if self._descriptor >= 0 else (self.path, False)
+        found = {}
+        with contextlib.suppress(OSError):
+            for name in os.listxattr(place, follow_symlinks=is_open):
+                if name.startswith("user.") and "=" not in name and _is_text(name):
+                    value = os.getxattr(place, name, follow_symlinks=is_open)
+                    found[_XATTR + name] = value.decode("utf-8", "surrogateescape")
+        return found
+
+    def content(self, size: int) -> Iterator[bytes]:
+        left = size
+        with _readable(self.path):
+            while left and (piece := os.read(self._descriptor, min(left, PIECE_BYTES))):
+                left -= len(piece)
+                yield piece
+        if left:
+            raise errors.OperationFailedError(f"{self.path} became shorter while it was read")
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
     try:
-        found = os.lstat(path)
-        info = tarfile.TarInfo(name)
-        info.mode, info.uid, info.gid = stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
-        info.mtime = found.st_mtime_ns // 10**9
-        info.pax_headers = {"mtime": decimal(found.st_mtime_ns)} | _attributes(path)
-        if stat.S_ISLNK(found.st_mode):
-            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
-        elif stat.S_ISDIR(found.st_mode):
-            info.type = tarfile.DIRTYPE
-        elif stat.S_ISFIFO(found.st_mode):
-            info.type = tarfile.FIFOTYPE
-        elif stat.S_ISREG(found.st_mode):
-            _link_or_file(info, found, links)
-        else:
-            return None
+        yield
     except OSError as error:
         raise errors.OperationFailedError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _member(name: str, source: _Source, links: dict[tuple[int, int], str]) -> tarfile.TarInfo | None:
+    found = source.found
+    info = tarfile.TarInfo(name)
+    info.mode, info.uid, info.gid = stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
+    info.mtime = found.st_mtime_ns // 10**9
+    info.pax_headers = {"mtime": decimal(found.st_mtime_ns)} | source.attributes()
+    if stat.S_ISLNK(found.st_mode):
+        with _readable(source.path):
+            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(source.path)
+    elif stat.S_ISDIR(found.st_mode):
+        info.type = tarfile.DIRTYPE
+    elif stat.S_ISFIFO(found.st_mode):
+        info.type = tarfile.FIFOTYPE
+    elif stat.S_ISREG(found.st_mode):
+        _link_or_file(info, found, links)
+    else:
+        return None
     return info
 
 
@@ -121,35 +168,8 @@ def decimal(ns: int) -> str:
     return f"{'-' if ns < 0 else ''}{seconds}.{rest:09}"
 
 
-def _attributes(path: str) -> dict[str, str]:
-    """The user's own extended attributes; the kernel keeps the others to itself. A name that no pax header
-    can hold stays here with its value.
-    """
-    found = {}
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(path, follow_symlinks=False):
-            if name.startswith("user.") and "=" not in name and _is_text(name):
-                value = os.getxattr(path, name, follow_symlinks=False)
-                found[_XATTR + name] = value.decode("utf-8", "surrogateescape")
-    return found
-
-
 def _is_text(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _content(path: str, size: int) -> Iterator[bytes]:
-    left = size
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
-            while left and (piece := file.read(min(left, PIECE_BYTES))):
-                left -= len(piece)
-                yield piece
-    except OSError as error:
-        raise errors.OperationFailedError(f"cannot read {path}: {error.strerror}") from error
-    if left:
-        raise errors.OperationFailedError(f"{path} became shorter while it was read")
 
 
 # --- reading ---

@@ -303,6 +303,19 @@ def test_an_attribute_is_kept_or_left_here_and_never_another(tmp_path: Path, nam
     assert found == ({os.fsdecode(name): b"value"} if b"na" in name else {})
 
 
+@pytest.mark.parametrize("after", [b"longer than before", b"s"])
+def test_a_file_that_is_replaced_meanwhile_is_the_old_one_wholly(tmp_path: Path, after: bytes) -> None:
+    """Most programs write a new file and rename it: where that begins, the old one has not been read."""
+    path = tmp_path / "f"
+    path.write_bytes(b"before")
+    stream = archive.packed([("t/f", str(path))])
+    head = next(stream)
+    (tmp_path / "new").write_bytes(after)
+    (tmp_path / "new").replace(path)
+    unpack(head + b"".join(stream), tmp_path)
+    assert (tmp_path / "t" / "f").read_bytes() == b"before"
+
+
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(1 << 20))
