@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors
-from banger.images import blobs, connections, manifest, reference
+from banger.images import blobs, connections, manifest, pull, reference
 from tests.contract.image_client import BASE, LIMITS, TOP, Client
 from tests.fakes import registry as registries
 
@@ -333,6 +333,20 @@ async def test_a_redirect_out_of_tls_is_refused(client: Client, target: str) -> 
         await client.pull()
 
 
+@pytest.mark.parametrize("host", ["xn--a.example", "300.1.1.1"])
+async def test_a_host_that_cannot_be_one_is_refused_by_name(client: Client, host: str) -> None:
+    elsewhere = reference.parse(f"{host}/team/app:v1")
+    settings = pull.Settings(limits=client.limits)
+    async with pull.opened(elsewhere, settings, client.store, client.watch) as puller:
+        with pytest.raises(errors.BadRequestError, match=f"{host}.* is no address") as caught:
+            await puller.digest()
+    assert "name" in caught.value.hint
+    away = registries.redirects(lambda _: f"https://{host}/x")
+    client.registry.faults += [registries.on("/blobs/", then=away, times=9)]
+    with pytest.raises(errors.BangerError, match=r"redirects to nowhere|Invalid URL in location header"):
+        await client.pull()
+
+
 async def test_redirects_in_a_circle_end(client: Client) -> None:
     circle = registries.redirects(lambda handler: handler.path)
     client.registry.faults += [registries.on("/blobs/", then=circle, times=99)]
@@ -340,7 +354,9 @@ async def test_redirects_in_a_circle_end(client: Client) -> None:
         await client.pull()
 
 
-@pytest.mark.parametrize("realm", ["http://elsewhere.invalid/token", "", "https://user:x@a.invalid/t"])
+@pytest.mark.parametrize(
+    "realm", ["http://elsewhere.invalid/token", "", "https://xn--a/t", "https://user:x@a.invalid/t"]
+)
 async def test_a_token_service_unfit_for_a_login_is_not_asked(client: Client, realm: str) -> None:
     challenge = registries.status(401, WWW_Authenticate=f'Bearer realm="{realm}",service="x"')
     client.registry.faults += [registries.on("/manifests/", then=challenge, times=9)]

@@ -121,8 +121,8 @@ async def _token(
 def _realm(wanted: reference.Reference, text: str, wire: connections.Connections) -> str:
     """A token service sees the login: it is spoken to in the open only where the registry may be."""
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
+        url = connections.address(text)
+    except ValueError:
         url = httpx.URL("")
     host = connections.host_of(url)
     plain = url.scheme == "http" and wire.may_be_plain(host) and wire.may_be_plain(wanted.host)

@@ -25,6 +25,7 @@ from banger.images import reference
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS: Final = 5
+_NAME_HINT: Final = "check the name of the registry"
 _PROXY_HINT: Final = "the proxy is bangerd's environment's: see `systemctl show bangerd -p Environment`"
 
 
@@ -77,7 +78,10 @@ class Connections:
 
         A body's failures while it is read come through here too.
         """
-        where = httpx.URL(url)
+        try:
+            where = address(url)
+        except ValueError as error:
+            raise errors.BadRequestError(f"{url} is no address: {error}", hint=_NAME_HINT) from None
         kept = {"User-Agent": f"banger/{banger.__version__}", "Accept-Encoding": "identity", **headers}
         with _explained(where.host, self._proxy(where)):
             response = await self._send(method, where, kept, form)
@@ -106,13 +110,16 @@ class Connections:
         proxy = self._proxy(url)
         client = self._client(proxy, self._tls(url, proxy))
         request = client.build_request(method, url, headers=dict(headers), data=form)
-        return await client.send(request, stream=True)
+        try:
+            return await client.send(request, stream=True)
+        except UnicodeError:  # httpx looks at where an answer leads, also when it is not to go there
+            raise errors.ProtocolError(f"{url.host} redirects to nowhere") from None
 
     def _redirected(self, where: httpx.URL, response: httpx.Response, *, local: bool) -> httpx.URL:
         """Where it leads. A public registry gets us neither to plain http nor to services of this host."""
         try:
-            target = where.join(response.headers["location"]).copy_with(userinfo=b"")
-        except (KeyError, httpx.InvalidURL):
+            target = address(response.headers["location"], where).copy_with(userinfo=b"")
+        except (KeyError, ValueError):
             raise errors.ProtocolError(f"{where.host} redirects to nowhere") from None
         host = host_of(target)
         plain_is_fine = self.may_be_plain(host) and (local or host in self._insecure)
@@ -157,6 +164,16 @@ class Connections:
                 f"the proxy {_shown(proxy)} is of a kind that is not supported", hint=_PROXY_HINT
             )
         return proxy
+
+
+def address(text: str, base: httpx.URL | None = None) -> httpx.URL:
+    """Raises ValueError for what is none."""
+    try:
+        found = httpx.URL(text) if base is None else base.join(text)
+        host_of(found)  # httpx sees only then whether such a host can be
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    return found
 
 
 def host_of(url: httpx.URL) -> str:
