@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from banger import run
 from banger.contract import errors, inventory, names, privileged, resources
 from banger.contract.inventory import Kind
 from banger.owner import composition, config
@@ -176,6 +177,26 @@ async def test_what_goes_as_one_looks_is_not_left_over(daemon: conftest.Daemon, 
 
     daemon.world.after = meanwhile
     assert (await take(daemon)).leftovers == ()
+
+
+async def test_keys_that_are_being_made_are_not_left_over(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first start, or for who asks for ssh, of which there is no operation."""
+    loop, really = asyncio.get_running_loop(), run.run
+
+    def meanwhile(argv: Sequence[str], **more: Any) -> run.Result:
+        made = really(argv, **more)
+        if argv[0] == "ssh-keygen":
+            ended = asyncio.run_coroutine_threadsafe(collect(daemon), loop).result(10)
+            assert ended.error is None
+        return made
+
+    monkeypatch.setattr(run, "run", meanwhile)
+    await daemon.create(start=False)
+    started = await daemon.done(await daemon.services.vms.start("web"))
+    assert started.error is None
+    assert (daemon.paths.state / "ssh" / "id_ed25519").exists()
 
 
 async def test_a_process_is_owned_by_slot_and_strangers_are_left_alone(

@@ -163,7 +163,10 @@ class Inventory:
         """The operations after the files: one that has begun since has made none of these."""
         at_work = [each for each in self._running.list() if _makes(each)]
         for path in half_made:
-            if at_work:
+            if path.parent == self._places.state / "ssh":
+                # A crash leaves none: they go as the daemon starts. A start makes keys, or who asks for ssh.
+                yield Thing(Kind.STAGED, str(path), "keys are being made", _BANGER)
+            elif at_work:
                 yield Thing(Kind.STAGED, str(path), f"{at_work[0].kind} is at work", at_work[0].id)
             else:
                 yield Thing(Kind.STAGED, str(path), "nothing is being made")
