@@ -42,6 +42,12 @@ def test_both_families_are_read(media_type: str) -> None:
     assert found.layers_bytes == 5
 
 
+@pytest.mark.parametrize("kind", ["application/octet-stream", "application/json", "text/html", ""])
+def test_an_image_whose_configuration_an_old_registry_called_otherwise_is_one(kind: str) -> None:
+    found = manifest.parse(_manifest(config={"mediaType": kind, "digest": SHA, "size": 2}))
+    assert isinstance(found, manifest.Manifest)
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [
