@@ -102,6 +102,22 @@ def test_a_layout_of_several_wants_to_know_which(tmp_path: Path, scratch: Path) 
         _opened(tmp_path / "layout", scratch, "v3")
 
 
+@pytest.mark.parametrize("wanted", ["app:v2", "v2", "docker.io/library/app:v2"])
+def test_of_several_one_is_named_as_people_write_it(tmp_path: Path, scratch: Path, wanted: str) -> None:
+    """As docker has saved several since it keeps them in containerd, with names in full."""
+    layout = tmp_path / "layout"
+    oci_make.layout(layout, "v1", [BASE])
+    second = oci_make.layout(layout, "v2", [BASE, TOP])
+    index = json.loads((layout / "index.json").read_text())
+    for entry, tag in zip(index["manifests"], ("v1", "v2"), strict=True):
+        entry["annotations"]["io.containerd.image.name"] = f"docker.io/library/app:{tag}"
+    (layout / "index.json").write_text(json.dumps(index))
+    made, _ = _opened(layout, scratch, wanted)
+    assert (made.digest, made.reference) == (second, "docker.io/library/app:v2")
+    path = _saved(tmp_path / "saved.tar")
+    assert _opened(path, scratch, "docker.io/library/app:v1")[0].reference == "docker.io/library/app:v1"
+
+
 def test_an_archive_of_old_with_linked_layers(tmp_path: Path, scratch: Path) -> None:
     names = [f"{'ab' * 32}/layer.tar", f"{'cd' * 32}/layer.tar"]
     made, tars = _opened(_saved(tmp_path / "saved.tar", layers=names), scratch)

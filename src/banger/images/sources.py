@@ -152,7 +152,9 @@ def _named(top: manifest.Index, path: Path, wanted: str) -> manifest.Descriptor:
     """A layout may hold several images; one of them is meant."""
     if wanted:
         for each in top.entries:
-            if wanted in (_name(each), each.digest, (each.annotations or {}).get(_REF_NAME)):
+            if wanted in (each.digest, (each.annotations or {}).get(_REF_NAME)) or _means(
+                wanted, _name(each)
+            ):
                 return each
     elif len(top.entries) == 1:
         return top.entries[0]
@@ -196,7 +198,7 @@ def _saved(files: _Files, path: Path, arch: str, wanted: str) -> bundle.Bundle:
 
 def _saved_one(entries: tuple[_Saved, ...], path: Path, wanted: str) -> _Saved:
     for each in entries:
-        if wanted and wanted in (each.repo_tags or ()):
+        if wanted and any(_means(wanted, tag) for tag in each.repo_tags or ()):
             return each
     if not wanted and len(entries) == 1:
         return entries[0]
@@ -243,6 +245,11 @@ def _require(data: bytes, digest: reference.Digest) -> None:
         raise errors.BadRequestError(
             f"a document of the image is not what its digest {digest} says", hint="make or copy it again"
         )
+
+
+def _means(wanted: str, name: str) -> bool:
+    """Whatever either leaves out: docker shows `app:1`, and saves `docker.io/library/app:1` today."""
+    return wanted == name or (bool(_reference(wanted)) and _reference(wanted) == _reference(name))
 
 
 def _reference(name: str) -> str:
