@@ -365,6 +365,15 @@ async def test_a_token_service_unfit_for_a_login_is_not_asked(client: Client, re
         await client.pull()
 
 
+@pytest.mark.parametrize("token", ["hush-hush ", " hush-hush", "hush hush", "hush-hush\n", ""])
+async def test_a_token_that_is_none_is_not_told(client: Client, token: str) -> None:
+    client.registry.bearer, client.registry.token = True, token
+    with pytest.raises(errors.ProtocolError, match="gave no token") as caught:
+        await client.pull()
+    assert "hush" not in repr(errors.to_body(caught.value))
+    assert not any("hush" in note for note in client.watch.notes)
+
+
 async def test_secrets_are_in_no_log_and_no_error(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="banger")
     registry = client.registry

@@ -21,6 +21,7 @@ from banger.contract import decoding, errors
 from banger.images import connections, credentials, reference
 
 _CLIENT_ID: Final = "banger"
+_TOKEN: Final = re.compile(r"[!-~]+")
 _MAX_TOKEN_BYTES: Final = 1 << 20
 _SCHEME: Final = re.compile(
     r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)(?=[\s,]|$)(?:\s+[A-Za-z0-9._~+/-]+=*\s*(?=,|$))?\s*"
@@ -148,7 +149,7 @@ async def _token_of(wanted: reference.Reference, response: httpx.Response, found
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise errors.ProtocolError(f"the token service of {wanted.host} gave no token") from None
     token = said.token or said.access_token
-    if not token or not token.isascii() or not token.isprintable():
+    if not _TOKEN.fullmatch(token):  # what is sent in a header as it is, an error would quote
         raise errors.ProtocolError(f"the token service of {wanted.host} gave no token")
     return token
 
