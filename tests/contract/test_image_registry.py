@@ -410,6 +410,28 @@ async def test_a_proxy_is_used_named_and_never_for_loopback(tmp_path: Path) -> N
             assert len(proxy.asked) == 2
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        *("http://me:hush/hush@far.invalid:3128", "http://me:hush#hush@far.invalid:3128"),
+        *(
+            "http://me:hush@300.1.1.1:3128",
+            "http://me:hush@far.invalid:port",
+            "http://me:hush@[::1",
+            "http://",
+        ),
+    ],
+)
+async def test_a_proxy_that_is_no_address_is_told_without_its_password(proxy: str) -> None:
+    notes: list[str] = []
+    async with connections.Connections(proxies={"https": proxy}, limits=LIMITS, say=notes.append) as wire:
+        with pytest.raises(errors.BadRequestError, match="proxy for https is no address") as caught:
+            async with wire.request("GET", "https://registry.invalid/v2/", {}):
+                pass
+    assert "%2F" in caught.value.hint
+    assert "hush" not in repr(errors.to_body(caught.value)) + "".join(notes)
+
+
 async def test_a_proxy_that_is_not_there_is_named_without_its_password(tmp_path: Path) -> None:
     wire = connections.Connections(
         insecure=("far.invalid",), proxies={"http": f"http://me:{PASSWORD}@127.0.0.1:1"}, limits=LIMITS

@@ -159,6 +159,11 @@ class Connections:
         if not proxy:
             return None
         proxy = proxy if "://" in proxy else f"http://{proxy}"
+        if not _is_address(proxy):  # not shown: what is wrong may be in the password
+            raise errors.BadRequestError(
+                f"the proxy for {url.scheme} is no address",
+                hint=f"in a password write / as %2F, # as %23 and @ as %40; {_PROXY_HINT}",
+            )
         if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
             raise errors.BadRequestError(
                 f"the proxy {_shown(proxy)} is of a kind that is not supported", hint=_PROXY_HINT
@@ -226,6 +231,14 @@ def _explained(host: str, proxy: str | None) -> Iterator[None]:
             hint = "add its certificate to this host's store, or the host to insecure_registries"
             raise errors.UnauthorizedError(f"the certificate of {host} is not trusted", hint=hint) from error
         raise errors.UnavailableError(f"{host} cannot be reached{via}: {why}", hint=hint) from error
+
+
+def _is_address(proxy: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(proxy)
+        return parts.port != 0 and bool(parts.hostname) and bool(address(proxy).host)
+    except ValueError:
+        return False
 
 
 def _shown(proxy: str) -> str:
