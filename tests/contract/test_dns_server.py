@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import os
 import socket
@@ -119,6 +120,37 @@ async def test_slow_clients_are_ended_and_hold_up_nobody(
     for _, writer in slow:
         writer.close()
     assert str(WEB) in await asyncio.to_thread(dns_served.dig, server, "+tcp", "+short", "web.vm")
+
+
+async def test_a_guest_with_many_connections_leaves_others_theirs() -> None:
+    made = dns.Server(dns_served.LOOPBACK, 0, lambda data, _peer, _tcp: RESPOND(data))
+    await made.start(device="lo")
+    greedy = [await asyncio.open_connection("127.0.0.1", dns_served.port_of(made)) for _ in range(64)]
+    for _, writer in greedy:
+        writer.write(b"\0")
+    try:
+        async with asyncio.timeout(5):
+            at, other = dns_served.port_of(made), ("127.0.0.2", 0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", at, local_addr=other)
+            writer.write(struct.pack("!H", len(QUERY)) + QUERY)
+            size = int.from_bytes(await reader.readexactly(2), "big")
+            assert (await reader.readexactly(size))[:2] == QUERY[:2]
+    finally:
+        for _, each in [*greedy, (reader, writer)]:
+            each.close()
+        await made.close()
+
+
+async def test_who_is_gone_before_it_is_served_is_no_error(
+    server: dns.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", dns_served.port_of(server))) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert str(WEB) in await asyncio.to_thread(dns_served.dig, server, "+tcp", "+short", "web.vm")
+    await server.close()
+    gc.collect()
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])

@@ -8,6 +8,7 @@ connections are few, short, and as slow as the client only for a bounded time.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import inspect
 import ipaddress
@@ -31,6 +32,7 @@ None says nothing. It never raises, and cuts what goes by UDP to what the asker 
 _BATCH: Final = 64
 _BUFFER_BYTES: Final = 1 << 20
 _MAX_TCP: Final = 64
+_MAX_TCP_OF_GUEST: Final = 16
 _IDLE_S: Final = 10.0
 _MAX_PENDING: Final = 512
 _IP_FREEBIND: Final = 15
@@ -49,6 +51,7 @@ class Server:
         self._udp: socket.socket | None = None
         self._tcp = tcp_server.TcpServer(self._serve, most=_MAX_TCP)
         self._pending: set[asyncio.Task[None]] = set()
+        self._connected: collections.Counter[str] = collections.Counter()
 
     @property
     def endpoint(self) -> str:
@@ -115,22 +118,28 @@ class Server:
     # --- TCP ---
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = (writer.get_extra_info("peername") or ("",))[0]  # none where it is gone already
+        self._connected[peer] += 1
         try:
+            if self._device and self._connected[peer] > _MAX_TCP_OF_GUEST:  # on the loopback all are one
+                return
             while True:
                 async with asyncio.timeout(_IDLE_S):
-                    if not await self._exchange(reader, writer):
+                    if not await self._exchange(reader, writer, peer):
                         return
         except (OSError, asyncio.IncompleteReadError, TimeoutError):
             return
         finally:
+            self._connected[peer] -= 1
+            self._connected += collections.Counter()  # drops who has none
             writer.transport.abort()
 
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> bool:
         """One message; false for what is none, which ends the connection."""
         size = int.from_bytes(await reader.readexactly(2), "big")
         if not wire.HEADER_BYTES <= size <= wire.MAX_QUERY_BYTES:
             return False
-        reply = self._handler(await reader.readexactly(size), writer.get_extra_info("peername")[0], True)
+        reply = self._handler(await reader.readexactly(size), peer, True)
         if inspect.isawaitable(reply):
             reply = await reply
         if reply is None:
