@@ -180,6 +180,25 @@ def test_a_recipe_takes_files_of_this_host(
     assert found[b"usr/bin/linked"] == f"-rwxr-xr-x 0 x1 {program}"
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        '[[tree.file]]\npath = "/usr/../../etc/x"\ncontent = ""',
+        '[[tree.file]]\npath = "/./"\ncontent = ""',
+        f'[[tree.file]]\npath = "/{"n" * 256}"\ncontent = ""',
+        '[[tree.directory]]\npath = "//"',
+        '[[tree.link]]\npath = "/etc/.."\ntarget = "x"',
+        '[[tree.links]]\ndirectory = "/bin"\ntarget = "x"\nnames = ["a", ".."]',
+        '[[tree.links]]\ndirectory = "/bin"\ntarget = "x"\nnames = ["."]',
+        '[tree]\nremove = ["/etc/../*"]',
+    ],
+)
+def test_a_path_that_is_none_in_the_image_is_said_before_the_build(step: str) -> None:
+    text = f'extends = "debian-bookworm"\nname = "mine"\n{step}\n'
+    with pytest.raises(errors.BadRequestError, match=r"is no path in an image .*\$\.tree"):
+        recipe.parse(text.encode())
+
+
 @pytest.mark.parametrize("what", ["absent", "directory", "pipe"])
 def test_a_file_of_this_host_that_cannot_be_taken_is_said_before_the_build(
     tmp_path: Path, what: str

@@ -34,6 +34,7 @@ _CODENAME: Final = re.compile(rb"^VERSION_CODENAME=\"?([a-z]+)\"?$", re.MULTILIN
 _MOVING_SUITES: Final = ("oldoldstable", "oldstable", "stable", "testing", "unstable", "sid", "experimental")
 """Names that mean another codename each few years."""
 _CHUNK: Final = 1 << 20
+_MAX_NAME_BYTES: Final = 255
 _SYSTEMD_UNITS: Final = "/etc/systemd/system"
 _KEPT: Final = "recipes"
 _ARCHIVE: Final = ".tar"
@@ -104,6 +105,17 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link: tuple[Link, ...] = ()
     links: tuple[Links, ...] = ()
     mask: tuple[Unit, ...] = ()
+
+    def __post_init__(self) -> None:
+        """What the edits would refuse is said before a build takes minutes."""
+        made = [directory.path for directory in self.directory]
+        made += [file.path for file in self.file] + [link.path for link in self.link]
+        made += [f"{many.directory}/{name}" for many in self.links for name in many.names]
+        for path in (*self.remove, *made):
+            parts = [part for part in path.split("/") if part]
+            too_long = any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts)
+            if not parts or parts[-1] == "." or ".." in parts or too_long:
+                raise ValueError(f"{path[:200]} is no path in an image")
 
     def check_sources(self) -> None:
         for file in self.file:
