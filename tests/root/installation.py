@@ -38,15 +38,21 @@ NEWER = Path("/usr/local/lib/banger-of-later")
 OWNER = "nobody"
 SYSTEMCTL = """\
 #!/bin/sh
-verb=$1; shift; [ "$2" != --now ] || { first=$1; shift 2; set -- "$first" "$@"; }
+verb=$1; shift; now=; [ "$2" != --now ] || { now=1; first=$1; shift 2; set -- "$first" "$@"; }
 case $verb in
-  disable|is-enabled) SYSTEMD_OFFLINE=1 exec /usr/bin/systemctl "$verb" "$@";;
+  disable) SYSTEMD_OFFLINE=1 /usr/bin/systemctl "$verb" "$@"; cd /run; shift; [ -z "$now" ] || rm -f "$@";;
+  is-enabled) SYSTEMD_OFFLINE=1 exec /usr/bin/systemctl "$verb" "$@";;
   stop|start)
     cd /usr/local/lib/systemd/system
-    for unit; do case $unit in *'*'*|*.slice) ;; *) [ -e "$unit" ] || exit 5;; esac; done;;
+    for unit; do
+      case $unit in *'*'*|*.slice) continue;; esac
+      [ -e "$unit" ] || exit 5
+      if [ "$verb" = start ]; then : >/run/"$unit"; else rm -f /run/"$unit"; fi
+    done;;
+  daemon-reload) ls /usr/local/lib/systemd/system >/run/known 2>/dev/null || :;;
 esac
 """
-"""What it would do with processes, there is none to do with; units that it does not know it refuses."""
+"""What runs, and what it knew when it was told to look, is in /run; units that are not there it refuses."""
 
 
 def seen() -> set[str]:
@@ -60,6 +66,13 @@ def seen() -> set[str]:
                 target = str(path.readlink()) if path.is_symlink() else ""
                 found.add(f"{path} {stat.st_mode:o} {stat.st_uid}:{stat.st_gid} {target}")
     return found
+
+
+def check_nothing_runs() -> None:
+    """No unit of ours, and systemd was told that there is none."""
+    left = [path.name for path in Path("/run").glob("banger*") if path.is_file()]
+    assert not left, left
+    assert "banger" not in Path("/run/known").read_text()
 
 
 def environment(prefix: Path) -> None:
@@ -339,6 +352,7 @@ def main(act: str) -> None:
             with pytest.raises(errors.DeadlineError):
                 installed()
             assert seen() == before, seen() ^ before
+            check_nothing_runs()
             return
         if act == "cut-off":
             host.STATE.mkdir()  # such as a disk of its own is mounted on
@@ -371,6 +385,7 @@ def main(act: str) -> None:
         assert {
             line for line in before if not line.startswith(f"{PREFIX}/") and line.split()[0] != str(PREFIX)
         } == seen(), seen() ^ before
+        check_nothing_runs()
 
 
 if __name__ == "__main__":

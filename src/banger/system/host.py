@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -81,6 +82,17 @@ def systemctl(*arguments: str) -> None:
             for line in _last_words():
                 error.add_note(line)
         raise
+
+
+def forget_units() -> None:
+    """They have gone: what systemd knew of them goes too."""
+    for socket in (HELPER_SOCKET, BUILDER_SOCKET):
+        with contextlib.suppress(FileNotFoundError):
+            socket.parent.rmdir()
+    systemctl("daemon-reload")
+    # A unit that never failed is not known any more, which is what was wanted.
+    with contextlib.suppress(errors.BangerError):
+        systemctl("reset-failed", *LOADED, SLICE)
 
 
 def _last_words() -> list[str]:

@@ -114,7 +114,7 @@ class Install:
             step("signers", self._write_signers, detail="writing who may sign releases"),
             step("modules", self._load_modules, detail="loading kernel modules"),
             step("units", self._write_units, detail="writing the units"),
-            step("links", self._link, detail="linking commands and units"),
+            step("links", self._link, self._unlink, detail="linking commands and units"),
             step("back", self._nothing, self._start_old, detail="looking what was installed before"),
             step("switch", self._switch, self._switch_back, detail="making this version the installed one"),
             step("trust", self._check_all, detail="looking at all that root executes"),
@@ -233,6 +233,13 @@ class Install:
             self._releases.lead(link, target)
             self._files.append(link)
 
+    async def _unlink(self) -> None:
+        """Of a first installation, so that systemd knows nothing of it any more; others' go in the end."""
+        if self._old is None:
+            for link in self._releases.links().keys() & set(self._files):
+                link.unlink(missing_ok=True)
+            host.forget_units()
+
     async def _write_signers(self) -> None:
         """Who may sign releases. Once there it is changed by root's own hand, and by no upgrade."""
         given = self._choices.signers
@@ -285,6 +292,7 @@ class Install:
         host.systemctl("stop", "bangerd.service", "bangerd-root.service")
         if self._old is None:
             host.systemctl("disable", "-q", "--now", *host.ENABLED)
+            host.systemctl("stop", "banger-vms.service", host.SLICE)
         elif self._old != Path(sys.prefix):
             try:
                 await run.in_thread(machine.Machine().bangerd, self._old, "--undo-migrations")

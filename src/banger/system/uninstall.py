@@ -73,16 +73,6 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
         say(f"a new installation finds them again: sudo {sys.prefix}/bin/banger system install")
 
 
-def _forget_units() -> None:
-    for socket in (host.HELPER_SOCKET, host.BUILDER_SOCKET):
-        with contextlib.suppress(FileNotFoundError):
-            socket.parent.rmdir()
-    host.systemctl("daemon-reload")
-    # A unit that never failed is not known any more, which is what was wanted.
-    with contextlib.suppress(errors.BangerError):
-        host.systemctl("reset-failed", *host.LOADED, host.SLICE)
-
-
 def _take_down_vms() -> None:
     """As root; the daemon, whose business it is, has ended."""
     for vm in asking.helper(privileged.ListWorld()).vms:
@@ -107,7 +97,7 @@ def _remove(manifest: install.Manifest, *, purge: bool) -> None:
             link.unlink()
     (host.RELEASES / releases.PREVIOUS).unlink(missing_ok=True)
     install.remove_empty(map(Path, manifest.shared))
-    _forget_units()
+    host.forget_units()
     if not purge:
         return
     host.KEPT_TOML.unlink(missing_ok=True)
