@@ -178,6 +178,44 @@ def check_stays() -> None:
     check_own_keys(anew)
 
 
+def check_owner_gone() -> None:
+    """Renamed, it is the owner still, and nobody else; deleted, whoever is named has all that was its."""
+    before = settings.read()
+    assert before is not None
+    uid = before.owner_uid
+    image, others = host.STATE / "images/rootfs.ext4", host.STATE / "others"
+    image.parent.mkdir()
+    for path in (image, others, host.STATE / "banger.db"):
+        path.write_text("")
+    for path in (image, image.parent, host.STATE / "banger.db"):
+        os.chown(path, uid, uid)
+    rename, program = f'owner_name = "{OWNER}"', PREFIX / "bin/bangerd"
+    program.write_text("#!/bin/sh\nexec cat /var/lib/banger/banger.db\n")
+    (host.STATE / "banger.db").chmod(0o600)
+
+    host.INSTALL_TOML.write_text(host.INSTALL_TOML.read_text().replace(rename, 'owner_name = "before"'))
+    with pytest.raises(errors.ConflictError, match=f"installed for {OWNER}"):
+        installed(owner="daemon", programs={})
+    assert host.STATE.stat().st_uid == uid
+    installed(owner="", caller="daemon", programs={})
+    assert settings.read() == before
+
+    gone = 45678
+    text = host.INSTALL_TOML.read_text().replace(f"owner_uid = {uid}", f"owner_uid = {gone}")
+    host.INSTALL_TOML.write_text(text.replace(rename, 'owner_name = "before"'))
+    for path in (image, image.parent, host.STATE / "banger.db", host.STATE, host.CACHE):
+        os.chown(path, gone, gone)
+    with pytest.raises(errors.NotFoundError, match=f"uid {gone}") as raised:
+        machine.Machine().bangerd(PREFIX, "--check-migrations")
+    assert "system install --owner USER" in raised.value.hint
+    installed(owner="", caller="daemon", programs={})
+    daemon = pwd.getpwnam("daemon")
+    for path in (image, image.parent, host.STATE / "banger.db", host.STATE, host.CACHE):
+        assert (path.stat().st_uid, path.stat().st_gid) == (daemon.pw_uid, daemon.pw_gid), path
+    assert others.stat().st_uid == 0
+    assert "User=daemon" in (host.UNIT_DIR / "bangerd.service").read_text()
+
+
 def check_own_keys(anew: dict[str, Any]) -> None:
     """What root has written into install.toml besides: other uids, another bridge."""
     own = 'uid_base = 1900000000\nuid_count = 100\nbridge = "br-mine"\n'
@@ -362,6 +400,9 @@ def main(act: str) -> None:
         check_installed()
         if act == "again":
             check_stays()
+            return
+        if act == "owner-gone":
+            check_owner_gone()
             return
         if act in ("goes-back", "stays"):
             check_way_back(rows=act == "goes-back")

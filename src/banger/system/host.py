@@ -134,5 +134,14 @@ def find_owner(owner: str) -> pwd.struct_passwd:
 
 def as_user(user: pwd.struct_passwd, argv: Sequence[str]) -> list[str]:
     """The command, run by root as that user with its groups and no way back."""
-    who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--no-new-privs"]
+    return _as_ids(user.pw_uid, user.pw_gid, "--init-groups", argv)
+
+
+def as_uid(uid: int, argv: Sequence[str]) -> list[str]:
+    """As `as_user`, for a uid that may be no user's any more."""
+    return _as_ids(uid, uid, "--clear-groups", argv)
+
+
+def _as_ids(uid: int, gid: int, groups: str, argv: Sequence[str]) -> list[str]:
+    who = [f"--reuid={uid}", f"--regid={gid}", groups, "--no-new-privs"]
     return [run.require("setpriv", "util-linux"), *who, *argv]

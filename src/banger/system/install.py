@@ -152,10 +152,11 @@ class Install:
         old = self._settled or self._kept
         if old is None:
             return
-        if self._choices.owner != old.owner_name and old.has_owner():
+        now = old.owner_now()
+        if now and self._choices.owner not in (now, old.owner_name):
             raise errors.ConflictError(
-                f"banger is installed for {old.owner_name}, whose VMs and images are here",
-                hint=f"go on with --owner {old.owner_name}, or first: sudo banger system uninstall --purge",
+                f"banger is installed for {now}, whose VMs and images are here",
+                hint=f"go on with --owner {now}, or first: sudo banger system uninstall --purge",
             )
         if self._settled is not None and (network, network6) != (old.network, old.network6):
             world = asking.helper(privileged.ListWorld())
@@ -330,6 +331,8 @@ class Install:
         if not path.is_dir():
             path.mkdir(mode=mode)
             self._directories.append(path)
+        elif uid and path.stat().st_uid not in (0, uid):
+            _hand_over(path, uid, self._found_owner().pw_gid)
         os.chown(path, uid, self._found_owner().pw_gid if uid else 0, follow_symlinks=False)
         path.chmod(mode)
 
@@ -377,13 +380,22 @@ def _completed(choices: Choices, settled: settings.Settings | None) -> Choices:
         return replace(
             choices, owner=choices.owner or choices.caller, network=choices.network or names.NETWORK
         )
-    owner = settled.owner_name if settled.has_owner() else choices.caller
+    owner = settled.owner_now() or choices.caller
     return replace(
         choices,
         owner=choices.owner or owner,
         network=choices.network or settled.network,
         network6=choices.network6 or settled.network6,
     )
+
+
+def _hand_over(top: Path, uid: int, gid: int) -> None:
+    """All in it that belongs to whose it is, through no link: who owned it is gone, or has another uid."""
+    before = top.stat().st_uid
+    for _, directories, files, place in os.fwalk(top, topdown=False):
+        for name in (*directories, *files):
+            if os.stat(name, dir_fd=place, follow_symlinks=False).st_uid == before:
+                os.chown(name, uid, gid, dir_fd=place, follow_symlinks=False)
 
 
 def _set_aside(path: Path) -> Path:
@@ -428,7 +440,9 @@ def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:
     if not (host.STATE / "banger.db").exists():
         return
     asked = [str(Path(sys.prefix) / "bin/bangerd"), "--check-migrations", f"--state-dir={host.STATE}"]
-    if run.run(host.as_user(owner, asked), deadline_s=_CHECK_S, ok=(0, 1, 2)).status == _TOO_NEW:
+    whose = host.STATE.stat().st_uid  # an owner's that is gone, until they are handed over
+    argv = host.as_user(owner, asked) if whose in (0, owner.pw_uid) else host.as_uid(whose, asked)
+    if run.run(argv, deadline_s=_CHECK_S, ok=(0, 1, 2)).status == _TOO_NEW:
         raise errors.ConflictError(
             f"the database in {host.STATE} was written by a newer banger than {banger.__version__}",
             hint="install that version or a newer one; or, where its installation failed: "

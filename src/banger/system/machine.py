@@ -62,7 +62,13 @@ class Machine:
         given = settings.read()
         if given is None:
             raise errors.NotFoundError("banger is not installed on this host")
-        return pwd.getpwuid(given.owner_uid)
+        try:
+            return pwd.getpwuid(given.owner_uid)
+        except KeyError:
+            raise errors.NotFoundError(
+                f"banger's owner, uid {given.owner_uid}, is no user of this host",
+                hint="sudo banger system install --owner USER",
+            ) from None
 
 
 async def wait_answer(version: str, within_s: float = ANSWER_S) -> None:

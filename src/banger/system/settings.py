@@ -35,12 +35,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     firecracker_sha256: str
     jailer_sha256: str
 
-    def has_owner(self) -> bool:
-        """Whether its owner is still a user of this host, of that name."""
+    def owner_now(self) -> str:
+        """What its owner is called on this host, who may have been renamed; empty when there is none."""
         try:
-            return pwd.getpwuid(self.owner_uid).pw_name == self.owner_name
+            return pwd.getpwuid(self.owner_uid).pw_name
         except KeyError:
-            return False
+            return ""
 
 
 def written() -> dict[str, str | int]:
