@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import pwd
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,6 +297,29 @@ def check_cut_off() -> None:
                 uninstall.uninstall(purge=purge, force=False, say=print)
             assert not [link for link in releases.Releases().links() if link.is_symlink()]
             assert host.STATE.exists() != purge
+    check_purge_cut_off()
+
+
+def check_purge_cut_off() -> None:
+    """Images take their time; whichever directory it is in, the same command finds what is left."""
+    uninstall.uninstall(purge=True, force=False, say=print)
+    environment(PREFIX)
+    before, rmtree = seen(), shutil.rmtree
+    for done in range(5):
+        installed()
+        left = [done]
+
+        def cut(path: Any, ignore_errors: bool = False, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            rmtree(path, ignore_errors=ignore_errors)
+
+        with mock.patch.object(shutil, "rmtree", cut), pytest.raises(KeyboardInterrupt):
+            uninstall.uninstall(purge=True, force=False, say=print)
+        uninstall.uninstall(purge=True, force=False, say=print)
+        environment(PREFIX)
+        assert seen() == before, (done, seen() ^ before)
 
 
 def check_way_back(*, rows: bool) -> None:

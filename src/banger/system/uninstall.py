@@ -15,6 +15,7 @@ from banger.contract import errors, names, privileged, sizes
 from banger.system import alone, asking, host, install, releases
 
 _OURS: Final = frozenset(map(str, (host.STATE, host.CACHE, host.HELPER)))
+_LAST: Final = (str(host.HELPER), str(host.ETC))
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
@@ -100,10 +101,14 @@ def _remove(manifest: install.Manifest, *, purge: bool) -> None:
     host.forget_units()
     if not purge:
         return
-    host.KEPT_TOML.unlink(missing_ok=True)
-    # Whoever made ours, such as to have a disk of its own there: all in them is ours.
-    for name in sorted({*manifest.directories, *_OURS}, reverse=True):
+    # Whoever made ours, such as to have a disk of its own there: all in them is ours. The manifest goes
+    # after what only it names, and last what says that there is something to take off: to be done again.
+    for name in sorted(
+        {*manifest.directories, *_OURS}, key=lambda name: _LAST.index(name) if name in _LAST else -1
+    ):
         shutil.rmtree(name, ignore_errors=True)
+    host.KEPT_TOML.unlink(missing_ok=True)
+    install.remove_empty([host.ETC])
     # Of banger itself what lies in places that are its alone, whichever version takes it off.
     if Path(sys.prefix) == host.PREFIX or host.RELEASES in Path(sys.prefix).parents:
         shutil.rmtree(host.PREFIX, ignore_errors=True)
