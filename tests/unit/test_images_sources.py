@@ -11,6 +11,7 @@ import lzma
 import os
 import resource
 import shutil
+import struct
 import tarfile
 import types
 from collections.abc import Callable
@@ -153,6 +154,15 @@ def test_a_root_file_system(tmp_path: Path, scratch: Path, suffix: str) -> None:
     path.write_bytes(oci_make.compressed(BASE, suffix) if suffix else BASE)  # type: ignore[arg-type]
     made, tars = _opened(path, scratch)
     assert (tars, made.run.argv, made.layers[0].diff_id) == ([BASE], (), "")
+
+
+def test_a_root_file_system_that_pzstd_packed(tmp_path: Path, scratch: Path) -> None:
+    """It says of each frame how long it is, in another before it, which decompressors skip."""
+    path, half = tmp_path / "root.tar.zst", len(BASE) // 2
+    parts = [oci_make.compressed(part, "zstd") for part in (BASE[:half], BASE[half:])]
+    path.write_bytes(b"".join(struct.pack("<III", 0x184D2A50, 4, len(part)) + part for part in parts))
+    made, tars = _opened(path, scratch)
+    assert (tars, made.layers[0].compression) == ([BASE], bundle.Compression.ZSTD)
 
 
 def test_a_layer_that_is_not_what_it_should_be(tmp_path: Path, scratch: Path) -> None:

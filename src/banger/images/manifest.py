@@ -42,6 +42,9 @@ _FOREIGN: Final = ("nondistributable", "rootfs.foreign")
 ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 _VARIANTS: Final = {"amd64": ("", "v1"), "arm64": ("", "v8")}
 
+_SKIPPABLE: Final = b"\x2a\x4d\x18"
+"""After 0x50 to 0x5F: a frame of zstd to be passed over, as pzstd begins with."""
+
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_LAYER_BYTES)]
 
@@ -194,7 +197,7 @@ def compression(head: bytes) -> bundle.Compression:
     """By its first bytes: media types in the wild are not always true."""
     if head.startswith(b"\x1f\x8b"):
         return bundle.Compression.GZIP
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == _SKIPPABLE and head[0] >> 4 == 5):
         return bundle.Compression.ZSTD
     return bundle.Compression.NONE
 
