@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import filecmp
 import os
 import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,38 @@ def test_a_slow_reader_holds_the_command_back(cli: cli_process.Cli) -> None:
             process.wait(2)
         rss_kib = int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0])
         assert rss_kib < 60_000
+
+
+def test_one_pipe_for_both_outputs_that_nobody_reads_holds_up_no_signal(
+    cli: cli_process.Cli, tmp_path: Path
+) -> None:
+    """When it has room for one of them both see that. Where its reader stops is different each time."""
+    heard = tmp_path / "heard"
+    heard.touch()
+    script = f"trap '' USR1; yes & yes >&2 & trap 'echo >>{heard}' USR1; while :; do wait; done"
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    argv = cli.argv("vm", "exec", "web", "--", "bash", "-c", script)
+    with subprocess.Popen(argv, stdout=writer, stderr=writer, env=cli.environment()) as process:
+        os.close(writer)
+        try:
+            for count in range(1, 16):
+                for _ in range(200):
+                    os.read(reader, 4096)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.05)
+                process.send_signal(signal.SIGUSR1)
+                wait_for_size(heard, count)
+        finally:
+            os.close(reader)
+
+
+def wait_for_size(path: Path, size: int) -> None:
+    """Nothing tells us what a command has done, so we look."""
+    deadline = time.monotonic() + 10
+    while path.stat().st_size < size:
+        assert time.monotonic() < deadline, "the signal was not passed on"
+        time.sleep(0.01)
 
 
 def test_reader_that_leaves_ends_it_like_sigpipe(cli: cli_process.Cli) -> None:

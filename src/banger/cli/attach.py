@@ -10,7 +10,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -202,10 +202,16 @@ class _Session:
         if self._woken.fileno() in ready:
             for number in signals.arrived(self._woken):
                 self._handle(signal.Signals(number))
-        for output in self._outputs.values():
+        self._write_one(ready)
+        self._link.move(ready)
+
+    def _write_one(self, ready: Container[int]) -> None:
+        """Both may be the same pipe, with room for no more than one. The other's turn is next."""
+        for stream, output in self._outputs.items():
             if output.held and output.fd in ready:
                 output.write()
-        self._link.move(ready)
+                self._outputs[stream] = self._outputs.pop(stream)
+                return
 
     def _wait_ms(self) -> float | None:
         if self._end is not None:
