@@ -217,6 +217,36 @@ def check_owner_gone() -> None:
     assert "User=daemon" in (host.UNIT_DIR / "bangerd.service").read_text()
 
 
+def check_first_at_once() -> None:
+    """Of two that begin at the same moment the second takes away nothing of the first's."""
+
+    def held(_: Path) -> None:
+        (host.HELPER / "of-the-first").write_text("")
+        raise errors.ConflictError("another installation is under way")
+
+    with mock.patch.object(alone, "on_host", held), pytest.raises(errors.ConflictError, match="another"):
+        installed()
+    assert (host.HELPER / "of-the-first").exists()
+    assert not host.ETC.exists()
+    shutil.rmtree(host.HELPER)
+
+
+def check_loose_umask() -> None:
+    """Not even for a moment may others write what root will believe."""
+    loose = []
+    chmod = Path.chmod
+
+    def seen_before(path: Path, mode: int) -> None:
+        if path.stat().st_mode & 0o022:
+            loose.append(path)
+        chmod(path, mode)
+
+    os.umask(0)
+    with mock.patch.object(Path, "chmod", seen_before):
+        installed()
+    assert not loose
+
+
 def check_own_keys(anew: dict[str, Any]) -> None:
     """What root has written into install.toml besides: other uids, another bridge."""
     own = 'uid_base = 1900000000\nuid_count = 100\nbridge = "br-mine"\n'
@@ -415,6 +445,10 @@ def main(act: str) -> None:
                 installed()
             assert seen() == before, seen() ^ before
             check_nothing_runs()
+            return
+        if act == "at-once":
+            check_first_at_once()
+            check_loose_umask()
             return
         if act == "cut-off":
             host.STATE.mkdir()  # such as a disk of its own is mounted on

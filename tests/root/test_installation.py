@@ -29,7 +29,10 @@ def scratch() -> Path:
 @pytest.mark.root
 @pytest.mark.parametrize(
     "act",
-    ["purge", "keep", "fails", "mend-fails", "again", "owner-gone", "goes-back", "stays", "cut-off"],
+    [
+        *("purge", "keep", "fails", "mend-fails", "at-once", "again"),
+        *("owner-gone", "goes-back", "stays", "cut-off"),
+    ],
 )
 def test_an_installation_is_exact(act: str, scratch: Path) -> None:
     mounts = " && ".join(

@@ -125,6 +125,7 @@ class Install:
 
     async def run(self) -> str:
         """For whom it is installed."""
+        os.umask(0o022)
         with self._held, alone.cancelled_by_signals():
             await self._drive()
         return self._choices.owner
@@ -173,9 +174,13 @@ class Install:
 
     async def _make_directories(self) -> None:
         owner = self._found_owner()
-        self._directory(host.ETC, 0, 0o755)
         self._directory(host.HELPER, 0, 0o711)
-        self._held.enter_context(alone.on_host(host.HELPER))
+        try:
+            self._held.enter_context(alone.on_host(host.HELPER))
+        except errors.ConflictError:
+            self._directories.clear()  # another's by now, whoever made it
+            raise
+        self._directory(host.ETC, 0, 0o755)
         self._directory(host.RUNTIME, 0, 0o755)
         self._directory(host.RELEASES, 0, 0o755)
         self._directory(host.STATE, owner.pw_uid, 0o700)
@@ -329,7 +334,7 @@ class Install:
 
     def _directory(self, path: Path, uid: int, mode: int) -> None:
         if not path.is_dir():
-            path.mkdir(mode=mode)
+            path.mkdir(mode=mode, exist_ok=True)
             self._directories.append(path)
         elif uid and path.stat().st_uid not in (0, uid):
             _hand_over(path, uid, self._found_owner().pw_gid)
