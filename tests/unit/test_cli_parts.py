@@ -430,6 +430,13 @@ def test_a_full_disk_is_no_fault_in_banger(capsys: pytest.CaptureFixture[str]) -
     assert "no space left: /srv/x" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_to_is_no_fault_in_banger(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main._failed(OSError(errno.EROFS, "Read-only file system", "/etc/banger"), json=False) == 1
+    said = capsys.readouterr().err
+    assert "the file system is read-only: /etc/banger" in said
+    assert "remount" in said
+
+
 @pytest.mark.timeout(20)
 def test_a_line_without_end_is_shown_in_parts() -> None:
     """Of 64 MiB in pieces of 64 bytes, nothing is moved again and again."""

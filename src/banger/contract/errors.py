@@ -137,13 +137,18 @@ _OUT_OF: dict[int, tuple[type[BangerError], str, str]] = {
         "no space left",
         "free space, or files when there is space: `df -h` and `df -i` show where",
     ),
+    errno.EROFS: (
+        UnavailableError,
+        "the file system is read-only",
+        "remount it for writing; where it was, `dmesg` says why it is not any more",
+    ),
 }
 _OUT_OF[errno.EDQUOT] = _OUT_OF[errno.ENOSPC]
 _NO_THREAD = "can't start new thread"
 
 
 def exhausted(error: BaseException) -> BangerError | None:
-    """What the host or this service has run out of; None for an error of any other kind."""
+    """What the host or this service has run out of, or cannot write; None for an error of any other kind."""
     number = error.errno if isinstance(error, OSError) and not isinstance(error, BlockingIOError) else None
     if isinstance(error, MemoryError):
         number = errno.ENOMEM
