@@ -84,6 +84,22 @@ async def test_a_range_whose_begin_is_no_number_of_bytes_is_refused(client: Clie
         await client.pull()
 
 
+async def test_a_registry_that_refuses_ranges_is_asked_for_all_again(client: Client) -> None:
+    """As some proxies do before one: a break would else end this pull and each one after it."""
+    path = f"/blobs/{_digest(BASE)}"
+
+    def refuses(handler: registries._Handler) -> bool:
+        if path not in handler.path or "Range" not in handler.headers:
+            return False
+        handler.answer(416, b"")
+        return True
+
+    client.registry.faults += [refuses, registries.on(path, then=registries.breaks_after(2_000_000))]
+    assert (await client.pull()).layers[0].path.read_bytes() == BASE
+    ranges = [each.headers.get("range") for each in client.registry.asked if path in each.path]
+    assert ranges == [None, "bytes=2000000-", None]
+
+
 async def test_a_wrong_byte_is_refused_and_not_kept(client: Client) -> None:
     wrong = BASE[:-1] + b"!"
     client.registry.faults += [registries.on(f"/blobs/{_digest(BASE)}", then=registries.gives(wrong))]

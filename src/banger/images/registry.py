@@ -54,6 +54,10 @@ class _Errors(msgspec.Struct, frozen=True):
     errors: tuple[_Said, ...] = ()
 
 
+class _NoSuchRangeError(errors.ProtocolError):
+    """Mostly of a proxy that knows no ranges."""
+
+
 class Registry:
     """Reads the repository of one reference."""
 
@@ -113,8 +117,14 @@ class Registry:
     @contextlib.asynccontextmanager
     async def blob(self, digest: reference.Digest, offset: int) -> AsyncIterator[Body]:
         """The blob's bytes as they come, from an offset on where the registry can do that."""
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with self._asked("GET", f"blobs/{digest}", headers) as response:
+        path, ranged = f"blobs/{digest}", {"Range": f"bytes={offset}-"} if offset else {}
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                response = await stack.enter_async_context(self._asked("GET", path, ranged))
+            except _NoSuchRangeError:
+                if not offset:
+                    raise
+                response = await stack.enter_async_context(self._asked("GET", path, {}))
             begins = 0
             if response.status_code == 206:
                 found = _RANGE.fullmatch(response.headers.get("content-range", ""))
@@ -253,7 +263,7 @@ class Registry:
             hint = "wait, or log in: registries let known users pull more"
             return errors.UnavailableError(f"{wanted.host} says we pull too often{said}", hint=hint)
         if status == 416:
-            return errors.ProtocolError(f"{wanted.host} does not have that many bytes of a blob")
+            return _NoSuchRangeError(f"{wanted.host} does not have that many bytes of a blob")
         if status >= 500 or status == 408:
             hint = "it is the registry's own trouble; try again later"
             return errors.UnavailableError(f"{wanted.host} answered {status}{said}", hint=hint)
