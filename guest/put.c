@@ -380,11 +380,16 @@ static void apply_deferred(struct put *put) {
 }
 
 static int report(struct put *put, int error) {
+        const char *what = *entry.path ? entry.path : "the archive";
+
+        if (error == -EBADMSG)
+                return conn_fail(put->conn, code_of_errno(EBADMSG),
+                                 "cannot unpack %.500s: this is no tar archive, or a damaged one", what);
         if (error == -EPROTO)
                 return conn_fail(put->conn, "protocol_error", "unexpected frame in the archive's stream");
         if (error == -ECONNRESET || error == -ETIMEDOUT)
                 return error;
-        return conn_fail_errno(put->conn, -error, "cannot unpack %.500s", *entry.path ? entry.path : "the archive");
+        return conn_fail_errno(put->conn, -error, "cannot unpack %.500s", what);
 }
 
 static int unpack(struct put *put) {

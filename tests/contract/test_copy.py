@@ -163,6 +163,18 @@ async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:
     assert described(tmp_path / "again" / "tree") == described(tmp_path / "tree")
 
 
+async def test_a_compressed_stream_is_told_what_to_do(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(tmp_path / "text", "text")
+    words = ("vm", "cp", "-", f"web:{tmp_path / 'again'}")
+    refused = await guest.banger(*words, stdin=packed.getvalue(), status=1)
+    assert "no tar archive" in refused.err
+    assert "zcat" in refused.err
+    assert "df" not in refused.err
+
+
 async def test_progress_is_seen_on_a_terminal(guest: Guest, tmp_path: Path) -> None:
     """Of a stream too, whose other end is a file or another program."""
     large, inside = tmp_path / "large", tmp_path / "inside"

@@ -26,6 +26,7 @@ _COPYING: Final = "copying"
 _OF_AGENT: Final = "cannot pack "
 """What the guest's agent says of a path that is not there."""
 _NOT_UNPACKED: Final = "cannot unpack "
+_NO_ARCHIVE: Final = "this is no tar archive"
 _LISTED_BYTES: Final = 4 << 20
 """What reads so little from a pipe of ours is a `tar -t`, whose lines are not to be written over."""
 
@@ -140,7 +141,9 @@ def _into(
             talk.send(pieces)
             done = talk.hear(transfers.Transferred)
     except errors.BangerError as error:
-        if error.message.startswith(_NOT_UNPACKED):
+        if _NO_ARCHIVE in error.message:
+            error.hint = "a compressed one is unpacked on its way: `zcat FILE | banger vm cp - …`"
+        elif error.message.startswith(_NOT_UNPACKED):
             error.hint = f"that is in {there.vm}: `banger vm exec {there.vm} -- df` shows its disks"
         raise
     finally:
