@@ -17,8 +17,8 @@ import pytest
 
 from banger import artefacts, steps
 from banger.contract import errors
-from banger.system import signed, upgrade
-from banger.system.host import ENABLED, UNIT_DIR
+from banger.system import own_units, signed, upgrade
+from banger.system.host import ENABLED, UNIT_DIR, unit_sources
 from tests.fakes import upgraded
 from tests.fakes.upgraded import NEW, OLD
 
@@ -248,6 +248,31 @@ def test_links_of_systemctl_enable_do_not_keep_the_old_units(host: upgraded.Host
     judge_new(host)
 
 
+def test_a_unit_that_the_new_version_has_not_ends(host: upgraded.Host) -> None:
+    """Of a version before; what is no link of ours stays, though it leads nowhere."""
+    (host.releases.current() / "units/banger-former.service").write_text("[Service]\n")
+    link = host.at(UNIT_DIR) / "banger-former.service"
+    host.releases.lead(link, host.releases.top / "current/units/banger-former.service")
+    wanted = host.root / "etc/systemd/system/multi-user.target.wants/banger-former.service"
+    host.releases.lead(wanted, link)
+    foreign = host.at(UNIT_DIR) / "foreign.service"
+    foreign.symlink_to("/nowhere")
+    host.started.add(link.name)
+    attempt(host)
+    judge_new(host)
+    assert not link.is_symlink()
+    assert not wanted.is_symlink()
+    assert link.name not in host.started
+    assert foreign.is_symlink()
+
+
+def test_what_goes_into_the_place_of_the_version_before_has_its_own_units_alone(host: upgraded.Host) -> None:
+    former = host.releases.current() / "units/banger-former.service"
+    former.write_text("[Service]\n")
+    own_units.lay(host.releases, host.releases.current(), upgraded.OWNER, unit_sources())
+    assert not former.exists()
+
+
 def test_only_the_version_before_is_kept(host: upgraded.Host) -> None:
     old = host.releases.place("1.0.0")
     old.mkdir()
@@ -263,6 +288,7 @@ def test_cut_off_after_the_switch_the_same_command_finishes_it(host: upgraded.Ho
     host.lay_units(made)
     (host.helper_dir / "upgrading").write_text(NEW)
     host.releases.switch(made)
+    host.started.add(upgraded.LATER)
     assert (host.installed(), host.running) == ({NEW}, OLD)
     host.faults |= {fault} - {""}
     if fault:
@@ -270,6 +296,8 @@ def test_cut_off_after_the_switch_the_same_command_finishes_it(host: upgraded.Ho
             attempt(host)
         assert (host.installed(), host.running) == ({OLD}, OLD)
         assert host.db.read_text() == f"{upgraded.SCHEMAS[OLD]} web"
+        assert not (host.at(UNIT_DIR) / upgraded.LATER).is_symlink()
+        assert upgraded.LATER not in host.started
     else:
         assert attempt(host)[0] == f"an upgrade to banger {NEW} was cut off; finishing it"
         judge_new(host)

@@ -28,6 +28,7 @@ from banger.system import (
     environment,
     host,
     machine,
+    own_units,
     ownership,
     releases,
     runtime,
@@ -310,6 +311,8 @@ class Install:
         await machine.wait_answer(banger.__version__)
         with contextlib.suppress(errors.BangerError):  # what stays goes with the next installation
             await run.in_thread(machine.Machine().bangerd, Path(sys.prefix), "--settle-migrations")
+        with contextlib.suppress(OSError, errors.BangerError):  # the same
+            own_units.end_stale(self._releases, host.systemctl)
         for aside in self._aside:
             aside.unlink(missing_ok=True)
         host.KEPT_TOML.unlink(missing_ok=True)

@@ -9,15 +9,16 @@ is trusted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from banger import run
-from banger.contract import decoding
+from banger.contract import decoding, errors
 from banger.system import host, releases
 
 _LAY_S: Final = 60.0
@@ -52,6 +53,18 @@ def unlink(laid: Laid) -> None:
     """The version that they were for does not come."""
     for link in laid.links:
         Path(link).unlink(missing_ok=True)
+
+
+def end_stale(laid: releases.Releases, systemctl: Callable[..., None]) -> None:
+    """What the installed version does not have: such a unit ends, and no link leads to it."""
+    stale = laid.stale()
+    for link in stale:
+        if link.parent.name == host.UNIT_DIR.name:
+            with contextlib.suppress(errors.BangerError):  # it need not run, nor be known
+                systemctl("stop", link.name)
+        link.unlink(missing_ok=True)
+    if stale:
+        systemctl("daemon-reload")
 
 
 def asked_of(prefix: Path, owner: str) -> Laid:

@@ -88,6 +88,9 @@ class Releases:
         """This version's units, for this owner, into its own directory; nothing leads there yet."""
         directory = prefix / host.OWN_UNITS
         directory.mkdir(exist_ok=True)
+        for left in directory.iterdir():  # where a version goes into the place of the one before
+            if left.name not in host.UNITS and not left.is_dir():
+                left.unlink()
         for name in host.UNITS:
             text = host.unit_text(sources / name, owner, Path("/") / prefix.relative_to(self.root))
             staged = directory / f".{name}.new"
@@ -103,6 +106,15 @@ class Releases:
         found |= {self._at(host.UNIT_DIR / name): current / host.OWN_UNITS / name for name in host.UNITS}
         wanted = {self.root / where / name: self._at(host.UNIT_DIR / name) for name, where in _WANTS.items()}
         return found | wanted
+
+    def stale(self) -> list[Path]:
+        """Links into what is installed that lead nowhere: another version had what they are for."""
+        here = os.path.realpath(self.current())
+        places = sorted({link.parent for link in self.links()})
+        found = [link for place in places if place.is_dir() for link in place.iterdir() if link.is_symlink()]
+        return [
+            link for link in found if not link.exists() and Path(os.path.realpath(link)).is_relative_to(here)
+        ]
 
     def pins(self) -> Iterator[Path]:
         """Links that `systemctl enable` made by hand: they lead to one version's units, past `current`."""

@@ -182,6 +182,7 @@ class Upgrade:
         self._host.systemctl("daemon-reload")
         if self._stopped:
             await self._start_again()
+        await run.in_thread(own_units.end_stale, self._releases, self._host.systemctl)
         self._mark.unlink(missing_ok=True)
 
     async def _start_again(self) -> None:
@@ -227,6 +228,8 @@ class Upgrade:
         What cannot be deleted now goes with the next upgrade.
         """
         self._mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, errors.BangerError):
+            await run.in_thread(own_units.end_stale, self._releases, self._host.systemctl)
         try:
             await run.in_thread(self._host.bangerd, self._new, "--settle-migrations")
         except errors.BangerError as error:
