@@ -65,6 +65,8 @@ class Link:
     def _read_input(self) -> None:
         try:
             data = os.read(self.input, _READ_BYTES)
+        except BlockingIOError:  # another process that shares it was quicker
+            return
         except OSError:  # a terminal that hung up
             data = b""
         if data:
