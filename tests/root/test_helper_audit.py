@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import stat
 import struct
@@ -126,6 +127,24 @@ def test_it_is_bounded_and_keeps_the_newest(
     assert all(path.stat().st_size <= 1000 for path in files)
     kept = [each.op_id for each in reader.read(directory(helper_world_here))]
     assert kept == [f"op-{number}" for number in range(100 - len(kept), 100)]
+
+
+def test_a_line_that_a_full_disk_cuts_short_takes_no_other_with_it(
+    helper_world_here: HelperWorld,
+) -> None:
+    world = helper_world_here
+    audit.append(world.policy, entry(op="before"))
+    path = directory(world) / records.FILES[0]
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 40, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            audit.append(world.policy, entry(op="cut-short"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    audit.append(world.policy, entry(op="after"))
+    assert [each.op for each in reader.read(directory(world))] == ["before", "after"]
 
 
 def test_a_link_in_its_place_is_not_followed(helper_world_here: HelperWorld, tmp_path: Path) -> None:

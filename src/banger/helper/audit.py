@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -30,7 +31,10 @@ def append(policy: policies.Policy, entry: audit.Entry) -> None:
         if os.path.exists(path) and os.lstat(path).st_size + len(line) > audit.MAX_FILE_BYTES:
             _rotate(directory, files)
         with libc.closing(filesystem.open_log(policy, path, os.O_APPEND)) as file:
-            os.write(file, line)
+            size = os.fstat(file).st_size
+            if os.write(file, line) < len(line):  # its beginning would spoil the line that comes after it
+                os.ftruncate(file, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
 def _rotate(directory: str, files: tuple[str, ...]) -> None:
