@@ -298,6 +298,7 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("state", mode(hosts.STATE, 0o755), FAIL, "0755, not 0700", "sudo chmod 700"),
     ("cache", lambda h: h.at(hosts.CACHE).rmdir(), FAIL, "does not exist", "system install"),
     ("helper state", mode(hosts.HELPER, 0o777), FAIL, "0777, not 0711", "sudo chmod 711"),
+    ("helper state", mode(hosts.HELPER, 0o700), FAIL, "0700, not 0711", "sudo chmod 711"),
     ("bangerd exposure", exposure("9.2 UNSAFE"), FAIL, "9.2", "systemd-analyze security bangerd.service"),
     ("bangerd-root exposure", exposure("huh"), WARN, "huh", "systemd-analyze"),
     ("versions", hello(version="0.0.0"), FAIL, "not in step", "system restart"),

@@ -226,7 +226,7 @@ class Private:
 def owned(
     scene: scenes.Scene, path: str, *, uid: int, name: str, mode: int, remedy: str = ""
 ) -> report.Finding:
-    """This path belongs to this user, and nobody has more of it than the mode says."""
+    """This path belongs to this user and has just this mode: with less, who needs it cannot use it."""
     try:
         found = scene.at(path).stat()
     except FileNotFoundError:
@@ -235,7 +235,7 @@ def owned(
         return report.failed(
             f"{path} belongs to uid {found.st_uid}, not to {name}", remedy or f"sudo chown {name} {path}"
         )
-    if found.st_mode & 0o7777 & ~mode:
+    if found.st_mode & 0o7777 != mode:
         return report.failed(
             f"{path} has mode {found.st_mode & 0o7777:04o}, not {mode:04o}",
             remedy or f"sudo chmod {mode:o} {path}",
