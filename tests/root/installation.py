@@ -386,7 +386,7 @@ def check_way_back(*, rows: bool) -> None:
 
 
 def check_alone() -> None:
-    """While another one is under way, none begins, and nothing of it is touched."""
+    """While another one is under way, or without the helper, none goes on, and nothing is touched."""
     made = seen()
     changes: list[Callable[[], None]] = [
         installed,
@@ -397,6 +397,13 @@ def check_alone() -> None:
             with pytest.raises(errors.ConflictError, match="another installation"):
                 change()
             assert seen() == made, seen() ^ made
+    # Nor does anything go on without the helper: it is said where to look.
+    changes[0] = lambda: installed(network="10.98.0.0/16")
+    silent = mock.patch.object(asking, "helper", side_effect=OSError("closed without an answer"))
+    for change in changes:
+        with silent, pytest.raises(errors.UnavailableError, match="bangerd-root does not answer"):
+            change()
+        assert seen() == made, seen() ^ made
 
 
 def check_older_is_refused() -> None:

@@ -57,3 +57,14 @@ def helper(
     if reply.result is None:
         raise errors.ProtocolError("the root helper answered nothing")
     return reply.result  # type: ignore[return-value]  # the helper's table pairs it with the request
+
+
+def required(request: privileged.Request[privileged.ResultT]) -> privileged.ResultT:
+    """As `helper`, for who cannot go on without. Raises UnavailableError while nobody answers."""
+    try:
+        return helper(request)
+    except OSError as error:
+        raise errors.UnavailableError(
+            f"bangerd-root does not answer: {error.strerror or error}",
+            hint="see why: journalctl -u bangerd-root; mended, give the same command again",
+        ) from error

@@ -161,7 +161,7 @@ class Install:
                 hint=f"go on with --owner {now}, or first: sudo banger system uninstall --purge",
             )
         if self._settled is not None and (network, network6) != (old.network, old.network6):
-            world = asking.helper(privileged.ListWorld())
+            world = asking.required(privileged.ListWorld())
             self._has_old_bridge = world.bridge
             running = [vm for vm in world.vms if vm.vmm_pid]
             if running:
@@ -209,7 +209,7 @@ class Install:
 
     async def _write_settings(self) -> None:
         if self._has_old_bridge:
-            asking.helper(privileged.DeleteBridge())  # the next VM has it made, with the new addresses
+            asking.required(privileged.DeleteBridge())  # the next VM has it made, with the new addresses
         owner = self._found_owner()
         installed = runtime.read_record(host.RUNTIME)
         decided: dict[str, str | int] = {

@@ -76,9 +76,9 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
 
 def _take_down_vms() -> None:
     """As root; the daemon, whose business it is, has ended."""
-    for vm in asking.helper(privileged.ListWorld()).vms:
-        asking.helper(privileged.TearDown(vm_id=vm.vm_id))
-    asking.helper(privileged.DeleteBridge())
+    for vm in asking.required(privileged.ListWorld()).vms:
+        asking.required(privileged.TearDown(vm_id=vm.vm_id))
+    asking.required(privileged.DeleteBridge())
 
 
 def _is_kept(path: Path) -> bool:
