@@ -153,6 +153,8 @@ def check_stays() -> None:
     with pytest.raises(errors.ConflictError, match="in use, by 1 VM"):
         installed(**anew, network="10.98.0.0/16")
     running.clear()
+    with pytest.raises(errors.BadRequestError, match=r"10\.98\.0\.0/24 is too small for 4000 VMs"):
+        installed(**anew, network="10.98.0.0/24")
     failing.append("it")
     with pytest.raises(errors.DeadlineError):
         installed(**anew, network="10.98.0.0/16")

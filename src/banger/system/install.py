@@ -145,6 +145,7 @@ class Install:
             versions.refuse_older(banger.__version__, environment.version(self._old) or banger.__version__)
         _refuse_newer_rows(self._owner)
         network, network6 = _network(self._choices.network), _network6(self._choices.network6)
+        _refuse_small(network, self._settled or self._kept)
         addresses.check(network, [*addresses.routes(), *addresses.policy_routes()])
         addresses.check6(network6, addresses.routes6())
         self._check_stays(str(network), str(network6))
@@ -441,6 +442,16 @@ def _network(text: str) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(text)
     except ValueError as error:
         raise errors.BadRequestError(f"{text!r} is not an IPv4 network: {error}") from None
+
+
+def _refuse_small(network: ipaddress.IPv4Network, old: settings.Settings | None) -> None:
+    """Raises BadRequestError for one with which neither service starts."""
+    count = old.uid_count if old is not None else names.MAX_SLOTS
+    if network.num_addresses < count + 3:
+        longest = network.max_prefixlen - (count + 2).bit_length()
+        raise errors.BadRequestError(
+            f"network {network} is too small for {count} VMs", hint=f"name a /{longest}, or a larger one"
+        )
 
 
 def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:
