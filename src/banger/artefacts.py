@@ -8,12 +8,13 @@ reader sees all of it or nothing, and a crash leaves only what `half_made` finds
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import datetime
 import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -114,6 +115,10 @@ def _made_at(record: Record) -> datetime.datetime:
     return moment(record.created_at) or _NO_TIME
 
 
+_published: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("published", default=None)
+"""By the work that goes on here, in whatever thread."""
+
+
 class Artefacts(Generic[R]):
     """All published directories of one kind below a root."""
 
@@ -184,8 +189,9 @@ class Artefacts(Generic[R]):
     def publish(self, staged: Path, record: R) -> R:
         """Writes the record last, makes everything durable, then gives the directory its name.
 
-        Who cancels gets nothing up to that last moment, and all of it after. It is the newest of its name:
-        a clock that was ahead when another was made must not have that one used for ever.
+        Who cancels gets nothing up to that last moment, and all of it after, unless `whole` takes it back.
+        It is the newest of its name: a clock that was ahead when another was made must not have that one
+        used for ever.
         """
         others = [_made_at(each) for each in self.records() if each.name == record.name]
         if others and max(others) >= _made_at(record):
@@ -200,8 +206,25 @@ class Artefacts(Generic[R]):
             staged.rename(self.path(record.id))
         except OSError as error:
             raise errors.AlreadyExistsError(f"{self._what} {record.id} is already there") from error
+        if (published := _published.get()) is not None:
+            published.append(record.id)
         sync(self._root)
         return record
+
+    @contextlib.contextmanager
+    def whole(self, is_used: Callable[[str], object]) -> Iterator[None]:
+        """What is published in a block that then fails or is cancelled is taken back, unless it is used."""
+        published: list[str] = []
+        outer = _published.set(published)
+        try:
+            yield
+        except BaseException:
+            for each in published:
+                if not is_used(each):
+                    self.delete(each)
+            raise
+        finally:
+            _published.reset(outer)
 
     def delete(self, artefact_id: str) -> None:
         """Whether something still uses it is for the caller to check, under its lock. Gone is fine."""

@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -149,11 +149,13 @@ async def test_an_import_cancelled_at_any_stage(served: Served, layout: Path) ->
     await _assert_cancelled_everywhere(served, "/v1/images/import", body, IMPORTED)
 
 
-async def test_cancelled_before_it_is_published(
-    served: Served, layout: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+async def test_cancelled_as_it_is_published(
+    served: Served, layout: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    """While the disk takes its time to be sure of everything."""
-    syncing = _slow_down(monkeypatch, artefacts, "sync")
+    """While the disk takes its time to be sure of everything; or, at last, of the name."""
+    root = served.daemon.paths.state / "images"
+    syncing = _slow_down(monkeypatch, artefacts, "sync", lambda path: path == root or not late)
     operation = await served.begin("POST", "/v1/images/import", {"path": str(layout), "name": "laid"})
     await asyncio.wait_for(syncing.wait(), 20)
     ended = (await served.http.delete(f"/v1/operations/{operation.id}")).json()
@@ -205,11 +207,18 @@ async def test_a_copy_whose_image_is_deleted_meanwhile_says_so(
     assert _left(served.daemon.paths) == []
 
 
-def _slow_down(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> asyncio.Event:
+def _slow_down(
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    name: str,
+    is_meant: Callable[[Any], bool] = lambda _: True,
+) -> asyncio.Event:
     """Work that goes on until it is cancelled, which no real disk can be told; set when it has begun."""
     begun, loop, really = asyncio.Event(), asyncio.get_running_loop(), getattr(module, name)
 
     def slowly(*arguments: Any) -> Any:
+        if not is_meant(arguments[0]):
+            return really(*arguments)
         loop.call_soon_threadsafe(begun.set)
         deadline = time.monotonic() + 10
         with contextlib.suppress(Exception):

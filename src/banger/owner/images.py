@@ -187,8 +187,12 @@ class ImageService:
         """Done once for all who ask for the same under that name at the same time."""
 
         async def work(progress: operations.Progress) -> resources.Image:
+            async def whole() -> records.Image:
+                with self.records.whole(self._store.names_using_image):
+                    return await make(progress)
+
             made = await self._making.make(
-                name, what, lambda: make(progress), operation=progress.op_id, on_wait=progress.note
+                name, what, whole, operation=progress.op_id, on_wait=progress.note
             )
             return self._view(made)
 

@@ -138,9 +138,13 @@ class KernelService:
         self._making.check(name, what)
 
         async def work(progress: operations.Progress) -> resources.Kernel:
+            async def whole() -> records.Kernel:
+                with self._kernels.whole(self._store.names_using_kernel):
+                    return await make(progress)
+
             progress.stage(resources.Stage.PULL_KERNEL, detail)
             made = await self._making.make(
-                name, what, lambda: make(progress), operation=progress.op_id, on_wait=progress.note
+                name, what, whole, operation=progress.op_id, on_wait=progress.note
             )
             return self._view(made)
 
