@@ -65,6 +65,7 @@ class FakeVmm:
         self.clock_was_set = asyncio.Event()
         self._paths = (api, vsock)
         self._console = console
+        self._log = console.with_name("vmm.log")
         self._behaviour = behaviour
         self._servers: list[asyncio.Server] = []
         self._ending: asyncio.Task[None] | None = None
@@ -73,7 +74,7 @@ class FakeVmm:
 
     async def start(self) -> None:
         api, vsock = self._paths
-        for path in self._paths:
+        for path in (*self._paths, self._log):
             path.unlink(missing_ok=True)
         self._servers = []
         try:
@@ -97,6 +98,13 @@ class FakeVmm:
         for writer in list(self._writers):
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+    def _go_down(self) -> None:
+        """As Firecracker says it, whoever asked for it."""
+        if self.is_running:
+            self._console.parent.mkdir(parents=True, exist_ok=True)
+            self._log.write_text("Firecracker exiting successfully. exit_code=0\n")
+        self._die()
 
     def _die(self) -> None:
         self.is_running = False
@@ -202,7 +210,7 @@ class FakeVmm:
             self.flushes_before_power_off = self.flushes
             writer.write(guest.frame(F.REPLY))
             if not self._behaviour.ignores_power_off:
-                asyncio.get_running_loop().call_later(0.005, self._die)
+                asyncio.get_running_loop().call_later(0.005, self._go_down)
         elif kind == F.EXEC:
             await _execute(reader, writer, guest.Fields(payload))
         elif kind == F.CONNECT:
