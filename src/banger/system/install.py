@@ -399,12 +399,19 @@ def _completed(choices: Choices, settled: settings.Settings | None) -> Choices:
 
 
 def _hand_over(top: Path, uid: int, gid: int) -> None:
-    """All in it that belongs to whose it is, through no link: who owned it is gone, or has another uid."""
+    """All in it that belongs to whose it is, through no link: who owned it is gone, or has another uid.
+
+    What is looked at is what is given away: a process of that uid may go on, and put another file there.
+    """
     before = top.stat().st_uid
     for _, directories, files, place in os.fwalk(top, topdown=False):
         for name in (*directories, *files):
-            if os.stat(name, dir_fd=place, follow_symlinks=False).st_uid == before:
-                os.chown(name, uid, gid, dir_fd=place, follow_symlinks=False)
+            found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            try:
+                if os.fstat(found).st_uid == before:
+                    os.chown(f"/proc/self/fd/{found}", uid, gid)
+            finally:
+                os.close(found)
 
 
 def _set_aside(path: Path) -> Path:
