@@ -6,14 +6,11 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Collection
-from typing import Final
 
 import click
 
 from banger.cli import client, command, output, params, render, vm_life
 from banger.contract import errors, resources, sizes
-
-_STARTS: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
 
 
 @command.make(
@@ -59,7 +56,7 @@ def prune(settings: command.Settings, older_than: float | None, force: bool, dry
 def _being_started(api: client.Client) -> Collection[str]:
     running = resources.OperationStatus.RUNNING
     all_ = api.get("/v1/operations", list[resources.Operation])
-    return {each.target for each in all_ if each.kind in _STARTS and each.status is running}
+    return {each.target for each in all_ if each.kind in resources.STARTS and each.status is running}
 
 
 def _is_idle(vm: resources.Vm, older_than_s: float | None) -> bool:

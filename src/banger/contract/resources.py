@@ -390,6 +390,9 @@ class RuntimeFile(Resource, frozen=True, kw_only=True):
 
 # --- operations ---
 
+STARTS: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
+"""Kinds of operations under which a VM is being started."""
+
 
 class OperationStatus(enum.StrEnum):
     RUNNING = "running"

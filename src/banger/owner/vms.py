@@ -48,7 +48,7 @@ from banger.vm.capabilities import dns
 _log = logging.getLogger(__name__)
 
 _RUNNING: Final = resources.VmState.RUNNING
-_STARTING: Final = frozenset({"vm.create", "vm.start", "vm.restart"})
+_STARTING: Final = resources.STARTS
 _ORDERLY: Final = functools.partial(stop.stop, tell=operations.note)
 LogFile = tuple[Path, Callable[[], bool]]
 Work = Callable[[operations.Progress, record.VmRecord], Awaitable[resources.Vm | None]]
