@@ -311,8 +311,8 @@ def _jails(sources: Sources) -> Iterator[Case]:
 
 def _machines(sources: Sources) -> Iterator[Case]:
     none = {"pid": 0}
-    kills = [KillVmm(vm_id=VM, force=force) for force in (False, True)]
-    yield Case("no VMM is found or killed", (done(FindVmm(vm_id=VM), **none), *map(done, kills)))
+    kill = KillVmm(vm_id=VM)
+    yield Case("no VMM is found or killed", (done(FindVmm(vm_id=VM), **none), *[done(kill)] * 2))
     yield Case("a launch needs a jail", (refused("not_found", launch(sources)), sees(**_NOTHING)))
     yield Case(
         "no socket is granted without a VMM",
@@ -323,23 +323,22 @@ def _machines(sources: Sources) -> Iterator[Case]:
         ),
     )
     yield from _launches(sources)
-    for kill in kills:
-        yield Case(
-            f"a VMM is {'killed' if kill.force else 'asked to end'}",
-            (
-                *map(done, start(sources)),
-                done(kill),
-                done(FindVmm(vm_id=VM), **none),
-                done(kill),
-                done(DeleteJail(vm_id=VM)),
-                done(DeleteSnapshot(vm_id=VM)),
-                done(DetachWorkDisk(vm_id=VM)),
-                done(DeleteTap(vm_id=VM)),
-                done(DeleteGuestRules(vm_id=VM)),
-                sees(**_NOTHING),
-            ),
-            needs_machine=True,
-        )
+    yield Case(
+        "a VMM is killed",
+        (
+            *map(done, start(sources)),
+            done(kill),
+            done(FindVmm(vm_id=VM), **none),
+            done(kill),
+            done(DeleteJail(vm_id=VM)),
+            done(DeleteSnapshot(vm_id=VM)),
+            done(DetachWorkDisk(vm_id=VM)),
+            done(DeleteTap(vm_id=VM)),
+            done(DeleteGuestRules(vm_id=VM)),
+            sees(**_NOTHING),
+        ),
+        needs_machine=True,
+    )
     for count, request in enumerate(start(sources), start=1):
         yield Case(
             f"a tear-down after {type(request).__name__}",

@@ -59,7 +59,6 @@ GOOD: dict[str, Any] = {
     "vcpus": 1,
     "memory_mib": 128,
     "boot_args": "quiet",
-    "force": True,
 }
 FREE = {"boot_args", "peers"}
 """Fields in which some of these texts are what they say: no path, name or argument of root's."""

@@ -22,7 +22,7 @@ from banger.contract import errors, names
 MAX_REQUEST_BYTES: Final = 64 * 1024
 MAX_REPLY_BYTES: Final = 4 * 1024 * 1024
 MAX_OTHERS: Final = 10_000
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 Id = Annotated[str, msgspec.Meta(pattern=names.ID_PATTERN)]
 Slot = Annotated[int, msgspec.Meta(ge=1, le=names.MAX_SLOTS)]
@@ -291,10 +291,9 @@ class FindVmm(Request[Vmm], tag="find_vmm", frozen=True):
 
 
 class KillVmm(Request[Done], tag="kill_vmm", frozen=True):
-    """SIGHUP (Firecracker then flushes its metrics and ends) or SIGKILL by pidfd; waits until it is gone."""
+    """SIGKILL to all that runs in the VM's cgroup; waits until it is gone."""
 
     vm_id: Id
-    force: bool
 
 
 class TearDown(Request[Done], tag="tear_down", frozen=True):

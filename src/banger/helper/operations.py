@@ -32,7 +32,7 @@ def tear_down(policy: policies.Policy, request: privileged.TearDown) -> privileg
     vm_id = request.vm_id
     failed: list[Exception] = []
     parts: tuple[privileged.Request[Any], ...] = (
-        privileged.KillVmm(vm_id=vm_id, force=True),
+        privileged.KillVmm(vm_id=vm_id),
         privileged.DeleteTap(vm_id=vm_id),
         privileged.DeleteGuestRules(vm_id=vm_id),
         privileged.DeleteSnapshot(vm_id=vm_id),

@@ -198,7 +198,7 @@ class Start:
         self.vmm_pid = vmm.pid
 
     async def _kill(self) -> None:
-        await self._host.privileged(privileged.KillVmm(vm_id=self._vm.id, force=True))
+        await self._host.privileged(privileged.KillVmm(vm_id=self._vm.id))
 
     async def _grant_api(self) -> None:
         await self._host.privileged(privileged.GrantApiSocket(vm_id=self._vm.id, slot=self._vm.slot))

@@ -117,7 +117,7 @@ async def _end(
 
     So it would for one of which something is left: `save` says that it has stopped, then too.
     """
-    await host.privileged(privileged.KillVmm(vm_id=vm.id, force=True))
+    await host.privileged(privileged.KillVmm(vm_id=vm.id))
     try:
         await release(host, vm, features)
     except Exception as error:
