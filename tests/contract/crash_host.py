@@ -107,6 +107,11 @@ class Host:
         self.parts.append(f"{AGENT} {kind.name} {part}")
         await self.strike(None)
 
+    async def answered(self) -> None:
+        """Until no agent is asked: who asked has the answer a moment before `strike` hears of it."""
+        while asked := [task for vm in self.world.vms.values() if vm.vmm for task in vm.vmm.answering]:
+            await asyncio.wait(asked)
+
     @contextlib.asynccontextmanager
     async def daemon(self, at: int = -1, *, files: bool = False, power: bool = False) -> AsyncIterator[Life]:
         """A daemon that is ready. Leaving the block ends it; that it is dead already is fine."""
@@ -130,9 +135,12 @@ class Host:
         async with self.daemon(at, files=files, power=power) as life:
             await life.do(*ACTS[act])
             await life.arm()
+            await self.answered()
             self.parts.clear()
             try:
-                return await life.do(act)
+                report = await life.do(act)
+                await self.answered()
+                return report
             except KilledError:
                 return None
 

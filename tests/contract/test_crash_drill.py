@@ -163,8 +163,10 @@ async def _struck(
                 if next(counting) == at:
                     await blow()
 
+            await host.answered()
             host.strike = strike
             await life.do(act)
+            await host.answered()
             host.strike = nothing
             where = f"{act}, struck in {name}"
             assert next(counting) > at, f"{where}: it did not get so far"

@@ -180,12 +180,14 @@ async def test_a_vmm_killed_around_everything_that_a_prepare_asks(
     async def had(life: Life, number: int) -> None:
         if prepares.kind == "again":
             assert (await life.make("prepare", prepares.script(number, last=False))).error == ""
+        await inhabited.answered()
 
     async with inhabited.daemon() as life:
         await life.do("create")
         await had(life, -1)
         inhabited.parts.clear()
         assert (await life.make("prepare", prepares.script(-1))).error == ""
+        await inhabited.answered()
         parts = [name for name in inhabited.parts if name.startswith(AGENT)]
         assert {f"{AGENT} {kind.name} before" for kind in (guest.FrameType.EXEC, guest.FrameType.PUT)} <= {
             *parts
@@ -205,6 +207,7 @@ async def test_a_vmm_killed_around_everything_that_a_prepare_asks(
 
             inhabited.strike = strike
             done = await life.make("prepare", prepares.script(number))
+            await inhabited.answered()
             inhabited.strike = nothing
             assert next(counting) > number, f"{where}: it did not get so far"
             assert not done.error.startswith("unexpected"), f"{where}: {done.error}"

@@ -70,6 +70,7 @@ class FakeVmm:
         self._servers: list[asyncio.Server] = []
         self._ending: asyncio.Task[None] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self.answering: set[asyncio.Task[object]] = set()
         self.is_running = False
 
     async def start(self) -> None:
@@ -185,10 +186,16 @@ class FakeVmm:
         writer.write(guest.frame(F.HELLO, greeting))
         kind, payload = await _receive(reader)
         told = self._behaviour.on_agent or _nobody
-        await told(F(kind), "before")
-        if self.is_running:
-            await self._answer(reader, writer, kind, payload)
-        await told(F(kind), "after")
+        asking = asyncio.current_task()
+        assert asking is not None
+        self.answering.add(asking)
+        try:
+            await told(F(kind), "before")
+            if self.is_running:
+                await self._answer(reader, writer, kind, payload)
+            await told(F(kind), "after")
+        finally:
+            self.answering.discard(asking)
 
     async def _answer(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: int, payload: bytes
