@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from banger.cli import client, command, many, output, params, progress, render, signals
+from banger.cli import client, command, making, many, output, params, render
 from banger.contract import errors, requests, resources, sizes
 
 group = command.Group(
@@ -24,15 +24,8 @@ group = command.Group(
 
 
 def _make(settings: command.Settings, path: str, asked: resources.Body) -> None:
-    api = settings.client()
-    shown = progress.display(json=settings.json)
-    with signals.raised():
-        outcome = progress.follow_one(api, lambda: api.post(path, asked), shown, cancellable=True)
-    ended = outcome.require()
-    if settings.json:
-        output.json(ended.kernel)
-    else:
-        output.text(ended.kernel.name if ended.kernel is not None else ended.target)
+    ended = making.ended(settings, path, asked)
+    making.show(settings, ended, ended.kernel)
 
 
 @command.make(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from banger.cli import command, exits, output, progress, render, signals
+from banger.cli import command, exits, making, output, render
 from banger.contract import resources
 
 group = command.Group(
@@ -45,11 +45,7 @@ def pull(settings: command.Settings) -> None:
 
     Root runs its own copies: `banger system install` puts them in place.
     """
-    api = settings.client()
-    with signals.raised():
-        shown = progress.display(json=settings.json)
-        outcome = progress.follow_one(api, lambda: api.post("/v1/runtime/pull"), shown, cancellable=True)
-    ended = outcome.require()
+    ended = making.ended(settings, "/v1/runtime/pull")
     if settings.json:
         output.json(ended)
     else:
