@@ -30,7 +30,7 @@ async def cut_short(services: routes.Services, gate: gates.Gate, operation: reso
 async def settled(services: routes.Services) -> resources.Vm:
     """Once nobody watches the VMM that was."""
     async with asyncio.timeout(5):
-        while services.vms.live._watchers:  # noqa: ASYNC110 - it tells nobody that it is done
+        while services.vms.endings.live._watchers:  # noqa: ASYNC110 - it tells nobody that it is done
             await asyncio.sleep(0.01)
     return await services.vms.get("web")
 

@@ -267,7 +267,7 @@ async def test_a_dead_vm_that_cannot_be_taken_down_is_watched_on(daemon: conftes
     daemon.world.before = busy
     await killed(daemon, vm.id)
     with pytest.raises(errors.ConflictError):
-        await daemon.services.vms.take_down(names.VmId(vm.id))
+        await daemon.services.vms.endings.take_down(names.VmId(vm.id))
     daemon.world.before = worlds._nothing
     async with asyncio.timeout(5):
         while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110

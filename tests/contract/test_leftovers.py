@@ -35,7 +35,7 @@ def refusing(world: worlds.World, kinds: tuple[type[privileged.Request[Any]], ..
 
 async def nothing_is_left(services: routes.Services) -> None:
     async with asyncio.timeout(5):
-        while services.vms.leftovers._tasks:  # noqa: ASYNC110 - it tells nobody that it is done
+        while services.vms.endings.leftovers._tasks:  # noqa: ASYNC110 - it tells nobody that it is done
             await asyncio.sleep(0.01)
 
 
@@ -81,7 +81,7 @@ async def test_what_a_rollback_could_not_take_back(daemon: conftest.Daemon, *, r
 async def test_one_that_was_started_meanwhile_is_left_alone(daemon: conftest.Daemon) -> None:
     refusing(daemon.world, IN_A_ROLLBACK)
     await daemon.create()
-    assert daemon.services.vms.leftovers._tasks
+    assert daemon.services.vms.endings.leftovers._tasks
     daemon.world.before = worlds._nothing
     started = await daemon.done(await daemon.services.vms.start("web"))
     assert started.status is resources.OperationStatus.SUCCEEDED, started.error
@@ -168,7 +168,7 @@ async def test_one_whose_deletion_fails_while_its_rest_is_taken_away_goes_too(
     vms._store.set_throw_away(vm_id, throw_away=True)
     deleting = await vms.delete("web")
     await gate.reached.wait()
-    vms.leftovers.add(vm_id)
+    vms.endings.leftovers.add(vm_id)
     async with asyncio.timeout(5):
         while len(vms._lifecycle._entries[vm_id].wanted) < 2:  # noqa: ASYNC110 - it tells nobody that it waits
             await asyncio.sleep(0.01)

@@ -104,9 +104,9 @@ async def calm(services: routes.Services, world: worlds.World) -> None:
         for each in services.operations.list():
             ended = await services.operations.wait(each.id)
             assert ended.error is None or "fault in banger" not in ended.error.hint, ended
-        while services.vms.leftovers._tasks:  # noqa: ASYNC110 - it tells nobody that it is done
+        while services.vms.endings.leftovers._tasks:  # noqa: ASYNC110 - it tells nobody that it is done
             await asyncio.sleep(0.02)
-        while len(services.vms.live._watchers) > sum(vm.runs for vm in world.vms.values()):  # noqa: ASYNC110
+        while len(services.vms.endings.live._watchers) > sum(vm.runs for vm in world.vms.values()):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -117,7 +117,7 @@ def assert_true(services: routes.Services, paths: config.Paths, world: worlds.Wo
     running = {vm_id for vm_id, vm in rows.items() if vm.state is _RUNNING}
     assert running == {vm_id for vm_id, vm in world.vms.items() if vm.runs}
     assert set(world.leftovers()) <= running
-    assert set(vms.live._watchers) == set(vms.live._pids) == running
+    assert set(vms.endings.live._watchers) == set(vms.endings.live._pids) == running
     held = {vm_id: {str(each.publish) for each in some} for vm_id, some in vms._publisher._ports.items()}
     assert {vm_id: some for vm_id, some in held.items() if some} == {
         vm_id: set(rows[vm_id].publish) for vm_id in running if rows[vm_id].publish

@@ -221,18 +221,18 @@ async def compose(
     holdings = inventory.Inventory(
         machine,
         rows,
-        vm_service,
+        vm_service.endings,
         running,
         inventory.Places(paths.state, paths.cache, bridge),
         lambda: image_service.records.names() | kernel_service.names(),
     )
     with_host = restarts.Restarts(vm_service, rows, running, host_boot_id)
-    silent_since = vm_service.live.agents.silent_since
+    silent_since = vm_service.endings.live.agents.silent_since
     times = clocks.Clocks(lambda: [vm for vm in _running(rows) if not silent_since(vm.id)], connect)
     try:
         await asyncio.to_thread(holdings.sweep)
         await zone.start()
-        await reconcile.reconcile(rows, machine, vm_service)
+        await reconcile.reconcile(rows, machine, vm_service.endings)
         await _restore_network(keeper, rows)
         await publisher.serve_all(_running(rows))
         keeper.start()

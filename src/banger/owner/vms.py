@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The VM service: turns API requests into operations on rows, under each VM's lifecycle lock.
 
-Here VMs come, start, end and go. What changes one that stays as it is, is in `alterations.py`; what is done
-inside one that runs, in `sessions.py`.
+Here VMs come, start, end and go. How they end, also by themselves, is in `endings.py`; what changes one that
+stays as it is, in `alterations.py`; what is done inside one that runs, in `sessions.py`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ import contextlib
 import datetime
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
 from banger import steps
-from banger.contract import errors, given_names, names, ports, privileged, resources
+from banger.contract import errors, given_names, names, ports, resources
 from banger.images import bundle
 from banger.owner import (
     activity,
     admission,
     alterations,
     changes,
-    inventory,
-    leftovers,
+    endings,
     lifetimes,
-    live,
     locks,
     operations,
     publish,
@@ -42,7 +40,7 @@ from banger.owner import (
     views,
 )
 from banger.owner import guest as guests
-from banger.vm import capabilities, create, ending, host, record, start, stop, timeline
+from banger.vm import capabilities, create, host, record, start, stop, timeline
 from banger.vm.capabilities import dns
 
 _log = logging.getLogger(__name__)
@@ -101,7 +99,7 @@ class VmService:
         self.activities = activities
         self._notices = lifetimes.Notices()
         self.lifetimes = lifetimes.Lifetimes(
-            lambda: [vm for vm in store.list() if vm.state is resources.VmState.RUNNING],
+            lambda: [vm for vm in store.list() if vm.state is _RUNNING],
             activities,
             self._notices,
             self.stop_when_due,
@@ -124,8 +122,15 @@ class VmService:
             silent_after_s=host.limits.agent_silence_s,
             tell=self._tell_of_silence,
         )
-        self.leftovers = leftovers.Leftovers(self._take_away)
-        self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone, agents)
+        self.endings = endings.Endings(
+            host=host,
+            rows=store,
+            lifecycle=lifecycle,
+            features=features,
+            keys=keys,
+            activities=activities,
+            agents=agents,
+        )
 
     # --- reading ---
 
@@ -139,7 +144,7 @@ class VmService:
     async def stats(self, ref: str) -> resources.VmStats:
         vm = self._store.find_running(ref)
         health = await self._connect(vm.id).health()
-        return self._views.stats(vm, self.live.pid(vm.id), usage.of(vm.id), health)
+        return self._views.stats(vm, self.endings.live.pid(vm.id), usage.of(vm.id), health)
 
     async def log_file(self, ref: str, source: str, *, previous: bool = False) -> LogFile:
         """And whether its VM is still there, whenever that is asked."""
@@ -202,7 +207,7 @@ class VmService:
 
     async def start(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
-            if vm.state is resources.VmState.RUNNING:
+            if vm.state is _RUNNING:
                 raise errors.ConflictError(f"{vm.name} is running already")
             return await self._start(vm, progress)
 
@@ -212,7 +217,7 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
             self._notices.tell(vm.id, f"{vm.name} is being stopped")
-            return self._view(await self._stop(vm, _ORDERLY))
+            return self._view(await self.endings.stop(vm, _ORDERLY))
 
         return self._lifecycle_operation("vm.stop", ref, work, cancels=_STARTING)
 
@@ -222,10 +227,10 @@ class VmService:
         with_host = functools.partial(msgspec.structs.replace, stopped_with_host=True, host_boot_id=boot_id)
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
-            if vm.state is resources.VmState.RUNNING:
+            if vm.state is _RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
-                return self._view(await self._stop(vm, functools.partial(_ORDERLY, mark=with_host)))
+                return self._view(await self.endings.stop(vm, functools.partial(_ORDERLY, mark=with_host)))
             if vm.state is resources.VmState.STOPPED and not vm.stopped_with_host:
                 return self._view(vm)  # its user, or time, stopped it as we waited
             vm = with_host(vm)
@@ -238,17 +243,17 @@ class VmService:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             progress.stage(resources.Stage.STOP, f"killing {vm.name}")
             self._notices.tell(vm.id, f"{vm.name} is being killed")
-            return self._view(await self._stop(vm, stop.kill))
+            return self._view(await self.endings.stop(vm, stop.kill))
 
         return self._lifecycle_operation("vm.kill", ref, work, cancels=_STARTING | {"vm.stop"})
 
     async def restart(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             before = vm.boot_id
-            if vm.state is resources.VmState.RUNNING:
+            if vm.state is _RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}")
                 self._notices.tell(vm.id, f"{vm.name} is being restarted")
-                vm = await self._stop(vm, _ORDERLY)
+                vm = await self.endings.stop(vm, _ORDERLY)
             view = await self._start(vm, progress)
             if view.boot_id == before:
                 raise errors.OperationFailedError(f"{vm.name} still has the boot id of before the restart")
@@ -262,11 +267,11 @@ class VmService:
             raise _is_up(found.name)
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> None:
-            if unless_up and vm.state is resources.VmState.RUNNING:  # it was started as we waited
+            if unless_up and vm.state is _RUNNING:  # it was started as we waited
                 raise _is_up(vm.name)
             progress.stage(resources.Stage.DELETE, f"deleting {vm.name}")
             self._notices.tell(vm.id, f"{vm.name} is being deleted")
-            await self._delete(vm)
+            await self.endings.delete(vm)
 
         cancels = frozenset() if unless_up else _STARTING | {"vm.stop", "vm.kill"}
         return self._lifecycle_operation("vm.delete", ref, work, cancels=cancels)
@@ -275,69 +280,26 @@ class VmService:
         """Time has stopped it, unless somebody came in between."""
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
-            if vm.state is resources.VmState.RUNNING and is_due(vm):
+            if vm.state is _RUNNING and is_due(vm):
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, which {why}")
                 by_time = functools.partial(msgspec.structs.replace, stopped_because=why)
-                vm = await self._stop(vm, functools.partial(_ORDERLY, mark=by_time))
+                vm = await self.endings.stop(vm, functools.partial(_ORDERLY, mark=by_time))
                 _log.info("vm stopped by time", extra={"vm": vm.id, "why": why})
             return self._view(vm)
 
         operation = self._lifecycle_operation("vm.stop", vm.id, work)
         await self._operations.wait(operation.id)
 
-    # --- the daemon's start ---
-
-    def adopt(self, vm: record.VmRecord, vmm: privileged.Vmm) -> None:
-        """A VMM that outlived the last daemon is ours again."""
-        self.live.add(vm.id, vmm.pid)
-
-    async def throw_away(self, vm: record.VmRecord) -> None:
-        """The client whose command it ran for left with the last daemon."""
-        await self._delete(vm)
-
-    # --- what is left over ---
-
-    def holder(self, vm_id: names.VmId) -> str | None:
-        """The operation that works on it now; None when none does."""
-        return self._lifecycle.holder(vm_id)
-
     def is_up(self, vm: record.VmRecord) -> bool:
         """It runs, or is being started, or waits for that."""
         wanting = map(self._operations.get, self._lifecycle.wanting(vm.id))
         return vm.state is _RUNNING or any(each.kind in _STARTING for each in wanting)
 
-    async def take_down(self, vm_id: names.VmId) -> None:
-        """Nothing of a VM that does not run stays but its disks and logs: no port and no name either."""
-        async with self._lifecycle.hold(vm_id, ""):
-            if not self._store.has(vm_id):
-                return  # deleted while we waited, with all that it had
-            vm = self._store.get(vm_id)
-            if vm.state is not resources.VmState.RUNNING:
-                await stop.take_down(self._host, vm, self._features)
-            elif not await self._has_vmm(vm_id):
-                async with self._ending(vm):
-                    await self.collect(vm)
-
-    def try_again(self, vm_id: names.VmId) -> None:
-        """Later: what is on the host under this id, and should not be, could not be taken away now."""
-        self.leftovers.add(vm_id)
-
-    async def _take_away(self, vm_id: names.VmId, *, whole: bool) -> None:
-        rows = {vm.id: vm for vm in self._store.list()}
-        if vm_id not in rows:
-            await inventory.collect_vm(self._host, vm_id)
-        elif whole and vm_id in self._store.throw_aways():
-            async with self._lifecycle.hold(vm_id, ""):
-                await self._delete(self._store.get(vm_id))
-        else:
-            await self.take_down(vm_id)
-
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
         await self.lifetimes.close()
-        await self.leftovers.close()
         await self.sessions.claims.close()
-        await self.live.close()
+        await self.endings.close()
 
     # --- inside ---
 
@@ -354,8 +316,8 @@ class VmService:
 
     def _seen(self, vm: record.VmRecord) -> views.Seen:
         used = self.activities.of(vm.id)
-        silent_since = self.live.agents.silent_since(vm.id)
-        return views.Seen(self.live.pid(vm.id), silent_since, None if used.is_busy else used.idle_s)
+        silent_since = self.endings.live.agents.silent_since(vm.id)
+        return views.Seen(self.endings.live.pid(vm.id), silent_since, None if used.is_busy else used.idle_s)
 
     def _lifecycle_operation(
         self, kind: str, ref: str, work: Work, *, cancels: frozenset[str] = frozenset()
@@ -393,7 +355,7 @@ class VmService:
             raise
         assert pipeline.started is not None  # noqa: S101 - the pipeline sets it or raises
         started = timeline.kept(self._store, pipeline.started, seen)
-        self.live.add(vm.id, pipeline.vmm_pid)
+        self.endings.live.add(vm.id, pipeline.vmm_pid)
         self.activities.of(vm.id).touch()
         _log.info("vm started", extra={"vm": vm.id, "boot_id": started.boot_id})
         return self._view(started, with_timings=True)
@@ -410,7 +372,7 @@ class VmService:
         """The row keeps why; what goes wrong in keeping it is noted on the error and hides nothing."""
         try:
             if remove:
-                await self._delete(vm)
+                await self.endings.delete(vm)
                 return
             self._store.save(
                 changes.failed(
@@ -425,74 +387,7 @@ class VmService:
             error.add_note(f"keeping the error of {vm.name}: {second}")
         finally:
             if getattr(error, "__notes__", ()):  # an undo failed
-                self.leftovers.add(vm.id)
-
-    async def _stop(
-        self,
-        vm: record.VmRecord,
-        how: Callable[
-            [host.Host, record.VmRecord, Sequence[capabilities.Capability]], Awaitable[record.VmRecord]
-        ],
-    ) -> record.VmRecord:
-        async with self._ending(vm):
-            stopped = await how(self._host, vm, self._features)
-        _log.info("vm stopped", extra={"vm": vm.id})
-        return stopped
-
-    async def _delete(self, vm: record.VmRecord) -> None:
-        try:
-            async with self._ending(vm):
-                await stop.delete(self._host, vm, self._features)
-                await steps.finish(self._forget(vm))
-        except Exception:
-            if vm.id in self._store.throw_aways():
-                self.leftovers.add(vm.id, whole=True)
-            raise
-        _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
-
-    async def _forget(self, vm: record.VmRecord) -> None:
-        if self._host.layout.vm_dir(vm.id).is_dir():
-            await stop.delete_disks(self._host.layout.vm_dir(vm.id))
-        self._keys.forget(vm.name)
-        self._store.delete(vm.id)
-        self.activities.forget(vm.id)
-
-    async def _on_vmm_gone(self, vm_id: names.VmId) -> bool:
-        """It was not asked to end by us, or by an operation that failed and left a row that is not true."""
-        async with self._lifecycle.hold(vm_id, ""):
-            running = [vm for vm in self._store.list() if vm.id == vm_id and vm.state is _RUNNING]
-            if running and await self._has_vmm(vm_id):
-                return False
-            await self.live.ended(vm_id)
-            for vm in running:
-                await self.collect(vm)
-            return True
-
-    async def _has_vmm(self, vm_id: names.VmId) -> bool:
-        return (await self._host.privileged(privileged.FindVmm(vm_id=vm_id))).pid != 0
-
-    @contextlib.asynccontextmanager
-    async def _ending(self, vm: record.VmRecord) -> AsyncIterator[None]:
-        """Its VMM ends by our own doing in this block; when that fails, it, or its rest, is looked after."""
-        pid = self.live.pid(vm.id)
-        try:
-            await self.live.forget(vm.id)
-            yield
-        except BaseException as error:
-            if vm.state is _RUNNING:
-                self.live.add(vm.id, pid)
-            if isinstance(error, Exception):
-                self.leftovers.add(vm.id)
-            raise
-
-    async def collect(self, vm: record.VmRecord) -> None:
-        """Takes away what a dead VMM left and says in the row how it ended."""
-        await stop.release(self._host, vm, self._features)
-        # Not the row of the beginning: a workspace may have arrived meanwhile.
-        latest = self._store.get(vm.id)
-        ended = ending.ended(latest, self._host.layout.logs / vm.id, self._host.boot_id)
-        self._store.save(ended)
-        _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
+                self.endings.leftovers.add(vm.id)
 
 
 def _is_up(name: str) -> errors.ConflictError:
