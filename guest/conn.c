@@ -52,8 +52,17 @@ int conn_receive(struct conn *conn, uint64_t deadline_ms, struct frame *ret) {
         return receive_exactly(conn, deadline_ms, receive_buffer, ret->size);
 }
 
+/* Without a limit: a peer that takes nothing may be a pipe that its user pauses, and one that is gone has closed. */
+static int wait_for_room(const struct conn *conn) {
+        struct pollfd item = { .fd = conn->fd, .events = POLLOUT | POLLRDHUP };
+
+        while (poll(&item, 1, -1) < 0)
+                if (errno != EINTR)
+                        return -errno;
+        return item.revents & (POLLRDHUP | POLLHUP | POLLERR) ? -ECONNRESET : 0;
+}
+
 int conn_send(struct conn *conn, uint8_t type, const void *payload, size_t size) {
-        uint64_t deadline_ms = now_ms() + CONN_STALL_MS;
         uint8_t header[FRAME_HEADER_SIZE];
         size_t sent = 0, total = sizeof header + size;
 
@@ -80,7 +89,7 @@ int conn_send(struct conn *conn, uint8_t type, const void *payload, size_t size)
                         continue;
                 if (errno != EAGAIN)
                         return -errno;
-                r = wait_fd(conn->fd, POLLOUT, deadline_ms);
+                r = wait_for_room(conn);
                 if (r < 0)
                         return r;
         }

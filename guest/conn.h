@@ -6,7 +6,6 @@
 
 enum {
         CONN_REQUEST_MS = 10 * 1000, /* from accept to a whole request */
-        CONN_STALL_MS = 60 * 1000,   /* a file transfer that does not move */
         CONN_LINGER_MS = 5 * 1000,   /* from our last frame to the peer's close */
 
         /* What one send may hold. Newer kernels (6.17, and stable ones) spread more than 32 KiB over several

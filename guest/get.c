@@ -406,7 +406,7 @@ int serve_get(struct conn *conn, struct frame *frame) {
         if (r >= 0)
                 r = flush_frame(&get);
         forget_seen(&get);
-        if (r == -ECONNRESET || r == -EPIPE || r == -ETIMEDOUT)
+        if (r == -ECONNRESET || r == -EPIPE)
                 return r;
         if (r < 0)
                 return conn_fail_errno(conn, -r, "cannot pack %.500s", *get.path ? get.path : request.path);

@@ -102,7 +102,7 @@ static int next_piece(void *context, size_t max, const uint8_t **ret_data, size_
 
         *ret_size = 0;
         while (!put->input_ended && put->frame_used == put->frame.size) {
-                int r = conn_receive(put->conn, now_ms() + CONN_STALL_MS, &put->frame);
+                int r = conn_receive(put->conn, UINT64_MAX, &put->frame);
 
                 if (r < 0)
                         return r == -EMSGSIZE ? -EPROTO : r;
@@ -387,7 +387,7 @@ static int report(struct put *put, int error) {
                                  "cannot unpack %.500s: this is no tar archive, or a damaged one", what);
         if (error == -EPROTO)
                 return conn_fail(put->conn, "protocol_error", "unexpected frame in the archive's stream");
-        if (error == -ECONNRESET || error == -ETIMEDOUT)
+        if (error == -ECONNRESET)
                 return error;
         return conn_fail_errno(put->conn, -error, "cannot unpack %.500s", what);
 }

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import platform
 import stat
 import tarfile
 import time
@@ -261,6 +262,64 @@ async def test_a_transfer_does_not_outlive_systemd_s_last_killing(
 
     await client.put(guest.PutSpec(str(tmp_path)), watched())
     assert (tmp_path / "a").read_text() == "content"
+
+
+def waiting_server(parent: int) -> tuple[int, bool]:
+    """The process that serves a transfer, once it waits in poll(), and whether it does so without a timeout.
+
+    Nothing tells of its name or its sleep, so we look. Source: proc_pid_syscall(5).
+    """
+    number, without_limit = {"x86_64": ("7", 0xFFFFFFFF)}.get(platform.machine(), ("73", 0))  # 73: ppoll()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+                called = Path(f"/proc/{pid}/syscall").read_text().split()
+                if name == b"banger-guest" and called[0] == number:
+                    return int(pid), int(called[3], 16) & 0xFFFFFFFF == without_limit
+        time.sleep(0.01)
+    raise AssertionError("no process waits")
+
+
+def wait_until_gone(pid: int) -> None:
+    """It is no child of ours, so nothing tells."""
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "the transfer goes on"
+        time.sleep(0.01)
+
+
+async def test_a_copy_out_waits_for_a_client_that_pauses_and_ends_with_one_that_leaves(
+    client: guests.GuestClient, tmp_path: Path
+) -> None:
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(64 << 20)
+    agent_pid = (await client.health()).agent_pid
+    async with client.get(guest.GetSpec(str(tmp_path / "big"))) as stream:
+        assert await anext(stream)
+        pid, without_limit = await asyncio.to_thread(waiting_server, agent_pid)
+        assert without_limit
+    await asyncio.to_thread(wait_until_gone, pid)
+
+
+async def test_a_copy_in_waits_for_a_client_that_pauses_and_ends_with_one_that_leaves(
+    client: guests.GuestClient, tmp_path: Path
+) -> None:
+    agent_pid = (await client.health()).agent_pid
+    waiting = asyncio.get_running_loop().create_future()
+
+    async def paused() -> AsyncIterator[bytes]:
+        yield archive((member("a"), b"content"))[:600]
+        waiting.set_result(await asyncio.to_thread(waiting_server, agent_pid))
+        await asyncio.Event().wait()
+
+    copying = asyncio.create_task(client.put(guest.PutSpec(str(tmp_path)), paused()))
+    pid, without_limit = await waiting
+    assert without_limit
+    copying.cancel()
+    await asyncio.gather(copying, return_exceptions=True)
+    await asyncio.to_thread(wait_until_gone, pid)
 
 
 async def test_a_missing_path_is_named(client: guests.GuestClient, tmp_path: Path) -> None:
