@@ -69,6 +69,7 @@ UNCOUNTED = {
         "MemoryMax=2G",
         "MemorySwapMax=1G",
         "OOMScoreAdjust=500",
+        "IOSchedulingPriority=7",
         "LimitCORE=0",
         "CapabilityBoundingSet=CAP_SETUID CAP_SETGID",
         "AmbientCapabilities=",
@@ -179,6 +180,17 @@ def test_absences_in_the_unit_are_explained_in_both_places(unit: str) -> None:
     section = PAGE.partition("Everything that it still counts")[2]
     missing = [name for name in absent if f"{name}=" not in section]
     assert not missing, f"not in docs/privileges.md: {missing}"
+
+
+@pytest.mark.parametrize("resource", ["CPU", "IO"])
+def test_a_build_counts_for_less_than_the_vms_beside_it(resource: str) -> None:
+    """Weights are compared among neighbours alone: in another slice it would be as much as all VMs."""
+    build, vms = written("bangerd-build@").splitlines(), written("banger-vms").splitlines()
+    assert {line for line in build if line.startswith("Slice=")} == {"Slice=banger.slice"}
+    assert "Slice=banger.slice" in vms
+    [weight] = [line.partition("=")[2] for line in build if line.startswith(f"{resource}Weight=")]
+    assert 1 <= int(weight) <= 20
+    assert not [line for line in vms if line.startswith(f"{resource}Weight=")]  # so it is 100
 
 
 @pytest.mark.parametrize(
