@@ -21,6 +21,7 @@ enum {
         LINK_SLOTS = 2 * LINKS_MAX,
         XATTR_NAMES_MAX = 64 * 1024, /* the kernel's own limits */
         XATTR_VALUE_MAX = 64 * 1024,
+        SHRUNK_NAMES_MAX = 6 * 1024, /* of what a reply holds */
 };
 
 struct get_request {
@@ -43,7 +44,8 @@ struct get {
         size_t seen_count;
         size_t frame_used;
         unsigned depth;
-        uint64_t entries, bytes;
+        uint64_t entries, bytes, shrunk;
+        struct builder reply; /* begins with the names of files that shrank */
         char path[PATH_MAX]; /* of the member being packed */
         size_t path_length;
 };
@@ -100,6 +102,12 @@ static int send_bytes(void *context, const void *data, size_t size) {
         return 0;
 }
 
+static void note_shrunk(struct get *get) {
+        get->shrunk++;
+        if (get->reply.used + FIELD_HEADER_SIZE + get->path_length <= SHRUNK_NAMES_MAX)
+                builder_string(&get->reply, TAG_SHRUNK, get->path);
+}
+
 /* Reads right into the frame. A file that shrinks is filled up with zeros, one that grows is cut. */
 static int send_content(struct get *get, int fd, uint64_t size) {
         uint64_t left = size;
@@ -115,6 +123,7 @@ static int send_content(struct get *get, int fd, uint64_t size) {
                 if (n < 0)
                         return -errno;
                 if (n == 0) {
+                        note_shrunk(get);
                         r = tar_write_zeros(left, send_bytes, get);
                         if (r < 0)
                                 return r;
@@ -394,7 +403,6 @@ static void forget_seen(struct get *get) {
 int serve_get(struct conn *conn, struct frame *frame) {
         struct get_request request = { 0 };
         struct get get = { .conn = conn, .request = &request };
-        struct builder builder = { 0 };
         int r;
 
         if (parse_request(frame, &request) < 0)
@@ -413,7 +421,8 @@ int serve_get(struct conn *conn, struct frame *frame) {
         r = conn_send(conn, FRAME_DATA, NULL, 0);
         if (r < 0)
                 return r;
-        builder_u64(&builder, TAG_ENTRIES, get.entries);
-        builder_u64(&builder, TAG_BYTES, get.bytes);
-        return conn_reply(conn, FRAME_REPLY, &builder);
+        builder_u64(&get.reply, TAG_SHRUNK_COUNT, get.shrunk);
+        builder_u64(&get.reply, TAG_ENTRIES, get.entries);
+        builder_u64(&get.reply, TAG_BYTES, get.bytes);
+        return conn_reply(conn, FRAME_REPLY, &get.reply);
 }

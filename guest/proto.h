@@ -82,6 +82,8 @@ enum tag {
         TAG_ONE_FILE_SYSTEM = 46,
         TAG_ENTRIES = 47,
         TAG_BYTES = 48,
+        TAG_SHRUNK = 49,
+        TAG_SHRUNK_COUNT = 50,
 
         TAG_UPTIME_MS = 60,
         TAG_AGENT_PID = 61,

@@ -228,6 +228,20 @@ async def test_what_cannot_be_copied_is_said(
     assert message in (await guest.banger("vm", "cp", *words, status=status)).err
 
 
+@pytest.mark.parametrize("target", ["-", "{tmp_path}/out"])
+async def test_a_file_that_became_shorter_while_it_was_copied_out_is_named(
+    guest: Guest, tmp_path: Path, target: str
+) -> None:
+    """As sysfs has them: each is said to hold a page, and read to its end it holds less."""
+    directory = tmp_path / "sys"
+    directory.mkdir()
+    source = "/sys/kernel/uevent_seqnum"
+    done = await guest.banger("vm", "cp", f"web:{source}", target.format(tmp_path=tmp_path), status=1)
+    assert "uevent_seqnum became shorter while it was read, and ends in zeros" in done.err
+    if target != "-":
+        assert (tmp_path / "out").stat().st_size == os.stat(source).st_size
+
+
 async def test_set_user_id_does_not_come_out_of_a_guest(guest: Guest, tmp_path: Path) -> None:
     (tmp_path / "su").write_text("#!/bin/sh\n")
     (tmp_path / "su").chmod(0o6755)

@@ -297,7 +297,7 @@ async def test_a_copy_out_waits_for_a_client_that_pauses_and_ends_with_one_that_
         file.truncate(64 << 20)
     agent_pid = (await client.health()).agent_pid
     async with client.get(guest.GetSpec(str(tmp_path / "big"))) as stream:
-        assert await anext(stream)
+        assert await anext(aiter(stream))
         pid, without_limit = await asyncio.to_thread(waiting_server, agent_pid)
         assert without_limit
     await asyncio.to_thread(wait_until_gone, pid)
@@ -320,6 +320,23 @@ async def test_a_copy_in_waits_for_a_client_that_pauses_and_ends_with_one_that_l
     copying.cancel()
     await asyncio.gather(copying, return_exceptions=True)
     await asyncio.to_thread(wait_until_gone, pid)
+
+
+async def test_a_file_that_became_shorter_is_named_and_filled_up(
+    client: guests.GuestClient, tmp_path: Path
+) -> None:
+    """The archive is whole, and what comes behind that file is in it."""
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(64 << 20)
+    async with client.get(guest.GetSpec(str(tmp_path))) as archived:
+        stream = aiter(archived)
+        data = await anext(stream)
+        os.truncate(big, 0)
+        data += b"".join([piece async for piece in stream])
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [info.size for info in tar if info.isreg()] == [64 << 20]
+    assert (archived.done.shrunk, archived.done.shrunk_count) == ((f"{tmp_path.name}/big",), 1)
 
 
 async def test_a_missing_path_is_named(client: guests.GuestClient, tmp_path: Path) -> None:

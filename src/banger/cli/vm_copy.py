@@ -182,12 +182,13 @@ def _out_of(
             raise errors.BadRequestError("a tar stream is not for terminals", hint="pipe it: `… - | tar -x`")
         report = _report(settings, here.vm)
         try:
-            with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
-                for piece in _counted(pieces, report, silent_bytes=_LISTED_BYTES):
+            with _fetched(api, here.vm, here.path, follow_link=follow_link) as archive:
+                for piece in _counted(archive, report, silent_bytes=_LISTED_BYTES):
                     sys.stdout.buffer.write(piece)
                 sys.stdout.buffer.flush()
         finally:
             report.close()
+        _refuse_shrunk(here.vm, archive.done)
         return transfers.Transferred()
     return _unpack(settings, api, here, there, follow_link=follow_link)
 
@@ -210,11 +211,11 @@ def _unpack(
         raise errors.BadRequestError(f"there is no directory {directory}", hint="make it first")
     report = _report(settings, here.vm)
     try:
-        with _fetched(api, here.vm, here.path, follow_link=follow_link) as pieces:
+        with _fetched(api, here.vm, here.path, follow_link=follow_link) as archive:
             if is_new:
                 directory.mkdir()
             done = archives.unpack(
-                pieces, directory, rename=name, report=lambda count: report(_COPYING, count)
+                archive, directory, rename=name, report=lambda count: report(_COPYING, count)
             )
     finally:
         report.close()
@@ -223,22 +224,23 @@ def _unpack(
     if done.skipped_count > len(done.skipped):
         render.note(f"left out: {done.skipped_count - len(done.skipped)} more")
     _say(settings, f"{sizes.counted(done.entries, 'file')}: in {directory / name} now")
+    _refuse_shrunk(here.vm, archive.done)
     return transfers.Transferred(entries=done.entries)
 
 
 def _fetched(
     api: client.Client, vm: str, path: str, *, follow_link: bool
-) -> contextlib.AbstractContextManager[Iterator[bytes]]:
+) -> contextlib.AbstractContextManager[_Archive]:
     request = transfers.GetRequest(path=posixpath.normpath(path), follow_link=follow_link)
     return _stream(api, vm, request)
 
 
 @contextlib.contextmanager
-def _stream(api: client.Client, vm: str, request: transfers.GetRequest) -> Iterator[Iterator[bytes]]:
+def _stream(api: client.Client, vm: str, request: transfers.GetRequest) -> Iterator[_Archive]:
     try:
         with exchange.opened(api, f"/v1/vms/{client.segment(vm)}/get") as talk:
             talk.tell(request)
-            yield _whole(talk)
+            yield _Archive(talk)
     except errors.NotFoundError as error:
         if not error.message.startswith(_OF_AGENT):
             raise
@@ -248,10 +250,31 @@ def _stream(api: client.Client, vm: str, request: transfers.GetRequest) -> Itera
         ) from error
 
 
-def _whole(talk: exchange.Exchange) -> Iterator[bytes]:
-    """To the daemon's word that the archive is complete."""
-    yield from talk.pieces()
-    talk.hear(transfers.Transferred)
+class _Archive:
+    """Pieces, to the daemon's word that the archive is complete, which is `done` then."""
+
+    def __init__(self, talk: exchange.Exchange) -> None:
+        self._talk = talk
+        self.done = transfers.Transferred()
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._talk.pieces()
+        self.done = self._talk.hear(transfers.Transferred)
+
+
+def _refuse_shrunk(vm: str, done: transfers.Transferred) -> None:
+    """As tar does once all is there: what was cut meanwhile is neither as it was nor as it is."""
+    if not done.shrunk:
+        return
+    said = [f"{name} became shorter while it was read, and ends in zeros" for name in done.shrunk]
+    if done.shrunk_count > len(said):
+        said.append(f"and so did {done.shrunk_count - len(said)} more")
+    error = errors.OperationFailedError(
+        said[0], hint=f"stop what writes there in {vm}, and copy it again; the rest of it is as it was"
+    )
+    for each in said[1:]:
+        error.add_note(each)
+    raise error
 
 
 def _piped() -> Iterable[bytes]:

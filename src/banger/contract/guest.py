@@ -88,6 +88,8 @@ class Tag(enum.IntEnum):
     ONE_FILE_SYSTEM = 46
     ENTRIES = 47
     BYTES = 48
+    SHRUNK = 49
+    SHRUNK_COUNT = 50
     UPTIME_MS = 60
     AGENT_PID = 61
     INIT_KIND = 62
@@ -193,10 +195,14 @@ class ConnectSpec:
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """What an archive held."""
+    """What an archive held. `shrunk` names files that became shorter while they were read, and so end in
+    zeros: the first of `shrunk_count`.
+    """
 
     entries: int
     content_bytes: int
+    shrunk: tuple[str, ...] = ()
+    shrunk_count: int = 0
 
 
 Value = bytes | str | int
@@ -362,7 +368,12 @@ def parse_listener(payload: bytes) -> Listener:
 
 def parse_transferred(payload: bytes) -> Transferred:
     fields = Fields(payload)
-    return Transferred(entries=fields.number(Tag.ENTRIES), content_bytes=fields.number(Tag.BYTES))
+    return Transferred(
+        entries=fields.number(Tag.ENTRIES),
+        content_bytes=fields.number(Tag.BYTES),
+        shrunk=fields.texts(Tag.SHRUNK),
+        shrunk_count=fields.number(Tag.SHRUNK_COUNT),
+    )
 
 
 def parse_exit(payload: bytes) -> ExitStatus:

@@ -145,4 +145,8 @@ class Transferred(resources.Resource, frozen=True, kw_only=True):
 
     entries: int = 0
     content_bytes: int = 0
+    shrunk: tuple[str, ...] = ()
+    """Of what came out: files that became shorter while they were read, and so end in zeros; the first."""
+    shrunk_count: int = 0
+    """All of them."""
     error: errors.ErrorBody | None = None

@@ -161,11 +161,11 @@ class GuestClient:
             await _end(sending)
 
     @asynccontextmanager
-    async def get(self, spec: guest.GetSpec) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The pieces of a tar archive of a path. Only one that is read to its end is whole."""
+    async def get(self, spec: guest.GetSpec) -> AsyncIterator[Archive]:
+        """A tar archive of a path."""
         with self.activity.busy():
             async with self._request(guest.FrameType.GET, guest.get_payload(spec)) as link:
-                yield _receive_archive(link)
+                yield Archive(link)
 
     @asynccontextmanager
     async def exec(self, spec: guest.ExecSpec, *, stdin: bool = True) -> AsyncIterator[Exec]:
@@ -270,17 +270,24 @@ async def _send_archive(link: _Link, archive: AsyncIterable[bytes]) -> None:
             await link.writer.drain()
 
 
-async def _receive_archive(link: _Link) -> AsyncIterator[bytes]:
-    while True:
+class Archive:
+    """Comes in pieces. Only one that is read to its end is whole, and `done` says then what it held."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self.done = guest.Transferred(0, 0)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            async with _deadline("get", _STALL_S):
+                kind, payload = await self._link.receive()
+            if kind != guest.FrameType.DATA:
+                raise _refusal(kind, payload)
+            if not payload:
+                break
+            yield payload
         async with _deadline("get", _STALL_S):
-            kind, payload = await link.receive()
-        if kind != guest.FrameType.DATA:
-            raise _refusal(kind, payload)
-        if not payload:
-            break
-        yield payload
-    async with _deadline("get", _STALL_S):
-        await link.expect(guest.FrameType.REPLY)
+            self.done = guest.parse_transferred(await self._link.expect(guest.FrameType.REPLY))
 
 
 async def _greeted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Link:

@@ -129,7 +129,8 @@ class WorkspaceService:
                 count += len(piece)
                 await peer.send(piece)
         await peer.end()
-        return transfers.Transferred(content_bytes=count)
+        done = archive.done
+        return transfers.Transferred(content_bytes=count, shrunk=done.shrunk, shrunk_count=done.shrunk_count)
 
     async def guard(self, vm: record.VmRecord) -> None:
         """Makes read-only again what was sent so. What cannot be is said, and keeps no VM from starting."""
