@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sqlite3
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -53,6 +54,24 @@ async def test_an_agent_that_fell_silent_is_named(served: api_served.Served) -> 
     shown = (await banger(served, "vm", "explain", "web")).text
     assert "runs, but its agent does not answer" in shown
     assert "banger vm restart web" in shown
+
+
+async def test_of_a_vm_whose_row_is_corrupt_nothing_made_up_is_shown(served: api_served.Served) -> None:
+    created = (await served.daemon.create()).vm
+    assert created is not None
+    with contextlib.closing(sqlite3.connect(served.daemon.paths.database, isolation_level=None)) as outside:
+        outside.execute("UPDATE vms SET record = '{'")
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert "web runs, but the row of web is corrupt" in shown
+    assert "  next: it runs on: `banger vm cp`" in shown
+    facts = (await banger(served, "vm", "show", "web")).text
+    assert [line.split(":")[0] for line in facts.splitlines() if not line.startswith(" ")] == [
+        *("name", "id", "state", "image", "kernel", "created", "VMM", "last error"),
+    ]
+    (row,) = (await banger(served, "vm", "list")).text.splitlines()[1:]
+    assert re.fullmatch(r"web +running +tiny +\? +\? +\? .*", row)
+    (document,) = (await banger(served, "vm", "list", "--json")).json
+    assert (document["vcpus"], document["memory_mib"], document["disk_size_mib"]) == (0, 0, 0)
 
 
 async def test_why_a_start_failed(served: api_served.Served) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from banger.contract import resources
-from banger.owner import composition, config
+import pytest
+
+from banger.contract import errors, names, ports, resources
+from banger.owner import composition, config, routes
 from tests.contract import conftest
 from tests.fakes import world as worlds
 
@@ -49,6 +52,92 @@ async def test_a_vm_whose_row_is_corrupt_is_deleted_like_any_other(
         assert [path.name for path in (paths.state / "vms").iterdir()] == [found["other"].id]
 
 
+async def test_a_vm_whose_row_is_corrupt_runs_on_and_is_stopped_in_order(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    """The next daemon takes it over: what is in it can be had, and its guest flushes before it ends."""
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        created = (await conftest.Daemon(services, paths, world).create()).vm
+    assert created is not None
+    _spoil(paths.database, "web")
+    before = _columns(paths.database)
+    fake = world.vm(created.id).vmm
+    assert fake is not None
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        shown = await services.vms.get("web")
+        assert (shown.state, shown.pid) == (resources.VmState.RUNNING, created.pid)
+        assert (shown.vcpus, shown.memory_mib, shown.disk_size_mib) == (0, 0, 0)
+        assert shown.last_error is not None
+        assert "row of web is corrupt" in shown.last_error.message
+        assert "`banger vm cp`" in shown.last_error.hint
+        assert _columns(paths.database) == before
+        daemon = conftest.Daemon(services, paths, world)
+        assert (await daemon.done(await services.vms.stop("web"))).error is None
+        assert (fake.flushes_before_power_off, fake.flushes) == (1, 1)
+        assert world.leftovers() == {}
+        assert (await services.vms.get("web")).state is resources.VmState.ERROR
+        assert paths.layout.work_disk(names.VmId(created.id)).exists()
+        assert _columns(paths.database) == [(*before[0][:3], "stopped", *before[0][4:])]
+
+
+Ask = Callable[[routes.Services], Awaitable[object]]
+_ASKED: dict[str, Ask] = {
+    "start": lambda services: _done(services, services.vms.start("web")),
+    "restart": lambda services: _done(services, services.vms.restart("web")),
+    "set": lambda services: services.alterations.set("web", resources.SetVm(vcpus=2)),
+    "set at once": lambda services: services.alterations.set("web", resources.SetVm(idle_stop_s=3600)),
+    "extend": lambda services: services.alterations.extend("web", resources.ExtendVm(by_s=3600)),
+    "publish": lambda services: services.alterations.change_ports(
+        "web", ports.ChangePorts(publish=("1:1",))
+    ),
+}
+
+
+@pytest.mark.parametrize("is_up", [True, False], ids=["up", "down"])
+@pytest.mark.parametrize("ask", _ASKED.values(), ids=_ASKED)
+async def test_nothing_is_made_up_of_a_vm_whose_row_is_corrupt(
+    daemon: conftest.Daemon, ask: Ask, *, is_up: bool
+) -> None:
+    await daemon.create(start=is_up)
+    _spoil(daemon.paths.database, "web")
+    before = _columns(daemon.paths.database)
+    with pytest.raises(
+        errors.BangerError, match="row of web is corrupt" if is_up else "corrupt|not running"
+    ):
+        await ask(daemon.services)
+    assert _columns(daemon.paths.database) == before
+    assert [vm.runs for vm in daemon.world.vms.values()] == [True] * is_up
+
+
+async def test_a_vm_whose_row_is_corrupt_and_that_ended_is_cleaned_up(
+    paths: config.Paths, world: worlds.World
+) -> None:
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        created = (await conftest.Daemon(services, paths, world).create()).vm
+    assert created is not None
+    _spoil(paths.database, "web")
+    fake = world.vm(created.id).vmm
+    assert fake is not None
+    await fake.kill()
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        assert world.leftovers() == {}
+        assert (await services.vms.get("web")).state is resources.VmState.ERROR
+        assert [row[3] for row in _columns(paths.database)] == ["error"]
+        assert [row[-1] for row in _columns(paths.database)] == [b"{"]
+
+
+async def _done(services: routes.Services, begun: Awaitable[resources.Operation]) -> None:
+    ended = await services.operations.wait((await begun).id)
+    if ended.error is not None:
+        raise errors.OperationFailedError(ended.error.message)
+
+
 def _spoil(database: Path, name: str) -> None:
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as outside:
         outside.execute("UPDATE vms SET record = '{' WHERE name = ?", (name,))
+
+
+def _columns(database: Path) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as outside:
+        columns = "id, name, slot, state, image_id, kernel_id, created_at, CAST(record AS BLOB)"
+        return outside.execute(f"SELECT {columns} FROM vms").fetchall()  # noqa: S608

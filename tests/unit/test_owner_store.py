@@ -213,12 +213,17 @@ def test_images_and_kernels_know_who_uses_them(empty_store: store.Store) -> None
     assert empty_store.names_using_kernel("dddddddddddd") == ()
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"id": 3}', '{"unknown": true}', "null"])
-def test_a_corrupt_row_is_shown_with_what_to_do(path: Path, empty_store: store.Store, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", '{"id": 3}', '{"unknown": true}', "null", "of another", b"{\xff"])
+def test_a_corrupt_row_is_shown_with_what_to_do(
+    path: Path, empty_store: store.Store, text: str | bytes
+) -> None:
     broken = empty_store.reserve(lambda slot: draft(slot, name="broken"))
     sound = empty_store.reserve(lambda slot: draft(slot, name="sound"))
     outside = sqlite3.connect(path)
-    outside.execute("UPDATE vms SET record = ?, created_at = 'never' WHERE id = ?", (text, broken.id))
+    if text == "of another":
+        text = msgspec.json.encode(sound)
+    change = "UPDATE vms SET record = CAST(? AS TEXT), created_at = 'never' WHERE id = ?"
+    outside.execute(change, (text, broken.id))
     outside.commit()
     outside.close()
     seen = {vm.name: vm for vm in empty_store.list()}

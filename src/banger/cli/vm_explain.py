@@ -92,6 +92,8 @@ def _running(api: client.Client, vm: resources.Vm) -> tuple[str, str]:
             f"since {vm.silent_since:%Y-%m-%d %H:%M:%S} UTC",
             vm.last_error.hint,
         )
+    if vm.last_error is not None:
+        return f"{vm.name} runs, but {vm.last_error.message}", vm.last_error.hint
     try:
         stats = api.get(f"/v1/vms/{client.segment(vm.id)}/stats", resources.VmStats)
     except (errors.UnavailableError, errors.DeadlineError) as error:

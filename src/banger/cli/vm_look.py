@@ -108,7 +108,8 @@ def _list(
 
 def _wide_row(vm: resources.Vm) -> Sequence[str]:
     source = vm.workspace.source if vm.workspace is not None else "-"
-    disk, stops = sizes.text_of_mib(vm.disk_size_mib), lifetime.next_end(vm) or "-"
+    disk = sizes.text_of_mib(vm.disk_size_mib) if vm.is_known else "?"
+    stops = lifetime.next_end(vm) or "-"
     return (*_row(vm), vm.id, vm.kernel, disk, source, stops)
 
 
@@ -117,12 +118,16 @@ def _row(vm: resources.Vm) -> Sequence[str]:
         vm.name,
         _state(vm),
         vm.image,
-        str(vm.vcpus),
-        sizes.text_of_mib(vm.memory_mib),
-        vm.address or "-",
+        *_sizes(vm),
         f"{render.age(vm.created_at)} ago",
-        render.age(vm.started_at) if vm.has_vmm else "-",
+        render.age(vm.started_at) or "?" if vm.has_vmm else "-",
     )
+
+
+def _sizes(vm: resources.Vm) -> Sequence[str]:
+    if not vm.is_known:
+        return ("?", "?", "?")
+    return (str(vm.vcpus), sizes.text_of_mib(vm.memory_mib), vm.address or "-")
 
 
 def _state(vm: resources.Vm) -> str:
@@ -148,10 +153,11 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     yield "state", _state(vm)
     yield "image", f"{vm.image} ({vm.image_id})"
     yield "kernel", f"{vm.kernel} ({vm.kernel_id})"
-    yield "cpus", _sourced(vm, str(vm.vcpus), "vcpus")
-    yield "memory", _sourced(vm, sizes.text_of_mib(vm.memory_mib), "memory_mib")
-    yield "work disk", _sourced(vm, sizes.text_of_mib(vm.disk_size_mib), "disk_size_mib")
-    yield "address", vm.address or ("none yet" if vm.network else "no network")
+    if vm.is_known:
+        yield "cpus", _sourced(vm, str(vm.vcpus), "vcpus")
+        yield "memory", _sourced(vm, sizes.text_of_mib(vm.memory_mib), "memory_mib")
+        yield "work disk", _sourced(vm, sizes.text_of_mib(vm.disk_size_mib), "disk_size_mib")
+        yield "address", vm.address or ("none yet" if vm.network else "no network")
     if vm.address6:
         yield "IPv6 address", vm.address6
     if vm.network:

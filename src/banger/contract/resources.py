@@ -196,6 +196,7 @@ class Vm(Resource, frozen=True, kw_only=True):
     kernel: str
     kernel_id: str
     vcpus: int
+    """0 where nobody knows: see `is_known`."""
     memory_mib: int
     disk_size_mib: int
     network: bool
@@ -241,6 +242,14 @@ class Vm(Resource, frozen=True, kw_only=True):
     def all_workspaces(self) -> tuple[Workspace, ...]:
         """The one that was sent last first."""
         return (self.workspace, *self.other_workspaces) if self.workspace is not None else ()
+
+    @property
+    def is_known(self) -> bool:
+        """False where the daemon cannot read what it kept of it; the last error says so.
+
+        Then id, name, state, image, kernel, age and VMM are as shown, and all else is only left out.
+        """
+        return self.vcpus > 0
 
     @property
     def has_vmm(self) -> bool:

@@ -42,6 +42,7 @@ class Alterations:
     async def set(self, ref: str, body: resources.SetVm) -> resources.Vm:
         """Raises ConflictError while an operation holds the VM, or for what a running one cannot change."""
         vm = self._rows.find(ref)
+        vm.require_readable()
         create.require_opened(body.allow or (), self._host.names_closed)
         self._require_idle(vm)
         runs = vm.state is resources.VmState.RUNNING
@@ -82,6 +83,7 @@ class Alterations:
     async def extend(self, ref: str, body: resources.ExtendVm) -> resources.Vm:
         """Raises ConflictError while it is being stopped or changed."""
         found = self._rows.find_running(ref)
+        found.require_readable()
         self._require_idle(found)
         async with self._lifecycle.hold(found.id, ""):
             vm = lifetime.extended(self._rows.find_running(found.id), body.by_s)
@@ -96,6 +98,7 @@ class Alterations:
         """
         gone = set(ports.parse_all(body.unpublish))
         found = self._rows.find(ref)
+        found.require_readable()
         self._require_idle(found)
         async with self._lifecycle.hold(found.id, ""):
             vm = self._rows.get(found.id)

@@ -70,7 +70,10 @@ class Endings:
         # Not the row of the beginning: a workspace may have arrived meanwhile.
         latest = self._rows.get(vm.id)
         ended = ending.ended(latest, self._host.layout.logs / vm.id, self._host.boot_id)
-        self._rows.save(ended)
+        if isinstance(latest, record.Salvaged):
+            self._rows.save_state(latest, ended.state)
+        else:
+            self._rows.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
 
     # --- the daemon's start ---

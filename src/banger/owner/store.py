@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import functools
 import logging
 import sqlite3
 import threading
@@ -27,9 +28,12 @@ _DAMAGED: Final = (
     "stop bangerd, then put banger.db back from a copy, or move it, its -wal and vms/ aside;"
     " no disk was touched"
 )
-Row = tuple[str, str, int, str, str, str, str, str]
+_ENDED: Final = frozenset(resources.VmState) - {resources.VmState.RUNNING}
+Row = tuple[str, str, int, str, str, str, str, bytes]
 Rows = list[record.VmRecord]
 _COLUMNS: Final = "id, name, slot, state, image_id, kernel_id, created_at, record"
+_READ: Final = "id, name, slot, state, image_id, kernel_id, created_at, CAST(record AS BLOB)"
+"""As bytes: one row whose text is none must not keep the others from being read."""
 
 
 class Store:
@@ -38,6 +42,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Opens and migrates. Raises ConflictError for a file of a newer program."""
         self._lock = threading.Lock()
+        self._told: set[str] = set()
+        """Whose row is known to be corrupt: rows are read every second."""
         self._connection = connect(path)
         try:
             with _explained():
@@ -78,7 +84,8 @@ class Store:
         return vm
 
     def save(self, vm: record.VmRecord) -> None:
-        """Raises NotFoundError when the row was deleted meanwhile."""
+        """Raises NotFoundError when the row was deleted meanwhile, OperationFailedError for one salvaged."""
+        vm.require_readable()
         with self._transaction() as connection:
             try:
                 done = connection.execute(
@@ -90,6 +97,12 @@ class Store:
                 raise _refused(vm, error) from None
             if done.rowcount == 0:
                 raise errors.NotFoundError(f"VM {vm.name} does not exist any more")
+
+    def save_state(self, vm: record.Salvaged, state: resources.VmState) -> record.VmRecord:
+        """All else stays as it is, for whoever can mend it. Raises NotFoundError."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE vms SET state = ? WHERE id = ?", (state, vm.id))
+        return self.get(vm.id)
 
     def get(self, vm_id: names.VmId) -> record.VmRecord:
         """Raises NotFoundError."""
@@ -183,8 +196,19 @@ class Store:
     def _select(self, where: str, *values: str | int) -> Rows:
         # Only fixed clauses of this module come in as `where`; values are bound.
         with self._lock, _explained():
-            rows = self._connection.execute(f"SELECT {_COLUMNS} FROM vms {where}", values).fetchall()  # noqa: S608
-        return [_parse(row) for row in rows]
+            rows = self._connection.execute(f"SELECT {_READ} FROM vms {where}", values).fetchall()  # noqa: S608
+        return [self._parsed(row) for row in rows]
+
+    def _parsed(self, row: Row) -> record.VmRecord:
+        try:
+            vm = decoding.json(row[-1], record.VmRecord)
+            _require_same(vm, row)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            if row[0] not in self._told:
+                self._told.add(row[0])
+                _log.error("a row is corrupt", extra={"vm": row[0], "error": str(error)})
+            return _salvaged(row, str(error))
+        return vm
 
     def _names(self, query: str, *values: str) -> tuple[str, ...]:
         with self._lock, _explained():
@@ -239,6 +263,7 @@ def connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         with _explained():
+            connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
             connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -250,37 +275,47 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _row(vm: record.VmRecord) -> tuple[str | int, ...]:
-    text = msgspec.json.encode(vm).decode()
-    return (vm.id, vm.name, vm.slot, vm.state, vm.image_id, vm.kernel_id, vm.created_at.isoformat(), text)
+    return (*_kept_twice(vm), vm.created_at.isoformat(), msgspec.json.encode(vm).decode())
 
 
-def _parse(row: Row) -> record.VmRecord:
-    try:
-        return decoding.json(row[-1], record.VmRecord)
-    except msgspec.MsgspecError as error:
-        _log.error("a row is corrupt", extra={"vm": row[0], "error": str(error)})
-        return _salvaged(row, str(error))
+def _kept_twice(vm: record.VmRecord) -> tuple[str | int, ...]:
+    return (vm.id, vm.name, vm.slot, vm.state, vm.image_id, vm.kernel_id)
 
 
-def _salvaged(row: Row, why: str) -> record.VmRecord:
-    """One corrupt row must not take the others down: what the columns still say, in state `error`."""
-    vm_id, name, slot, _, image_id, kernel_id, created_at, _ = row
-    return record.VmRecord(
+def _require_same(vm: record.VmRecord, row: Row) -> None:
+    """What is kept twice is written at once. Raises ValidationError where it differs."""
+    for what, one, other in zip(_COLUMNS.split(", "), _kept_twice(vm), row, strict=False):
+        if one != other:
+            raise msgspec.ValidationError(f"its {what} is {one!r} in one place and {other!r} in another")
+
+
+def _salvaged(row: Row, why: str) -> record.Salvaged:
+    """One corrupt row must not take the others down: what the columns still say.
+
+    Whoever does not run is in state `error`. What may run counts as running: that is looked at, and what
+    runs is ended in order.
+    """
+    vm_id, name, slot, state, image_id, kernel_id, created_at, _ = row
+    may_run = state not in _ENDED
+    hint = f"its disks are untouched; `banger vm delete {name}` deletes them and it"
+    if may_run:
+        hint = f"it runs on: `banger vm cp` brings what is in it to safety; then `banger vm delete {name}`"
+    return record.Salvaged(
         id=names.VmId(vm_id),
         name=names.VmName(name),
         slot=slot,
         image_id=names.ImageId(image_id),
         kernel_id=names.KernelId(kernel_id),
-        vcpus=1,
-        memory_mib=512,
-        disk_size_mib=1024,
-        network=True,
-        state=resources.VmState.ERROR,
+        vcpus=0,
+        memory_mib=0,
+        disk_size_mib=0,
+        network=False,
+        state=resources.VmState.RUNNING if may_run else resources.VmState.ERROR,
         created_at=_time(created_at),
         last_error=errors.ErrorBody(
             code=errors.OperationFailedError.code,
             message=f"the row of {name} is corrupt: {why}",
-            hint=f"its disks are untouched; `banger vm delete {name}` removes it",
+            hint=hint,
         ),
     )
 

@@ -207,6 +207,7 @@ class VmService:
 
     async def start(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            vm.require_readable()
             if vm.state is _RUNNING:
                 raise errors.ConflictError(f"{vm.name} is running already")
             return await self._start(vm, progress)
@@ -231,7 +232,8 @@ class VmService:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}, as its host goes down")
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
                 return self._view(await self.endings.stop(vm, functools.partial(_ORDERLY, mark=with_host)))
-            if vm.state is resources.VmState.STOPPED and not vm.stopped_with_host:
+            is_stopped = vm.state is resources.VmState.STOPPED and not vm.stopped_with_host
+            if is_stopped or isinstance(vm, record.Salvaged):
                 return self._view(vm)  # its user, or time, stopped it as we waited
             vm = with_host(vm)
             self._store.save(vm)
@@ -249,6 +251,7 @@ class VmService:
 
     async def restart(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
+            vm.require_readable()
             before = vm.boot_id
             if vm.state is _RUNNING:
                 progress.stage(resources.Stage.STOP, f"stopping {vm.name}")

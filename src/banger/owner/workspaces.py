@@ -73,6 +73,7 @@ class WorkspaceService:
         found = self._store.find_running(ref)
         async with self._locks.hold(found.id, operations.current_op_id.get()):
             vm = self._store.find_running(found.id)
+            vm.require_readable()
             inside = _Guest(vm.name, self._connect(vm.id))
             await self._make_writable(inside, vm, path)
             state = await self._inspect(inside, vm, path, request)

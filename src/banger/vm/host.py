@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from banger import steps
-from banger.contract import guest, names, privileged
+from banger.contract import guest, names, privileged, resources
 from banger.vm import record
 
 
@@ -36,6 +36,8 @@ class Records(Protocol):
     def get(self, vm_id: names.VmId, /) -> record.VmRecord: ...
 
     def save(self, vm: record.VmRecord, /) -> None: ...
+
+    def save_state(self, vm: record.Salvaged, state: resources.VmState, /) -> record.VmRecord: ...
 
 
 class Keeper(Protocol):

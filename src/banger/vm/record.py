@@ -62,6 +62,9 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stopped_because: str = ""
     """When time has stopped it: what it `had`, until its next start."""
 
+    def require_readable(self) -> None:
+        """Raises OperationFailedError for one of which too much is unknown to go on with it."""
+
     @property
     def workspace(self) -> resources.Workspace | None:
         return self.workspaces[0] if self.workspaces else None
@@ -75,4 +78,20 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def with_what_arrived(self, latest: VmRecord) -> VmRecord:
         """With what `latest` has of workspaces: they come into a row without the lock of a life cycle."""
+        if isinstance(latest, Salvaged):
+            return self
         return msgspec.structs.replace(self, workspaces=latest.workspaces, placing=latest.placing)
+
+
+class Salvaged(VmRecord, frozen=True, kw_only=True):
+    """What is known of a VM whose record cannot be read; sizes are 0 and the rest is as if nobody had asked.
+
+    So it can be looked at, used while it runs, and ended. Of all that, only its state may be saved.
+    """
+
+    def require_readable(self) -> None:
+        known = self.last_error
+        raise errors.OperationFailedError(
+            known.message if known else f"the row of {self.name} is corrupt",
+            hint=known.hint if known else "",
+        )

@@ -139,6 +139,8 @@ def _save_for_now(host: host.Host, vm: record.VmRecord) -> None:
 def _save_stopped(host: host.Host, vm: record.VmRecord, mark: Mark = _plain) -> record.VmRecord:
     # Not the row of the beginning: a workspace may have arrived while the guest flushed.
     latest = host.records.get(vm.id)
+    if isinstance(latest, record.Salvaged):
+        return host.records.save_state(latest, resources.VmState.STOPPED)
     never_ran = latest.state is resources.VmState.CREATED
     stopped = msgspec.structs.replace(
         latest,
