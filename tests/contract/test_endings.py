@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from banger.contract import guest, privileged, resources
+from banger.contract import guest, names, privileged, resources
 from banger.owner import operations
-from tests.contract import conftest
+from tests.contract import conftest, gates
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,52 @@ async def test_an_end_without_a_goodbye_is_no_orderly_one(
         assert why in vm.last_error.message
         assert "vm set web --kernel debian-6.12" in vm.last_error.hint
     assert daemon.world.leftovers() == {}
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "not yet noticed"])
+async def test_a_stop_of_one_that_had_ended_keeps_why_until_it_starts_again(
+    daemon: conftest.Daemon, how: str, *, is_noticed: bool
+) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    vms, vm_id = daemon.services.vms, names.VmId(created.id)
+    (daemon.paths.layout.logs / created.id / "ending.log").write_text("by signal 11;\n")
+    fake = daemon.world.vm(vm_id).vmm
+    assert fake is not None
+    if is_noticed:
+        await fake.kill()
+        await _ended(daemon)
+        stopping = await getattr(vms, how)("web")
+    else:
+        async with vms._lifecycle.hold(vm_id, ""):
+            stopping = await getattr(vms, how)("web")
+            while stopping.id not in vms._lifecycle.wanting(vm_id):  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0)
+            await fake.kill()
+    done = await daemon.done(stopping)
+    assert done.error is None
+    vm = await vms.get("web")
+    assert (vm.state, daemon.world.leftovers()) == (resources.VmState.STOPPED, {})
+    assert vm.last_error is not None
+    assert "its VMM was ended by SIGSEGV" in vm.last_error.message
+    told = [event.detail async for event in daemon.services.operations.events(done.id)]
+    assert not [each for each in told if "did not go down" in each]
+    assert (await daemon.done(await vms.start("web"))).error is None
+    assert (await vms.get("web")).last_error is None
+
+
+async def test_a_stop_that_cut_a_start_short_was_no_error(daemon: conftest.Daemon) -> None:
+    await daemon.create(start=False)
+    gate = gates.Gate(daemon.world, privileged.CreateTap)
+    starting = await daemon.services.vms.start("web")
+    await gate.reached.wait()
+    stopping = await daemon.services.vms.stop("web")
+    gate.go.set()
+    assert (await daemon.done(starting)).status is resources.OperationStatus.CANCELLED
+    assert (await daemon.done(stopping)).error is None
+    vm = await daemon.services.vms.get("web")
+    assert (vm.state, vm.last_error) == (resources.VmState.STOPPED, None)
 
 
 async def _ended(daemon: conftest.Daemon) -> resources.Vm:

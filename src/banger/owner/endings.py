@@ -48,7 +48,10 @@ class Endings:
     # --- under the lock of who calls ---
 
     async def stop(self, vm: record.VmRecord, how: How) -> record.VmRecord:
+        """One that had ended already, and was not noticed yet, keeps why."""
         async with self._ending(vm):
+            if vm.state is _RUNNING and not await self._has_vmm(vm.id):
+                vm = await self.collect(vm)
             stopped = await how(self._host, vm, self._features)
         _log.info("vm stopped", extra={"vm": vm.id})
         return stopped
@@ -64,17 +67,18 @@ class Endings:
             raise
         _log.info("vm deleted", extra={"vm": vm.id, "vm_name": vm.name})
 
-    async def collect(self, vm: record.VmRecord) -> None:
+    async def collect(self, vm: record.VmRecord) -> record.VmRecord:
         """Takes away what a dead VMM left and says in the row how it ended."""
         await stop.release(self._host, vm, self._features)
         # Not the row of the beginning: a workspace may have arrived meanwhile.
         latest = self._rows.get(vm.id)
         ended = ending.ended(latest, self._host.layout.logs / vm.id, self._host.boot_id)
         if isinstance(latest, record.Salvaged):
-            self._rows.save_state(latest, ended.state)
+            ended = self._rows.save_state(latest, ended.state)
         else:
             self._rows.save(ended)
         _log.warning("vmm ended by itself", extra={"vm": vm.id, "state": str(ended.state)})
+        return ended
 
     # --- the daemon's start ---
 

@@ -42,7 +42,7 @@ async def stop(
     """Flushes the guest's file systems, asks it to power off, then ends the VMM; returns the saved row.
 
     A guest that does not answer is ended all the same, within the limits' sum; its last writes may be lost,
-    which `tell` hears. `mark` is what the row says besides: saved with it, so never lost alone.
+    which `tell` hears. `mark` is what the row of one that ran says besides: saved with it, never lost alone.
     """
     went_down = await _ask_guest(host, vm)
     if not went_down and vm.state is resources.VmState.RUNNING:
@@ -136,6 +136,11 @@ def _save_for_now(host: host.Host, vm: record.VmRecord) -> None:
             _save_stopped(host, vm)
 
 
+def _kept(error: errors.ErrorBody | None) -> errors.ErrorBody | None:
+    """Why it had ended before, until its next start. A start cut short, as by this stop, is no reason."""
+    return None if error is not None and error.code == errors.CancelledError.code else error
+
+
 def _save_stopped(host: host.Host, vm: record.VmRecord, mark: Mark = _plain) -> record.VmRecord:
     # Not the row of the beginning: a workspace may have arrived while the guest flushed.
     latest = host.records.get(vm.id)
@@ -146,9 +151,9 @@ def _save_stopped(host: host.Host, vm: record.VmRecord, mark: Mark = _plain) -> 
         latest,
         state=latest.state if never_ran else resources.VmState.STOPPED,
         boot_id="",
-        last_error=None,
+        last_error=_kept(latest.last_error),
         stopped_with_host=False,
     )
-    marked = mark(stopped)
+    marked = mark(stopped) if latest.state is resources.VmState.RUNNING else stopped
     host.records.save(marked)
     return marked
