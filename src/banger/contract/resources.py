@@ -196,7 +196,7 @@ class Vm(Resource, frozen=True, kw_only=True):
     kernel: str
     kernel_id: str
     vcpus: int
-    """0 where nobody knows: see `is_known`."""
+    """0 where the daemon cannot read what it kept of the VM, as its last error says then; the sizes too."""
     memory_mib: int
     disk_size_mib: int
     network: bool
