@@ -205,6 +205,7 @@ class Client:
     """
 
     def __init__(self, boundaries: Boundaries, scripts: list[list[bytes]]) -> None:
+        self.pid = os.getpid()
         self._boundaries = boundaries
         first, *self._later = scripts
         self._messages = iter(first)

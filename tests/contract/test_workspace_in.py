@@ -331,13 +331,6 @@ async def test_a_hostile_repository_runs_nothing_on_the_host(guest: Guest, tmp_p
 # --- many, and interrupted ---
 
 
-async def test_prepares_of_one_vm_wait_for_each_other(guest: Guest) -> None:
-    repositories.plain(guest.source)
-    await asyncio.gather(*(guest.prepare() for _ in range(4)))
-    assert repositories.status(guest.repo) == repositories.status(guest.source)
-    assert git(guest.repo, "fsck", "--full", "--no-dangling") == b""
-
-
 async def test_a_prepare_that_hangs_keeps_no_vm_alive(guest: Guest) -> None:
     link = await websockets.unix_connect(
         str(guest.served.path), "ws://banger/v1/vms/web/workspace/prepare", compression=None

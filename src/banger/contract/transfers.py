@@ -34,6 +34,8 @@ class PrepareRequest(resources.Body, frozen=True, kw_only=True):
     """Replace what was changed in the guest since the last time."""
     full_copy: bool = False
     """A tree as it is, for guests without git and repositories with submodules."""
+    notices: bool = False
+    """While another prepare has its turn, hear whose, in a WorkspaceState of its own."""
 
 
 class PreparePlan(resources.Body, frozen=True, kw_only=True):
@@ -116,6 +118,8 @@ class WorkspaceState(resources.Resource, frozen=True, kw_only=True):
 
     exists: bool
     """There is a workspace of ours; what it has is only added to."""
+    waiting_for: str = ""
+    """Not empty: another has its turn, this client. Nothing else is said, and another state follows."""
     tips: tuple[ObjectId, ...] = ()
     """Commits that the guest was sent before."""
     work: Exported | None = None

@@ -9,6 +9,7 @@ which ends what is going on here by closing the agent's connection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -29,6 +30,8 @@ _MAX_LINE_BYTES: Final = 4096
 _KEPT_LINES: Final = 20
 _GUARD_S: Final = 20.0
 """For one mount in a guest that has just started."""
+_TURN_S: Final = 600.0
+"""How long a prepare waits for others: a client that was stopped may never go on."""
 _MESSAGE: Final = "Work in progress in {name}"
 
 T = TypeVar("T")
@@ -36,6 +39,9 @@ T = TypeVar("T")
 
 class Peer(Protocol):
     """The client: JSON messages, and streams of bytes that end."""
+
+    @property
+    def pid(self) -> int: ...
 
     async def hear(self, kind: type[T], /) -> T: ...
 
@@ -71,7 +77,7 @@ class WorkspaceService:
         request = await peer.hear(transfers.PrepareRequest)
         path = workspace.clean_path(request.path)
         found = self._store.find_running(ref)
-        async with self._locks.hold(found.id, operations.current_op_id.get()):
+        async with self._turn(found, request, peer):
             vm = self._store.find_running(found.id)
             vm.require_readable()
             inside = _Guest(vm.name, self._connect(vm.id))
@@ -96,6 +102,26 @@ class WorkspaceService:
             made = self._remember(vm, path, plan)
         _log.info("workspace prepared", extra={"vm": vm.id, "path": path})
         return transfers.Prepared(workspace=made)
+
+    @contextlib.asynccontextmanager
+    async def _turn(
+        self, vm: record.VmRecord, request: transfers.PrepareRequest, peer: Peer
+    ) -> AsyncIterator[None]:
+        """Raises DeadlineError, which names who has it, when it does not come."""
+        holder = self._locks.holder(vm.id)
+        if holder and request.notices:
+            await peer.tell(transfers.WorkspaceState(exists=False, waiting_for=holder))
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(_TURN_S):
+                    await stack.enter_async_context(self._locks.hold(vm.id, f"process {peer.pid}"))
+            except TimeoutError:
+                holder = self._locks.holder(vm.id) or "another client"
+                raise errors.DeadlineError(
+                    f"{holder} still prepares a workspace of {vm.name}, after {_TURN_S / 60:.0f} minutes",
+                    hint="see whether it was stopped: end it, or let it go on",
+                ) from None
+            yield
 
     async def export(self, ref: str, peer: Peer) -> resources.Resource:
         """Gives out what changed since `base`; the guest's repository and index stay as they are."""

@@ -95,8 +95,10 @@ def _digest(top: Path, files: Iterable[bytes]) -> str:
 def send(
     exchange: sending.Exchange, copy: Copy, choice: sending.Choice, report: sending.Report
 ) -> sending.Sent:
-    exchange.tell(transfers.PrepareRequest(path=choice.path, discard=choice.discard, full_copy=True))
-    exchange.hear(transfers.WorkspaceState)
+    exchange.tell(
+        transfers.PrepareRequest(path=choice.path, discard=choice.discard, full_copy=True, notices=True)
+    )
+    sending.state_of_guest(exchange, report)
     exchange.tell(
         transfers.PreparePlan(
             source=os.fsencode(copy.repository.top).decode(errors="replace"),

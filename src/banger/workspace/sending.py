@@ -73,8 +73,8 @@ def send(
     report: Report,
 ) -> Sent:
     """The whole conversation. The guest has either all of it afterwards or, as far as it is new, nothing."""
-    exchange.tell(transfers.PrepareRequest(path=choice.path, discard=choice.discard))
-    state = exchange.hear(transfers.WorkspaceState)
+    exchange.tell(transfers.PrepareRequest(path=choice.path, discard=choice.discard, notices=True))
+    state = state_of_guest(exchange, report)
     exchange.tell(_plan(snapshot, choice, _had(snapshot.repository, state.work)))
     if state.exists:
         missing = _missing(exchange, scratch.objects_since(snapshot, state.tips))
@@ -89,6 +89,13 @@ def send(
     if made is None:
         raise errors.ProtocolError("bangerd did not say what it prepared")
     return Sent(made, count, is_update=state.exists)
+
+
+def state_of_guest(exchange: Exchange, report: Report) -> transfers.WorkspaceState:
+    """Once it is this client's turn."""
+    while (state := exchange.hear(transfers.WorkspaceState)).waiting_for:
+        report(f"waiting for {state.waiting_for}, which prepares another workspace there", 0, 0)
+    return state
 
 
 def _had(repository: repositories.Repository, work: transfers.Exported | None) -> str | None:

@@ -13,7 +13,7 @@ import msgspec
 from litestar import exceptions, params
 
 from banger.contract import decoding, errors, resources, transfers
-from banger.owner import operations, routes
+from banger.owner import operations, peers, routes
 from banger.owner.routes import sockets
 
 _log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class Link:
 
     def __init__(self, socket: sockets.Socket) -> None:
         self._socket = socket
+        self.pid: int = socket.scope["state"][peers.PEER].pid
 
     async def hear(self, kind: type[T], /) -> T:
         message = await self._receive()
