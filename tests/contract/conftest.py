@@ -32,13 +32,14 @@ KERNEL_ID = "ba9876543210"
 NETWORK = ipaddress.IPv4Network(names.NETWORK)
 SETTINGS = config.Config(
     image="tiny",
-    agent_deadline_s=1.0,
-    power_off_deadline_s=0.2,
+    power_off_deadline_s=60,
     disk_size_mib=16,
     memory_mib=128,
     vms_memory_mib=1 << 20,  # nothing of it is used
     dns_listen="",
 )
+IMPATIENT = msgspec.structs.replace(SETTINGS, agent_deadline_s=1.0, power_off_deadline_s=0.2)
+"""For what waits for guests that never answer; with it a busy machine can pass for such a guest."""
 
 
 def own_network() -> ipaddress.IPv4Network:
@@ -143,6 +144,13 @@ async def world(paths: config.Paths) -> AsyncIterator[worlds.World]:
 async def daemon(paths: config.Paths, world: worlds.World) -> AsyncIterator[Daemon]:
     """A daemon that has started and reconciled."""
     async with composition.compose(SETTINGS, NETWORK, paths, world, "0" * 64) as services:
+        yield Daemon(services, paths, world)
+
+
+@pytest.fixture
+async def impatient(paths: config.Paths, world: worlds.World) -> AsyncIterator[Daemon]:
+    """The same, which gives guests up soon."""
+    async with composition.compose(IMPATIENT, NETWORK, paths, world, "0" * 64) as services:
         yield Daemon(services, paths, world)
 
 

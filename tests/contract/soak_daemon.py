@@ -86,7 +86,7 @@ async def _daemon(start: Start) -> None:
     path.unlink(missing_ok=True)
     installation = config.Installation(owner_uid=os.getuid(), helper_dir=str(top / "h"))
     async with await asyncio.start_unix_server(obey, str(path)):
-        await composition.serve(conftest.SETTINGS, installation, conftest.laid_out(top), in_process=False)
+        await composition.serve(conftest.IMPATIENT, installation, conftest.laid_out(top), in_process=False)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,15 @@ _STOPPED, _RUNNING, _ERROR = resources.VmState.STOPPED, resources.VmState.RUNNIN
 
 
 @contextlib.asynccontextmanager
-async def booted(paths: config.Paths, world: worlds.World, boot: str) -> AsyncIterator[conftest.Daemon]:
+async def booted(
+    paths: config.Paths,
+    world: worlds.World,
+    boot: str,
+    settings: config.Config = conftest.SETTINGS,
+) -> AsyncIterator[conftest.Daemon]:
     """The daemon in this boot of the host."""
     async with composition.compose(
-        conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64, host_boot_id=boot
+        settings, conftest.NETWORK, paths, world, "0" * 64, host_boot_id=boot
     ) as services:
         yield conftest.Daemon(services, paths, world)
     with warnings.catch_warnings():  # asyncio loses a socket whose connecting is cancelled
@@ -124,7 +129,7 @@ async def test_one_that_cannot_start_says_why_and_is_not_tried_for_ever(
         await create(daemon, "again", autostart=True)
         await daemon.done(daemon.services.restarts.begin_stopping())
     world.behaviour.silent = True
-    async with booted(paths, world, "second") as daemon:
+    async with booted(paths, world, "second", conftest.IMPATIENT) as daemon:
         await tried_again()
         found = await settled(daemon)
         assert found["again"].state is _ERROR

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 from banger.contract import errors, guest, names, privileged, resources
 from banger.owner import composition, config, routes, store
-from tests.contract import conftest
+from tests.contract import conftest, gates
 from tests.fakes import vmm
 from tests.fakes import world as worlds
 
@@ -119,18 +120,18 @@ async def test_stop_flushes_first_and_leaves_only_disks(daemon: conftest.Daemon)
     assert disks == {"overlay.cow", "work.ext4"}
 
 
-async def test_a_guest_that_will_not_power_off_is_ended_all_the_same(daemon: conftest.Daemon) -> None:
-    daemon.world.behaviour.ignores_power_off = True
-    await daemon.create()
-    operation = await daemon.done(await daemon.services.vms.stop("web"))
+async def test_a_guest_that_will_not_power_off_is_ended_all_the_same(impatient: conftest.Daemon) -> None:
+    impatient.world.behaviour.ignores_power_off = True
+    await impatient.create()
+    operation = await impatient.done(await impatient.services.vms.stop("web"))
     assert operation.vm is not None
     assert operation.vm.state is resources.VmState.STOPPED
-    assert daemon.world.leftovers() == {}
+    assert impatient.world.leftovers() == {}
 
 
 @pytest.mark.parametrize("deaf", [vmm.Behaviour(ignores_power_off=True), vmm.Behaviour(silent=True)])
 async def test_whoever_stops_a_guest_that_does_not_go_down_is_told_what_may_be_lost(
-    daemon: conftest.Daemon, deaf: vmm.Behaviour
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch, deaf: vmm.Behaviour
 ) -> None:
     created = (await daemon.create()).vm
     assert created is not None
@@ -139,6 +140,9 @@ async def test_whoever_stops_a_guest_that_does_not_go_down_is_told_what_may_be_l
     fake = daemon.world.vm(created.id).vmm
     assert fake is not None
     fake._behaviour = deaf
+    patient = daemon.services.vms._host
+    impatient = dataclasses.replace(patient, limits=conftest.IMPATIENT.limits)
+    monkeypatch.setattr(daemon.services.vms, "_host", impatient)
     (note,) = await _notes(daemon, await daemon.services.vms.stop("web"))
     assert "web did not go down by itself" in note
     assert await _notes(daemon, await daemon.services.vms.stop("web")) == [], "it does not run"
@@ -155,12 +159,10 @@ async def _notes(daemon: conftest.Daemon, operation: resources.Operation) -> lis
 
 async def test_what_is_saved_of_a_vm_while_it_stops_is_kept(daemon: conftest.Daemon) -> None:
     """As when a workspace has arrived, and its row is written, while the guest flushes."""
-    daemon.world.behaviour.ignores_power_off = True
     await daemon.create()
+    gate = gates.Gate(daemon.world, privileged.KillVmm)
     stopping = await daemon.services.vms.stop("web")
-    async with asyncio.timeout(10):
-        while not [vm for vm in daemon.world.vms.values() if vm.vmm and vm.vmm.flushes]:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await gate.reached.wait()
     rows = store.Store(daemon.paths.database)
     workspace = resources.Workspace(
         path="/root/repo",
@@ -173,6 +175,7 @@ async def test_what_is_saved_of_a_vm_while_it_stops_is_kept(daemon: conftest.Dae
     )
     rows.save(rows.find("web").with_workspace(workspace))
     rows.close()
+    gate.go.set()
     assert (await daemon.done(stopping)).status is resources.OperationStatus.SUCCEEDED
     vm = await daemon.services.vms.get("web")
     assert (vm.state, vm.workspace) == (resources.VmState.STOPPED, workspace)
@@ -427,6 +430,7 @@ async def test_a_throw_away_vm_whose_create_was_cut_short_goes(
         await killed.vms.create(resources.CreateVm(name="web", remove_on_failure=remove))
         await reached.wait()
         # From here on the first daemon is as good as dead: all it has is a request that hangs.
+        world.settle_s = 0.1
         async with _composed(paths, world) as services:
             left = [(vm.name, vm.state) for vm in await services.vms.list()]
             assert world.leftovers() == {}

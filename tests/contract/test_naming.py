@@ -97,7 +97,8 @@ async def test_an_adopted_vm_keeps_its_name(
 async def test_a_start_that_fails_leaves_no_name(
     settings: config.Config, paths: config.Paths, world: worlds.World
 ) -> None:
-    async with running(settings, paths, world) as daemon:
+    impatient = msgspec.structs.replace(settings, agent_deadline_s=1.0)
+    async with running(impatient, paths, world) as daemon:
         world.behaviour.silent = True
         await daemon.create("web")
         assert await ask(daemon.services, "web.vm") == "NXDOMAIN"

@@ -213,7 +213,7 @@ async def test_a_cancelled_start_takes_back_nothing_while_its_disk_is_being_made
     def slow(*args: Any) -> None:
         make(*args)
         loop.call_soon_threadsafe(reached.set)
-        go.wait(timeout=5)
+        go.wait(timeout=60)
 
     monkeypatch.setattr(workdisk, "_make", slow)
     operation = await begun(daemon)
@@ -330,13 +330,13 @@ async def test_a_guest_whose_kernel_panics_says_why(daemon: conftest.Daemon) -> 
     await assert_clean(daemon, "wait_vsock_agent")
 
 
-async def test_an_agent_that_never_answers_is_not_waited_for_for_ever(daemon: conftest.Daemon) -> None:
-    daemon.world.behaviour.silent = True
-    operation = await daemon.create()
+async def test_an_agent_that_never_answers_is_not_waited_for_for_ever(impatient: conftest.Daemon) -> None:
+    impatient.world.behaviour.silent = True
+    operation = await impatient.create()
     assert operation.error is not None
     assert operation.error.code == "timed_out"
     assert "did not answer within 1 s" in operation.error.message
-    await assert_clean(daemon, "wait_vsock_agent")
+    await assert_clean(impatient, "wait_vsock_agent")
 
 
 async def test_a_failed_start_of_a_throw_away_vm_leaves_no_row(

@@ -19,7 +19,6 @@ from typing import Any, cast
 from banger.contract import egress, errors, privileged
 from tests.fakes import vmm
 
-SETTLE_S = 0.5
 Hook = Callable[[privileged.Request[Any]], Awaitable[None]]
 
 
@@ -84,6 +83,8 @@ class World:
     """Why this host cannot be told where names are."""
     routed: bool = False
     vms: dict[str, VmState] = field(default_factory=dict)
+    settle_s: float = 30.0
+    """For how long who wants a settled world waits for what is under way."""
     under_way: list[asyncio.Event] = field(default_factory=list)
     requests: list[privileged.Request[Any]] = field(default_factory=list)
 
@@ -96,7 +97,7 @@ class World:
             await self.before(request)
             if isinstance(request, privileged.ListWorld) and request.settled:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(SETTLE_S):
+                    async with asyncio.timeout(self.settle_s):
                         for each in under_way:
                             await each.wait()
             result = await HANDLERS[type(request)](self, request)
