@@ -31,12 +31,15 @@ class Listening:
         self._listener.bind(str(path))
         self._listener.listen()
         self._builds: list[threading.Thread] = []
+        self._beginning = threading.Lock()
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
 
     def wait(self) -> None:
         """Until what was begun has ended."""
-        for build in self._builds:
+        with self._beginning:
+            begun = list(self._builds)
+        for build in begun:
             build.join(30)
             assert not build.is_alive()
 
@@ -53,5 +56,6 @@ class Listening:
             except OSError:
                 return
             build = threading.Thread(target=self._serve, args=(connection,))
-            build.start()
-            self._builds.append(build)
+            with self._beginning:  # its client may be done with it before it is in the list
+                build.start()
+                self._builds.append(build)
