@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,10 +105,11 @@ class Cli:
 def on_terminal(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[Terminal]:
     """A program in a session of its own, on a terminal."""
     parent, child = pty.openpty()
+    before = termios.tcgetattr(child)
     process = subprocess.Popen(
         argv, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True
     )
-    terminal = Terminal(process, parent, child)
+    terminal = Terminal(process, parent, child, before)
     try:
         yield terminal
     finally:
@@ -124,6 +126,8 @@ class Terminal:
     process: subprocess.Popen[bytes]
     fd: int
     child_fd: int
+    settings_before: list[Any]
+    """As the program found them."""
     seen: bytes = b""
 
     def read_until(self, wanted: bytes) -> bytes:

@@ -117,8 +117,7 @@ def test_one_pipe_for_both_outputs_that_nobody_reads_holds_up_no_signal(
 ) -> None:
     """When it has room for one of them both see that. Where its reader stops is different each time."""
     heard = tmp_path / "heard"
-    heard.touch()
-    script = f"trap '' USR1; yes & yes >&2 & trap 'echo >>{heard}' USR1; while :; do wait; done"
+    script = f"trap '' USR1; yes & yes >&2 & trap 'echo >>{heard}' USR1; : >{heard}; while :; do wait; done"
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     argv = cli.argv("vm", "exec", "web", "--", "bash", "-c", script)
@@ -128,6 +127,7 @@ def test_one_pipe_for_both_outputs_that_nobody_reads_holds_up_no_signal(
             for count in range(1, 16):
                 for _ in range(200):
                     os.read(reader, 4096)
+                wait_for_size(heard, count - 1)  # the first time, until signals are listened to
                 with pytest.raises(subprocess.TimeoutExpired):
                     process.wait(0.05)
                 process.send_signal(signal.SIGUSR1)
@@ -138,8 +138,8 @@ def test_one_pipe_for_both_outputs_that_nobody_reads_holds_up_no_signal(
 
 def wait_for_size(path: Path, size: int) -> None:
     """Nothing tells us what a command has done, so we look."""
-    deadline = time.monotonic() + 10
-    while path.stat().st_size < size:
+    deadline = time.monotonic() + cli_process.DEADLINE_S
+    while not path.exists() or path.stat().st_size < size:
         assert time.monotonic() < deadline, "the signal was not passed on"
         time.sleep(0.01)
 
@@ -197,13 +197,12 @@ def test_terminal_is_raw_meanwhile_and_restored_after(cli: cli_process.Cli) -> N
     with cli.on_terminal(
         "vm", "exec", "web", "--", "sh", "-c", "echo ready; read x; echo got $x"
     ) as terminal:
-        before = termios.tcgetattr(terminal.child_fd)
         terminal.read_until(b"ready")
         assert not termios.tcgetattr(terminal.child_fd)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
         terminal.type(b"hello\r")
         assert terminal.wait() == 0
         assert b"got hello" in terminal.seen
-        assert termios.tcgetattr(terminal.child_fd) == before
+        assert termios.tcgetattr(terminal.child_fd) == terminal.settings_before
 
 
 @pytest.mark.parametrize("how", ["crash", "term", "command killed"])
@@ -211,7 +210,6 @@ def test_terminal_is_restored_whatever_happens(
     cli: cli_process.Cli, fake: daemon.FakeDaemon, how: str
 ) -> None:
     with cli.on_terminal("vm", "exec", "web", "--", "sh", "-c", "echo ready $$; exec sleep 60") as terminal:
-        before = termios.tcgetattr(terminal.child_fd)
         pid = int(terminal.read_until(b"\n").split()[1])
         if how == "crash":
             fake.stop()
@@ -221,7 +219,7 @@ def test_terminal_is_restored_whatever_happens(
             os.kill(pid, signal.SIGKILL)
         status = terminal.wait()
         assert status == {"crash": 125, "term": 143, "command killed": 137}[how]
-        assert termios.tcgetattr(terminal.child_fd) == before
+        assert termios.tcgetattr(terminal.child_fd) == terminal.settings_before
 
 
 def test_control_c_is_a_byte_for_the_guest(cli: cli_process.Cli) -> None:
@@ -244,11 +242,10 @@ def test_window_size_follows(cli: cli_process.Cli) -> None:
 
 def test_stop_gives_the_terminal_back_until_continued(cli: cli_process.Cli) -> None:
     with cli.on_terminal("vm", "exec", "web", "--", "sh", "-c", "echo ready; read x") as terminal:
-        before = termios.tcgetattr(terminal.child_fd)
         terminal.read_until(b"ready")
         terminal.process.send_signal(signal.SIGTSTP)
         os.waitid(os.P_PID, terminal.process.pid, os.WSTOPPED)
-        assert termios.tcgetattr(terminal.child_fd) == before
+        assert termios.tcgetattr(terminal.child_fd) == terminal.settings_before
         terminal.process.send_signal(signal.SIGCONT)
         terminal.type(b"x\r")
         assert terminal.wait() == 0
