@@ -6,10 +6,12 @@ from __future__ import annotations
 import signal
 import sys
 
+from banger import systemd
 from banger.owner import main
 
 
 def hang_here(*_: object) -> None:
+    systemd.notify("STATUS=it hangs")
     while True:
         signal.pause()
 

@@ -140,9 +140,8 @@ async def test_whoever_stops_a_guest_that_does_not_go_down_is_told_what_may_be_l
     fake = daemon.world.vm(created.id).vmm
     assert fake is not None
     fake._behaviour = deaf
-    patient = daemon.services.vms._host
-    impatient = dataclasses.replace(patient, limits=conftest.IMPATIENT.limits)
-    monkeypatch.setattr(daemon.services.vms, "_host", impatient)
+    vms = daemon.services.vms
+    monkeypatch.setattr(vms, "_host", dataclasses.replace(vms._host, limits=conftest.IMPATIENT.limits))
     (note,) = await _notes(daemon, await daemon.services.vms.stop("web"))
     assert "web did not go down by itself" in note
     assert await _notes(daemon, await daemon.services.vms.stop("web")) == [], "it does not run"
@@ -484,7 +483,6 @@ async def test_a_vmm_that_takes_its_time_to_die_is_seen_all_the_same(
     dying = [privileged.Vmm(pid=vm.vmm.pid)] * 3
     handlers: dict[Any, Any] = worlds.HANDLERS
     find = handlers[privileged.FindVmm]
-
     shown: list[int] = []
 
     async def found(world: worlds.World, request: privileged.FindVmm) -> privileged.Result:

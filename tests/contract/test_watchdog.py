@@ -40,6 +40,8 @@ async def test_a_daemon_that_hangs_falls_silent_and_says_where_and_its_vms_outli
                 assert await next_said() == b"WATCHDOG=1"
             assert programs.daemon is not None
             programs.daemon.send_signal(signal.SIGUSR1)
+            while await next_said() != b"STATUS=it hangs":
+                pass
             await _silence(next_said)
         programs.daemon.send_signal(signal.SIGABRT)
         assert await programs.daemon.wait() == -signal.SIGABRT
