@@ -24,7 +24,7 @@ from typing import IO, Final
 
 import msgspec
 
-from banger import artefacts, run
+from banger import artefacts, proxy_address, run
 from banger.contract import errors
 
 DOWNLOAD_DEADLINE_S: Final = 900.0
@@ -252,7 +252,7 @@ def _way(url: str) -> str:
     proxy = urllib.request.getproxies().get("https", "")
     if not proxy or urllib.request.proxy_bypass(urllib.parse.urlsplit(url).hostname or ""):
         return ""
-    return f" through the proxy {proxy.rpartition('://')[2].rpartition('@')[2].rstrip('/')}"
+    return f" through the proxy {proxy_address.shown(proxy)}"
 
 
 def _from_wheel(source: WheelMember, scratch: Path) -> Path:

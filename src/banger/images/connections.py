@@ -20,6 +20,7 @@ from typing import Final
 import httpx
 
 import banger
+from banger import proxy_address
 from banger.contract import errors
 from banger.images import reference
 
@@ -138,7 +139,7 @@ class Connections:
         key = (proxy, tls)
         if key not in self._clients:
             if proxy is not None:
-                self._say(f"through the proxy {_shown(proxy)}")
+                self._say(f"through the proxy {proxy_address.shown(proxy)}")
             self._clients[key] = httpx.AsyncClient(
                 trust_env=False,
                 proxy=proxy,
@@ -166,7 +167,8 @@ class Connections:
             )
         if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
             raise errors.BadRequestError(
-                f"the proxy {_shown(proxy)} is of a kind that is not supported", hint=_PROXY_HINT
+                f"the proxy {proxy_address.shown(proxy)} is of a kind that is not supported",
+                hint=_PROXY_HINT,
             )
         return proxy
 
@@ -215,7 +217,7 @@ def _context(tls: _Tls) -> ssl.SSLContext:
 @contextlib.contextmanager
 def _explained(host: str, proxy: str | None) -> Iterator[None]:
     """A transport's failure, as an error that says where and what may be wrong."""
-    via = f" through the proxy {_shown(proxy)}" if proxy else ""
+    via = f" through the proxy {proxy_address.shown(proxy)}" if proxy else ""
     hint = _PROXY_HINT if proxy else "check the name, the network, and whether a proxy is needed"
     try:
         yield
@@ -239,12 +241,6 @@ def _is_address(proxy: str) -> bool:
         return parts.port != 0 and bool(parts.hostname) and bool(address(proxy).host)
     except ValueError:
         return False
-
-
-def _shown(proxy: str) -> str:
-    """Without a password that may be in it."""
-    parts = urllib.parse.urlsplit(proxy)
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
 def _silent(line: str) -> None:
