@@ -60,8 +60,8 @@ def test_all_is_well(host: fakes.FakeHost) -> None:
     assert [row.check for row in found.rows] == [check.name for check in ALL]
 
 
-def writes(path: str | Path, text: str) -> Break:
-    return lambda host: host.write(path, text)
+def writes(path: str | Path, text: str, *, mode: int = 0o644) -> Break:
+    return lambda host: host.write(path, text, mode=mode)
 
 
 def appends(path: str | Path, text: str) -> Break:
@@ -239,6 +239,13 @@ BROKEN: list[tuple[str, Break, report.Status, str, str]] = [
     ("root's programs", mode("/usr/bin", 0o1777), FAIL, "/usr/bin can be", "chmod go-w /usr/bin"),
     ("root's runtime", mode(hosts.RUNTIME / "runtime.json", 0o666), FAIL, "runtime.json", "chmod go-w"),
     ("root's settings", mode(hosts.INSTALL_TOML, 0o666), FAIL, "install.toml", "chmod go-w"),
+    (
+        "root's settings",
+        writes("/etc/banger/a b", "", mode=0o666),
+        FAIL,
+        "a b can be",
+        "chmod go-w '/etc/banger/a b'",
+    ),
     ("root's units", mode(hosts.UNIT_DIR / "bangerd.service", 0o666), FAIL, "bangerd.service", "chmod go-w"),
     ("root's units", writable_drop_in, FAIL, "own.conf can be", "chmod go-w"),
     ("commands", foreign_command, FAIL, "does not lead to", "move away"),

@@ -107,7 +107,7 @@ class RuntimeFile:
             return report.failed(f"{scene.shown(path)} is not installed", _AGAIN)
         # Before it is run: whoever else could write it would run as the user who asks.
         if unsafe := list(_shown(scene, _eye(scene).complaints([path]))):
-            return report.failed(_some(unsafe), _give_to_root(unsafe[0]))
+            return _unsafe(unsafe)
         found = next(each for each in runtime.status(directory) if each.name == self.name)
         recorded = given.firecracker_sha256 if self.name == "firecracker" else given.jailer_sha256
         if found.sha256 != recorded:
@@ -139,7 +139,7 @@ class RootOwned:
         found = list(dict.fromkeys(itertools.islice(_shown(scene, complaints), _MOST)))
         if not found:
             return report.passed(", ".join(sorted({scene.shown(path) for path in tops})[:_SHOWN]))
-        return report.failed(_some(found), _give_to_root(found[0]))
+        return _unsafe(found)
 
     def _tops(self, scene: scenes.Scene) -> list[Path]:
         match self.what:
@@ -176,15 +176,16 @@ def _eye(scene: scenes.Scene) -> ownership.Eye:
     return ownership.Eye(scene.root, scene.viewer.root_uid)
 
 
-def _shown(scene: scenes.Scene, complaints: Iterable[ownership.Complaint]) -> Iterator[str]:
+def _shown(scene: scenes.Scene, complaints: Iterable[ownership.Complaint]) -> Iterator[tuple[str, str]]:
     for path, why in complaints:
-        yield f"{scene.shown(path)} {why}"
+        yield scene.shown(path), why
 
 
-def _give_to_root(complaint: str) -> str:
-    """For the path that the complaint begins with; the next run names the next one."""
-    path = shlex.quote(complaint.split(" ", 1)[0])
-    return f"sudo chown -h root:root {path} && sudo chmod go-w {path}"
+def _unsafe(found: list[tuple[str, str]]) -> report.Finding:
+    """The remedy is for the first; the next run names the next one."""
+    path = shlex.quote(found[0][0])
+    remedy = f"sudo chown -h root:root {path} && sudo chmod go-w {path}"
+    return report.failed(_some([f"{each} {why}" for each, why in found]), remedy)
 
 
 def commands(scene: scenes.Scene) -> report.Finding:
@@ -197,7 +198,7 @@ def commands(scene: scenes.Scene) -> report.Finding:
                 f"{scene.shown(link)} does not lead to {target}", f"move away what is there, then {_AGAIN}"
             )
         if unsafe := list(_shown(scene, _eye(scene).complaints([link]))):
-            return report.failed(_some(unsafe), _give_to_root(unsafe[0]))
+            return _unsafe(unsafe)
     return report.passed(", ".join(str(host.BIN / name) for name in host.COMMANDS))
 
 
