@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import stat
+import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -273,3 +277,40 @@ def test_an_environment_is_made_and_compiled(tmp_path: Path) -> None:
     assert command.run([str(second / "bin/bangerd")], timeout_s=30, check=False).returncode == 4
     assert (second / marked.relative_to(first)).read_bytes().endswith(b"marked")
     assert len([*environment.packages(second).glob("banger/**/*.pyc")]) == 8
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that everybody can look into, unlike pytest's own, with an environment in it."""
+    with tempfile.TemporaryDirectory(prefix="b ", dir="/tmp") as name:
+        site = Path(name, "venv/lib/python3.11/site-packages/banger")
+        site.mkdir(parents=True)
+        (site / "__init__.py").touch(mode=0o644)
+        (site / "gone").symlink_to("nowhere")
+        (site / "tool").touch(mode=0o755)
+        for path in (Path(name), *Path(name).rglob("*/")):
+            path.chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize(
+    ("closed", "mode"),
+    [
+        ("", 0o700),
+        ("venv", 0o700),
+        ("venv/lib/python3.11", 0o750),
+        ("venv/lib/python3.11/site-packages/banger/__init__.py", 0o600),
+        ("venv/lib/python3.11/site-packages/banger/tool", 0o744),
+    ],
+)
+def test_code_that_only_root_could_read_is_named_with_what_to_do(
+    open_place: Path, closed: str, mode: int
+) -> None:
+    environment.require_readable(open_place / "venv")
+    (open_place / closed).chmod(mode)
+    with pytest.raises(errors.BadRequestError, match=re.escape(f"{open_place / closed}")) as refused:
+        environment.require_readable(open_place / "venv")
+    words = shlex.split(refused.value.hint.partition("sudo ")[2].partition(",")[0])
+    assert words[0] == "chmod"
+    subprocess.run([*words], check=True)
+    environment.require_readable(open_place / "venv")

@@ -12,6 +12,7 @@ import filecmp
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import stat
 import sys
@@ -80,6 +81,33 @@ def make(prefix: Path, wheels: Iterable[Path], python: Path, like: Path | None =
     # Only what is loaded: of what the rest holds, most is never used, and compiling it takes a minute.
     run.run([own, "-I", "-m", "compileall", "-q", "-j0", str(site / "banger")], deadline_s=_COMPILE_S)
     run.run([own, "-I", "-c", _LOAD], deadline_s=_COMPILE_S)
+
+
+def require_readable(prefix: Path) -> None:
+    """Raises BadRequestError for the first thing that root alone could read: the daemon, builds and every
+    user run what is in `prefix`.
+    """
+    for above in reversed(prefix.parents):
+        if not above.stat().st_mode & stat.S_IXOTH:
+            raise errors.BadRequestError(
+                f"others than root cannot reach {prefix}: {above} is closed to them",
+                hint=f"sudo chmod go+x {shlex.quote(str(above))}, or install banger into another place",
+            )
+    for directory, subdirectories, files in os.walk(prefix):
+        for path in (directory, *(os.path.join(directory, name) for name in files)):
+            if _is_closed(os.lstat(path).st_mode):
+                raise errors.BadRequestError(
+                    f"others than root cannot read {path}, and banger's daemon does not run as root",
+                    hint="what is made under a umask such as 077 is so: "
+                    f"sudo chmod -R go+rX {shlex.quote(str(prefix))}",
+                )
+        subdirectories.sort()
+
+
+def _is_closed(mode: int) -> bool:
+    """To others; who may not execute a file that its owner executes cannot use it either."""
+    wanted = stat.S_IROTH | (stat.S_IXOTH if mode & stat.S_IXUSR else 0)
+    return not stat.S_ISLNK(mode) and mode & wanted != wanted
 
 
 def packages(prefix: Path) -> Path:

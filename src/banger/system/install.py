@@ -141,6 +141,7 @@ class Install:
 
     async def _check(self) -> None:
         self._owner = host.check(self._choices.owner)
+        await run.in_thread(environment.require_readable, Path(sys.prefix))  # before the owner runs it
         if self._old is not None:
             versions.refuse_older(banger.__version__, environment.version(self._old) or banger.__version__)
         _refuse_newer_rows(self._owner)
@@ -310,6 +311,8 @@ class Install:
 
     async def _answer(self) -> None:
         await machine.wait_answer(banger.__version__)
+        # Of an upgrade that was cut off: a later one would take it for its own, and go back to old rows.
+        (host.HELPER / machine.UPGRADING).unlink(missing_ok=True)
         with contextlib.suppress(errors.BangerError):  # what stays goes with the next installation
             await run.in_thread(machine.Machine().bangerd, Path(sys.prefix), "--settle-migrations")
         with contextlib.suppress(OSError, errors.BangerError):  # the same

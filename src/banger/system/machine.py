@@ -15,6 +15,8 @@ from banger import run, steps
 from banger.contract import errors, resources
 from banger.system import asking, environment, host, own_units, ownership, releases, settings
 
+UPGRADING: Final = "upgrading"
+"""In the helper's directory: names the version that an upgrade switches to, until that has answered."""
 ANSWER_S: Final = 60.0
 _POLL_S: Final = 0.2
 _BANGERD_S: Final = 120.0

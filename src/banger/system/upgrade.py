@@ -41,8 +41,7 @@ class Upgrade:
         self._scratch = host.helper_dir / "upgrade"
         self._release = signed.Release("", ())
         self._new = Path()
-        self._mark = host.helper_dir / "upgrading"
-        """Names the version that is being switched to, until it has answered."""
+        self._mark = host.helper_dir / machine.UPGRADING
         self._laid = own_units.Laid()
         """Where an upgrade that was cut off is finished, these are the units of who finishes it."""
         self._stopped = False
