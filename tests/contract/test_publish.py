@@ -10,13 +10,14 @@ import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from banger.cli import vm_ports
-from banger.contract import errors, guest, names, ports, resources
-from banger.owner import composition, config, listeners, publish
+from banger.cli import vm_look, vm_ports
+from banger.contract import errors, guest, names, ports, privileged, resources
+from banger.owner import composition, config, listeners, publish, published
 from banger.owner import guest as guests
-from tests.contract import agent, conftest, publishing
+from tests.contract import agent, conftest, gates, publishing
 from tests.fakes import world as worlds
 
 MIB = 1 << 20
@@ -325,14 +326,14 @@ async def test_ports_say_where_a_service_is_reached(agent_socket: Path) -> None:
         service = server.sockets[0].getsockname()[1]
         client.only = frozenset({service})
         row = publishing.row(f"{port}:{service}", "1:1", "0.0.0.0:2:1", f"3:{service}/udp")
-        waits, here, other = await listeners.look(client, row)
+        waits, here, other = await listeners.look(client, row, ports.parse_all(row.publish))
         assert (here.url, here.published) == (f"http://127.0.0.1:{port}/", (f"127.0.0.1:{port}",))
         assert here.pid
         assert here.target == ""  # it listens on the guest's loopback
         assert (waits.port, waits.address, waits.published) == (1, "", ("127.0.0.1:1", "0.0.0.0:2"))
         assert (other.protocol, other.port, other.address) == ("udp", service, "")
         assert vm_ports._row(waits)[1:4] == ("-", "1", "nothing listens")
-        (closed,) = await listeners.look(client, publishing.row())
+        (closed,) = await listeners.look(client, publishing.row(), [])
         assert closed.url == ""
 
 
@@ -344,7 +345,7 @@ async def test_what_answers_http_has_a_link_and_nothing_else(agent_socket: Path)
     ):
         has_link, has_none = (each.sockets[0].getsockname()[1] for each in (web, mail))
         client.only = frozenset({has_link, has_none})
-        found = {each.port: each for each in await listeners.look(client, publishing.row(network=True))}
+        found = {each.port: each for each in await listeners.look(client, publishing.row(network=True), [])}
     assert (found[has_link].target, found[has_link].url) == (
         f"web.vm:{has_link}",
         f"http://web.vm:{has_link}/",
@@ -402,39 +403,93 @@ async def port_taken_meanwhile(
             yield conftest.Daemon(services, paths, world), other
 
 
-def trying_again() -> asyncio.Task[None]:
-    (task,) = (each for each in asyncio.all_tasks() if each.get_name() == "ports")
-    return task
-
-
 async def test_a_port_that_is_in_use_as_the_daemon_starts_keeps_no_other_and_comes_back(
     paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(published, "_AGAIN_S", 0.01)
     used, free = publishing.free_port(), publishing.free_port()
     async with port_taken_meanwhile(paths, world, f"{used}:80", f"{free}:81") as (daemon, other):
         assert not await refuses(free)
         other.close()
-        await asyncio.wait_for(trying_again(), 20)
-        assert not await refuses(used)
+        async with asyncio.timeout(20):
+            while await refuses(used):  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
         await daemon.done(await daemon.services.vms.stop("web"))
         assert await refuses(used)
         assert await refuses(free)
 
 
+async def test_what_is_not_published_now_is_not_said_to_be(paths: config.Paths, world: worlds.World) -> None:
+    used, free, late = (publishing.free_port() for _ in range(3))
+    async with port_taken_meanwhile(paths, world, f"{used}:80", f"{free}:81") as (daemon, other):
+        shown = await daemon.services.vms.get("web")
+        assert list(shown.unpublished) == [f"127.0.0.1:{used}:80/tcp"]
+        assert "Address already in use" in shown.unpublished[f"127.0.0.1:{used}:80/tcp"]
+        assert [vm.unpublished for vm in await daemon.services.vms.list()] == [shown.unpublished]
+        facts = dict(vm_look._facts(shown))
+        assert facts["published"] == f"127.0.0.1:{free}:81/tcp"
+        assert facts["not published"].startswith(f"127.0.0.1:{used}:80/tcp, tried again every few seconds: ")
+        rows, publisher = daemon.services.vms._store, daemon.services.vms._publisher
+        assert [each.host_port for each in publisher.served(rows.find("web"))] == [free]
+        more = ports.ChangePorts(publish=(f"{late}:82",))
+        changed = await daemon.services.alterations.change_ports("web", more)
+        assert (changed.unpublished, await refuses(late)) == (shown.unpublished, False)
+        other.close()
+        await published.PortKeeper(publisher, rows, daemon.services.vms._lifecycle).look()
+        assert ((await daemon.services.vms.get("web")).unpublished, await refuses(used)) == ({}, False)
+        await daemon.done(await daemon.services.vms.stop("web"))
+        shown = await daemon.services.vms.get("web")
+        assert shown.unpublished == {}
+        assert dict(vm_look._facts(shown))["publishes"].endswith(f"127.0.0.1:{late}:82/tcp, while it runs")
+
+
 @pytest.mark.parametrize("verb", ["stop", "delete", "unpublish"])
 async def test_a_port_that_nobody_wants_any_more_does_not_come_back(
-    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch, verb: str
+    paths: config.Paths, world: worlds.World, verb: str
 ) -> None:
-    monkeypatch.setattr(publish, "_AGAIN_S", 0.01)
     used = publishing.free_port()
     async with port_taken_meanwhile(paths, world, f"{used}:80") as (daemon, other):
-        task = trying_again()
+        vms = daemon.services.vms
         if verb == "unpublish":
             gone = ports.ChangePorts(unpublish=(f"{used}:80",))
             await daemon.services.alterations.change_ports("web", gone)
         else:
-            await daemon.done(await getattr(daemon.services.vms, verb)("web"))
+            await daemon.done(await getattr(vms, verb)("web"))
         other.close()
-        await asyncio.wait_for(task, 20)
+        await published.PortKeeper(vms._publisher, vms._store, vms._lifecycle).look()
         assert await refuses(used)
+
+
+@pytest.mark.parametrize("verb", ["stop", "kill", "delete"])
+async def test_no_port_is_opened_while_its_vm_is_being_ended(
+    paths: config.Paths, world: worlds.World, verb: str
+) -> None:
+    """Its row says that it runs until it has ended."""
+    used = publishing.free_port()
+    async with port_taken_meanwhile(paths, world, f"{used}:80") as (daemon, other):
+        vms = daemon.services.vms
+        gate = gates.Gate(world, privileged.TearDown)
+        ending = await getattr(vms, verb)("web")
+        await gate.reached.wait()
+        other.close()
+        await published.PortKeeper(vms._publisher, vms._store, vms._lifecycle).look()
+        assert await refuses(used)
+        gate.go.set()
+        assert (await daemon.done(ending)).error is None
+        assert await refuses(used)
+        assert vms._publisher.holders() == []
+
+
+async def test_what_a_change_left_half_is_made_whole(daemon: conftest.Daemon) -> None:
+    """As when it was cancelled between the row and the port."""
+    old, new = publishing.free_port(), publishing.free_port()
+    body = resources.CreateVm(name="web", publish=(f"{old}:80",))
+    await daemon.done(await daemon.services.vms.create(body))
+    vms = daemon.services.vms
+    row = vms._store.find("web")
+    vms._store.save(msgspec.structs.replace(row, publish=(f"127.0.0.1:{new}:80/tcp",)))
+    await published.PortKeeper(vms._publisher, vms._store, vms._lifecycle).look()
+    assert (await refuses(old), await refuses(new)) == (True, False)
+    vms._store.save(msgspec.structs.replace(row, state=resources.VmState.STOPPED))
+    await published.PortKeeper(vms._publisher, vms._store, vms._lifecycle).look()
+    assert await refuses(new)

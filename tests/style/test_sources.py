@@ -27,7 +27,7 @@ SLEEPS: dict[str, str] = {
     "images/registry.py": "a registry that asks for patience says how long, or is given more each time",
     "owner/leftovers.py": "a device that is busy is asked for again: nobody is told when it no longer is",
     "owner/live.py": "a root helper that does not answer is asked again: its return is announced to nobody",
-    "owner/publish.py": "a port that another program had is tried again: nobody is told when it is free",
+    "owner/published.py": "a port that another program had is tried again: nobody is told when it is free",
     "owner/routes/machines.py": "a followed log is a file on disk that another process appends to",
     "owner/claims.py": "a client that is gone announces nothing; others are heard of at once",
     "owner/clocks.py": "a clock that drifts announces nothing: it is looked at now and then",

@@ -164,8 +164,7 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         yield "reaches", _reach(vm)
     if vm.peer_network:
         yield "peers", f"the VMs of network {vm.peer_network}"
-    if vm.publish:
-        yield "published", ", ".join(vm.publish)
+    yield from _published(vm)
     yield "created", f"{vm.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.created_at)} ago"
     if vm.started_at is not None:
         yield "started", f"{vm.started_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(vm.started_at)} ago"
@@ -189,6 +188,17 @@ def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
         yield "last start", f"{total_ms:.1f} ms; `banger vm explain {vm.name}` shows its steps"
         for stage, took_ms in timeline.by_stage(vm.last_start):
             yield f"  {render.safe(stage)}", f"{took_ms:.1f} ms"
+
+
+def _published(vm: resources.Vm) -> Iterator[tuple[str, str]]:
+    """What is served now, what is not, and what will be."""
+    if vm.publish and not vm.has_vmm:
+        yield "publishes", f"{', '.join(vm.publish)}, while it runs"
+        return
+    if served := [each for each in vm.publish if each not in vm.unpublished]:
+        yield "published", ", ".join(served)
+    for each, why in vm.unpublished.items():
+        yield "not published", f"{each}, tried again every few seconds: {why}"
 
 
 _REACH: Final = {

@@ -80,3 +80,5 @@ def _change(settings: command.Settings, name: str, asked: ports.ChangePorts) -> 
         output.json(changed)
     else:
         output.text("".join(f"{each}\n" for each in changed.publish))
+        for each, why in changed.unpublished.items():
+            render.note(f"{each} is not published yet, and tried again: {why}")

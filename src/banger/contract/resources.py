@@ -210,7 +210,9 @@ class Vm(Resource, frozen=True, kw_only=True):
     allow: tuple[str, ...] = ()
     peer_network: str = ""
     publish: tuple[str, ...] = ()
-    """`ADDR:HOSTPORT:GUESTPORT/PROTOCOL` each."""
+    """`ADDR:HOSTPORT:GUESTPORT/PROTOCOL` each: what is offered while it runs, but for `unpublished`."""
+    unpublished: dict[str, str] = {}
+    """Of a VM that runs: those of `publish` that are not open, each with why; they are tried again."""
     created_at: datetime.datetime
     started_at: datetime.datetime | None = None
     boot_id: str = ""

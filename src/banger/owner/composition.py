@@ -40,6 +40,7 @@ from banger.owner import (
     naming,
     operations,
     publish,
+    published,
     pulls,
     reconcile,
     restarts,
@@ -218,6 +219,7 @@ async def compose(
         activities=activities,
         memory=admission.Memory(settings.vms_memory_mib or admission.host_memory_mib(), rows.list),
     )
+    port_keeper = published.PortKeeper(publisher, rows, lifecycle)
     holdings = inventory.Inventory(
         machine,
         rows,
@@ -234,7 +236,8 @@ async def compose(
         await zone.start()
         await reconcile.reconcile(rows, machine, vm_service.endings)
         await _restore_network(keeper, rows)
-        await publisher.serve_all(_running(rows))
+        await port_keeper.look()
+        port_keeper.start()
         keeper.start()
         times.start()
         vm_service.lifetimes.start()
@@ -264,6 +267,7 @@ async def compose(
         await times.close()
         await keeper.close()
         await running.close()
+        await port_keeper.close()
         await publisher.close()
         await vm_service.close()
         await zone.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from banger.contract import errors, guest, names, ports
@@ -22,7 +22,10 @@ _Places = Mapping[tuple[int, str], Sequence[str]]
 """Where the host offers a port of the guest, by port and protocol."""
 
 
-async def look(client: guests.GuestClient, vm: record.VmRecord) -> list[ports.GuestPort]:
+async def look(
+    client: guests.GuestClient, vm: record.VmRecord, published: Iterable[ports.Publish]
+) -> list[ports.GuestPort]:
+    """`published`: where this host listens for the VM."""
     found = sorted(await client.ports(), key=lambda each: each.port)
     turn = asyncio.Semaphore(_PROBES_AT_ONCE)
 
@@ -32,16 +35,16 @@ async def look(client: guests.GuestClient, vm: record.VmRecord) -> list[ports.Gu
 
     probed = await asyncio.gather(*(speaks_http(each) for each in found[:_MAX_PROBED]))
     answers = [*probed, *[False] * (len(found) - len(probed))]
-    places = _places(vm)
+    places = _places(published)
     shown = [_shown(vm, each, places, http=http) for each, http in zip(found, answers, strict=True)]
     return sorted(
         [*shown, *_awaited(places, shown)], key=lambda each: (each.port, each.protocol, each.address)
     )
 
 
-def _places(vm: record.VmRecord) -> _Places:
+def _places(published: Iterable[ports.Publish]) -> _Places:
     found: dict[tuple[int, str], list[str]] = {}
-    for each in ports.parse_all(vm.publish):
+    for each in published:
         found.setdefault((each.guest_port, each.protocol), []).append(f"{each.address}:{each.host_port}")
     return found
 

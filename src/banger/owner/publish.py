@@ -23,7 +23,6 @@ from banger.vm import record
 
 _log = logging.getLogger(__name__)
 
-_AGAIN_S: Final = 5.0
 _ANY: Final = "0.0.0.0"  # noqa: S104 - to know it by, not to bind it
 _CHUNK: Final = 256 * 1024
 _CONNECT_S: Final = 10.0
@@ -56,14 +55,6 @@ class _Target:
     client: guests.GuestClient
 
 
-@dataclass(slots=True)
-class _Missing:
-    """What a VM's row has published, and somebody else had when the daemon started."""
-
-    vm: record.VmRecord
-    ports: list[ports.Publish]
-
-
 class Publisher:
     """Meets the capability's Publisher."""
 
@@ -73,15 +64,19 @@ class Publisher:
         self._network = network
         self._connect = connect
         self._ports: dict[names.VmId, list[_Port]] = {}
-        self._missing: dict[names.VmId, _Missing] = {}
-        self._trying: asyncio.Task[None] | None = None
+        self._refused: dict[names.VmId, dict[ports.Publish, str]] = {}
+        """What a row has published and could not be opened, with why; it is tried again, by `PortKeeper`."""
 
     def require_free(self, publish: ports.Publish) -> None:
         """Raises AlreadyExistsError, which says what VM has the port, or BadRequestError."""
         self._bound(publish).close()
 
     def take(self, vm: record.VmRecord) -> None:
-        held = {port.publish for port in self._ports.get(vm.id, ())}
+        """Raises AlreadyExistsError for a port that is in use, and takes none then.
+
+        One that was refused to a VM that runs is left to whoever tries again.
+        """
+        held = {port.publish for port in self._ports.get(vm.id, ())} | self._refused.get(vm.id, {}).keys()
         fresh: list[_Port] = []
         try:
             for publish in ports.parse_all(vm.publish):
@@ -112,59 +107,67 @@ class Publisher:
             await steps.finish(self._put_back(vm, fresh, in_the_way))
             raise
         await self._drop(vm.id, [each for each in unwanted if each not in in_the_way])
-        self._missing.pop(vm.id, None)  # all that is wanted is served
+        refused = self._refused.pop(vm.id, {})
+        self._refused[vm.id] = {each: why for each, why in refused.items() if each in wanted}
 
-    async def serve_all(self, vms: Iterable[record.VmRecord]) -> None:
-        """After the daemon's start. A port that is in use is logged, and tried again while it is wanted."""
-        for vm in vms:
-            missing = [each for each in ports.parse_all(vm.publish) if not await self._serve_one(vm, each)]
-            if missing:
-                self._missing[vm.id] = _Missing(vm, missing)
-        if self._missing:
-            self._trying = asyncio.create_task(self._try_again(), name="ports")
+    async def mend(self, vm: record.VmRecord) -> None:
+        """As the row of one that runs wants it. A port that cannot be opened keeps no other."""
+        wanted = ports.parse_all(vm.publish)
+        await self._drop(vm.id, [each for each in self._ports.get(vm.id, ()) if each.publish not in wanted])
+        for each in self.unserved(vm):
+            await self._serve_one(vm, each)
+
+    def served(self, vm: record.VmRecord) -> list[ports.Publish]:
+        """Of what the row has published: where this host listens."""
+        return [each for each in ports.parse_all(vm.publish) if each in self._served(vm.id)]
+
+    def unserved(self, vm: record.VmRecord) -> dict[ports.Publish, str]:
+        """Of what the row has published: where this host does not listen, each with why."""
+        served = self._served(vm.id)
+        why = self._refused.get(vm.id, {})
+        return {
+            each: why.get(each, "it is about to be opened or closed")
+            for each in ports.parse_all(vm.publish)
+            if each not in served
+        }
+
+    def is_as(self, vm_id: names.VmId, vm: record.VmRecord | None) -> bool:
+        """Whether all that the row wants is served, and nothing else is held; None wants nothing."""
+        wanted = set(ports.parse_all(vm.publish)) if vm is not None else set()
+        held = {each.publish for each in self._ports.get(vm_id, ())}
+        return wanted == held == self._served(vm_id)
+
+    def holders(self) -> list[names.VmId]:
+        """Who has any port."""
+        return [vm_id for vm_id, some in self._ports.items() if some]
 
     async def release(self, vm_id: names.VmId) -> None:
-        self._missing.pop(vm_id, None)
-        for port in self._ports.pop(vm_id, []):
-            await _end(port)
+        """All of them, also when whoever asks is cancelled: nobody would know of the rest any more."""
+        self._refused.pop(vm_id, None)
+        await steps.finish(_end_all(self._ports.pop(vm_id, [])))
 
     async def close(self) -> None:
-        if self._trying is not None:
-            self._trying.cancel()
-            await asyncio.gather(self._trying, return_exceptions=True)
         for vm_id in list(self._ports):
             await self.release(vm_id)
 
-    async def _try_again(self) -> None:
-        while self._missing:
-            await asyncio.sleep(_AGAIN_S)  # nobody tells that a port is free
-            for missing in list(self._missing.values()):
-                for each in list(missing.ports):
-                    await self._try_one(missing, each)
-
-    async def _try_one(self, missing: _Missing, publish: ports.Publish) -> None:
-        vm = missing.vm
-        if self._missing.get(vm.id) is not missing or not await self._serve_one(vm, publish, again=True):
-            return
-        if self._missing.get(vm.id) is not missing:  # as it was opened
+    async def _serve_one(self, vm: record.VmRecord, publish: ports.Publish) -> None:
+        """One that cannot be is logged, the first time."""
+        refused = self._refused.setdefault(vm.id, {})
+        try:
+            port = _Port(publish, self._bound(publish), vm.name)
+            self._ports.setdefault(vm.id, []).append(port)
+            await self._open(vm, port)
+        except (errors.BangerError, OSError) as error:
+            level = logging.DEBUG if publish in refused else logging.ERROR
+            _log.log(level, "a port is no longer published", extra={"vm": vm.id, "error": str(error)})
+            refused[publish] = str(error)
             await self._drop(vm.id, self._held(vm.id, publish))
             return
-        _log.info("a port is published again", extra={"vm": vm.id, "port": publish.place})
-        missing.ports.remove(publish)
-        if not missing.ports:
-            del self._missing[vm.id]
+        if refused.pop(publish, None) is not None:
+            _log.info("a port is published again", extra={"vm": vm.id, "port": publish.place})
 
-    async def _serve_one(self, vm: record.VmRecord, publish: ports.Publish, *, again: bool = False) -> bool:
-        """One that cannot be is logged, the first time."""
-        try:
-            self._ports.setdefault(vm.id, []).append(_Port(publish, self._bound(publish), vm.name))
-            await self._open_all(vm)
-        except (errors.BangerError, OSError) as error:
-            level = logging.DEBUG if again else logging.ERROR
-            _log.log(level, "a port is no longer published", extra={"vm": vm.id, "error": str(error)})
-            await self._drop(vm.id, [each for each in self._held(vm.id, publish) if each.close is None])
-            return False
-        return True
+    def _served(self, vm_id: names.VmId) -> set[ports.Publish]:
+        return {port.publish for port in self._ports.get(vm_id, ()) if port.close is not None}
 
     def _held(self, vm_id: names.VmId, publish: ports.Publish) -> list[_Port]:
         return [each for each in self._ports.get(vm_id, ()) if each.publish == publish]
@@ -255,6 +258,11 @@ def _refused(publish: ports.Publish, error: OSError) -> errors.BangerError:
         return errors.BadRequestError(f"port {publish.place} of this host may not be used", hint=hint)
     text = f"port {publish.place} of this host cannot be published: {error.strerror}"
     return errors.AlreadyExistsError(text, hint="choose another port, or end what uses this one")
+
+
+async def _end_all(some: Iterable[_Port]) -> None:
+    for port in some:
+        await _end(port)
 
 
 async def _end(port: _Port) -> None:

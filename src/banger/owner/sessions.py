@@ -27,6 +27,7 @@ class Sessions:
         run_config: Callable[[names.ImageId], bundle.RunConfig],
         notices: lifetimes.Notices,
         delete: Callable[[str], Awaitable[object]],
+        published: Callable[[record.VmRecord], Sequence[ports.Publish]],
     ) -> None:
         self.claims = claims.Claims(delete)
         self._rows = rows
@@ -34,6 +35,7 @@ class Sessions:
         self._run_config = run_config
         self._notices = notices
         self._delete = delete
+        self._published = published
 
     def announced(self, ref: str, request: resources.ExecRequest) -> names.VmId:
         """From here on a VM made for this command goes with its client, whatever becomes of this daemon.
@@ -76,7 +78,7 @@ class Sessions:
 
     async def listening(self, ref: str) -> Sequence[ports.GuestPort]:
         vm = self._rows.find_running(ref)
-        return await listeners.look(self._connect(vm.id), vm)
+        return await listeners.look(self._connect(vm.id), vm, self._published(vm))
 
 
 def _workspace_of(vm: record.VmRecord) -> str:

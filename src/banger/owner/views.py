@@ -7,7 +7,7 @@ import datetime
 import functools
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from banger.contract import errors, guest, names, resources
@@ -23,6 +23,8 @@ class Seen:
     silent_since: datetime.datetime | None = None
     idle_s: float | None = None
     """None while it is in use."""
+    unpublished: dict[str, str] = field(default_factory=dict)
+    """Of one that runs: those of its ports on which this host does not listen, each with why."""
 
 
 class Views:
@@ -70,6 +72,7 @@ class Views:
             allow=vm.allow,
             peer_network=vm.peers,
             publish=vm.publish,
+            unpublished=seen.unpublished if runs else {},
             created_at=vm.created_at,
             started_at=vm.started_at,
             boot_id=vm.boot_id,

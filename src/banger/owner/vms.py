@@ -105,7 +105,9 @@ class VmService:
             self.stop_when_due,
         )
         self._lifecycle = lifecycle
-        self.sessions = sessions.Sessions(store, connect, resolver.run_config, self._notices, self.delete)
+        self.sessions = sessions.Sessions(
+            store, connect, resolver.run_config, self._notices, self.delete, publisher.served
+        )
         self.alterations = alterations.Alterations(
             host=host,
             rows=store,
@@ -320,7 +322,13 @@ class VmService:
     def _seen(self, vm: record.VmRecord) -> views.Seen:
         used = self.activities.of(vm.id)
         silent_since = self.endings.live.agents.silent_since(vm.id)
-        return views.Seen(self.endings.live.pid(vm.id), silent_since, None if used.is_busy else used.idle_s)
+        unserved = self._publisher.unserved(vm) if vm.state is _RUNNING else {}
+        return views.Seen(
+            pid=self.endings.live.pid(vm.id),
+            silent_since=silent_since,
+            idle_s=None if used.is_busy else used.idle_s,
+            unpublished={str(each): why for each, why in unserved.items()},
+        )
 
     def _lifecycle_operation(
         self, kind: str, ref: str, work: Work, *, cancels: frozenset[str] = frozenset()
