@@ -201,8 +201,9 @@ def unpack(pieces: Iterable[bytes], target: Path, *, rename: str | None, report:
     """Unpacks into the directory `target`. All members lie under one name; `rename` replaces it, and when it
     is empty, what lies under that name goes straight into `target`, which stays as it is.
 
-    Existing files are replaced, existing directories filled. Raises ProtocolError for names that lead out,
-    and for whatever else no agent of ours would send; NoSpaceError before the disk is full.
+    Existing files are replaced by files, existing directories filled, links replaced by either; a file never
+    gives way to a directory. Raises ProtocolError for names that lead out, and for whatever else no agent of
+    ours would send; NoSpaceError before the disk is full.
     """
     top = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -377,9 +378,12 @@ def _make_directory(parent: int, name: str) -> None:
     try:
         os.mkdir(name, 0o755, dir_fd=parent)
     except FileExistsError:
-        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode):
             os.unlink(name, dir_fd=parent)
             os.mkdir(name, 0o755, dir_fd=parent)
+        elif not stat.S_ISDIR(mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name) from None
 
 
 def _set_attributes_of_directory(parent: int, name: str, entry: reader.Entry) -> None:

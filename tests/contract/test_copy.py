@@ -154,6 +154,31 @@ async def test_a_shell_completes_what_is_in_the_guest(guest: Guest, tmp_path: Pa
     assert await asyncio.to_thread(completed, "nobody", ":", "/") == [""]
 
 
+async def test_a_directory_never_takes_the_place_of_a_file(guest: Guest, tmp_path: Path) -> None:
+    """Nor a file that of a directory, as cp and docker have it: what is there is somebody's work."""
+    make_tree(tmp_path / "tree")
+    for side in ("inside", "here"):
+        (tmp_path / side / "tool").mkdir(parents=True)
+        (tmp_path / side / "tree").write_text("work")
+        (tmp_path / side / "tool" / "kept").touch()
+    inside, here, tree = f"web:{tmp_path}/inside", f"{tmp_path}/here", f"{tmp_path}/tree"
+    for words in ((tree, inside), (tree, f"{inside}/"), (tree, f"{inside}/tree")):
+        refused = await guest.banger("vm", "cp", *words, status=2)
+        assert f"{tmp_path}/inside/tree in web is not a directory, and {tree} is one" in refused.err
+    for target in (here, f"{here}/", f"{here}/tree"):
+        refused = await guest.banger("vm", "cp", f"web:{tree}", target, status=1)
+        assert f"cannot write tree in {here}: Not a directory" in refused.err
+    for words, said in (
+        ((f"{tree}/tool", inside), "delete what is there in web"),
+        ((f"{tree}/tool", f"{inside}/tree/"), "Not a directory"),
+        ((f"web:{tree}/tool", here), "cannot write tool"),
+    ):
+        assert said in (await guest.banger("vm", "cp", *words, status=1)).err
+    for side in ("inside", "here"):
+        assert (tmp_path / side / "tree").read_text() == "work"
+        assert (tmp_path / side / "tool" / "kept").exists()
+
+
 async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:
     make_tree(tmp_path / "tree")
     done = await guest.banger("vm", "cp", f"web:{tmp_path / 'tree'}", "-")
@@ -220,6 +245,8 @@ async def test_a_file_with_a_colon_in_its_name_is_told_how_to_be_one(
         (("/etc/hostname", "web:/proc/"), 1, "that is in web: `banger vm exec web -- df`"),
         (("nobody:/etc/hostname", "/tmp/x"), 1, "nobody"),
         (("UPPER:/etc/hostname", "/tmp/x"), 2, "UPPER"),
+        (("web:/", "/tmp/x"), 2, "-- tar -c --one-file-system -C / . > web.tar"),
+        (("web:/tmp/..", "-"), 2, "--one-file-system"),
     ],
 )
 async def test_what_cannot_be_copied_is_said(

@@ -7,6 +7,7 @@ Needs nothing in the guest. What comes out of it is a stranger's: nothing lands 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
 import stat
@@ -26,7 +27,10 @@ _COPYING: Final = "copying"
 _OF_AGENT: Final = "cannot pack "
 """What the guest's agent says of a path that is not there."""
 _NOT_UNPACKED: Final = "cannot unpack "
+_IS_DIRECTORY: Final = os.strerror(errno.EISDIR)
 _NO_ARCHIVE: Final = "this is no tar archive"
+_ROOT_DISK: Final = "tar -c --one-file-system -C / ."
+_NO_DIRECTORY_THERE: Final = "choose another name, or delete what is there"
 _LISTED_BYTES: Final = 4 << 20
 """What reads so little from a pipe of ours is a `tar -t`, whose lines are not to be written over."""
 
@@ -88,7 +92,7 @@ def copy(settings: command.Settings, source: str, target: str, archive: bool, fo
 
     NAME:PATH is in a VM, where a relative PATH, or one from ~ on, is below /root; - is a tar stream on stdin
     or stdout. Modes, times, links and extended attributes are kept. A directory that is there is filled, a
-    file replaced. DIR/. is what lies in a directory.
+    file replaced, neither by the other. DIR/. is what lies in a directory.
     """
     here, there = parse_place(source), parse_place(target)
     if bool(here.vm) == bool(there.vm):
@@ -143,6 +147,8 @@ def _into(
     except errors.BangerError as error:
         if _NO_ARCHIVE in error.message:
             error.hint = "a compressed one is unpacked on its way: `zcat FILE | banger vm cp - …`"
+        elif error.message.endswith(_IS_DIRECTORY):
+            error.hint = f"{_NO_DIRECTORY_THERE} in {there.vm}"
         elif error.message.startswith(_NOT_UNPACKED):
             error.hint = f"that is in {there.vm}: `banger vm exec {there.vm} -- df` shows its disks"
         raise
@@ -157,26 +163,38 @@ def _place_in_guest(api: client.Client, there: Place, source: Path) -> tuple[str
     """The directory in the guest, and the name that the source has in it."""
     own_name = source.resolve().name if source.name in {"", ".", ".."} else source.name
     path = posixpath.normpath(there.path)
-    if there.names_directory or path == "/" or _is_directory(api, there.vm, path):
-        return path, own_name
+    is_tree = source.is_dir() and not source.is_symlink()
+    is_directory = there.names_directory or path == "/" or _is_directory(api, there.vm, path)
+    if is_directory:
+        path = posixpath.join(path, own_name)
+        is_directory = _is_directory(api, there.vm, path) if is_tree else None
+    if is_tree and is_directory is False:
+        raise errors.BadRequestError(
+            f"{path} in {there.vm} is not a directory, and {source} is one", hint=_NO_DIRECTORY_THERE
+        )
     return posixpath.split(path)
 
 
-def _is_directory(api: client.Client, vm: str, path: str) -> bool:
-    """By the first member of its archive: this works in a guest without any program."""
+def _is_directory(api: client.Client, vm: str, path: str) -> bool | None:
+    """By the first member of its archive, which needs no program in the guest. None where nothing is."""
     from banger import archive as archives
 
     try:
         with _fetched(api, vm, path, follow_link=True) as pieces:
             return archives.begins_with_directory(pieces)
     except errors.NotFoundError:
-        return False
+        return None
 
 
 def _out_of(
     settings: command.Settings, here: Place, there: Place, *, follow_link: bool
 ) -> transfers.Transferred:
     api = settings.client()
+    if not posixpath.normpath(here.path).strip("/"):
+        raise errors.BadRequestError(
+            f"all of {here.vm} cannot be copied: it has what its kernel makes up, such as /proc",
+            hint=f"its root disk is: `banger vm exec {here.vm} -- {_ROOT_DISK} > {here.vm}.tar`",
+        )
     if there.is_pipe:
         if sys.stdout.isatty():
             raise errors.BadRequestError("a tar stream is not for terminals", hint="pipe it: `… - | tar -x`")
