@@ -23,8 +23,8 @@ from hypothesis import strategies
 from websockets import frames, streams
 
 import banger
-from banger.cli import attach, bootstrap, command, exits, main, render, vm_workspace, websocket
-from banger.contract import egress, errors, resources, sizes
+from banger.cli import attach, bootstrap, command, exits, gc, main, render, vm_workspace, websocket
+from banger.contract import egress, errors, inventory, resources, sizes
 from banger.owner import config, defaults
 
 # --- sizes ---
@@ -142,6 +142,19 @@ def test_a_table_fits_a_terminal_and_is_whole_in_a_pipe(
     monkeypatch.setenv("COLUMNS", str(columns))
     found = render.table(["NAME", "AGE", "WHO"], [["web", "5 days", "dev"]], dispensable=["AGE"])
     assert found == shown
+
+
+def test_what_gc_names_is_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stands behind a path, and banger breaks none: so it can be copied, however long it is."""
+    path = "/var/lib/banger/images/0123456789ab/rootfs.ext4"
+    why = "kept while web exists, which needs it"
+    thing = inventory.Thing(inventory.Kind.IMAGE, path, why, owner="base")
+    found = inventory.Inventory((thing,))
+    assert f"image   {path}   base    {why}" in gc._shown(found, (), explain=True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = gc._shown(found, (), explain=True).split("\n")
+    assert shown[:3] == [f"image  {path}", "       base: kept while web exists,", "       which needs it"]
 
 
 def test_a_long_text_goes_on_below_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -53,7 +53,8 @@ def _shown(found: inventory.Inventory, removed: Sequence[inventory.Thing], *, ex
     things = found.things if explain else found.leftovers
     if things:
         rows = [(thing.kind, thing.name, _owner(thing), thing.why) for thing in things]
-        lines.append(render.table(("KIND", "NAME", "OWNER", "WHY"), rows))
+        table = render.table(("KIND", "NAME", "OWNER", "WHY"), rows)
+        lines += [table] if render.fits(table) else _one_by_one(things)
     left = len(found.leftovers)
     if left:
         total = f"{left} left over; `banger gc --apply` takes them away"
@@ -61,6 +62,14 @@ def _shown(found: inventory.Inventory, removed: Sequence[inventory.Thing], *, ex
     else:
         lines.append(f"{sizes.counted(len(found.things), 'thing')}, and each has its owner")
     return "\n".join(lines)
+
+
+def _one_by_one(things: Sequence[inventory.Thing]) -> Iterator[str]:
+    """On a narrow terminal: each name ends its line, so that a path can be copied whole."""
+    width = max(len(thing.kind) for thing in things)
+    for thing in things:
+        why = render.hanging(render.safe(f"{_owner(thing)}: {thing.why}"), width + 2)
+        yield f"{thing.kind:<{width}}  {render.safe(thing.name)}\n{' ' * (width + 2)}{why}"
 
 
 def _owner(thing: inventory.Thing) -> str:

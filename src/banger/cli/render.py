@@ -75,6 +75,11 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, dispensable:
     return "\n".join(between.join(row[at].ljust(width) for at, width in places).rstrip() for row in cells)
 
 
+def fits(text: str) -> bool:
+    """Whether no line of it goes on in the terminal's next one; a pipe takes any."""
+    return not sys.stdout.isatty() or all(len(line) <= _columns() for line in text.splitlines())
+
+
 def _columns() -> int:
     """As shutil.get_terminal_size() has it, without what it takes to load that."""
     said = os.environ.get("COLUMNS", "")
