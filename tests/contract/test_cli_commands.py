@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -143,6 +144,24 @@ def test_interrupted_start_is_cancelled(cli: cli_process.Cli, fake: daemon.FakeD
         said = process.stderr.read().decode()
     assert said.count("was cancelled") == 2
     assert {running.operation.status for running in fake.operations.values()} == {"cancelled"}
+
+
+def test_more_vms_than_a_process_may_have_files_are_waited_for(
+    cli: cli_process.Cli, fake: daemon.FakeDaemon
+) -> None:
+    """Each has a connection of its own; the limit that shells set is low, and may be raised."""
+    fake.behaviour.stay_in_stage = "start"
+    names = [f"v{number}" for number in range(60)]
+    for name in names:
+        fake.add_vm(name, "stopped")
+    few = (32, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    with cli.started("vm", "start", *names) as process:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, few)
+        assert process.stderr is not None
+        heard = [process.stderr.readline() for _ in names]
+        process.send_signal(signal.SIGINT)
+        said = b"".join([*heard, *process.stderr]).decode()
+    assert said.count("was cancelled") == len(names), said
 
 
 def test_interrupted_stop_goes_on_in_the_daemon(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:

@@ -21,6 +21,8 @@ from banger.contract import errors, resources
 
 _SILENCE_S: Final = 3600.0
 """Work that says how far it is may take as long as it likes: a pull over a slow line does."""
+_FILES_BESIDES: Final = 32
+"""What a command has open besides a connection for each operation."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -152,6 +154,8 @@ class _Watch:
         self, api: client.Client, operations: Sequence[resources.Operation], *, bound: bool
     ) -> None:
         self.heard: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
+        if len(operations) > 1:
+            _allow_files(len(operations) + _FILES_BESIDES)
         for index, operation in enumerate(operations):
             arguments = (api, index, operation.id, bound)
             threading.Thread(target=self._read, args=arguments, daemon=True).start()
@@ -166,6 +170,16 @@ class _Watch:
             raise errors.UnavailableError(text, hint="`banger vm list` shows what became of it")
         except BaseException as error:
             self.heard.put((index, error))
+
+
+def _allow_files(count: int) -> None:
+    """The limit that a shell sets is for programs that use select(2), and may be raised: getrlimit(2)."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < room:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
 
 
 Submit = Callable[[], Sequence[resources.Operation]]
