@@ -199,6 +199,8 @@ def run(
             bufsize=0,
         )
     except OSError as error:
+        if cwd is not None and Path(error.filename or "") == cwd:
+            raise errors.OperationFailedError(f"cannot work in {cwd}: {error.strerror}") from error
         raise errors.MissingToolError(
             f"cannot start {program}: {error.strerror}", hint="check its mode"
         ) from error

@@ -21,9 +21,10 @@ from tests.fakes import daemon
 
 STRANGER = """
 import importlib, locale, os, pkgutil, sys
-from banger import cli
-for each in pkgutil.iter_modules(cli.__path__, "banger.cli."):
-    importlib.import_module(each.name)
+from banger import archive, cli, workspace
+for package in (cli, workspace):
+    for each in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(each.name)
 from banger.cli import main
 os.setgroups([])
 os.setuid(65534)
@@ -380,7 +381,7 @@ def test_no_daemon_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_stranger_is_told_whose_socket_it_is(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     """As nobody, after the imports: an interpreter in somebody's home is closed to others too."""
     fake.path.parent.chmod(0o700)
-    done = _as_nobody(cli, "vm", "list")
+    done = as_nobody(cli, "vm", "list")
     assert done.returncode == 1
     assert b"you may not use" in done.stderr
 
@@ -401,12 +402,12 @@ def test_no_command_of_the_owners_needs_root(
     """Whoever may use the socket: here nobody, who has no home either."""
     fake.path.parent.chmod(0o755)
     fake.path.chmod(0o666)
-    done = _as_nobody(cli, *words)
+    done = as_nobody(cli, *words)
     assert (done.returncode, done.stderr if done.returncode else b"") == (0, b"")
     assert said in done.stdout
 
 
-def _as_nobody(cli: cli_process.Cli, *words: str) -> subprocess.CompletedProcess[bytes]:
+def as_nobody(cli: cli_process.Cli, *words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-c", STRANGER, *words],
         env=cli.environment(HOME="/nonexistent"),

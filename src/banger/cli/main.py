@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -138,11 +139,36 @@ def _failed(error: BaseException, *, json: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
+    if isinstance(error, OSError) and (refused := _of_path(error)) is not None:
+        return _report(refused, exits.FAILED, json=json)
     fault = errors.OperationFailedError(
         f"unexpected error: {type(error).__name__}: {error}",
         hint="this is a fault in banger; BANGER_DEBUG=1 shows where",
     )
     return _report(fault, exits.FAILED, json=json)
+
+
+def _of_path(error: OSError) -> errors.BangerError | None:
+    """A path of the user's that cannot be used, or that the directory they are in is gone."""
+    import errno
+
+    from banger.contract import errors
+
+    if error.filename is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.getcwd()
+            return None
+        return errors.OperationFailedError("the directory that you are in is gone", hint="go to another")
+    if error.errno not in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+    ):
+        return None
+    return errors.OperationFailedError(f"{os.fsdecode(error.filename)}: {error.strerror}")
 
 
 def _report(error: errors.BangerError, status: int, *, json: bool) -> int:

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 _COMPLETION_S: Final = 1.0
 
 
+def lack_of(path: str | os.PathLike[str]) -> str:
+    """Why there is nothing at a path of this host, after its name; nothing where something is."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be looked at: {error.strerror}"
+    return ""
+
+
 class _Name(click.ParamType[str]):
     """A name of something the daemon has; completing it is quick, and silent when it does not answer."""
 

@@ -126,8 +126,8 @@ def _into(
         directory, pieces = there.path, _counted(_piped(), report, total=_piped_bytes())
     else:
         source = Path(here.path)
-        if not os.path.lexists(source):
-            raise errors.BadRequestError(f"{source} does not exist")
+        if lack := params.lack_of(source):
+            raise errors.BadRequestError(f"{source} {lack}")
         if follow_link or here.names_content:
             source = source.resolve()
         if here.names_content:

@@ -292,7 +292,7 @@ def _refuse_what_cannot_be(
             hint=_meant(*words),
         )
     if words and not os.path.isdir(words[0]):
-        what = "is not a directory" if os.path.lexists(words[0]) else "does not exist"
+        what = params.lack_of(words[0]) or "is not a directory"
         raise errors.BadRequestError(
             f"repository {words[0]} {what}",
             hint=_meant(words[0]),

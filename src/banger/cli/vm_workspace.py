@@ -124,7 +124,7 @@ def export(
     request = transfers.ExportRequest(path=guest_path, base=base_commit)
     with workspaces.exported(settings.client(), name, request) as (_, pieces):
         counted = _Measured(pieces)
-        if target is not None:
+        if target is not None and str(target) != "-":
             receiving.write_file(target, counted)
         else:
             for piece in counted:

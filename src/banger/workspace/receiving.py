@@ -8,6 +8,7 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -147,7 +148,12 @@ def _set_branch(repository: repositories.Repository, branch: str, head: str, bef
 
 
 def write_file(path: Path, pieces: Iterable[bytes]) -> int:
-    """A new file appears whole or not at all; one that is there is replaced."""
+    """A new file appears whole or not at all; one that is there is replaced.
+
+    Raises OperationFailedError where there can be none.
+    """
+    if path.is_dir():
+        raise errors.BadRequestError(f"{path} is a directory", hint="name a file in it")
     count = 0
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -157,6 +163,11 @@ def write_file(path: Path, pieces: Iterable[bytes]) -> int:
                 file.write(piece)
                 count += len(piece)
         staged.replace(path)
+    except OSError as error:
+        if error.filename is None or errors.exhausted(error) is not None:
+            raise
+        raise errors.OperationFailedError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink()
     return count
