@@ -324,9 +324,9 @@ async def test_a_vmm_that_hangs_is_ended_within_the_limits(
     assert hung is not None
 
     hung._behaviour = vmm.Behaviour(hangs=True)
-    machine = daemon.services.vms._host
+    machine = daemon.services.vms.endings._host
     limits = dataclasses.replace(machine.limits, flush_s=0.2, power_off_s=0.2)
-    monkeypatch.setattr(daemon.services.vms, "_host", dataclasses.replace(machine, limits=limits))
+    monkeypatch.setattr(daemon.services.vms.endings, "_host", dataclasses.replace(machine, limits=limits))
     assert (await _act(daemon, "stop")).error is None
     states = {vm.name: str(vm.state) for vm in await daemon.services.vms.list()}
     assert states == {"web": "stopped", "other": "running"}

@@ -140,8 +140,8 @@ async def test_whoever_stops_a_guest_that_does_not_go_down_is_told_what_may_be_l
     fake = daemon.world.vm(created.id).vmm
     assert fake is not None
     fake._behaviour = deaf
-    vms = daemon.services.vms
-    monkeypatch.setattr(vms, "_host", dataclasses.replace(vms._host, limits=conftest.IMPATIENT.limits))
+    ends = daemon.services.vms.endings
+    monkeypatch.setattr(ends, "_host", dataclasses.replace(ends._host, limits=conftest.IMPATIENT.limits))
     (note,) = await _notes(daemon, await daemon.services.vms.stop("web"))
     assert "web did not go down by itself" in note
     assert await _notes(daemon, await daemon.services.vms.stop("web")) == [], "it does not run"
