@@ -13,7 +13,7 @@ from tests.fakes import registry as registries
 
 BASE = b"\x1f\x8b base " + bytes(range(256)) * 20_000
 TOP = b"\x28\xb5\x2f\xfd top " + b"0123456789" * 5_000
-LIMITS = connections.Limits(connect_s=2, silence_s=0.5, attempts=3, first_wait_s=0.01, longest_wait_s=0.5)
+LIMITS = connections.Limits(connect_s=20, silence_s=20, attempts=3, first_wait_s=0.01, longest_wait_s=0.5)
 
 
 class Watch:

@@ -11,7 +11,7 @@ import pytest
 from websockets import exceptions
 from websockets.asyncio import client as websockets
 
-from banger.contract import errors, resources
+from banger.contract import errors, guest, resources
 from tests.contract import api_served, conftest
 
 Served = api_served.Served
@@ -50,7 +50,7 @@ async def test_a_command_takes_its_own_vm_along_and_no_other_of_that_name(served
     daemon = served.daemon
     async with served.command("web") as link:
         await link.send(_request("true", remove=True, hold=True))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not daemon.services.vms._store.throw_aways():  # noqa: ASYNC110 - nothing says that it read it
                 await asyncio.sleep(0.005)
         await daemon.done(await daemon.services.vms.delete("web"))
@@ -96,30 +96,44 @@ async def test_twenty_commands_at_once(served: Served) -> None:
 async def test_a_client_that_goes_away_takes_its_vm_along_when_asked(served: Served) -> None:
     link = await served.command("web")
     await link.send(_request("cat", remove=True))
-    await asyncio.sleep(0.05)
+    await link.send(b"here")
+    assert await link.recv() == b"\x01here"
     link.transport.abort()
     await _wait_until_deleted(served)
 
 
 async def test_a_client_is_missed_even_while_its_input_waits(served: Served) -> None:
     """The command reads nothing, so the daemon stopped reading; only the kernel can say that it left."""
+    begun = asyncio.Event()
+
+    async def heard(_kind: guest.FrameType, _part: str) -> None:
+        begun.set()
+
+    served.daemon.world.behaviour.on_agent = heard
     link = await served.command("web")
     await link.send(_request("deaf", remove=True))
-    flood = asyncio.create_task(_flood(link))
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(30):
+        await begun.wait()
+        sent: list[int] = []
+        flood = asyncio.create_task(_flood(link, sent))
+        before = -1
+        while len(sent) != before:
+            before = len(sent)
+            await asyncio.sleep(0.3)  # nothing says that nobody reads on
     flood.cancel()
     link.transport.abort()
     await _wait_until_deleted(served)
 
 
-async def _flood(link: websockets.ClientConnection) -> None:
+async def _flood(link: websockets.ClientConnection, sent: list[int]) -> None:
     while True:
         await link.send(bytes(_MIB // 2))
+        sent.append(_MIB // 2)
 
 
 async def _wait_until_deleted(served: Served) -> None:
     operations = served.daemon.services.operations
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         # Nothing announces the start of an operation.
         while not any(each.kind == "vm.delete" for each in operations.list()):  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -208,6 +208,7 @@ def _says_nothing(handler: registries._Handler) -> None:
 
 
 async def test_silence_is_an_error_that_says_so(client: Client) -> None:
+    client.limits = dataclasses.replace(LIMITS, silence_s=0.5)
     client.registry.faults += [registries.on("/manifests/v1", times=9, then=_says_nothing)]
     with pytest.raises(errors.DeadlineError, match="went silent"):
         await client.pull()

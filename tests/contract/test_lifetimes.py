@@ -93,9 +93,12 @@ async def test_a_running_vm_is_given_limits_and_lives_longer_at_once(served: api
 async def test_a_vm_is_stopped_after_a_warning_and_says_why(
     served: api_served.Served, caplog: pytest.LogCaptureFixture, limit: str
 ) -> None:
-    await banger(served, "vm", "create", "web", limit, "2s")
+    await banger(served, "vm", "create", "web")
     async with served.command("web") as link:
         await link.send(json.dumps({"argv": ["cat"], "tty": True, "notices": True}))
+        await link.send(b"here")
+        assert await link.recv() == b"\x01here"
+        await banger(served, "vm", "set", "web", limit, "2s")
         said: list[dict[str, Any]] = []
         async with asyncio.timeout(30):
             async for message in link:
@@ -106,7 +109,7 @@ async def test_a_vm_is_stopped_after_a_warning_and_says_why(
     assert "`banger vm extend web` keeps it running" in warning["notice"]
     assert stopping["notice"].startswith("web is being stopped: it had ")
     assert end["error"]["code"] == "unavailable"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         for operation in served.daemon.services.operations.list():
             await served.daemon.services.operations.wait(operation.id)
     vm = await shown(served)
@@ -123,8 +126,16 @@ async def test_a_vm_is_stopped_after_a_warning_and_says_why(
 
 
 async def test_a_warning_reaches_who_works_in_the_vm(served: api_served.Served) -> None:
-    await banger(served, "vm", "create", "web", "--ttl", "2s")
-    done = await asyncio.to_thread(_cat_until_the_end, cli_process.Cli(served.path))
+    await banger(served, "vm", "create", "web")
+    with cli_process.Cli(served.path).started("vm", "exec", "web", "--", "cat") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"here")
+        assert await asyncio.to_thread(process.stdout.read, 4) == b"here"
+        await banger(served, "vm", "set", "web", "--ttl", "2s")
+        await asyncio.to_thread(process.wait, cli_process.DEADLINE_S)
+        done = process.stderr.read().decode()
     assert "banger: web stops in " in done
     assert "banger: web is being stopped: it had lived for its 2 seconds" in done
 
@@ -145,13 +156,6 @@ async def test_who_works_in_a_vm_hears_that_somebody_else_ends_it(
         heard = [json.loads(message) async for message in link if isinstance(message, str)]
     assert heard[0] == {"notice": f"web is being {said}"}
     assert "error" in heard[-1] or "exit_status" in heard[-1]
-
-
-def _cat_until_the_end(cli: cli_process.Cli) -> str:
-    with cli.started("vm", "exec", "web", "--", "cat") as process:
-        assert process.stderr is not None
-        process.wait(30)
-        return bytes(process.stderr.read()).decode()
 
 
 async def test_a_time_to_live_survives_its_daemon(paths: config.Paths, world: worlds.World) -> None:

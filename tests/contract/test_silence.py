@@ -16,15 +16,21 @@ from tests.contract import api_served, cli_process, conftest
 from tests.fakes import world as worlds
 
 SILENCE_S = 0.2
+LONG_S = 60.0
+"""So long may a busy machine keep an agent from answering that is well."""
 
 
 @pytest.fixture(params=[False, True], ids=["an agent", "an old agent"])
 async def served(
-    request: pytest.FixtureRequest, paths: config.Paths, world: worlds.World
+    request: pytest.FixtureRequest,
+    paths: config.Paths,
+    world: worlds.World,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[api_served.Served]:
-    """A daemon that calls an agent silent very soon, with one VM."""
+    """A daemon with one VM, which it asks often, and calls silent very soon once it falls silent."""
     world.behaviour.is_old = request.param
-    settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=SILENCE_S)
+    monkeypatch.setattr(silence, "_ASKED_WITHIN", 3 * LONG_S / SILENCE_S)
+    settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=LONG_S)
     async with composition.compose(settings, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
         await daemon.create()
@@ -42,8 +48,14 @@ async def _until(served: api_served.Served, is_so: Callable[[resources.Vm], bool
             await asyncio.sleep(0.02)
 
 
+def _count_as_silent_after(daemon: conftest.Daemon, seconds: float) -> None:
+    """Those that are asked already are asked as often as before."""
+    daemon.services.vms.endings.live.agents._silent_after_s = seconds
+
+
 async def _falls_silent(served: api_served.Served) -> resources.Vm:
     served.daemon.world.behaviour.silent = True
+    _count_as_silent_after(served.daemon, SILENCE_S)
     return await _until(served, lambda vm: vm.silent_since is not None)
 
 
@@ -66,8 +78,10 @@ async def test_a_silent_agent_shows_and_so_does_its_coming_back(
     assert vm.last_error.message.startswith("the agent of web has been silent since 2")
     listed = await served.get("/v1/vms", list[resources.Vm])
     assert [each.state for each in listed] == [resources.VmState.ERROR]
+    await _until(served, lambda _: bool(_said(caplog)))
     await asyncio.sleep(4 * SILENCE_S)  # silence that goes on must not go on being said
     served.daemon.world.behaviour.silent = False
+    _count_as_silent_after(served.daemon, LONG_S)
     vm = await _until(served, lambda vm: vm.silent_since is None and len(_said(caplog)) > 1)
     assert (vm.state, vm.last_error) == (resources.VmState.RUNNING, None)
     assert _said(caplog) == ["the agent is silent", "the agent answers again"]
