@@ -78,7 +78,7 @@ async def screen(guest: Guest, short_path: Path) -> AsyncIterator[Screen]:
 
 def _shell_in_guest(screen: Screen) -> None:
     screen.type("banger vm exec --cwd / --env PS1='inside> ' web -- sh -i\n")
-    screen.see("inside>")
+    screen.see("\ninside>")  # the prompt, and not the words above that make it
 
 
 async def test_a_shell_its_size_and_ctrl_c(screen: Screen) -> None:
@@ -87,6 +87,8 @@ async def test_a_shell_its_size_and_ctrl_c(screen: Screen) -> None:
         screen.type("stty size\n")
         screen.see("24 80")
         screen.resize(100, 30)
+        # It travels on its own, and what is typed may overtake it.
+        screen.type('until [ "$(stty size)" = "$((20 + 10)) 100" ]; do sleep 0.1; done\n')
         screen.type("clear; stty size\n")
         screen.see("30 100")
         # Until the shell has given the terminal to the command, Ctrl-C is the shell's own.
