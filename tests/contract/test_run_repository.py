@@ -354,7 +354,8 @@ async def test_a_command_that_takes_too_long_is_ended(guest: Guest) -> None:
     assert done.err == ""
     stubborn = "trap '' TERM; echo ready; while :; do sleep 1; done"
     words = ("vm", "exec", "--timeout", "1", "web", "--", "sh", "-c", stubborn)
-    assert (await guest.banger(*words, status=124)).text == "ready\n"
+    # On a busy machine its time may be over before it has said a word.
+    assert (await guest.banger(*words, status=124)).text in ("ready\n", "")
     await guest.banger("vm", "exec", "--timeout", "1m", "web", "--", "true")
     await guest.banger("vm", "exec", "--timeout", "soon", "web", "--", "true", status=2)
 
