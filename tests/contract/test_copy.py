@@ -11,6 +11,7 @@ import shlex
 import stat
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -274,3 +275,58 @@ async def test_set_user_id_does_not_come_out_of_a_guest(guest: Guest, tmp_path: 
     (tmp_path / "su").chmod(0o6755)
     await guest.banger("vm", "cp", f"web:{tmp_path / 'su'}", f"{tmp_path}/out")
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+def wait_for_file(path: Path) -> None:
+    """Nothing tells of one, so we look."""
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+async def test_a_stream_in_hears_that_its_vm_is_gone_while_nothing_comes(
+    guest: Guest, tmp_path: Path
+) -> None:
+    """As of a tar that is slow, or of somebody who types: there need be nothing to send for that."""
+    cli = cli_process.Cli(guest.served.path)
+    (tmp_path / "file").write_bytes(bytes(2 << 20))
+    begun = await guest.banger("vm", "cp", f"web:{tmp_path}/file", "-")
+    copying = await asyncio.create_subprocess_exec(
+        *cli.argv("vm", "cp", "-", f"web:{tmp_path}/inside"),
+        env=cli.environment(),
+        stdin=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert copying.stdin is not None
+    copying.stdin.write(begun.out[: 1 << 20])
+    async with asyncio.timeout(20):
+        await asyncio.to_thread(wait_for_file, tmp_path / "inside/file")
+        await guest.served.done("POST", "/v1/vms/web/stop")
+        assert copying.stderr is not None
+        assert "closed the connection" in (await copying.stderr.read()).decode()
+        assert await copying.wait() == 1
+
+
+async def test_what_is_not_in_the_guest_makes_no_directory_here(guest: Guest, tmp_path: Path) -> None:
+    await guest.banger("vm", "cp", "web:/nonexistent/.", f"{tmp_path}/new", status=1)
+    assert not (tmp_path / "new").exists()
+
+
+async def test_a_stream_out_waits_for_a_pipe_that_does_not_block(guest: Guest, tmp_path: Path) -> None:
+    """Another program that has it too may have made it so, as node does."""
+    (tmp_path / "file").write_bytes(os.urandom(2 << 20))
+    cli = cli_process.Cli(guest.served.path)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    copying = await asyncio.create_subprocess_exec(
+        *cli.argv("vm", "cp", f"web:{tmp_path}/file", "-"), env=cli.environment(), stdout=writer
+    )
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        data = await asyncio.to_thread(pipe.read)
+    assert await copying.wait() == 0
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        content = tar.extractfile("file")
+        assert content is not None
+        assert content.read() == (tmp_path / "file").read_bytes()

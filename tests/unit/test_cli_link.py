@@ -22,3 +22,16 @@ def test_input_that_another_process_took_has_not_ended() -> None:
         os.write(writer, b"x")
         joined.move({reader})
         assert joined.channel.pending_bytes
+
+
+def test_output_for_which_another_process_left_no_room_waits() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0) as taken, os.fdopen(writer, "wb"):
+        os.set_blocking(writer, False)
+        full = os.write(writer, bytes(1 << 20))
+        held = bytearray(b"more")
+        link.write(writer, held)
+        assert held == b"more"
+        taken.read(full)
+        link.write(writer, held, 3)
+        assert (taken.read(9), bytes(held)) == (b"mor", b"e")

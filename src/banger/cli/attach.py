@@ -120,8 +120,7 @@ class _Output:
             self.held += data
 
     def write(self) -> None:
-        written = os.write(self.fd, memoryview(self.held)[: self._piece])
-        del self.held[:written]
+        link.write(self.fd, self.held, self._piece)
 
 
 class Kept(_Output):

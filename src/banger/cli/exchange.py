@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import select
 from collections.abc import Iterable, Iterator
 from typing import Final, TypeVar
@@ -71,6 +72,20 @@ class Exchange:
                 return
             yield message.data
 
+    def read(self, fd: int) -> bytes:
+        """What comes next from a descriptor of ours, and nothing at its end, to be sent. Raises what the
+        daemon says meanwhile."""
+        while True:
+            poller = select.poll()
+            poller.register(fd, select.POLLIN)
+            poller.register(self._channel, self._wanted(writing=bool(self._channel.pending_bytes)))
+            ready = dict(poller.poll())
+            self._move(ready.pop(self._channel.fileno(), 0))
+            self._raise_what_was_heard()
+            with contextlib.suppress(BlockingIOError):  # another process that shares it was quicker
+                if ready:
+                    return os.read(fd, _PIECE_BYTES)
+
     def _next(self) -> websocket.Message:
         while not self._heard:
             self._turn(writing=bool(self._channel.pending_bytes))
@@ -79,22 +94,32 @@ class Exchange:
     def _flush(self, keep_bytes: int = 0) -> None:
         while self._channel.pending_bytes > keep_bytes:
             self._turn(writing=True)
-            if self._heard and self._heard[0].opcode is websocket.Opcode.TEXT:
-                _raise_if_failed(self._heard[0])
-            if self._channel.at_end:  # what is pending goes nowhere, whatever else was heard before
-                for message in self._heard:
-                    _raise_if_failed(message)
-                raise _lost()
+            self._raise_what_was_heard()
+
+    def _raise_what_was_heard(self) -> None:
+        """While there is more to send: an early word is a refusal."""
+        if self._heard and self._heard[0].opcode is websocket.Opcode.TEXT:
+            _raise_if_failed(self._heard[0])
+        if self._channel.at_end:  # what is pending goes nowhere, whatever else was heard before
+            for message in self._heard:
+                _raise_if_failed(message)
+            raise _lost()
 
     def _turn(self, *, writing: bool) -> None:
         poller = select.poll()
-        poller.register(self._channel, select.POLLIN | (select.POLLOUT if writing else 0))
+        poller.register(self._channel, self._wanted(writing=writing))
         for _, events in poller.poll():
-            if events & select.POLLOUT:
-                with contextlib.suppress(ConnectionError):  # reading says what came before it
-                    self._channel.flush()
-            if events & ~select.POLLOUT:
-                self._receive()
+            self._move(events)
+
+    def _wanted(self, *, writing: bool) -> int:
+        return select.POLLIN | (select.POLLOUT if writing else 0)
+
+    def _move(self, events: int) -> None:
+        if events & select.POLLOUT:
+            with contextlib.suppress(ConnectionError):  # reading says what came before it
+                self._channel.flush()
+        if events & ~select.POLLOUT:
+            self._receive()
 
     def _receive(self) -> None:
         for message in self._channel.receive():

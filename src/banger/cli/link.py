@@ -75,6 +75,14 @@ class Link:
             self.end_input()
 
 
+def write(fd: int, held: bytearray, size: int = PIECE_BYTES) -> None:
+    """The begin of `held`, as much as is taken: nothing where another process that shares a descriptor that
+    does not block was quicker."""
+    with contextlib.suppress(BlockingIOError):
+        written = os.write(fd, memoryview(held)[:size])
+        del held[:written]
+
+
 def decode(data: bytes, kind: type[_T]) -> _T:
     """Raises ProtocolError."""
     try:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from typing import Any
 
@@ -15,6 +17,19 @@ def json(value: Any) -> None:
     """One document. `value` is whatever msgspec encodes."""
     text = render.json_text(msgspec.json.format(msgspec.json.encode(value), indent=2))
     sys.stdout.write(text + "\n")
+
+
+def raw(data: bytes) -> None:
+    """Bytes as they are, at once. Waits where stdout does not block: who shares it may have made it so."""
+    sys.stdout.flush()
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(1, view) :]
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(1, select.POLLOUT)
+            poller.poll()
 
 
 def text(value: str) -> None:

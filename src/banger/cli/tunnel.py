@@ -7,7 +7,6 @@ The slowest side sets the pace.
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 
 import msgspec
@@ -43,8 +42,7 @@ class _Passage:
     def _turn(self) -> None:
         ready = dict(self._poller().poll())
         if 1 in ready:
-            written = os.write(1, memoryview(self._held)[: link.PIECE_BYTES])
-            del self._held[:written]
+            link.write(1, self._held)
         self._link.move(ready)
         if self._link.channel.at_end and not self._over:
             hint = "see `journalctl -u bangerd`"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import posixpath
 import stat
@@ -123,7 +124,7 @@ def _into(
     api = settings.client()
     report = _report(settings, there.vm)
     if here.is_pipe:
-        directory, pieces = there.path, _counted(_piped(), report, total=_piped_bytes())
+        directory, packed = there.path, None
     else:
         source = Path(here.path)
         if lack := params.lack_of(source):
@@ -137,12 +138,12 @@ def _into(
         else:
             directory, name = _place_in_guest(api, there, source)
         total = archives.content_bytes(archives.walk(source, name))
-        pieces = archives.packed(archives.walk(source, name), lambda count: report(_COPYING, count, total))
+        packed = archives.packed(archives.walk(source, name), lambda count: report(_COPYING, count, total))
     owner = None if archive or here.is_pipe else 0
     try:
         with exchange.opened(api, f"/v1/vms/{client.segment(there.vm)}/put") as talk:
             talk.tell(transfers.PutRequest(path=directory, uid=owner, gid=owner))
-            talk.send(pieces)
+            talk.send(packed or _counted(_piped(talk), report, total=_piped_bytes()))
             done = talk.hear(transfers.Transferred)
     except errors.BangerError as error:
         if _NO_ARCHIVE in error.message:
@@ -202,8 +203,7 @@ def _out_of(
         try:
             with _fetched(api, here.vm, here.path, follow_link=follow_link) as archive:
                 for piece in _counted(archive, report, silent_bytes=_LISTED_BYTES):
-                    sys.stdout.buffer.write(piece)
-                sys.stdout.buffer.flush()
+                    output.raw(piece)
         finally:
             report.close()
         _refuse_shrunk(here.vm, archive.done)
@@ -230,10 +230,13 @@ def _unpack(
     report = _report(settings, here.vm)
     try:
         with _fetched(api, here.vm, here.path, follow_link=follow_link) as archive:
+            pieces = iter(archive)
+            first = next(pieces, b"")  # or what refuses it, and then nothing is made
             if is_new:
                 directory.mkdir()
+            pieces = itertools.chain((first,), pieces)
             done = archives.unpack(
-                archive, directory, rename=name, report=lambda count: report(_COPYING, count)
+                pieces, directory, rename=name, report=lambda count: report(_COPYING, count)
             )
     finally:
         report.close()
@@ -295,8 +298,8 @@ def _refuse_shrunk(vm: str, done: transfers.Transferred) -> None:
     raise error
 
 
-def _piped() -> Iterable[bytes]:
-    while piece := os.read(0, 1 << 18):
+def _piped(talk: exchange.Exchange) -> Iterable[bytes]:
+    while piece := talk.read(0):
         yield piece
 
 

@@ -293,8 +293,7 @@ def _show(answer: connection.Answer, *, console_of: str) -> None:
     try:
         for data in _pieces(answer, by_line=sys.stdout.isatty()):
             is_silent = is_silent and data.startswith(_OF_AGENT)
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            output.raw(data)
     finally:
         if is_silent and console_of:
             render.note(

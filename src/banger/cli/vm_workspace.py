@@ -128,8 +128,7 @@ def export(
             receiving.write_file(target, counted)
         else:
             for piece in counted:
-                sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+                output.raw(piece)
     if not counted.bytes:
         render.note(f"nothing was changed in {name}: the patch is empty")
 
