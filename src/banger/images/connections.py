@@ -150,27 +150,33 @@ class Connections:
         return self._clients[key]
 
     def _proxy(self, url: httpx.URL) -> str | None:
-        """By the usual variables; a loopback address never goes through one."""
-        if reference.is_loopback(host_of(url)):
-            return None
-        name = f"{url.host}:{url.port}" if url.port else url.host
-        if urllib.request.proxy_bypass_environment(name, self._proxies):  # type: ignore[attr-defined]
-            return None
-        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if not proxy:
-            return None
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        if not _is_address(proxy):  # not shown: what is wrong may be in the password
-            raise errors.BadRequestError(
-                f"the proxy for {url.scheme} is no address",
-                hint=f"in a password write / as %2F, # as %23 and @ as %40; {_PROXY_HINT}",
-            )
-        if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
-            raise errors.BadRequestError(
-                f"the proxy {proxy_address.shown(proxy)} is of a kind that is not supported",
-                hint=_PROXY_HINT,
-            )
-        return proxy
+        return proxy_for(url.scheme, url.host, url.port, self._proxies)
+
+
+def proxy_for(scheme: str, host: str, port: int | None, proxies: Mapping[str, str]) -> str | None:
+    """By the usual variables; a loopback address never goes through one. It may hold a password.
+
+    Raises BadRequestError for one that is no address, or of a kind that is not supported.
+    """
+    if reference.is_loopback(f"[{host}]" if ":" in host else host):
+        return None
+    name = f"{host}:{port}" if port else host
+    if urllib.request.proxy_bypass_environment(name, proxies):  # type: ignore[attr-defined]
+        return None
+    proxy = proxies.get(scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not _is_address(proxy):  # not shown: what is wrong may be in the password
+        raise errors.BadRequestError(
+            f"the proxy for {scheme} is no address",
+            hint=f"in a password write / as %2F, # as %23 and @ as %40; {_PROXY_HINT}",
+        )
+    if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
+        raise errors.BadRequestError(
+            f"the proxy {proxy_address.shown(proxy)} is of a kind that is not supported", hint=_PROXY_HINT
+        )
+    return proxy
 
 
 def address(text: str, base: httpx.URL | None = None) -> httpx.URL:

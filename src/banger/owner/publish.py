@@ -10,27 +10,23 @@ import contextlib
 import ipaddress
 import logging
 import socket
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from banger import steps
 from banger.contract import errors, guest, names, ports
-from banger.net import tcp_server
+from banger.net import carry, tcp_server
 from banger.owner import guest as guests
 from banger.vm import record
 
 _log = logging.getLogger(__name__)
 
 _ANY: Final = "0.0.0.0"  # noqa: S104 - to know it by, not to bind it
-_CHUNK: Final = 256 * 1024
 _CONNECT_S: Final = 10.0
 _MAX_CONNECTIONS: Final = 512
 _MAX_UDP_CLIENTS: Final = 256
 _UDP_IDLE_S: Final = 60.0
-_RESET: Final = struct.pack("ii", 1, 0)
-"""To linger for no time: the kernel then says that the connection is reset."""
 _UDP_QUEUE: Final = 64
 _UDP_UNSENT_BYTES: Final = 256 * 1024
 
@@ -210,16 +206,16 @@ class Publisher:
             port.close = protocol.close
             return
 
-        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                with _reset_on_failure(writer):
+                with carry.reset_on_failure(writer):
                     await _carry_tcp(target, reader, writer)
             except (OSError, errors.BangerError, TimeoutError) as error:
                 _log.debug(
                     "published connection ended", extra={"port": port.publish.place, "error": str(error)}
                 )
 
-        server = tcp_server.TcpServer(carry, most=_MAX_CONNECTIONS, limit=_CHUNK)
+        server = tcp_server.TcpServer(serve, most=_MAX_CONNECTIONS, limit=carry.CHUNK)
         server.start(port.socket)
         port.close = server.close
 
@@ -278,55 +274,20 @@ async def _end(port: _Port) -> None:
 async def _carry_tcp(target: _Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     if target.address:
         async with asyncio.timeout(_CONNECT_S):
-            there, back = await asyncio.open_connection(target.address, target.port, limit=_CHUNK)
+            there, back = await asyncio.open_connection(target.address, target.port, limit=carry.CHUNK)
         try:
             touch = target.client.activity.touch
-            with _reset_on_failure(back):
-                await _both(_pump(reader, back, touch), _pump(there, writer, touch))
+            with carry.reset_on_failure(back):
+                await carry.both(carry.pump(reader, back, touch), carry.pump(there, writer, touch))
         finally:
             back.close()
         return
     async with target.client.connect(guest.ConnectSpec(port=target.port)) as tunnel:
-        await _both(_into(reader, tunnel), _out_of(tunnel, writer))
-
-
-@contextlib.contextmanager
-def _reset_on_failure(writer: asyncio.StreamWriter) -> Iterator[None]:
-    """What was cut off must not end as if all of it had come: many protocols have no other end mark."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # it may be closed already
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        writer.transport.abort()
-        raise
-
-
-async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
-    """Until both have ended; the first that fails ends the other."""
-    async with contextlib.AsyncExitStack():
-        tasks = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _pump(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, touch: Callable[[], None]
-) -> None:
-    while data := await reader.read(_CHUNK):
-        touch()
-        writer.write(data)
-        await writer.drain()
-    if writer.can_write_eof():
-        writer.write_eof()
+        await carry.both(_into(reader, tunnel), _out_of(tunnel, writer))
 
 
 async def _into(reader: asyncio.StreamReader, tunnel: guests.Tunnel) -> None:
-    while data := await reader.read(_CHUNK):
+    while data := await reader.read(carry.CHUNK):
         await tunnel.write(data)
     await tunnel.end()
 
