@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from banger.contract import building, errors, names
 from banger.images import base
 from banger.owner import builder
 from tests.fakes import builder as fakes
+from tests.fakes import origin as origins
 
 WANTED: Final = building.Base(
     arch="x86_64",
@@ -71,6 +73,13 @@ def listening(tmp_path: Path) -> Iterator[fakes.Listening]:
     made.close()
 
 
+@pytest.fixture
+def origin() -> Iterator[origins.Origin]:
+    made = origins.Origin()
+    yield made
+    made.close()
+
+
 def build(tmp_path: Path, on_line: base.OnLine | None = None, **how: Any) -> Path:
     target = tmp_path / "made.tar"
     builder.Builder(tmp_path / "b.sock", lambda: "op-1", **how)(WANTED, target, on_line)
@@ -84,8 +93,8 @@ def test_a_tar_and_what_is_said_on_the_way(
     listening: fakes.Listening,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
-    monkeypatch.setenv("LD_PRELOAD_proxy", "/tmp/evil.so")
+    monkeypatch.setenv("SSL_CERT_FILE", "/etc/ssl/ours.pem")
+    monkeypatch.setenv("SSL_CERT_KEY", "/etc/ssl/ours.key")
     mmdebstrap('env >$marks/env; echo first >&2; echo second >&2; head -c 1000000 /dev/zero >"$tar"')
     lines: list[str] = []
     made = build(tmp_path, lines.append)
@@ -100,10 +109,47 @@ def test_a_tar_and_what_is_said_on_the_way(
         "--include=busybox-static,curl=7.88.1-10+deb12u5",
     ]
     seen = dict(line.split("=", 1) for line in (marks / "env").read_text().splitlines())
-    assert seen["http_proxy"] == "http://proxy.example:3128"
-    assert "LD_PRELOAD_proxy" not in builder._environment()
+    assert seen["SSL_CERT_FILE"] == "/etc/ssl/ours.pem"
+    assert "SSL_CERT_KEY" not in builder._environment()
     listening.wait()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_build_is_told_no_proxy_of_ours_but_the_way_out(
+    tmp_path: Path,
+    marks: Path,
+    mmdebstrap: Script,
+    listening: fakes.Listening,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the daemon's proxy wants as a password would else be every package's."""
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy", "no_proxy"):
+        monkeypatch.setenv(name, "http://user:secret@proxy.example:3128")
+    mmdebstrap('env >$marks/env; head -c 10 /dev/zero >"$tar"')
+    build(tmp_path)
+    text = (marks / "env").read_text()
+    assert "secret" not in text
+    seen = dict(line.split("=", 1) for line in text.splitlines() if "_proxy=" in line.lower())
+    assert seen.keys() == set(main._PROXIES)
+    [address] = set(seen.values())
+    assert re.fullmatch(r"http://127\.0\.0\.1:[0-9]+", address)
+
+
+def test_what_a_build_asks_for_is_fetched_by_the_daemon_from_package_sources_alone(
+    tmp_path: Path, marks: Path, mmdebstrap: Script, listening: fakes.Listening, origin: origins.Origin
+) -> None:
+    """Else it would reach what listens on the host's loopback."""
+    mmdebstrap(
+        f"curl -s -w '%{{http_code}}' -o $marks/there {origin.url}/a >$marks/status\n"
+        f"curl -s -w '%{{http_code}}' -o /dev/null http://127.0.0.1:1/ >$marks/refused\n"
+        'head -c 10 /dev/zero >"$tar"'
+    )
+    target = tmp_path / "made.tar"
+    wanted = msgspec.structs.replace(WANTED, mirror=origin.url)
+    builder.Builder(tmp_path / "b.sock")(wanted, target, None)
+    assert (marks / "status").read_text() == "200"
+    assert (marks / "there").read_bytes() == origins.BODY
+    assert (marks / "refused").read_text() == "403"
 
 
 HOSTILE: Final[dict[str, Callable[[dict[str, Any]], object]]] = {
@@ -122,8 +168,9 @@ HOSTILE: Final[dict[str, Callable[[dict[str, Any]], object]]] = {
     "a field that there is not": lambda r: r["base"].update(hook="id"),
     "another field": lambda r: r.update(argv=["id"]),
     "a preloaded library": lambda r: r.update(environment={"LD_PRELOAD": "/tmp/evil.so"}),
+    "a proxy with a password": lambda r: r.update(environment={"http_proxy": "http://u:p@proxy:1"}),
     "another home": lambda r: r.update(environment={"HOME": "/root"}),
-    "a variable on two lines": lambda r: r.update(environment={"http_proxy": "http://p\nX: y"}),
+    "a variable on two lines": lambda r: r.update(environment={"SSL_CERT_DIR": "/x\nX: y"}),
     "an id that is no id": lambda r: r.update(op_id="<3>forged\n"),
 }
 
@@ -321,6 +368,7 @@ LIES: Final = {
     "no JSON": (frame(building.ANSWER, b"{"), "not valid"),
     "deep JSON": (frame(building.ANSWER, b"[" * 100_000), "not valid"),
     "another field": (frame(building.ANSWER, b'{"path":"/etc/passwd"}'), "not valid"),
+    "a way out without a socket": (frame(building.WAY_OUT, b""), "no answer"),
     "no text": (frame(building.ANSWER, b'{"error":{"code":"\xff","message":""}}'), "not valid"),
 }
 
@@ -347,6 +395,47 @@ def test_a_hostile_answer_is_refused(tmp_path: Path, lie: str) -> None:
         build(tmp_path)
     assert caught.value.code in ("protocol", "unavailable")
     assert "journalctl -u 'bangerd-build@*'" in caught.value.hint
+
+
+def handing(kind: bytes, *descriptors: int) -> Callable[[socket.socket], None]:
+    def says(connection: socket.socket) -> None:
+        socket.send_fds(connection, [frame(kind, b"")], descriptors)
+
+    return says
+
+
+def test_a_way_out_that_is_none_is_refused_and_none_stays_open(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.socket())
+        datagrams = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+        file = stack.enter_context(open(os.devnull))
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        unix = stack.enter_context(socket.socket(socket.AF_UNIX))
+        unix.bind(str(tmp_path / "unix"))
+        unix.listen()
+        lies = [(building.WAY_OUT, each.fileno()) for each in (silent, datagrams, file, unix)]
+        lies += [(building.LINE, listener.fileno()), (building.TAR, listener.fileno())]
+        before = os.listdir("/proc/self/fd")
+        for kind, descriptor in lies:
+            with (
+                lying(tmp_path, handing(kind, descriptor)),
+                pytest.raises(errors.ProtocolError, match=r"way out|no answer"),
+            ):
+                build(tmp_path)
+            (tmp_path / "b.sock").unlink()
+            (tmp_path / "made.tar").unlink()
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_second_way_out_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def says(connection: socket.socket) -> None:
+            for _ in range(2):
+                socket.send_fds(connection, [frame(building.WAY_OUT, b"")], [listener.fileno()])
+
+        with lying(tmp_path, says), pytest.raises(errors.ProtocolError, match="a second way out"):
+            build(tmp_path)
 
 
 def endless(kind: bytes, size: int) -> Callable[[socket.socket], None]:

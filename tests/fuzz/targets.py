@@ -110,7 +110,7 @@ def _helper_reply() -> Target:
 def _build() -> Target:
     """Whatever comes is a request whose every word is as it must be, or refused."""
     wanted = building.Base(arch="x86_64", suite="bookworm", variant="minbase", packages=("curl", "a1=2"))
-    seed = msgspec.json.encode(building.Request(base=wanted, environment={"http_proxy": "http://p:1"}))
+    seed = msgspec.json.encode(building.Request(base=wanted, environment={"SSL_CERT_DIR": "/x"}))
 
     def run(data: bytes) -> None:
         here, there = socket.socketpair()
@@ -122,7 +122,9 @@ def _build() -> Target:
         assert not any(word.startswith("-") or "\n" in word for word in words)
         assert all(package[0].isalnum() for package in request.base.packages)
 
-    return Target("build", run, [building.LENGTH.pack(len(seed)) + seed], _OURS, (b'"mirror":"', b"_proxy"))
+    return Target(
+        "build", run, [building.LENGTH.pack(len(seed)) + seed], _OURS, (b'"mirror":"', b"SSL_CERT_")
+    )
 
 
 def _build_answer() -> Target:
@@ -138,7 +140,7 @@ def _build_answer() -> Target:
         with here, there, tempfile.NamedTemporaryFile(dir="/tmp") as tar:
             there.sendall(data)
             there.shutdown(socket.SHUT_WR)
-            builder.receive(here, tar.file, lambda line: None, within_s=1)
+            builder.receive(here, tar.file, lambda line: None, within_s=1, serve=socket.socket.close)
 
     return Target("build-answer", run, [seed], _OURS)
 

@@ -23,10 +23,15 @@ pytestmark = pytest.mark.timeout(300)
 PLACE: Final = "/usr/local/bin"
 HOME: Final = f"/home/{user.NAME}"
 PAIR: Final = ("probe-pair-a", "probe-pair-b")
+SEEN: Final = "/usr/local/share/probe"
+"""What the host tells the attackers, who see nothing of it themselves: its sockets, and who builds."""
+PORT: Final = 8099
 ATTACKER: Final = r"""
 #!/usr/bin/python3
-import contextlib, ctypes, glob, io, json, os, resource, signal, socket, struct, subprocess, sys, tarfile
-PTRACE_ATTACH, IO_URING_SETUP = 16, 425
+import contextlib, ctypes, glob, io, json, os, resource, signal, socket, subprocess, sys, tarfile, time
+import urllib.request
+PR_SET_NAME, PTRACE_ATTACH, IO_URING_SETUP = 15, 16, 425
+SEEN, PORT = "/usr/local/share/probe", 8099
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 def outcome(what):
@@ -45,8 +50,7 @@ def connect(path, kind=socket.SOCK_STREAM):
 def services():
     # Of the host, by the sockets that have a name.
     found = set()
-    paths = [line.split()[-1] for line in open("/proc/self/net/unix") if " /" in line]
-    for path in paths:
+    for path in open(f"{SEEN}/sockets").read().split():
         for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
             with contextlib.suppress(OSError):
                 connect(path, kind)
@@ -58,23 +62,24 @@ def make_setuid():
         os.chmod("suid", 0o4755)
     return oct(os.stat("suid").st_mode)
 
-def other():
-    # Another build's connection: who comes first waits for the second, in the network that they share.
-    ours = socket.socket(socket.AF_UNIX)
-    ours.settimeout(100)
-    while True:
-        try:
-            ours.bind("\0probe")
-            ours.listen()
-            return ours.accept()[0]
-        except OSError:
-            with contextlib.suppress(ConnectionRefusedError):
-                ours.connect("\0probe")
-                return ours
+def others():
+    # Pid, uid, gid and name of each. They share nothing by which one could find another.
+    lines = [line.split() for line in open(f"{SEEN}/builds")]
+    found = [(*map(int, line[:3]), line[3]) for line in lines]
+    return [each for each in found if each[1] != os.getuid()]
 
-def attack(connection):
+def await_other(is_it):
+    for _ in range(1000):
+        found = [each for each in others() if is_it(each)]
+        if found:
+            return found[0]
+        time.sleep(0.1)
+    sys.exit("no other build")
+
+def attack():
     # The other of two builds. Each ends when both have tried.
-    pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    LIBC.prctl(PR_SET_NAME, b"probe-here")
+    pid, uid, gid, _ = await_other(lambda each: each[3].startswith("probe-"))
     found = {
         "its uids": [uid, gid],
         "to see it": outcome(lambda: os.stat(f"/proc/{pid}")),
@@ -86,9 +91,12 @@ def attack(connection):
         "its priority": outcome(lambda: os.setpriority(os.PRIO_PROCESS, pid, 5)),
         "in sight": sorted({os.stat(each).st_uid for each in glob.glob("/proc/[0-9]*")} - {os.getuid()}),
     }
-    connection.sendall(b".")
-    connection.recv(1)
+    LIBC.prctl(PR_SET_NAME, b"probe-done")
+    await_other(lambda each: each[3] == "probe-done")
     return found
+
+def fetched(url):
+    return urllib.request.urlopen(url, timeout=20).read()
 
 def stay():
     # In a session of its own, an orphan, with nothing of the scratch directory in its environment.
@@ -118,6 +126,10 @@ found = {
     "io_uring": outcome(lambda: asked(LIBC.syscall(IO_URING_SETUP, 1, None))),
     "shared memory": outcome(lambda: os.mkdir("/dev/shm/of-a-build")),
     "services": services(),
+    "the host's loopback": outcome(lambda: socket.create_connection(("127.0.0.1", PORT), timeout=20)),
+    "the same by the way out": outcome(lambda: fetched(f"http://127.0.0.1:{PORT}/")),
+    "metadata": outcome(lambda: socket.create_connection(("169.254.169.254", 80), timeout=20)),
+    "the same through the daemon": outcome(lambda: fetched("http://169.254.169.254/")),
     "to resolve a name": outcome(lambda: subprocess.run(
         ["getent", "-s", "dns", "hosts", "x.localhost"], check=True, capture_output=True).stdout.split()[0]),
     "a setuid file": outcome(make_setuid),
@@ -125,7 +137,7 @@ found = {
     "its input": os.readlink("/proc/self/fd/0"),
     "ids": [[int(each) for each in status[kind].split()] for kind in ("Uid", "Gid", "Groups")],
     "rights": f'{int(status["CapPrm"], 16)} {int(status["CapEff"], 16)} {status["NoNewPrivs"].strip()}',
-    "other": attack(other()),
+    "other": attack(),
 }
 tar = next(word for word in sys.argv if word.endswith("/root.tar"))
 with tarfile.open(tar, "w") as file:
@@ -153,13 +165,17 @@ REFUSED: Final = {
     "a device": "FileNotFoundError",
     "the builder's memory": "FileNotFoundError",
     "io_uring": "PermissionError",
+    "the host's loopback": "ConnectionRefusedError",
+    "the same by the way out": "HTTPError",
+    "metadata": "OSError",
+    "the same through the daemon": "HTTPError",
+    "to resolve a name": "CalledProcessError",
 }
 ALLOWED: Final = {
     "a setuid file": "did: '0o104755'",
     "to stay": "did: None",
     "shared memory": "did: None",
-    "services": ["/run/systemd/notify", "/run/systemd/resolve/io.systemd.Resolve"],
-    "to resolve a name": "did: b'::1'",
+    "services": ["/run/systemd/notify"],
     "its input": "/dev/null",
     "rights": "0 0 1",
 }
@@ -179,6 +195,25 @@ kill -STOP $PPID
 exec sleep 1002
 """
 SOON: Final = "/run/systemd/system/bangerd-build@.service.d/soon.conf"
+TELLS: Final = f"""
+mkdir -p {SEEN}
+awk '$NF ~ "^/" {{print $NF}}' /proc/net/unix >{SEEN}/sockets
+while :; do
+  ps -eo pid=,uid=,gid=,comm= | awk '$2 >= {names.BUILD_UIDS[0]} && $2 < {names.UID_BASE}' >{SEEN}/new
+  mv {SEEN}/new {SEEN}/builds
+  sleep 0.1
+done
+"""
+SERVES: Final = (
+    "python3",
+    "-m",
+    "http.server",
+    str(PORT),
+    "--bind",
+    "127.0.0.1",
+    "--directory",
+    "/usr/share",
+)
 GONE: Final = f"""
 for turn in $(seq 100); do
   left="$(ps -eo uid=,args= | awk '$1 >= {names.BUILD_UIDS[0]} && $1 <= {names.UID_BASE}'
@@ -227,12 +262,17 @@ def builds(installed_host: Lab) -> Iterator[tuple[Built, Built]]:
     installed_host.run(
         ["sh", "-c", "touch /var/tmp/of-the-host; systemctl show -P MainPID bangerd >/etc/probe-daemon"]
     )
+    installed_host.run(["systemd-run", "--quiet", "--unit=probe-tells", "sh", "-c", TELLS])
+    installed_host.run(["systemd-run", "--quiet", "--unit=probe-serves", *SERVES])
+    served = ("curl", "-sSf", "--retry", "60", "--retry-connrefused", "--retry-delay", "1", "-o/dev/null")
+    installed_host.run([*served, f"http://127.0.0.1:{PORT}/"])
     commands = [("image", "build", f"{HOME}/{name}.toml") for name in PAIR]
     with attacked(installed_host, ATTACKER, *PAIR):
         one, two = user.at_once(installed_host, commands, timeout_s=240)
     yield reported(installed_host, PAIR[0], one), reported(installed_host, PAIR[1], two)
     user.banger(installed_host, "image", "delete", *PAIR, check=False)
-    installed_host.run(["rm", "-f", "/var/tmp/of-the-host", "/etc/probe-daemon"])
+    installed_host.run(["systemctl", "stop", "probe-tells", "probe-serves"])
+    installed_host.run(["rm", "-rf", "/var/tmp/of-the-host", "/etc/probe-daemon", SEEN])
 
 
 def reported(host: Lab, name: str, ended: user.Ended) -> Built:

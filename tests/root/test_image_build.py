@@ -11,7 +11,6 @@ import asyncio
 import ctypes
 import os
 import platform
-import socket
 import stat
 import subprocess
 import tarfile
@@ -19,12 +18,10 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from banger import run, workers
-from banger.builder import main
 from banger.contract import names
 from banger.images import bundle, flatten, publish, recipe
 from banger.images import records as image_records
@@ -34,7 +31,7 @@ from banger.kernels import records as kernel_records
 from banger.owner import builder, pulls
 from tests import ext4_read
 from tests.lab import documents
-from tests.root import compared
+from tests.root import build_unit, compared
 
 TREE = Path(__file__).parents[2]
 NOBODY = 65534
@@ -86,30 +83,6 @@ def as_nobody(home: Path, work: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def become_builder(listener: socket.socket, home: Path) -> NoReturn:
-    """Does as `bangerd-build@.service` does for one connection."""
-    status = 1
-    try:
-        connection, _ = listener.accept()
-        os.dup2(connection.fileno(), 0)
-        scratch = home / "scratch"
-        scratch.mkdir()
-        uid = names.BUILD_UIDS[7]
-        os.chown(scratch, uid, uid)
-        os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        libc = ctypes.CDLL(None)
-        assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-        assert libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
-        status = main.main(["--install", str(home / "install.toml")])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +157,12 @@ def test_the_packages_arrive_exactly_as_tar_unpacks_them(built: Path, home: Path
 
 @pytest.mark.timeout(300)
 def test_the_smallest_recipe_by_the_builder(home: Path) -> None:
-    """The daemon's part here, and the builder's as the uid that it is in its unit, which has no name."""
-    images, path = image_records.Images(home / "small"), home / "b.sock"
-    (home / "install.toml").write_text(f"owner_uid = {NOBODY}\n")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        child = os.fork()
-        if child == 0:
-            become_builder(listener, home)
+    """The daemon's part here, and the builder's as the uid that it is in its unit, which has no name.
+
+    Its packages come by the way out.
+    """
+    images = image_records.Images(home / "small")
+    with build_unit.serving_one(home, NOBODY) as path:
         publish.build(
             images,
             recipe.load("busybox"),
@@ -201,7 +171,6 @@ def test_the_smallest_recipe_by_the_builder(home: Path) -> None:
             guest_binary=home / "guest",
             make=builder.Builder(path),
         )
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert list((home / "scratch").iterdir()) == []
     made = images.find("busybox")
     rootfs = images.rootfs(made.id)

@@ -85,7 +85,11 @@ UNCOUNTED = {
         "RestrictNamespaces=yes",
         "InaccessiblePaths=-/var/lib/banger -/var/lib/banger-root -/var/cache/banger",
         "TemporaryFileSystem=/run:ro /dev/shm:mode=1777",
-        "BindReadOnlyPaths=-/run/systemd/notify -/run/systemd/resolve",
+        "PrivateNetwork=yes",
+        "IPAddressDeny=any",
+        "IPAddressAllow=localhost",
+        "BindReadOnlyPaths=-/run/systemd/notify",
+        "BindReadOnlyPaths=-/run/systemd/resolve/resolv.conf -/run/systemd/resolve/stub-resolv.conf",
         "BindReadOnlyPaths=-/run/resolvconf -/run/NetworkManager/resolv.conf -/run/connman/resolv.conf "
         "-/run/netconfig",
     ),
@@ -124,6 +128,8 @@ REPEATED = (
     "SystemCallFilter",
     "RestrictAddressFamilies",
     "RestrictNamespaces",
+    "BindReadOnlyPaths",
+    "IPAddressAllow",
 )
 
 

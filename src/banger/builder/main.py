@@ -3,7 +3,7 @@
 
 `bangerd-build@.service` starts it with the last of root's rights given up. It believes the daemon nothing:
 who asks is judged before a byte is read, and the request by its types. A daemon that goes away, or says
-another word, ends the build.
+another word, ends the build. The unit has a network of its own, with the way out that the daemon serves.
 
 What it starts has its uid, and may stop or kill it but do no more to it: systemd ends the unit, with all
 that runs in it, when this process ends or is silent.
@@ -39,6 +39,9 @@ _SPACE_HINT: Final = "free some space on the disk of /var/tmp, where packages ar
 _LOOK_S: Final = 0.5
 _LEAST_NAMES: Final = 4096
 _PR_SET_DUMPABLE: Final = 4
+_SO_NETNS_COOKIE: Final = 71
+"""asm-generic/socket.h, since Linux 5.14."""
+_PROXIES: Final = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
 
 class _Installed(msgspec.Struct, frozen=True):
@@ -64,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     _hide()
     with _standard_input() as connection:
+        if _has_network_of(connection):
+            _log("error", "will not run in the host's network: the unit says PrivateNetwork=yes")
+            return 1
         asyncio.run(serve(connection, installed.owner_uid))
     return 0
 
@@ -73,6 +79,16 @@ def _hide() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, *(ctypes.c_ulong(0) for _ in range(4))):
         raise OSError(ctypes.get_errno(), "prctl")
+
+
+def _has_network_of(connection: socket.socket) -> bool:
+    """Whether the peer's is ours too: systemd starts the unit all the same where it can make none."""
+    with socket.socket(socket.AF_UNIX) as own:
+        return _network(own) == _network(connection)
+
+
+def _network(of: socket.socket) -> bytes:
+    return of.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
 
 
 def _standard_input() -> socket.socket:
@@ -91,6 +107,7 @@ async def serve(connection: socket.socket, owner_uid: int) -> None:
         _require_peer(connection, owner_uid)
         request = _read(connection)
         os.environ.update(request.environment)
+        _open_way_out(connection)
         await _until_it_goes(connection, request.base, frames)
         answer = building.Answer()
     except asyncio.CancelledError:
@@ -101,6 +118,18 @@ async def serve(connection: socket.socket, owner_uid: int) -> None:
     _say(request, "built" if answer.error is None else answer.error.message)
     with contextlib.suppress(OSError):
         frames.send(building.ANSWER, _fitting(answer))
+
+
+def _open_way_out(connection: socket.socket) -> None:
+    """Hands it over, and has all that is started from here use it."""
+    for name in [each for each in os.environ if each.lower().endswith("_proxy")]:
+        del os.environ[name]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        socket.send_fds(connection, [building.FRAME.pack(building.WAY_OUT, 0)], [listener.fileno()])
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    os.environ.update(dict.fromkeys(_PROXIES, address))
 
 
 async def _until_it_goes(connection: socket.socket, wanted: building.Base, frames: _Frames) -> None:

@@ -2,8 +2,11 @@
 """What the builder is asked to make, and how: the packages of an image, as the tar of a root file system.
 
 Wire: one build per connection on `bangerd-build.sock`: a 4-byte big-endian length and a `Request` as JSON;
-then frames come back, each a kind, a 4-byte length and that many bytes: lines of progress, the tar piece by
-piece, and the `Answer` as JSON, which is the last. Whoever closes the connection ends the build.
+then frames come back, each a kind, a 4-byte length and that many bytes: the way out, lines of progress, the
+tar piece by piece, and the `Answer` as JSON, the last of them. Whoever closes the connection ends the build.
+
+The way out is a TCP socket that listens on the loopback of the build's own network, as `SCM_RIGHTS` of an
+empty frame: the daemon serves an HTTP proxy there, the only one that the build has.
 
 The daemon and the builder believe each other nothing: one runs what strangers wrote, the other may have been
 taken over. Both check each field by these types, and bound what they read.
@@ -30,6 +33,7 @@ FRAME: Final = struct.Struct("!cI")
 LINE: Final = b"L"
 TAR: Final = b"T"
 ANSWER: Final = b"A"
+WAY_OUT: Final = b"W"
 
 Variant = Literal["extract", "custom", "essential", "apt", "minbase", "required", "important", "standard"]
 # Words of command lines and of dpkg's configuration: nothing in them may begin another line or option.
@@ -40,10 +44,8 @@ Package = Annotated[
 Packages = Annotated[tuple[Package, ...], msgspec.Meta(min_length=1, max_length=2000)]
 Glob = Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]{0,1000}$(?!\n)")]
 Mirror = Annotated[str, msgspec.Meta(pattern=r"^((https?|file):/[\x21-\x7e]{1,500})?$(?!\n)")]
-Variable = Annotated[
-    str, msgspec.Meta(pattern=r"^([a-z]{1,10}_proxy|[A-Z]{1,10}_PROXY|SSL_CERT_(FILE|DIR))$(?!\n)")
-]
-"""How apt gets to the mirrors: a part of what `debian.APT_ENVIRONMENT` lets through."""
+Variable = Annotated[str, msgspec.Meta(pattern=r"^SSL_CERT_(FILE|DIR)$(?!\n)")]
+"""Of what `debian.APT_ENVIRONMENT` lets through. No proxy: that may hold a password."""
 Value = Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]{0,2000}$(?!\n)")]
 
 

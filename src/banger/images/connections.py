@@ -220,6 +220,11 @@ def _context(tls: _Tls) -> ssl.SSLContext:
     return context
 
 
+def verified() -> ssl.SSLContext:
+    """What believes whom this host believes."""
+    return _context(_Tls.VERIFIED)
+
+
 @contextlib.contextmanager
 def _explained(host: str, proxy: str | None) -> Iterator[None]:
     """A transport's failure, as an error that says where and what may be wrong."""

@@ -2,18 +2,21 @@
 """The daemon's door to the builder: one build per connection, and whatever comes back is a stranger's.
 
 What packages bring runs there and not here. So all that it says is bounded, in time and size and kind; the
-tar is read by who reads strangers' tars. Closing the connection ends the build.
+tar is read by who reads strangers' tars. It has no network: `way_out` serves the one way that there is, from
+here. Closing the connection ends the build.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import msgspec
 
@@ -21,9 +24,16 @@ from banger import artefacts, run
 from banger.contract import building, decoding, errors
 from banger.images import base
 
+if TYPE_CHECKING:
+    from banger.owner import way_out
+
+Serve = Callable[[socket.socket], None]
+
 DEADLINE_S: Final = base.DEADLINE_S + 120
 """Longer than the builder gives mmdebstrap."""
 _SEND_S: Final = 10.0
+_KINDS: Final = (building.TAR, building.LINE, building.ANSWER, building.WAY_OUT)
+_PORTS: Final = {"http": 80, "https": 443}
 _LOOKED_AT: Final = 64 << 20
 """How many bytes come between two looks at the room that is left."""
 _HINT: Final = "see `systemctl status bangerd-build.socket` and `journalctl -u 'bangerd-build@*'`"
@@ -55,6 +65,9 @@ class Builder:
         return self._path.is_socket()
 
     def __call__(self, wanted: building.Base, target: Path, on_line: base.OnLine | None) -> None:
+        from banger.owner import way_out
+
+        sources = _sources(wanted)
         data = msgspec.json.encode(
             building.Request(base=wanted, environment=_environment(), op_id=self._op_id())
         )
@@ -72,18 +85,44 @@ class Builder:
                 raise errors.UnavailableError(
                     f"the builder hears no request: {error.strerror or error}", hint=_HINT
                 ) from error
-            with artefacts.room_for("what is built"), target.open("xb") as tar:
-                receive(connection, tar, on_line, within_s=self._deadline_s)
+            with (
+                artefacts.room_for("what is built"),
+                target.open("xb") as tar,
+                contextlib.ExitStack() as stack,
+            ):
+
+                def serve(listener: socket.socket) -> None:
+                    stack.enter_context(way_out.serving(listener, sources))
+
+                receive(connection, tar, on_line, within_s=self._deadline_s, serve=serve)
 
 
 def receive(
-    connection: socket.socket, tar: IO[bytes], on_line: base.OnLine | None, *, within_s: float
+    connection: socket.socket,
+    tar: IO[bytes],
+    on_line: base.OnLine | None,
+    *,
+    within_s: float,
+    serve: Serve,
 ) -> None:
-    """All that the builder sends until its answer; raises what that says, and for what is no answer."""
-    frames, growing, said, lines = _Frames(connection, within_s), _Tar(tar), 0, 0
+    """All that the builder sends until its answer; raises what that says, and for what is no answer.
+
+    `serve` gets the way out, once at the most, and owns it.
+    """
+    with contextlib.closing(_Frames(connection, within_s)) as frames:
+        _receive(frames, tar, on_line, serve)
+
+
+def _receive(frames: _Frames, tar: IO[bytes], on_line: base.OnLine | None, serve: Serve) -> None:
+    growing, said, lines, served = _Tar(tar), 0, 0, False
     while True:
         kind, content = frames.next()
         match kind:
+            case building.WAY_OUT if not served:
+                serve(frames.take())
+                served = True
+            case building.WAY_OUT:
+                raise errors.ProtocolError("the builder wants a second way out", hint=_HINT)
             case building.TAR:
                 growing.add(content)
             case building.LINE:
@@ -104,6 +143,22 @@ def _judge(content: memoryview) -> None:
         raise errors.ProtocolError(f"the builder's answer is not valid: {error}", hint=_HINT) from error
     if answer.error is not None:
         raise errors.from_body(answer.error)
+
+
+def _sources(wanted: building.Base) -> set[way_out.Place]:
+    """Where packages come from, wherever that is: the host's root, or whoever named the mirror, chose it."""
+    from banger import debian
+
+    try:
+        entries = debian.sources(wanted.suite, mirror=wanted.mirror)
+    except errors.BangerError:  # the builder asks the same, and says what is wrong
+        return set()
+    uris = (urllib.parse.urlsplit(entry.split(" ")[2]) for entry in entries)
+    return {
+        (uri.hostname, uri.port or _PORTS[uri.scheme])
+        for uri in uris
+        if uri.hostname and uri.scheme in _PORTS
+    }
 
 
 def _environment() -> dict[str, str]:
@@ -145,14 +200,39 @@ class _Frames:
         self._connection = connection
         self._within_s = within_s
         self._deadline = time.monotonic() + within_s
+        self._handed: list[int] = []
+
+    def close(self) -> None:
+        for descriptor in self._handed:
+            os.close(descriptor)
+        self._handed.clear()
+
+    def take(self) -> socket.socket:
+        """What came with a way out. Raises ProtocolError when that is no TCP socket that listens."""
+        if len(self._handed) != 1:
+            raise errors.ProtocolError("the builder's way out is not there", hint=_HINT)
+        try:
+            found = socket.socket(fileno=self._handed[0])
+        except OSError:
+            raise errors.ProtocolError("the builder's way out is no socket", hint=_HINT) from None
+        self._handed.clear()
+        kind = (found.family, found.type, found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if kind != (socket.AF_INET, socket.SOCK_STREAM, 1):
+            found.close()
+            raise errors.ProtocolError("the builder's way out does not listen", hint=_HINT)
+        return found
 
     def next(self) -> tuple[bytes, memoryview]:
-        kind, size = building.FRAME.unpack(self._exactly(building.FRAME.size))
-        if kind not in (building.TAR, building.LINE, building.ANSWER) or size > building.MAX_FRAME_BYTES:
+        kind, size = building.FRAME.unpack(self._exactly(building.FRAME.size, self._head))
+        if (
+            kind not in _KINDS
+            or size > building.MAX_FRAME_BYTES
+            or (kind == building.WAY_OUT) != bool(self._handed)
+        ):
             raise errors.ProtocolError(f"the builder sends what is no answer: {kind!r}, {size}", hint=_HINT)
-        return kind, self._exactly(size)
+        return kind, self._exactly(size, self._connection.recv_into)
 
-    def _exactly(self, size: int) -> memoryview:
+    def _exactly(self, size: int, receive: Callable[[memoryview], int]) -> memoryview:
         content = memoryview(bytearray(size))
         have = 0
         while have < size:
@@ -161,13 +241,19 @@ class _Frames:
                     f"the builder was not done after {self._within_s:g} s", hint=_HINT
                 )
             try:
-                got = self._connection.recv_into(content[have:])
+                got = receive(content[have:])
             except OSError as error:
                 raise self._ended(error.strerror or str(error)) from error
             if not got:
                 raise self._ended("it said nothing")
             have += got
         return content
+
+    def _head(self, into: memoryview) -> int:
+        piece, handed, *_ = socket.recv_fds(self._connection, len(into), 1, socket.MSG_CMSG_CLOEXEC)
+        self._handed += handed
+        into[: len(piece)] = piece
+        return len(piece)
 
     def _ended(self, why: str) -> errors.UnavailableError:
         return errors.UnavailableError(f"the builder ended before its work did: {why}", hint=_HINT)

@@ -17,7 +17,7 @@ _SHOWN: Final = 5
 EXPOSURE_LIMITS: Final = {
     "bangerd.service": 1.2,
     "bangerd-root.service": 4.0,
-    "bangerd-build@.service": 2.2,
+    "bangerd-build@.service": 1.6,
 }
 """docs/privileges.md promises them."""
 _RESTART: Final = "sudo banger system restart"
