@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import signal
 
 import click
 import pytest
 
-from banger.cli import command, main, params
+from banger.cli import command, foreign, main, params
 from banger.system import alone, install
 
 
@@ -35,6 +36,9 @@ def found(*words: str) -> click.Command:
         ("vm", "shell"),
         ("vm", "copy"),
         ("vm", "port"),
+        ("vm", "ps"),
+        ("vm", "top"),
+        ("vm", "info"),
     ],
 )
 def test_what_others_call_the_same_is_known_and_not_shown(group: str, alias: str) -> None:
@@ -48,7 +52,15 @@ def test_what_others_call_the_same_is_known_and_not_shown(group: str, alias: str
 
 
 @pytest.mark.parametrize(
-    ("words", "arguments"), [(("vm", "delete"), ["-f", "web"]), (("vm", "cp"), ["-r", "site", "web:/srv"])]
+    ("words", "arguments"),
+    [
+        (("vm", "delete"), ["-f", "web"]),
+        (("image", "delete"), ["-f", "old"]),
+        (("kernel", "delete"), ["-f", "old"]),
+        (("vm", "list"), ["-a"]),
+        (("image", "list"), ["-a"]),
+        (("vm", "cp"), ["-r", "site", "web:/srv"]),
+    ],
 )
 def test_an_option_that_others_need_is_taken_and_not_shown(
     words: tuple[str, ...], arguments: list[str]
@@ -77,6 +89,79 @@ def test_who_wants_to_share_a_directory_is_told_what_there_is(
 ) -> None:
     assert main.run(["vm", "run", option, ".:/work"]) == 2
     assert "share no directory with this host: `banger vm run PATH`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["vm", "pause", "web"], "`banger vm stop` keeps its disks"),
+        (["vm", "status", "web"], "`banger vm list` shows all"),
+        (["vm", "rename", "web", "shop"], "`banger vm set NAME --name NEW`"),
+        (["vm", "clone", "web"], "belongs into an image"),
+        (["status"], "`banger system status`"),
+        (["network", "ls"], "`--network NAME`"),
+        (["image", "tag", "a", "b"], "`banger image promote IMAGE --name NAME`"),
+        (["image", "build", "."], "docker save app"),
+        (["vm", "create", "--cpus", "2"], "it is `--vcpu`"),
+        (["vm", "set", "web", "-m", "2G"], "it is `--memory`"),
+        (["vm", "create", "--rm"], "`banger vm run --rm`"),
+        (["vm", "stop", "--all"], "`banger vm stop $(banger vm list -q)`"),
+    ],
+)
+def test_what_is_called_otherwise_or_not_done_is_said_and_nothing_guessed(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By spelling the next to `pause` is `prune`, and to `top` it is `stop`."""
+    assert main.run(words) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Did you mean" not in shown
+
+
+def test_what_is_said_instead_of_foreign_words_is_there() -> None:
+    for said in [
+        *foreign.OPTIONS.values(),
+        *(said for of in foreign.COMMANDS.values() for said in of.values()),
+    ]:
+        for line in re.findall(r"`(?:sudo )?banger ([^`$]*)`", said):
+            words = list(itertools.takewhile(lambda word: re.fullmatch(r"[a-z-]+", word), line.split()))
+            here = found(*(word for word in words if not word.startswith("-")))
+            assert all(
+                option in here.get_help(click.Context(here)) for option in re.findall(r"--[a-z-]+", line)
+            )
+    for group, theirs in foreign.COMMANDS.items():
+        nouns = main.root if group == "banger" else found(group)
+        assert isinstance(nouns, click.Group)
+        assert not theirs.keys() & {*nouns.list_commands(click.Context(nouns))}
+
+
+@pytest.mark.parametrize("words", [["help", "vm", "run"], ["vm", "help", "run"]])
+def test_help_is_a_word_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(words) == 0
+    assert capsys.readouterr().out.startswith("Usage: banger vm run ")
+    assert main.run(words[:-1]) == 0
+    assert capsys.readouterr().out.startswith("Usage: banger vm [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--rm", "ls", "-la"], "`banger vm run --rm -- ls -la`"),
+        (["--name", "q", "-e", "A=1", "make", "-j4"], "`banger vm run --name q -e A=1 -- make -j4`"),
+        ([".", "make", "-j4"], "`banger vm run . -- make -j4`"),
+        (["--privileged", "ls"], "'--privileged'.\n"),
+    ],
+)
+def test_a_command_without_its_dashes_keeps_what_was_ours(
+    given: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", "run", *given]) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_the_help_that_is_named_is_the_command_s_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["vm", "set", "web", "--nat"]) == 2
+    assert "`banger vm set --help`" in capsys.readouterr().err
 
 
 def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:

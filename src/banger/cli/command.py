@@ -28,7 +28,11 @@ ALIASES: Final = {
     "shell": "exec",
     "copy": "cp",
     "port": "ports",
+    "ps": "list",
+    "top": "stats",
+    "info": "show",
 }
+HELP: Final = "help"
 _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -86,6 +90,19 @@ class _Documented(click.Command):
         self.examples = tuple(examples)
         self.params += _common_options()
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from banger.cli import foreign
+
+            if said := foreign.of_option(self, error.option_name):
+                raise click.UsageError(f"no option {error.option_name!r} here: {said}", ctx) from None
+            raise
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # whose help tells more
+            raise
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(ctx, formatter)
         if self.examples:
@@ -118,12 +135,6 @@ class TailCommand(Command):
         return super().parse_args(ctx, args[:cut])
 
 
-_MOUNTS: Final = ("-v", "--volume", "--mount")
-_NO_MOUNTS: Final = (
-    "VMs share no directory with this host: `banger vm run PATH` sends a repository, `banger vm cp` files"
-)
-
-
 class PathCommand(TailCommand):
     """One that takes a path, and the user's own command only after `--`."""
 
@@ -134,14 +145,23 @@ class PathCommand(TailCommand):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if "--" in given:
+            at = self._first_word(given)
+            if "--" in given or any(word.startswith(error.option_name) for word in given[:at]):
                 raise
             import shlex
 
-            if error.option_name in _MOUNTS:
-                raise click.UsageError(f"{error.option_name}: {_NO_MOUNTS}", ctx) from None
-            meant = f"a command comes after --: `{ctx.command_path} -- {shlex.join(given)}`"
-            raise click.UsageError(f"{error.format_message().rstrip('.')}; {meant}", ctx) from None
+            meant = f"{ctx.command_path} {shlex.join([*given[:at], '--', *given[at:]])}"
+            said = error.format_message().rstrip(".")
+            raise click.UsageError(f"{said}; a command comes after --: `{meant}`", ctx) from None
+
+    def _first_word(self, given: Sequence[str]) -> int:
+        """Where the user's command begins: behind our options, their values, and the path."""
+        options = [each for each in self.params if isinstance(each, click.Option) and not each.is_flag]
+        with_value = {name for each in options for name in each.opts}
+        at = 0
+        while at < len(given) and given[at].startswith("-"):
+            at += 2 if given[at] in with_value else 1
+        return at + 1 if at < len(given) and os.path.isdir(given[at]) else min(at, len(given))
 
 
 class _Aliased(_Documented, click.Group):
@@ -154,7 +174,19 @@ class _Aliased(_Documented, click.Group):
         known = self.list_commands(ctx)
         if args[0] not in known and meant in known:
             args = [meant, *args[1:]]
-        return super().resolve_command(ctx, args)
+        elif args[0] == HELP and not ctx.resilient_parsing:
+            if not args[1:]:
+                click.echo(ctx.get_help())
+                ctx.exit()
+            args = [*args[1:], "--help"]
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            from banger.cli import foreign
+
+            if said := foreign.of_command(self.name or "", error.command_name):
+                raise click.UsageError(f"no command {error.command_name!r} here: {said}", ctx) from None
+            raise
 
 
 class Group(_Aliased):
@@ -181,10 +213,10 @@ class LazyGroup(_Aliased):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        known = {*self.nouns, *ALIASES}
-        if args[0] not in known and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise click.NoSuchCommand(args[0], possibilities=self.nouns, ctx=ctx)
-        return super().resolve_command(ctx, args)
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:  # click looks for what is like it among what is loaded
+            raise click.NoSuchCommand(error.command_name, possibilities=self.nouns, ctx=ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

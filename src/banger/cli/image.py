@@ -107,6 +107,12 @@ def build(settings: command.Settings, recipe: str, name: str | None) -> None:
     RECIPE is the name of one that comes with banger, or the path of a TOML file, with a slash in it or
     ending in .toml. The packages come from the distribution's signed archive.
     """
+    if recipe in {".", ".."} or os.path.basename(recipe).startswith("Dockerfile"):
+        raise errors.BadRequestError(
+            f"{recipe} is no recipe: Dockerfiles are built by docker, podman or buildah",
+            hint="`docker build -t app . && docker save app -o app.tar`, "
+            "then `banger image import app.tar --name app`",
+        )
     if "/" in recipe or recipe.endswith(".toml"):
         asked = requests.BuildImage(definition=_text(recipe), name=name)
     else:
@@ -174,6 +180,7 @@ def promote(settings: command.Settings, image: str, name: str) -> None:
         ("banger image list -q", "names"),
     ],
 )
+@command.habit("-a", "--all")
 @click.option("--available", is_flag=True, help="Also those that the catalog could get.")
 @click.option("-q", "--quiet", is_flag=True, help="Print names only.")
 @click.pass_obj
@@ -268,6 +275,7 @@ def _run_facts(run: resources.ImageRun) -> Iterator[tuple[str, str]]:
 
 
 @command.make("delete", group=group, examples=[("banger image delete old older", "several at once")])
+@command.habit("-f", "--force")
 @click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.IMAGE)
 @click.pass_obj
 def delete(settings: command.Settings, names: tuple[str, ...]) -> None:

@@ -127,6 +127,7 @@ def _facts(kernel: resources.Kernel) -> Iterator[tuple[str, str]]:
 
 
 @command.make("delete", group=group, examples=[("banger kernel delete old older", "several at once")])
+@command.habit("-f", "--force")
 @click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.KERNEL)
 @click.pass_obj
 def remove(settings: command.Settings, names: tuple[str, ...]) -> None:

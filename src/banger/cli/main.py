@@ -49,13 +49,13 @@ class _Root(command.LazyGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self.nouns and not ctx.resilient_parsing:
-            from banger.cli import vm
+            from banger.cli import foreign, vm
 
             if args[0] in _OF_IMAGES:
                 meant = f"{ctx.command_path} image {_OF_IMAGES[args[0]]}"
                 raise click.UsageError(f"no command {args[0]!r} here; it is `{meant}`", ctx)
             verb = command.ALIASES.get(args[0], args[0])
-            if verb in vm.NOUNS:
+            if verb in vm.NOUNS and not foreign.of_command("banger", args[0]):
                 raise click.UsageError(
                     f"no command {args[0]!r} here; it is `{ctx.command_path} vm {verb}`", ctx
                 )

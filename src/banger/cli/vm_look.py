@@ -50,6 +50,7 @@ _QUIET: Final = click.option("-q", "--quiet", is_flag=True, help="Print names on
     ],
 )
 @_QUIET
+@command.habit("-a", "--all")
 @click.option("--state", type=click.Choice([str(state) for state in resources.VmState]), help="Only these.")
 @click.option(
     "--name", "pattern", metavar="PATTERN", default="*", help="Only names like this, such as 'web*'."
