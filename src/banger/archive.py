@@ -63,8 +63,23 @@ def content_bytes(members: Iterable[tuple[str, str]]) -> int:
     return total
 
 
-def packed(members: Iterable[tuple[str, str]], report: Report = lambda _: None) -> Iterator[bytes]:
-    """The archive of these files, in this order. Sockets are left out: they are of this moment only.
+@dataclass(slots=True)
+class LeftOut:
+    """What an archive has not, or what of it was not made, and why: of so much, the first."""
+
+    skipped: list[str] = field(default_factory=list)
+    skipped_count: int = 0
+
+    def skip(self, what: str) -> None:
+        self.skipped_count += 1
+        if self.skipped_count <= _MAX_SKIPPED:
+            self.skipped.append(what)
+
+
+def packed(
+    members: Iterable[tuple[str, str]], report: Report = lambda _: None, left_out: LeftOut | None = None
+) -> Iterator[bytes]:
+    """The archive of these files, in this order; without sockets, which are of this moment, and devices.
 
     Raises OperationFailedError for a file that cannot be read, or that shrinks while it is.
     """
@@ -73,6 +88,9 @@ def packed(members: Iterable[tuple[str, str]], report: Report = lambda _: None) 
         with contextlib.closing(_Source(path)) as source:
             info = _member(name, source, links)
             if info is None:
+                if left_out is not None:
+                    kind = "a socket" if stat.S_ISSOCK(source.found.st_mode) else "a device"
+                    left_out.skip(f"{name} is {kind}")
                 continue
             yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
             if info.isreg():
@@ -176,17 +194,10 @@ def _is_text(name: str) -> bool:
 
 
 @dataclass(slots=True)
-class Unpacked:
-    """What came of an archive. `skipped` says what was left out, and why: of so much, the first."""
+class Unpacked(LeftOut):
+    """What came of an archive."""
 
     entries: int = 0
-    skipped: list[str] = field(default_factory=list)
-    skipped_count: int = 0
-
-    def skip(self, what: str) -> None:
-        self.skipped_count += 1
-        if self.skipped_count <= _MAX_SKIPPED:
-            self.skipped.append(what)
 
 
 def lacks_room(place: int | Path) -> bool:

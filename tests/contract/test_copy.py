@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import socket
 import stat
 import subprocess
 import tarfile
@@ -268,6 +269,17 @@ async def test_a_file_that_became_shorter_while_it_was_copied_out_is_named(
     assert "uevent_seqnum became shorter while it was read, and ends in zeros" in done.err
     if target != "-":
         assert (tmp_path / "out").stat().st_size == os.stat(source).st_size
+
+
+async def test_what_is_left_out_on_the_way_in_is_said(guest: Guest, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tree / "talk"))
+    done = await guest.banger("vm", "cp", str(tree), f"web:{tmp_path}/inside/")
+    assert "left out: tree/talk is a socket" in done.err
+    assert list((tmp_path / "inside/tree").iterdir()) == []
+    assert "left out: null is a device" in (await guest.banger("vm", "cp", "/dev/null", f"web:{tree}/")).err
 
 
 async def test_set_user_id_does_not_come_out_of_a_guest(guest: Guest, tmp_path: Path) -> None:

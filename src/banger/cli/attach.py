@@ -58,12 +58,12 @@ def run(
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
     with contextlib.closing(channel), contextlib.ExitStack() as stack:
         request = msgspec.structs.replace(request, notices=True)
-        channel.send(websocket.Opcode.TEXT, msgspec.json.encode(request))
+        channel.send(websocket.Opcode.TEXT, client.encoded(request))
         if before is not None:
             _flush(channel)
             on_begin()
             before()
-            channel.send(websocket.Opcode.TEXT, msgspec.json.encode(resources.ExecControl(begin=True)))
+            channel.send(websocket.Opcode.TEXT, client.encoded(resources.ExecControl(begin=True)))
         outputs = None if kept is None else (kept, kept)
         session = _Session(
             channel, stack.enter_context(_handled_signals(forwarded)), tty=request.tty, outputs=outputs
@@ -297,7 +297,7 @@ class _Session:
         self._control(resources.ExecControl(signal=number))
 
     def _control(self, control: resources.ExecControl) -> None:
-        self._channel.send(websocket.Opcode.TEXT, msgspec.json.encode(control))
+        self._channel.send(websocket.Opcode.TEXT, client.encoded(control))
 
     def _stop(self) -> None:
         """Stopped from outside (in raw mode Ctrl-Z is a byte): the terminal must be usable meanwhile."""

@@ -37,17 +37,38 @@ def failure(body: errors.ErrorBody) -> errors.BangerError:
     return error
 
 
+@contextlib.contextmanager
+def _text() -> Iterator[None]:
+    """What a user types may be any bytes, and what the API is told is Unicode."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        shown = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise errors.BadRequestError(
+            f"{shown} is not UTF-8, and bangerd is told nothing else",
+            hint="any bytes may come on stdin, and be names in a directory that is copied",
+        ) from None
+
+
+def encoded(body: resources.Body) -> bytes:
+    """As JSON. Raises BadRequestError for a word that is not UTF-8."""
+    with _text():
+        return msgspec.json.encode(body)
+
+
 def query(path: str, **parameters: str) -> str:
     from urllib import parse
 
-    return f"{path}?{parse.urlencode(parameters)}" if parameters else path
+    with _text():
+        return f"{path}?{parse.urlencode(parameters)}" if parameters else path
 
 
 def segment(ref: str) -> str:
     """A reference as one segment of a path, whatever it holds."""
     from urllib import parse
 
-    quoted = parse.quote(ref, safe="")
+    with _text():
+        quoted = parse.quote(ref, safe="")
     if quoted in {"", ".", ".."}:
         raise errors.BadRequestError(f"{ref!r} is not a name")
     return quoted
@@ -125,7 +146,7 @@ class Client:
 
     def _ask(self, method: str, path: str, body: resources.Body | None, timeout_s: float) -> bytes:
         headers = {} if body is None else {"Content-Type": "application/json"}
-        data = b"" if body is None else msgspec.json.encode(body)
+        data = b"" if body is None else encoded(body)
         with _spoken(), self._answer(method, path, headers, data, timeout_s) as answer:
             return answer.whole()
 

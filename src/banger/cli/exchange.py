@@ -37,7 +37,7 @@ class Exchange:
         self._heard: collections.deque[websocket.Message] = collections.deque()
 
     def tell(self, message: resources.Body) -> None:
-        self._channel.send(websocket.Opcode.TEXT, msgspec.json.encode(message))
+        self._channel.send(websocket.Opcode.TEXT, client.encoded(message))
         self._flush()
 
     def send(self, pieces: Iterable[bytes]) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import select
 
-import msgspec
-
 from banger.cli import client, link, websocket
 from banger.contract import errors, reach
 
@@ -19,7 +17,7 @@ def run(api: client.Client, ref: str, request: reach.ConnectRequest) -> None:
     """Until the guest has ended its side and all of it is written. Raises the daemon's error."""
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/connect")
     with contextlib.closing(channel):
-        channel.send(websocket.Opcode.TEXT, msgspec.json.encode(request))
+        channel.send(websocket.Opcode.TEXT, client.encoded(request))
         channel.flush()
         _Passage(channel).run()
 

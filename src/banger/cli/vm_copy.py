@@ -16,12 +16,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from banger.cli import client, command, exchange, output, params, progress, render, signals, workspaces
 from banger.contract import errors, given_names, sizes, transfers
+
+if TYPE_CHECKING:
+    from banger import archive as archives
 
 _PIPE: Final = "-"
 _COPYING: Final = "copying"
@@ -122,7 +125,7 @@ def _into(
     from banger import archive as archives
 
     api = settings.client()
-    report = _report(settings, there.vm)
+    report, left_out = _report(settings, there.vm), archives.LeftOut()
     if here.is_pipe:
         directory, packed = there.path, None
     else:
@@ -138,7 +141,9 @@ def _into(
         else:
             directory, name = _place_in_guest(api, there, source)
         total = archives.content_bytes(archives.walk(source, name))
-        packed = archives.packed(archives.walk(source, name), lambda count: report(_COPYING, count, total))
+        packed = archives.packed(
+            archives.walk(source, name), lambda count: report(_COPYING, count, total), left_out
+        )
     owner = None if archive or here.is_pipe else 0
     try:
         with exchange.opened(api, f"/v1/vms/{client.segment(there.vm)}/put") as talk:
@@ -155,6 +160,7 @@ def _into(
         raise
     finally:
         report.close()
+    _say_left_out(left_out)
     files = sizes.counted(done.entries, "file")
     _say(settings, f"{files}, {sizes.text_of_bytes(done.content_bytes)}: in {there.vm} now")
     return done
@@ -240,10 +246,7 @@ def _unpack(
             )
     finally:
         report.close()
-    for skipped in done.skipped:
-        render.note(f"left out: {skipped}")
-    if done.skipped_count > len(done.skipped):
-        render.note(f"left out: {done.skipped_count - len(done.skipped)} more")
+    _say_left_out(done)
     _say(settings, f"{sizes.counted(done.entries, 'file')}: in {directory / name} now")
     _refuse_shrunk(here.vm, archive.done)
     return transfers.Transferred(entries=done.entries)
@@ -296,6 +299,13 @@ def _refuse_shrunk(vm: str, done: transfers.Transferred) -> None:
     for each in said[1:]:
         error.add_note(each)
     raise error
+
+
+def _say_left_out(left_out: archives.LeftOut) -> None:
+    for skipped in left_out.skipped:
+        render.note(f"left out: {skipped}")
+    if left_out.skipped_count > len(left_out.skipped):
+        render.note(f"left out: {left_out.skipped_count - len(left_out.skipped)} more")
 
 
 def _piped(talk: exchange.Exchange) -> Iterable[bytes]:
