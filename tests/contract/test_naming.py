@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import dnslib
 import msgspec
@@ -51,6 +52,38 @@ async def ask(services: routes.Services, name: str) -> str:
         async with asyncio.timeout(5):
             reply = dnslib.DNSRecord.parse(await loop.sock_recv(client, 2000))
     return str(reply.rr[0].rdata) if reply.rr else str(dnslib.RCODE[reply.header.rcode])
+
+
+async def test_one_that_ends_as_the_daemon_starts_has_no_name(
+    settings: config.Config, paths: config.Paths, world: worlds.World
+) -> None:
+    """Its row says that it runs until all of it is taken away."""
+    async with running(settings, paths, world) as daemon:
+        first = (await daemon.create("first")).vm
+        second = (await daemon.create("second")).vm
+    assert first is not None
+    assert second is not None
+    fake = world.vm(first.id).vmm
+    assert fake is not None
+    reached, go = asyncio.Event(), asyncio.Event()
+
+    async def dies(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.SetGuestRules) and request.vm_id == second.id:
+            await fake.kill()
+            await reached.wait()
+        elif isinstance(request, privileged.TearDown):
+            reached.set()
+            await go.wait()
+
+    world.before = dies
+    async with running(settings, paths, world) as daemon:
+        assert reached.is_set()
+        go.set()
+        async with asyncio.timeout(10):
+            while (await daemon.services.vms.get("first")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await ask(daemon.services, "first.vm") == "NXDOMAIN"
+        assert await ask(daemon.services, "second.vm") == "10.213.240.3"
 
 
 async def test_a_name_lives_as_long_as_its_vm_runs(

@@ -241,8 +241,6 @@ async def compose(
         keeper.start()
         times.start()
         vm_service.lifetimes.start()
-        for vm in network_keeper.networked(rows):
-            zone.add(vm)
         await zone.ensure_routed()
         with_host.start()
         yield routes.Services(

@@ -15,6 +15,7 @@ from banger import steps
 from banger.contract import names, privileged, resources
 from banger.owner import activity, inventory, leftovers, live, locks, silence, ssh, store
 from banger.vm import capabilities, ending, host, record, stop
+from banger.vm.capabilities import dns
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Endings:
         lifecycle: locks.Lifecycle,
         features: Sequence[capabilities.Capability],
         keys: ssh.SshKeys,
+        zone: dns.Zone,
         activities: activity.Activities,
         agents: silence.SilenceWatch,
     ) -> None:
@@ -41,6 +43,7 @@ class Endings:
         self._lifecycle = lifecycle
         self._features = features
         self._keys = keys
+        self._zone = zone
         self._activities = activities
         self.leftovers = leftovers.Leftovers(self._take_away)
         self.live = live.LiveVmms(host.vmm_gone, self._on_vmm_gone, agents)
@@ -51,7 +54,7 @@ class Endings:
         """One that had ended already, and was not noticed yet, keeps why."""
         async with self._ending(vm):
             if vm.state is _RUNNING and not await self._has_vmm(vm.id):
-                vm = await self.collect(vm)
+                vm = await steps.finish(self.collect(vm))
             stopped = await how(self._host, vm, self._features)
         _log.info("vm stopped", extra={"vm": vm.id})
         return stopped
@@ -83,7 +86,12 @@ class Endings:
     # --- the daemon's start ---
 
     def adopt(self, vm: record.VmRecord, vmm: privileged.Vmm) -> None:
-        """A VMM that outlived the last daemon is ours again."""
+        """A VMM that outlived the last daemon is ours again; one that is none is only watched.
+
+        Its name before anything else may come: should it end now, that takes the name away, and for good.
+        """
+        if vmm.pid:
+            self._zone.add(vm)
         self.live.add(vm.id, vmm.pid)
 
     async def throw_away(self, vm: record.VmRecord) -> None:

@@ -130,6 +130,7 @@ class VmService:
             lifecycle=lifecycle,
             features=features,
             keys=keys,
+            zone=zone,
             activities=activities,
             agents=agents,
         )
