@@ -131,6 +131,27 @@ async def test_a_stop_that_cut_a_start_short_was_no_error(daemon: conftest.Daemo
     assert (vm.state, vm.last_error) == (resources.VmState.STOPPED, None)
 
 
+async def test_a_guest_that_goes_down_by_itself_already_is_waited_for(daemon: conftest.Daemon) -> None:
+    """Its agent is among the first to end; its file systems are unmounted after that."""
+    created = (await daemon.create()).vm
+    assert created is not None
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+    daemon.world.behaviour.silent = True
+    ran: list[bool] = []
+
+    async def look(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.KillVmm):
+            ran.append(fake.is_running)
+
+    daemon.world.before = look
+    stopping = await daemon.services.vms.stop("web")
+    asyncio.get_running_loop().call_later(0.1, fake._go_down)
+    stopped = (await daemon.done(stopping)).vm
+    assert stopped is not None
+    assert (stopped.state, stopped.last_error, ran) == (resources.VmState.STOPPED, None, [False])
+
+
 async def _ended(daemon: conftest.Daemon) -> resources.Vm:
     async with asyncio.timeout(5):
         vm = await daemon.services.vms.get("web")

@@ -30,7 +30,7 @@ async def served(
     """A daemon with one VM, which it asks often, and calls silent very soon once it falls silent."""
     world.behaviour.is_old = request.param
     monkeypatch.setattr(silence, "_ASKED_WITHIN", 3 * LONG_S / SILENCE_S)
-    settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=LONG_S)
+    settings = msgspec.structs.replace(conftest.SETTINGS, agent_silence_s=LONG_S, power_off_deadline_s=0.2)
     async with composition.compose(settings, conftest.NETWORK, paths, world, "0" * 64) as services:
         daemon = conftest.Daemon(services, paths, world)
         await daemon.create()

@@ -90,19 +90,23 @@ async def take_down(
 
 
 async def _ask_guest(host: host.Host, vm: record.VmRecord) -> bool:
-    """Whether it went down."""
+    """Whether it went down. Where nobody answers it may be going down already, its agent among the first."""
     limits = host.limits
     agent = host.agent(vm.id)
+    unheard = ""
     try:
-        await agent.flush(deadline_s=limits.flush_s)
-        await agent.power_off(grace_ms=int(limits.power_off_s * 1000))
+        try:
+            await agent.flush(deadline_s=limits.flush_s)
+            await agent.power_off(grace_ms=int(limits.power_off_s * 1000))
+        except errors.UnavailableError as error:
+            unheard = error.message
         async with asyncio.timeout(limits.power_off_s + 1):
             await host.vmm_gone(vm.id)
         return True
     except (errors.BangerError, TimeoutError) as error:
         _log.warning(
             "guest did not power off by itself; ending its VMM",
-            extra={"vm": vm.id, "error": str(error) or "it took too long"},
+            extra={"vm": vm.id, "error": unheard or str(error) or "it took too long"},
         )
         return False
 
