@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 BODY: Final = b"what was there"
@@ -61,3 +62,53 @@ class Origin:
             head += piece
         self.heads.append(head)
         return head
+
+
+class Scripted:
+    """Each list is a connection's answers, to one request after the other; at its end it hangs up."""
+
+    def __init__(self, *scripts: list[bytes]) -> None:
+        self.heads: list[bytes] = []
+        self.connections = 0
+        self._scripts = scripts
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(10)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def play(self) -> None:
+        for script in self._scripts:
+            with contextlib.suppress(OSError):  # a test may be over before its script is
+                self._play(script)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _play(self, script: list[bytes]) -> None:
+        connection, _ = self._listener.accept()
+        self.connections += 1
+        with connection, connection.makefile("rb") as asked:
+            connection.settimeout(10)
+            for answer in script:
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    line = asked.readline()
+                    if not line:
+                        return
+                    head += line
+                self.heads.append(head)
+                connection.sendall(answer)
+
+
+@contextlib.contextmanager
+def scripted(*scripts: list[bytes]) -> Iterator[Scripted]:
+    made = Scripted(*scripts)
+    thread = threading.Thread(target=made.play)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.close()
+        thread.join()

@@ -16,16 +16,14 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, Final
 
 import msgspec
 
 from banger import artefacts, run
 from banger.contract import building, decoding, errors
 from banger.images import base
-
-if TYPE_CHECKING:
-    from banger.owner import way_out
+from banger.net import forward
 
 Serve = Callable[[socket.socket], None]
 
@@ -33,7 +31,6 @@ DEADLINE_S: Final = base.DEADLINE_S + 120
 """Longer than the builder gives mmdebstrap."""
 _SEND_S: Final = 10.0
 _KINDS: Final = (building.TAR, building.LINE, building.ANSWER, building.WAY_OUT)
-_PORTS: Final = {"http": 80, "https": 443}
 _LOOKED_AT: Final = 64 << 20
 """How many bytes come between two looks at the room that is left."""
 _HINT: Final = "see `systemctl status bangerd-build.socket` and `journalctl -u 'bangerd-build@*'`"
@@ -145,7 +142,7 @@ def _judge(content: memoryview) -> None:
         raise errors.from_body(answer.error)
 
 
-def _sources(wanted: building.Base) -> set[way_out.Place]:
+def _sources(wanted: building.Base) -> set[forward.Place]:
     """Where packages come from, wherever that is: the host's root, or whoever named the mirror, chose it."""
     from banger import debian
 
@@ -155,9 +152,9 @@ def _sources(wanted: building.Base) -> set[way_out.Place]:
         return set()
     uris = (urllib.parse.urlsplit(entry.split(" ")[2]) for entry in entries)
     return {
-        (uri.hostname, uri.port or _PORTS[uri.scheme])
+        (uri.hostname, uri.port or forward.PORTS[uri.scheme])
         for uri in uris
-        if uri.hostname and uri.scheme in _PORTS
+        if uri.hostname and uri.scheme in forward.PORTS
     }
 
 
