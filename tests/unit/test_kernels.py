@@ -369,6 +369,23 @@ def test_a_kernel_that_is_root_s_to_read_says_what_to_do(
     assert "chmod a+r" in said
 
 
+def test_a_host_s_own_kernel_whose_modules_are_hidden_says_what_to_do(
+    tree: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its unit hides them from the daemon, by ProtectKernelModules=; root would read them."""
+    status, hidden = os.stat, tree / "lib/modules" / samples.VERSION
+
+    def not_permitted(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if hidden in Path(path).parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return status(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "stat", not_permitted)
+    said = refused(tree / f"boot/vmlinuz-{samples.VERSION}")
+    assert f"cannot read the modules of {tree}/boot/vmlinuz-{samples.VERSION}" in said
+    assert f"cp -r {hidden} ~/host/lib/modules`, then import ~/host" in said
+
+
 @pytest.mark.parametrize(
     ("path", "hint"),
     [("/var/tmp/no-kernel", "does not see"), ("/tmp/no/kernel", "does not see"), ("/no", "daemon")],

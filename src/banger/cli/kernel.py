@@ -78,7 +78,7 @@ def pull(settings: command.Settings, name: str) -> None:
     examples=[
         ("banger kernel import ./vmlinux --name mine", "a kernel file, compressed or not"),
         ("banger kernel import linux-image.deb --name deb", "a distribution's package"),
-        ("banger kernel import /boot/vmlinuz-6.1.0-42-amd64 --name host", "the host's, with its modules"),
+        ("banger kernel import ./host --name host", "its boot/vmlinuz-VERSION, and lib/modules/VERSION"),
     ],
 )
 @click.argument("path", type=click.Path(exists=True))

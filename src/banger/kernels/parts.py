@@ -105,8 +105,23 @@ def _beside(image: Path) -> Parts:
         return Parts(image)
     config = image.parent / f"config-{version}"
     roots = (image.parent.parent / top / version for top in ("lib/modules", "usr/lib/modules"))
-    trees = [root for root in roots if image.parent.name == "boot" and _is_tree(root)]
+    try:
+        trees = [root for root in roots if image.parent.name == "boot" and _is_tree(root)]
+    except PermissionError as error:  # systemd hides them from a daemon: ProtectKernelModules=
+        raise errors.BadRequestError(
+            f"cannot read the modules of {image}: {error.filename}: {error.strerror}",
+            hint=f"copy both: `{_copied(image, version)}`, then import ~/host",
+        ) from error
     return Parts(image, config if config.is_file() else None, trees[0] if trees else None)
+
+
+def _copied(image: Path, version: str) -> str:
+    """What a user types to have a host's kernel where the daemon sees all of it."""
+    boot, modules = image.parent, image.parent.parent / "lib/modules" / version
+    return (
+        f"mkdir -p ~/host/boot ~/host/lib/modules && cp {boot}/*-{version} ~/host/boot && "
+        f"cp -r {modules} ~/host/lib/modules"
+    )
 
 
 def _found(directory: Path, patterns: Iterable[str]) -> Iterator[Path]:
