@@ -7,15 +7,18 @@ import contextlib
 import ctypes
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from banger.helper import policy as policies
+from banger.helper.linux import loop
 
 OWNER = 12345
 STRANGER = 12346
 # Loop devices are the whole machine's: two processes that test at once must not tear down each other's.
+_LOOKED_AT_S = 20
 VM = f"01{os.getpid():010x}"
 OTHER_VM = f"ba{os.getpid():010x}"
 IMAGE = "aaaaaaaaaaaa"
@@ -78,6 +81,14 @@ def network_namespace() -> Iterator[None]:
     finally:
         assert libc.setns(home, _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
         os.close(home)
+
+
+def loops_left() -> list[loop.Loop]:
+    """Of the VM, when nobody looks any more: whoever lists all such devices has each open for a moment."""
+    deadline = time.monotonic() + _LOOKED_AT_S
+    while (left := loop.scan(f"banger/{VM}/")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
 
 
 def make_ext4(path: Path, *, size_mib: int = 16, content: Path | None = None) -> None:

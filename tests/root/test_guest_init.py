@@ -118,7 +118,7 @@ def _name(pid: int) -> bytes:
     return b""
 
 
-def wait_until(condition: Callable[[], object], what: str, *, limit_s: float = 15) -> None:
+def wait_until(condition: Callable[[], object], what: str, *, limit_s: float = 50) -> None:
     """Nothing tells us of what happens in there, so we look."""
     deadline = time.monotonic() + limit_s
     while not condition():

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -40,7 +41,7 @@ GET_HOST = '{"request": {"op": "get_host"}, "op_id": "op-1"}'
 
 @pytest.fixture
 def socket_path(helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(server, "READ_DEADLINE_S", 1.0)
+    monkeypatch.setattr(server, "READ_DEADLINE_S", 600.0)  # nobody here is slow but who means to be
     with serving(helper_world_here) as (path, _):
         yield path
 
@@ -160,31 +161,36 @@ def test_boot_arguments_are_one_plain_line(socket_path: Path, boot_args: str) ->
 
 
 def test_an_oversized_request_is_refused_unread(socket_path: Path) -> None:
-    began = time.monotonic()
     answer = raw(socket_path, struct.pack("!I", privileged.MAX_REQUEST_BYTES + 1))
     assert error_of(answer).code == "bad_request"
-    assert time.monotonic() - began < 0.9, "it did not wait for the rest"
 
 
 def test_half_a_request_is_answered_and_forgotten(socket_path: Path) -> None:
     assert error_of(raw(socket_path, framed(GET_HOST)[:10], half_close=True)).code == "bad_request"
 
 
-def test_a_slow_peer_is_cut_off_and_keeps_nobody_waiting(socket_path: Path) -> None:
-    slow = []
-    for _ in range(8):
-        wire = socket.socket(socket.AF_UNIX)
-        wire.connect(str(socket_path))
-        wire.sendall(b"\x00")
-        slow.append(wire)
-    began = time.monotonic()
-    assert ask_as(OWNER, socket_path, GET_HOST).result is not None
-    assert time.monotonic() - began < 0.9
-    for wire in slow:
-        wire.settimeout(10)
-        assert error_of(wire.recv(65536)).code == "timed_out"
-        wire.close()
-    assert time.monotonic() - began < 5
+@contextlib.contextmanager
+def slow_peers(path: Path) -> Iterator[list[socket.socket]]:
+    """Eight, of each of whom the first byte has come."""
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(8)]
+        for wire in slow:
+            wire.settimeout(30)
+            wire.connect(str(path))
+            wire.sendall(b"\x00")
+        yield slow
+
+
+def test_a_slow_peer_keeps_nobody_waiting(socket_path: Path) -> None:
+    with slow_peers(socket_path) as slow:
+        assert ask_as(OWNER, socket_path, GET_HOST).result is not None
+        assert select.select(slow, [], [], 0)[0] == [], "they are waited for"
+
+
+def test_a_slow_peer_is_cut_off(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "READ_DEADLINE_S", 0.2)
+    with slow_peers(socket_path) as slow:
+        assert {error_of(wire.recv(65536)).code for wire in slow} == {"timed_out"}
 
 
 def test_a_peer_that_leaves_does_no_harm(socket_path: Path) -> None:
@@ -246,7 +252,7 @@ def test_stopping_lets_a_request_finish(
 
     def slow(*_: object) -> privileged.Result:
         started.set()
-        assert release.wait(10)
+        assert release.wait(30)
         return privileged.Done()
 
     monkeypatch.setitem(TABLE, privileged.PurgeLogs, slow)
@@ -276,12 +282,15 @@ def test_one_vm_at_a_time_others_at_once(
 ) -> None:
     running: list[str] = []
     seen: list[tuple[str, ...]] = []
-    guard = threading.Lock()
+    guard, met = threading.Lock(), threading.Barrier(2)
 
     def watch(_: object, request: privileged.PurgeLogs) -> privileged.Result:
         with guard:
+            is_first = request.vm_id not in {each for at_once in seen for each in at_once}
             running.append(request.vm_id)
             seen.append(tuple(running))
+        if is_first:
+            met.wait(20)  # for the first of the other VM
         time.sleep(0.1)
         with guard:
             running.remove(request.vm_id)

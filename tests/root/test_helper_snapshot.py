@@ -27,7 +27,7 @@ DROP = privileged.DeleteSnapshot(vm_id=VM)
 @pytest.fixture
 def mapper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[device_mapper.Kernel]:
     yield device_mapper.install(monkeypatch, tmp_path)
-    left = loop.scan(f"banger/{VM}/")
+    left = helper_world.loops_left()
     for each in left:
         loop.detach(each.label, deadline=time.monotonic() + 5)
     assert not left
