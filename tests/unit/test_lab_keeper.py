@@ -17,6 +17,10 @@ from lab import process
 TREE = Path(__file__).parents[2]
 
 
+NEVER = -1
+"""When one was started that had ended by the time that we looked."""
+
+
 @contextmanager
 def _keeper(
     directory: Path, *options: str, seconds: str = "60"
@@ -43,9 +47,8 @@ def _keeper(
         os.close(report_write)
         os.close(owner_read)
         with os.fdopen(report_read, "rb") as report, os.fdopen(owner_write, "wb"):
-            child = process.identify(int(report.read()))
-            assert child is not None
-            yield keeper, child, owner_write
+            pid = int(report.read())
+            yield keeper, process.identify(pid) or process.Identity(pid, NEVER), owner_write
         keeper.wait(timeout=10)
 
 

@@ -20,7 +20,7 @@ def _gone(pid: int) -> bool:
     Killed descendants have closed their pipes when `run` returns; on a busy machine they may be listed for a
     moment longer.
     """
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -33,7 +33,7 @@ def _gone(pid: int) -> bool:
 
 
 def _read_pid(path: Path) -> int:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not (path.exists() and path.read_text().strip()):
         assert time.monotonic() < deadline, "the program never wrote its pid"
         time.sleep(0.005)
@@ -101,15 +101,22 @@ def test_missing_program_names_the_package() -> None:
     assert "some-package" in caught.value.hint
 
 
-def test_deadline_ends_the_whole_group(tmp_path: Path) -> None:
+def test_deadline_ends_the_whole_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which comes once all of it is there, and deaf to a request."""
     pid_file = tmp_path / "pid"
     script = (
-        f"trap '' TERM; (trap '' TERM; sh -c 'echo $PPID' > {pid_file}; while :; do sleep 0.1; done) & wait"
+        f"trap '' TERM; (trap '' TERM; sh -c 'echo $PPID' > {pid_file}; echo there >&2; "
+        "while :; do sleep 0.1; done) & wait"
     )
-    started = time.monotonic()
-    with pytest.raises(errors.DeadlineError, match=r"after 0\.3 s"):
-        run.run(["sh", "-c", script], deadline_s=0.3)
-    assert time.monotonic() - started < 10
+    really, ahead_s = time.monotonic, 0.0
+
+    def jump(_: str) -> None:
+        nonlocal ahead_s
+        ahead_s = 60.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: really() + ahead_s)
+    with pytest.raises(errors.DeadlineError, match=r"after 50 s"):
+        run.run(["sh", "-c", script], deadline_s=50, on_line=jump)
     assert _gone(_read_pid(pid_file))
 
 
@@ -158,17 +165,21 @@ async def test_cancelling_twice_still_waits(tmp_path: Path) -> None:
 
 
 async def test_blocking_work_sees_the_cancellation() -> None:
-    laps = 0
+    laps, loop, begun = 0, asyncio.get_running_loop(), asyncio.Event()
 
     def work() -> None:
         nonlocal laps
         while True:
             run.check_cancelled()
             laps += 1
+            loop.call_soon_threadsafe(begun.set)
             time.sleep(0.001)
 
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(run.in_thread(work), 0.1)
+    working = asyncio.create_task(run.in_thread(work))
+    await begun.wait()
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
     seen = laps
     await asyncio.sleep(0.05)
     assert laps == seen > 0
@@ -195,4 +206,4 @@ def test_no_descriptor_is_left() -> None:
         run.run(["cat"], stdin=b"x", deadline_s=5)
         with pytest.raises(errors.DeadlineError):
             run.run(["sleep", "5"], deadline_s=0.02)
-    assert count() == before
+    assert count() <= before, "what other tests left may go meanwhile"
