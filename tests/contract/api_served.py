@@ -94,11 +94,11 @@ async def serving(daemon: conftest.Daemon) -> AsyncIterator[Served]:
         )
         transport = httpx.AsyncHTTPTransport(uds=str(path))
         try:
-            async with httpx.AsyncClient(transport=transport, base_url="http://banger", timeout=20) as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://banger", timeout=50) as http:
                 yield Served(daemon, path, http, stop)
         finally:
             stop.set()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(50):
                 await task
 
 

@@ -67,7 +67,7 @@ class Daemon:
         return await self.done(await self.services.vms.create(body))
 
     async def done(self, operation: resources.Operation) -> resources.Operation:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             return await self.services.operations.wait(operation.id)
 
 

@@ -31,9 +31,9 @@ def port_of(server: dns.Server) -> int:
 
 
 def dig(server: dns.Server, *arguments: str) -> str:
-    """The real client's words; it waits 5 s and does not ask twice."""
-    argv = ["dig", f"@{LOOPBACK}", "-p", str(port_of(server)), "+tries=1", "+time=5", *arguments]
-    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30).stdout
+    """The real client's words; it waits 20 s and does not ask twice."""
+    argv = ["dig", f"@{LOOPBACK}", "-p", str(port_of(server)), "+tries=1", "+time=20", *arguments]
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=50).stdout
 
 
 def upstream(

@@ -51,7 +51,7 @@ class Programs:
             )
 
             async def next_said() -> bytes:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(50):
                     return await asyncio.get_running_loop().sock_recv(heard, 64)
 
             assert await next_said() == b"READY=1"
@@ -86,7 +86,7 @@ class Programs:
     @contextlib.asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:
         transport = httpx.AsyncHTTPTransport(uds=str(self.paths.socket))
-        async with httpx.AsyncClient(transport=transport, base_url="http://banger", timeout=20) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://banger", timeout=50) as client:
             yield client
 
     async def begin(self, method: str, path: str, body: object = None) -> resources.Operation:
@@ -129,7 +129,7 @@ async def _program(
 
 
 async def _answers(path: Path) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         while True:
             try:
                 _, writer = await asyncio.open_unix_connection(str(path))

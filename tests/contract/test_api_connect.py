@@ -112,7 +112,7 @@ async def test_a_client_that_leaves_ends_the_wait(served: Served) -> None:
     assert guest is not None
     link = await served.connection("web")
     await link.send(_request(wait_s=120))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while guest.knocks < 2:  # noqa: ASYNC110 - the fake announces nothing
             await asyncio.sleep(0.01)
         link.transport.abort()

@@ -73,7 +73,7 @@ async def test_a_flood_of_nonsense_leaves_it_answering(server: dns.Server) -> No
             if number % 50 == 0:
                 await asyncio.sleep(0)
         client.send(b"\xfe\xfe" + QUERY[2:])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await loop.sock_recv(client, 2000))[:2] != b"\xfe\xfe":
                 pass
 
@@ -95,7 +95,7 @@ async def test_what_is_no_message_ends_the_connection(server: dns.Server, sent: 
     reader, writer = await asyncio.open_connection("127.0.0.1", dns_served.port_of(server))
     writer.write(sent)
     writer.write_eof()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await _rest(reader) == b""
     writer.close()
 
@@ -115,7 +115,7 @@ async def test_slow_clients_are_ended_and_hold_up_nobody(
     for _, writer in slow:
         writer.write(b"\0")  # half of a length, and then nothing
     assert str(WEB) in await asyncio.to_thread(dns_served.dig, server, "+short", "web.vm")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert set(await asyncio.gather(*(_rest(reader) for reader, _ in slow))) == {b""}
     for _, writer in slow:
         writer.close()
@@ -129,7 +129,7 @@ async def test_a_guest_with_many_connections_leaves_others_theirs() -> None:
     for _, writer in greedy:
         writer.write(b"\0")
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             at, other = dns_served.port_of(made), ("127.0.0.2", 0)
             reader, writer = await asyncio.open_connection("127.0.0.1", at, local_addr=other)
             writer.write(struct.pack("!H", len(QUERY)) + QUERY)

@@ -25,7 +25,7 @@ def rules(daemon: conftest.Daemon, vm_id: str) -> privileged.SetGuestRules | Non
 
 async def closed(daemon: conftest.Daemon, vm_id: str) -> None:
     """By the next looks of the daemon, sooner than they would come by themselves."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (found := rules(daemon, vm_id)) is None or found.nat:
             daemon.services.vms._host.keeper.look_again()
             await asyncio.sleep(0.005)

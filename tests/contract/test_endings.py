@@ -153,7 +153,7 @@ async def test_a_guest_that_goes_down_by_itself_already_is_waited_for(daemon: co
 
 
 async def _ended(daemon: conftest.Daemon) -> resources.Vm:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         vm = await daemon.services.vms.get("web")
         while vm.state is resources.VmState.RUNNING:
             await asyncio.sleep(0.01)  # nothing announces it: that the daemon noticed is what is tested

@@ -22,14 +22,14 @@ async def cut_short(services: routes.Services, gate: gates.Gate, operation: reso
     await gate.reached.wait()
     services.operations.request_cancel(operation.id)
     asyncio.get_running_loop().call_later(0.01, gate.go.set)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         ended = await services.operations.wait(operation.id)
     assert ended.status is resources.OperationStatus.CANCELLED
 
 
 async def settled(services: routes.Services) -> resources.Vm:
     """Once nobody watches the VMM that was."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while services.vms.endings.live._watchers:  # noqa: ASYNC110 - it tells nobody that it is done
             await asyncio.sleep(0.01)
     return await services.vms.get("web")
@@ -84,7 +84,7 @@ async def test_one_that_is_stopped_with_its_host_starts_with_it_all_the_same(
         await gate.reached.wait()
         asyncio.get_running_loop().call_later(0.01, gate.go.set)
     async with compose(settings, network, paths, world, "0" * 64, host_boot_id="2") as services:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await services.vms.get("web")).state is not resources.VmState.RUNNING:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
@@ -119,7 +119,7 @@ async def test_one_whose_rest_cannot_be_taken_away_has_stopped_too(
     vm = await settled(daemon.services)
     assert (vm.state, vm.last_error) == (STOPPED, None)
     daemon.world.before = worlds._nothing
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while daemon.world.leftovers():  # noqa: ASYNC110 - it tells nobody that it is done
             await asyncio.sleep(0.01)
     assert (await daemon.services.vms.get("web")).state is STOPPED

@@ -184,7 +184,7 @@ async def test_input_to_a_terminal_ends_also_when_its_queue_is_just_full(client:
         status, _, _ = await run(client, "sh", "-c", script, stdin=line * 16 * kib, tty=True)
         return status.as_shell == 0
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert all(await asyncio.gather(*map(ended, range(64, 73))))
 
 

@@ -53,7 +53,7 @@ async def service(handle: Handler, host: str = "127.0.0.1") -> AsyncIterator[int
 
     async with await asyncio.start_server(accept, host, 0) as server:
         yield server.sockets[0].getsockname()[1]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await asyncio.gather(*serving)
 
 
@@ -120,7 +120,7 @@ async def test_we_may_go_on_after_the_services_end(client: guests.GuestClient) -
         assert await tunnel.read() == b""
         await tunnel.write(b"still here")
         await tunnel.end()
-        assert await asyncio.wait_for(heard, 10) == b"still here"
+        assert await asyncio.wait_for(heard, 30) == b"still here"
 
 
 async def test_nobody_listening_is_said_so(client: guests.GuestClient) -> None:
@@ -182,7 +182,7 @@ async def test_a_client_that_leaves_closes_the_connection_even_when_nothing_is_r
             assert not done, "32 MiB fitted somewhere"
             flood.cancel()
         may_read.set()
-        await asyncio.wait_for(gone, 10)
+        await asyncio.wait_for(gone, 30)
 
 
 async def test_a_service_that_breaks_off_is_told(client: guests.GuestClient) -> None:

@@ -152,7 +152,7 @@ async def test_a_guest_that_says_hello_and_falls_silent_holds_nobody(
         return await ASKS[name](client)
 
     with _quick(monkeypatch), theirs:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with pytest.raises(errors.BangerError):
                 await ask(guests.GuestClient(connect))
 

@@ -157,7 +157,7 @@ async def test_one_that_its_user_is_starting_is_not_started_twice(
 
     world.before = slow
     async with booted(paths, world, "second") as daemon:
-        await asyncio.wait_for(come.wait(), 10)
+        await asyncio.wait_for(come.wait(), 30)
         await daemon.services.vms.start("vm4")
         release.set()
         asyncio.get_running_loop().call_later(0.3, late.set)
@@ -198,7 +198,7 @@ async def test_one_that_is_being_started_is_not_forgotten(paths: config.Paths, w
     async with booted(paths, world, "first") as daemon:
         world.behaviour.silent = True
         starting = await daemon.services.vms.create(resources.CreateVm(name="again", autostart=True))
-        await asyncio.wait_for(launched.wait(), 10)
+        await asyncio.wait_for(launched.wait(), 30)
         done = await daemon.done(daemon.services.restarts.begin_stopping())
         assert done.error is None
         assert (await daemon.done(starting)).status is resources.OperationStatus.CANCELLED
@@ -227,7 +227,7 @@ async def test_a_host_that_goes_down_at_once_again_starts_no_more_of_them(
     world.after = after
     world.behaviour.silent = True
     async with booted(paths, world, "second") as daemon:
-        await asyncio.wait_for(launched.wait(), 10)
+        await asyncio.wait_for(launched.wait(), 30)
         assert (await daemon.done(daemon.services.restarts.begin_stopping())).error is None
         world.behaviour.silent = False
         await tried_again()
@@ -255,7 +255,7 @@ async def test_a_daemon_that_is_restarted_meanwhile_forgets_none(
     world.after = after
     world.behaviour.silent = True
     async with booted(paths, world, "second"):
-        await asyncio.wait_for(launched.wait(), 10)
+        await asyncio.wait_for(launched.wait(), 30)
     world.behaviour.silent = False
     async with booted(paths, world, "second") as daemon:
         assert await started_again(daemon) == ["again"]
@@ -271,7 +271,7 @@ async def test_what_its_user_decided_since_counts(paths: config.Paths, world: wo
         await daemon.done(daemon.services.restarts.begin_stopping())
     entered, release = held(world, privileged.LaunchVmm)
     async with booted(paths, world, "second") as daemon:
-        await asyncio.wait_for(entered.wait(), 10)
+        await asyncio.wait_for(entered.wait(), 30)
         assert (await daemon.done(await daemon.services.vms.stop("vm5"))).error is None
         await daemon.services.alterations.set("vm4", resources.SetVm(autostart=False))
         await daemon.services.alterations.set("once", resources.SetVm(autostart=True))
@@ -290,7 +290,7 @@ async def test_one_that_its_user_stops_as_the_host_goes_down_stays_down(
         await create(daemon, "again", autostart=True)
         stopping, release = held(world, privileged.KillVmm)
         await daemon.services.vms.stop("again")
-        await asyncio.wait_for(stopping.wait(), 10)
+        await asyncio.wait_for(stopping.wait(), 30)
         going_down = daemon.services.restarts.begin_stopping()
         await asyncio.sleep(0)
         release.set()
@@ -319,7 +319,7 @@ async def test_one_that_begins_to_run_as_the_others_are_stopped_is_stopped_too(
         await create(daemon, "slow", autostart=False)
         stopping, release = held(world, privileged.KillVmm)
         going_down = daemon.services.restarts.begin_stopping()
-        await asyncio.wait_for(stopping.wait(), 10)
+        await asyncio.wait_for(stopping.wait(), 30)
         await create(daemon, "late", autostart=True)
         release.set()
         assert (await daemon.done(going_down)).error is None

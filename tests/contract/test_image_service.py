@@ -150,7 +150,7 @@ async def test_cancelling_a_pull_leaves_no_image(served: Served, registry: regis
 
     registry.faults.append(registries.on("/blobs/", then=stall))
     operation = await served.begin("POST", "/v1/images/pull", {"reference": f"{registry.host}/team/app:v1"})
-    await asyncio.wait_for(stuck.wait(), 10)
+    await asyncio.wait_for(stuck.wait(), 30)
     cancelled = (await served.http.delete(f"/v1/operations/{operation.id}")).json()
     release.set()
     assert cancelled["status"] == "cancelled"

@@ -269,7 +269,7 @@ async def test_a_dead_vm_that_cannot_be_taken_down_is_watched_on(daemon: conftes
     with pytest.raises(errors.ConflictError):
         await daemon.services.vms.endings.take_down(names.VmId(vm.id))
     daemon.world.before = worlds._nothing
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

@@ -249,7 +249,7 @@ async def test_a_vm_whose_disks_are_gone_is_gone(
     await daemon.create()
     monkeypatch.setattr(shutil, "rmtree", slow)
     operation = await daemon.services.vms.delete("web")
-    await asyncio.wait_for(deleting.wait(), 10)
+    await asyncio.wait_for(deleting.wait(), 30)
     daemon.services.operations.request_cancel(operation.id)
     await asyncio.sleep(0)
     release.set()
@@ -283,7 +283,7 @@ async def test_nobody_waits_for_another_vm_s_boot(paths: config.Paths, world: wo
         daemon = conftest.Daemon(services, paths, world)
         world.behaviour = vmm.Behaviour(silent=True)
         slow = await services.vms.create(resources.CreateVm(name="slow"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             async for event in services.operations.events(slow.id):
                 if event.stage == "wait_vsock_agent":
                     break
@@ -491,7 +491,7 @@ async def test_a_vmm_that_takes_its_time_to_die_is_seen_all_the_same(
 
     monkeypatch.setitem(handlers, privileged.FindVmm, found)
     await vm.vmm.kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
             await asyncio.sleep(0.02)  # the daemon notices by itself; nothing tells us that it has
     assert dying == []

@@ -25,7 +25,7 @@ async def made(daemon: conftest.Daemon, name: str, *, nat: bool = False) -> reso
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not is_so():  # noqa: ASYNC110 - the fake world has no event for it
             await asyncio.sleep(0.005)
 

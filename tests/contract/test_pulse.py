@@ -33,7 +33,7 @@ def _connector(path: Path) -> guest.Connector:
 
 def _connected(path: Path) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
-    made.settimeout(5)
+    made.settimeout(30)
     made.connect(str(path))
     return made
 

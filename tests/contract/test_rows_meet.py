@@ -32,7 +32,7 @@ async def dies(daemon: conftest.Daemon, vm: resources.Vm) -> None:
     fake = daemon.world.vm(vm.id).vmm
     assert fake is not None
     await fake.kill()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (await daemon.services.vms.get("web")).state is resources.VmState.RUNNING:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

@@ -22,7 +22,7 @@ async def test_at_no_moment_is_a_start_overlooked(daemon: conftest.Daemon) -> No
     await vms.stop("web")
     started = await vms.start("web")
     await asyncio.sleep(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not daemon.services.operations.get(started.id).status.is_final:
             assert vms.is_up(vms._store.find("web"))
             await asyncio.sleep(0)

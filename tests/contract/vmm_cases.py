@@ -27,7 +27,7 @@ HANDSHAKES: dict[str, tuple[bytes, bool]] = {
 def shake(path: str, data: bytes) -> bytes:
     """The first line of the answer; empty when the VMM hangs up."""
     with socket.socket(socket.AF_UNIX) as wire:
-        wire.settimeout(10)
+        wire.settimeout(30)
         wire.connect(path)
         wire.sendall(data)
         answer = b""

@@ -36,7 +36,7 @@ class Reluctant:
 
 async def is_cancelled_as_it_ends(work: Callable[[], Awaitable[object]], task: Reluctant) -> None:
     caller = asyncio.ensure_future(work())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await task.ends.wait()
         caller.cancel()
         await asyncio.sleep(0)

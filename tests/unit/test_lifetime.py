@@ -254,6 +254,6 @@ async def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch
     keeper = lifetimes.Lifetimes(running, activity.Activities(), lifetimes.Notices(), stop)
     keeper.start()
     try:
-        await asyncio.wait_for(looked.wait(), 5)
+        await asyncio.wait_for(looked.wait(), 30)
     finally:
         await keeper.close()

@@ -271,7 +271,7 @@ def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
 
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
+        listener.settimeout(30)
         place = f"127.0.0.1:{listener.getsockname()[1]}"
         for name in ("https_proxy", "HTTPS_PROXY"):
             monkeypatch.setenv(name, f"http://me:hunter2@{place}")

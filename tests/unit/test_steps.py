@@ -39,7 +39,7 @@ class Pipeline:
 
     async def reach(self, name: str) -> None:
         """Until this step or undo has been entered."""
-        async with asyncio.timeout(5), self._moved:
+        async with asyncio.timeout(30), self._moved:
             await self._moved.wait_for(lambda: self.done[-1:] == [name])
 
     async def _enter(self, name: str) -> None:

@@ -30,7 +30,7 @@ def _listening() -> socket.socket:
 
 
 def _ended(client: socket.socket) -> bool:
-    client.settimeout(5)
+    client.settimeout(30)
     try:
         return client.recv(100) == b""
     except ConnectionResetError:
@@ -125,7 +125,7 @@ def test_without_descriptors_it_waits_and_goes_on(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         reader, writer = await asyncio.open_connection(sock=client)
         writer.write(b"one")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await reader.readexactly(3) == b"one"
         await server.close()
         writer.close()
