@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -150,6 +151,36 @@ async def test_a_guest_that_goes_down_by_itself_already_is_waited_for(daemon: co
     stopped = (await daemon.done(stopping)).vm
     assert stopped is not None
     assert (stopped.state, stopped.last_error, ran) == (resources.VmState.STOPPED, None, [False])
+
+
+@pytest.mark.parametrize("is_late", [True, False], ids=["late", "refused"])
+async def test_a_guest_that_could_not_flush_in_time_is_asked_to_power_off_all_the_same(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch, *, is_late: bool
+) -> None:
+    """One whose disk is slow, or that cannot write to one of many, ends its services and unmounts."""
+    created = (await daemon.create()).vm
+    assert created is not None
+    ends, ran, asked = daemon.services.vms.endings, list[bool](), list[guest.FrameType]()
+    fake = daemon.world.vm(created.id).vmm
+    assert fake is not None
+
+    async def slow(kind: guest.FrameType, when: str) -> None:
+        asked.append(kind)
+        if kind is guest.FrameType.FLUSH and when == "before":
+            await (asyncio.Event().wait() if is_late else refuse())
+
+    async def refuse() -> None:
+        raise ConnectionResetError
+
+    async def look(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.KillVmm):
+            ran.append(fake.is_running)
+
+    limits = dataclasses.replace(ends._host.limits, flush_s=0.2)
+    monkeypatch.setattr(ends, "_host", dataclasses.replace(ends._host, limits=limits))
+    daemon.world.behaviour.on_agent, daemon.world.before = slow, look
+    done = await daemon.done(await daemon.services.vms.stop("web"))
+    assert (done.error, guest.FrameType.POWER_OFF in asked, ran) == (None, True, [False])
 
 
 async def _ended(daemon: conftest.Daemon) -> resources.Vm:

@@ -90,23 +90,30 @@ async def take_down(
 
 
 async def _ask_guest(host: host.Host, vm: record.VmRecord) -> bool:
-    """Whether it went down. Where nobody answers it may be going down already, its agent among the first."""
+    """Whether it went down.
+
+    It is waited for whatever its agent says: one whose disk is slow flushes on as it unmounts, and where
+    nobody answers it may be going down already, its agent among the first.
+    """
     limits = host.limits
     agent = host.agent(vm.id)
-    unheard = ""
+    told: list[str] = []
     try:
-        try:
-            await agent.flush(deadline_s=limits.flush_s)
-            await agent.power_off(grace_ms=int(limits.power_off_s * 1000))
-        except errors.UnavailableError as error:
-            unheard = error.message
+        await agent.flush(deadline_s=limits.flush_s)
+    except errors.BangerError as error:
+        told.append(error.message)
+    try:
         async with asyncio.timeout(limits.power_off_s + 1):
+            try:
+                await agent.power_off(grace_ms=int(limits.power_off_s * 1000))
+            except errors.BangerError as error:
+                told.append(error.message)
             await host.vmm_gone(vm.id)
         return True
-    except (errors.BangerError, TimeoutError) as error:
+    except TimeoutError:
         _log.warning(
             "guest did not power off by itself; ending its VMM",
-            extra={"vm": vm.id, "error": unheard or str(error) or "it took too long"},
+            extra={"vm": vm.id, "error": "; ".join(told) or "it took too long"},
         )
         return False
 
