@@ -135,26 +135,6 @@ def test_failed_operation_says_what_step_and_what_to_do(
     assert re.search(r"operation: [0-9a-f]{12}", done.err)
 
 
-@pytest.mark.parametrize(
-    ("words", "status"),
-    [
-        (("vm", "exec", "web", "--", "cat", "caf\udce9"), 125),
-        (("vm", "exec", "web", "-e", "A=\udce9", "--", "env"), 125),
-        (("vm", "cp", "web:/srv/caf\udce9", "/tmp/x"), 2),
-        (("vm", "cp", "/etc/hostname", "web:/srv/caf\udce9/"), 2),
-        (("image", "show", "caf\udce9/x:1"), 2),
-    ],
-)
-def test_a_word_that_is_no_text_is_refused_by_name(
-    cli: cli_process.Cli, words: tuple[str, ...], status: int
-) -> None:
-    """What travels as JSON is Unicode, and what a user types may be any bytes."""
-    done = cli.run(*words)
-    assert (done.status, done.out) == (status, b"")
-    assert r"\xe9" in done.err
-    assert "is not UTF-8" in done.err
-
-
 def test_interrupted_start_is_cancelled(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     fake.behaviour.stay_in_stage = "start"
     with cli.started("vm", "start", "db", "web") as process:

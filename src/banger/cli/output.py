@@ -15,8 +15,7 @@ from banger.cli import render
 
 def json(value: Any) -> None:
     """One document. `value` is whatever msgspec encodes."""
-    text = render.json_text(msgspec.json.format(msgspec.json.encode(value), indent=2))
-    sys.stdout.write(text + "\n")
+    text(render.json_text(msgspec.json.format(msgspec.json.encode(value), indent=2)))
 
 
 def raw(data: bytes) -> None:
@@ -33,4 +32,5 @@ def raw(data: bytes) -> None:
 
 
 def text(value: str) -> None:
-    sys.stdout.write(value if not value or value.endswith("\n") else value + "\n")
+    whole = value if not value or value.endswith("\n") else value + "\n"
+    raw(whole.encode(sys.stdout.encoding, sys.stdout.errors or "strict"))

@@ -62,12 +62,17 @@ def main() -> NoReturn:
 
 
 def _fill_standard_descriptors() -> None:
-    """One that the caller closed would become the number of our next socket, and be read as input."""
-    for fd in (0, 1, 2):
+    """One that the caller closed would become the number of our next socket, and be read as input.
+
+    Python has no stream for it either.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+            stream = open(fd, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def _end(status: int) -> NoReturn:
