@@ -96,7 +96,7 @@ def test_who_wants_to_share_a_directory_is_told_what_there_is(
     [
         (["vm", "pause", "web"], "`banger vm stop` keeps its disks"),
         (["vm", "status", "web"], "`banger vm list` shows all"),
-        (["vm", "rename", "web", "shop"], "`banger vm set NAME --name NEW`"),
+        (["vm", "rename", "web", "shop"], "`banger vm set old --name new`"),
         (["vm", "clone", "web"], "belongs into an image"),
         (["status"], "`banger system status`"),
         (["network", "ls"], "`--network NAME`"),
@@ -105,7 +105,7 @@ def test_who_wants_to_share_a_directory_is_told_what_there_is(
         (["vm", "create", "--cpus", "2"], "it is `--vcpu`"),
         (["vm", "set", "web", "-m", "2G"], "it is `--memory`"),
         (["vm", "create", "--rm"], "`banger vm run --rm`"),
-        (["vm", "stop", "--all"], "`banger vm stop $(banger vm list -q)`"),
+        (["vm", "stop", "--all"], "stop $(banger vm list -q)"),
     ],
 )
 def test_what_is_called_otherwise_or_not_done_is_said_and_nothing_guessed(

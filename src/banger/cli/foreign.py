@@ -35,15 +35,15 @@ COMMANDS: Final = {
         "config": "settings are in /etc/banger/config.toml; `bangerd --check-config` says what they come to",
         "vms": "`banger vm list` shows them",
         "kernels": "`banger kernel list` shows them",
-        "load": "`banger image import PATH --name NAME` takes what `docker save` wrote",
+        "load": "`banger image import` takes what `docker save` wrote",
         "install": "`sudo banger system install` sets up both services",
         "uninstall": "`sudo banger system uninstall` takes banger off this host",
-        **dict.fromkeys(
-            ("update", "upgrade"), "`sudo banger system upgrade RELEASE` installs another version"
-        ),
+        **dict.fromkeys(("update", "upgrade"), "`sudo banger system upgrade` installs another version"),
     },
     "vm": {
-        **dict.fromkeys(("rename", "mv", "move"), "`banger vm set NAME --name NEW` renames one"),
+        **dict.fromkeys(
+            ("rename", "mv", "move"), "`banger vm set old --name new` renames one that does not run"
+        ),
         **dict.fromkeys(("edit", "config", "update", "resize", "modify"), _CHANGED),
         **dict.fromkeys(("snapshot", "clone", "commit", "save", "checkpoint"), _KEPT),
         **dict.fromkeys(("pause", "unpause", "suspend", "resume", "freeze"), _STILL),
@@ -57,7 +57,7 @@ COMMANDS: Final = {
     },
     "image": {
         "tag": "`banger image promote IMAGE --name NAME` gives one another name",
-        "load": "`banger image import PATH --name NAME` takes what `docker save` wrote",
+        "load": "`banger image import` takes what `docker save` wrote",
         "push": "images are not pushed: docker pushes what it builds, and `banger image pull` gets it",
         "prune": "`banger image delete NAME…` deletes images; `banger image cache prune` what was fetched",
     },
@@ -100,5 +100,5 @@ def of_option(command: click.Command, option: str) -> str:
     if option in ("-n", "--tail") and command.name == "logs":
         return "`banger vm logs NAME | tail` shows the end"
     if option in ("-a", "--all") and command.name in {"start", "stop", "restart", "kill", "delete"}:
-        return f"name them: `banger vm {command.name} $(banger vm list -q)`"
+        return f"it takes names, and `banger vm list -q` prints all: {command.name} $(banger vm list -q)"
     return ""
