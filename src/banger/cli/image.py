@@ -110,7 +110,7 @@ def build(settings: command.Settings, recipe: str, name: str | None) -> None:
     if recipe in {".", ".."} or os.path.basename(recipe).startswith("Dockerfile"):
         raise errors.BadRequestError(
             f"{recipe} is no recipe: Dockerfiles are built by docker, podman or buildah",
-            hint="`docker build -t app . && docker save app -o app.tar`, then `banger image import --name app`",
+            hint="`docker build -t app .`, `docker save app -o app.tar`, `banger image import --name app`",
         )
     if "/" in recipe or recipe.endswith(".toml"):
         asked = requests.BuildImage(definition=_text(recipe), name=name)
