@@ -26,6 +26,11 @@ _RELEASE_FORMAT: Final = "$(RELEASE)|$(CODENAME)|$(SUITE)|$(REPO_URI)"
 _UPDATE_DEADLINE_S: Final = 300.0
 _DOWNLOAD_DEADLINE_S: Final = 600.0
 _QUERY_DEADLINE_S: Final = 60.0
+_UNVERIFIED: Final = (
+    *("Acquire::AllowInsecureRepositories", "Acquire::AllowDowngradeToInsecureRepositories"),
+    *("Acquire::AllowWeakRepositories", "APT::Get::AllowUnauthenticated"),
+)
+"""What a host's own apt.conf may allow; whoever is between it and a mirror would then choose the kernel."""
 _FIELD = re.compile(r"^(Version|Depends|Size): (.*)$", re.MULTILINE)
 
 
@@ -131,6 +136,7 @@ class Apt:
             *("-o", "Dir::Etc::SourceParts=/dev/null"),
             *("-o", "Acquire::Languages=none"),
             *("-o", "APT::Sandbox::User=root"),
+            *(word for each in _UNVERIFIED for word in ("-o", f"{each}=false")),
         ]
 
     def update(self) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from banger import debian
+from banger import debian, run
 from banger.contract import errors
 from banger.images import recipe as recipes
 from lab import cache, mirror
@@ -97,6 +97,46 @@ def build(served: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     entry = f"deb [signed-by={debian.KEYRING}] {uri} {mirror.SUITE} main"
     monkeypatch.setattr(debian, "sources", lambda suite, mirror="": [entry])
     return lambda: recipes.base_archive(recipes.load("busybox"), arch="x86_64", cache_dir=tmp_path)
+
+
+LAX: Final = """
+Acquire::AllowInsecureRepositories "true";
+Acquire::AllowDowngradeToInsecureRepositories "true";
+Acquire::AllowWeakRepositories "true";
+APT::Get::AllowUnauthenticated "true";
+Acquire::Check-Valid-Until "false";
+"""
+
+
+@pytest.fixture
+def lax_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose own apt believes anybody: what is said before our options is as in its apt.conf."""
+    (tmp_path / "lax.conf").write_text(LAX)
+    for name in ("apt-get", "apt-cache"):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec /usr/bin/{name} -c {tmp_path / "lax.conf"} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(run, "SEARCH_PATH", f"{tmp_path}:{run.SEARCH_PATH}")
+
+
+@pytest.mark.parametrize("twist", ["no signature", "another release", "another package"])
+def test_a_package_is_verified_on_a_host_that_verifies_nothing(
+    served: Mirror, tmp_path: Path, lax_host: None, twist: str
+) -> None:
+    """A kernel's, which is booted."""
+    uri = f"http://127.0.0.1:{served.server_address[1]}"
+    entry = f"deb [signed-by={debian.KEYRING}] {uri} {mirror.SUITE} main"
+    apt = debian.Apt(tmp_path / "apt", [entry], "x86_64")
+
+    def download() -> debian.Package:
+        apt.update()
+        return apt.download("busybox-static")
+
+    served.twist = TWISTS[twist]
+    with pytest.raises(errors.OperationFailedError, match="apt-get exited"):
+        download()
+    assert list((tmp_path / "apt/downloads").glob("*.deb")) == []
+    served.twist = lambda path, data: data
+    assert download().path.stat().st_size > 1 << 18
 
 
 def test_a_mirror_that_tells_the_truth_is_believed(served: Mirror, build: Callable[[], Path]) -> None:
