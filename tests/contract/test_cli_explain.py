@@ -70,6 +70,8 @@ async def test_of_a_vm_whose_row_is_corrupt_nothing_made_up_is_shown(served: api
     ]
     (row,) = (await banger(served, "vm", "list")).text.splitlines()[1:]
     assert re.fullmatch(r"web +running +tiny +\? +\? +\? .*", row)
+    await served.daemon.done(await served.daemon.services.vms.stop("web"))
+    assert (await banger(served, "vm", "prune", "--dry-run")).text == "", "nobody knows when it ran last"
     (document,) = (await banger(served, "vm", "list", "--json")).json
     assert (document["vcpus"], document["memory_mib"], document["disk_size_mib"]) == (0, 0, 0)
 

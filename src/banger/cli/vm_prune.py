@@ -62,6 +62,8 @@ def _being_started(api: client.Client) -> Collection[str]:
 def _is_idle(vm: resources.Vm, older_than_s: float | None) -> bool:
     if vm.has_vmm or (vm.autostart and vm.stopped_with_host):
         return False  # the latter is about to be started
+    if not vm.is_known:
+        return False  # nor when it ran last: it is deleted by name alone
     since = vm.started_at or vm.created_at
     age_s = (datetime.datetime.now(datetime.UTC) - since).total_seconds()
     return older_than_s is None or age_s >= older_than_s
