@@ -282,7 +282,7 @@ def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
         with pytest.raises(errors.UnavailableError) as caught:
             pinned.fetch(pin(pinned.Url("https://files.invalid/x")), tmp_path / "cache")
         thread.join()
-    assert f"through the proxy {place}" in caught.value.message
+    assert f"through the proxy http://{place}" in caught.value.message
     assert "502" in caught.value.message
     assert "hunter2" not in caught.value.message
 
