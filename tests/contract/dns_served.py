@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import dnslib
 
 from banger.net import dns
+from tests.contract import publishing
 
 LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 
@@ -18,7 +19,7 @@ LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 @contextlib.asynccontextmanager
 async def serving(handler: dns.Handler) -> AsyncIterator[dns.Server]:
     """On a free port."""
-    server = dns.Server(LOOPBACK, 0, handler)
+    server = dns.Server(LOOPBACK, publishing.free_port(), handler)
     await server.start()
     try:
         yield server

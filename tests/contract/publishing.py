@@ -4,17 +4,37 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import os
 import socket
+from typing import Final
 
 from banger.contract import names, resources
 from banger.vm import record
 
+# Below those that a kernel hands out: it would give a port that is free now to the next who asks, also in
+# another process that tests at the same time. That one has others here.
+_EACH = 100
+_FIRST = 10_000 + os.getpid() % 200 * _EACH
+_PORTS: Final = itertools.cycle(range(_FIRST, _FIRST + _EACH))
 
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as made:
-        made.bind(("127.0.0.1", 0))
-        port: int = made.getsockname()[1]
-        return port
+
+def free_port() -> int:
+    """Of TCP and UDP, at every address. It stays free until somebody who was told of it takes it."""
+    return next(port for port in itertools.islice(_PORTS, _EACH) if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+    ):
+        try:
+            for each in (tcp, udp):
+                each.bind(("0.0.0.0", port))  # noqa: S104 - for a moment, and heard by nobody
+        except OSError:
+            return False
+        return True
 
 
 def row(*published: str, network: bool = False) -> record.VmRecord:

@@ -15,7 +15,7 @@ import pytest
 
 from banger.contract import guest, privileged, resources
 from banger.owner import operations
-from tests.contract import api_served, cli_process, conftest
+from tests.contract import api_served, cli_process, conftest, publishing
 
 
 @pytest.fixture
@@ -282,11 +282,12 @@ async def test_vm_ssh_becomes_ssh_with_bangers_own_settings(
 
 
 async def test_unpublishing_says_what_was_not_published(served: api_served.Served) -> None:
-    await banger(served, "vm", "create", "web", "--no-start", "-p", "18080:80")
-    wrong = await banger(served, "vm", "unpublish", "web", "18080:81")
-    assert wrong.text == "127.0.0.1:18080:80/tcp\n"
-    assert wrong.err == "banger: web does not publish 127.0.0.1:18080:81/tcp\n"
-    right = await banger(served, "vm", "unpublish", "web", "18080:80")
+    port = publishing.free_port()
+    await banger(served, "vm", "create", "web", "--no-start", "-p", f"{port}:80")
+    wrong = await banger(served, "vm", "unpublish", "web", f"{port}:81")
+    assert wrong.text == f"127.0.0.1:{port}:80/tcp\n"
+    assert wrong.err == f"banger: web does not publish 127.0.0.1:{port}:81/tcp\n"
+    right = await banger(served, "vm", "unpublish", "web", f"{port}:80")
     assert (right.status, right.text, right.err) == (0, "", "")
 
 

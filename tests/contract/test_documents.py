@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import socket
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from banger.images import catalog, edit, paths, recipe
 from banger.images.mkfs import filesystem
 from banger.owner import config
 from bench import fake_host, served
-from tests.contract import conftest
+from tests.contract import conftest, publishing
 
 TREE: Final = Path(__file__).parents[2]
 GENERATED: Final = {"cli.md", "api.md"}
@@ -241,8 +240,7 @@ async def test_the_pages_about_the_network_and_ssh_are_true() -> None:
         if re.match(r"banger (vm run -|vm set|vm publish|vm unpublish|ssh-config)", line)
         and " ." not in line
     ]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = publishing.free_port()
     with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp") as home:
         answering = conftest.answering(fake_host.SETTINGS)
         async with served.running(settings=answering, network=conftest.own_network()) as (daemon, address):

@@ -15,20 +15,14 @@ import pytest
 
 from banger.contract import errors, names, privileged, resources
 from banger.owner import composition, config, naming, routes
-from tests.contract import conftest, dns_served
+from tests.contract import conftest, dns_served, publishing
 from tests.fakes import world as worlds
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
 def settings() -> config.Config:
     """With DNS on a free port, for the host alone."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = f"127.0.0.1:{publishing.free_port()}"
     return msgspec.structs.replace(conftest.SETTINGS, dns_listen=listen, dns_guests=False)
 
 
@@ -163,7 +157,7 @@ async def test_it_can_be_switched_off(paths: config.Paths, world: worlds.World) 
 @pytest.fixture
 async def routed(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[naming.Naming]:
     """A zone at the address that is routed, though not really there; the loopback plays the bridge."""
-    port = free_port()
+    port = publishing.free_port()
     monkeypatch.setattr(names, "DNS_PORT", port)
     settings = config.Config(dns_listen=f"127.0.0.1:{port}", dns_guests=False)
     world.bridge = True

@@ -90,7 +90,7 @@ async def test_tcp_travels_through_the_agent_and_each_end_is_told(publisher: pub
 
 
 async def test_udp_travels_through_the_agent(publisher: publish.Publisher) -> None:
-    port, service = publishing.free_port(socket.SOCK_DGRAM), publishing.free_port(socket.SOCK_DGRAM)
+    port, service = publishing.free_port(), publishing.free_port()
     loop = asyncio.get_running_loop()
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
@@ -114,7 +114,7 @@ async def test_who_only_listens_by_udp_is_remembered_while_something_comes(
     client: guests.GuestClient, network: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(names, "guest_address", lambda *_: "127.0.0.1")
-    port, service = publishing.free_port(socket.SOCK_DGRAM), publishing.free_port(socket.SOCK_DGRAM)
+    port, service = publishing.free_port(), publishing.free_port()
     loop = asyncio.get_running_loop()
     ahead_s, really = 0.0, loop.time
     monkeypatch.setattr(loop, "time", lambda: really() + ahead_s)

@@ -11,7 +11,6 @@ import asyncio
 import os
 import platform
 import shutil
-import socket
 import tarfile
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 
 from bench import fake_host, served
 from tests import oci_make
-from tests.contract import conftest
+from tests.contract import conftest, publishing
 from tests.lab import documents
 from tests.root import rooted_agent
 from tests.unit import kernel_samples
@@ -108,8 +107,7 @@ def test_the_tutorial_and_other_pages_are_true() -> None:
         lines += _workspaces(top, guest)
         lines += _kernels(top)
         lines += _images(top)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = publishing.free_port()
         # This machine may use the port that a page has.
         lines = [
             (line.replace("8080:", f"{port}:"), [text.replace("8080:", f"{port}:") for text in shown])
