@@ -166,10 +166,10 @@ async def test_what_a_killed_client_left_is_swept_by_the_next_and_nothing_else(
     cli, env = cli_process.Cli(guest.served.path), {"TMPDIR": str(scratch)}
     words = ("vm", "run", "--dry-run", str(guest.source))
     with cli.started(*words, env=env) as killed:
-        held = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
+        # The git that it ran outlives it; while this is open that writes nothing into what is swept.
+        orphan = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-        os.close(held)
     (left,) = os.listdir(scratch)
     (scratch / "banger-git-of-a-link").symlink_to(guest.source)
     pipe = stuck(guest.source)
@@ -184,6 +184,7 @@ async def test_what_a_killed_client_left_is_swept_by_the_next_and_nothing_else(
         os.close(held)
         assert await asyncio.to_thread(living.wait, cli_process.DEADLINE_S) == 0
     assert os.listdir(scratch) == ["banger-git-of-a-link"]
+    os.close(orphan)
     assert (guest.source / "README").exists()
 
 
