@@ -17,6 +17,7 @@ import contextvars
 import dataclasses
 import fnmatch
 import os
+import re
 import selectors
 import shlex
 import shutil
@@ -39,6 +40,8 @@ MAX_STDERR_BYTES: Final = 64 << 10
 _CHUNK: Final = 1 << 16
 _STACK_BYTES: Final = 1 << 20
 _GRACE_S: Final = 2.0
+_USER: Final = re.compile(r"(?<=://)[^\s/:@'\"]{0,256}(:[^\s@'\"]{0,256})?@")
+"""Before an address's host, with a password that may be written wrongly."""
 _DRAIN_S: Final = 1.0
 
 
@@ -282,10 +285,11 @@ def piped(
 def failure(result: Result) -> errors.BangerError:
     """The error for a program that ended badly, for callers that judge its result themselves."""
     name = os.path.basename(result.argv[0])
-    said = result.stderr.decode(errors="replace").strip()
+    fields = _fields(result)
+    said = fields["stderr"]
     last = said.splitlines()[-1] if said else "it said nothing"
     how = f"exited {result.status}" if result.status >= 0 else f"was ended by signal {-result.status}"
-    fields = {"replay": shlex.join(result.argv), "exit_status": str(result.status), "stderr": said}
+    fields["exit_status"] = str(result.status)
     if "No space left on device" in said:
         hint = "free some space or move the state directory"
         return errors.NoSpaceError(f"{name}: no space left on device", hint=hint, **fields)
@@ -296,10 +300,16 @@ def _interrupted(end: str, result: Result, deadline_s: float) -> errors.BangerEr
     name = os.path.basename(result.argv[0])
     if end == "cancelled":
         return errors.CancelledError(f"{name} was ended: cancelled")
-    fields = {"replay": shlex.join(result.argv), "stderr": result.stderr.decode(errors="replace").strip()}
+    fields = _fields(result)
     if end == "overflow":
         return errors.OperationFailedError(f"{name} wrote more than {MAX_STDOUT_BYTES} bytes", **fields)
     return errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s", **fields)
+
+
+def _fields(result: Result) -> dict[str, str]:
+    """What was called and what it said, without the passwords in addresses."""
+    said = {"replay": shlex.join(result.argv), "stderr": result.stderr.decode(errors="replace").strip()}
+    return {name: _USER.sub("", text) for name, text in said.items()}
 
 
 class _Child:

@@ -67,6 +67,18 @@ def test_environment_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LD_PRELOAD" not in inherited
 
 
+@pytest.mark.parametrize("script", ["exit 3", "exec sleep 60"])
+def test_a_password_in_an_address_is_in_no_error(script: str) -> None:
+    """Such as that of a package source: it is an argument, and programs say what they were given."""
+    argv = ["sh", "-c", f'echo "E: no $0" >&2; {script}', "deb https://user:se/cret@mirror.example/x suite"]
+    with pytest.raises(errors.BangerError) as caught:
+        run.run(argv, deadline_s=0.5)
+    said = f"{caught.value} {caught.value.fields}"
+    assert "cret" not in said
+    assert "user" not in said
+    assert "https://mirror.example/x suite" in caught.value.fields["replay"]
+
+
 def test_failure_can_be_replayed() -> None:
     with pytest.raises(errors.OperationFailedError) as caught:
         run.run(["sh", "-c", "echo 'no such thing' >&2; exit 3"], deadline_s=5)
