@@ -60,4 +60,4 @@ def _started(program: Path, directory: Path) -> Iterator[Path]:
         assert agent.poll() is None, f"the agent ended by itself: {agent.returncode}"
     finally:
         agent.terminate()
-        agent.wait(timeout=10)
+        agent.wait(timeout=30)

@@ -33,4 +33,4 @@ def running(directory: Path, home: Path) -> Iterator[Path]:
         yield path
     finally:
         agent.terminate()
-        agent.wait(timeout=10)
+        agent.wait(timeout=30)
