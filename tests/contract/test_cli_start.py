@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -97,3 +98,26 @@ def test_what_stands_in_gives_way_to_the_real_one() -> None:
 def test_output_that_nobody_takes_is_no_success(cli: cli_process.Cli) -> None:
     with open("/dev/full", "w") as full, cli.started("vm", "list", stdout=full) as process:
         assert process.wait(cli_process.DEADLINE_S) != 0
+
+
+def test_ctrl_c_while_modules_load_ends_it_without_a_traceback(cli: cli_process.Cli) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from banger.cli import start\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'banger.cli.main':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "start.main()\n"
+    )
+    argv = [sys.executable, "-c", script, "--version"]
+    done = subprocess.run(argv, env=cli.environment(), capture_output=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+    ignoring = subprocess.run(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *argv],
+        env=cli.environment(),
+        capture_output=True,
+        check=True,
+    )
+    assert ignoring.stdout.startswith(b"banger ")

@@ -434,15 +434,16 @@ def test_what_is_not_installed_is_one_failure_and_not_thirty(host: fakes.FakeHos
     assert [row.check for row in found.rows if row.status is FAIL] == ["installed"]
 
 
-def test_without_the_daemon_the_rest_is_seen(host: fakes.FakeHost) -> None:
-    host.api.stop()
+@pytest.mark.parametrize(
+    ("service", "unseen"),
+    [("bangerd", {"versions", "leftovers", "dns"}), ("bangerd-root", {"versions", "leftovers"})],
+)
+def test_without_a_service_the_rest_is_seen(host: fakes.FakeHost, service: str, unseen: set[str]) -> None:
+    (host.api if service == "bangerd" else host.helper).stop()
+    host.api.inventory = None  # type: ignore[assignment]  # without the helper the daemon has but an error
     found = {row.check: row.status for row in host.ask_all().rows}
-    assert {name for name, status in found.items() if status is FAIL} == {"bangerd", "bangerd socket"}
-    assert {name for name, status in found.items() if status is SKIP} == {
-        "versions",
-        "leftovers",
-        "dns",
-    }
+    assert {name for name, status in found.items() if status is FAIL} == {service, f"{service} socket"}
+    assert {name for name, status in found.items() if status is SKIP} == unseen
 
 
 @pytest.mark.parametrize(

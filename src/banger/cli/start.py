@@ -6,13 +6,16 @@ Nothing but what every Python process has is loaded before `main` runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
 import os
+import signal
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 
@@ -55,10 +58,22 @@ def main() -> NoReturn:
     gc.set_threshold(200_000)  # what is loaded stays; looking for garbage in it takes a tenth of the time
     _put_stand_ins()
     _fill_standard_descriptors()
-    from banger.cli import main as cli
+    with _interrupts_end_us():
+        from banger.cli import main as cli
 
     status = cli.run(sys.argv[1:])
     _end(status)
+
+
+@contextlib.contextmanager
+def _interrupts_end_us() -> Iterator[None]:
+    """While modules load nothing was begun: Ctrl-C ends the process, without a traceback of Python's."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fill_standard_descriptors() -> None:

@@ -160,8 +160,9 @@ class Scene:
             raise self._silent("bangerd-root", error) from error
 
     def inventory(self) -> inventory.Inventory:
-        """What of banger's is on the host and whose it is, looked for anew."""
+        """What of banger's is on the host and whose it is, looked for anew: by both services."""
         self.require_daemon()
+        self.require_helper()
         path = self.at(host.API_SOCKET)
         return asking.daemon("/v1/inventory", inventory.Inventory, at=path, timeout_s=_ANSWER_S)
 
