@@ -343,6 +343,19 @@ async def test_importing_a_layout_and_a_root_file_system(served: Served, tmp_pat
     assert "absolute" in refused.message
 
 
+async def test_an_imported_image_stands_for_no_registry_s(served: Served, tmp_path: Path) -> None:
+    """Whoever made the archive wrote into it what it is called."""
+    claimed = "docker.io/library/alpine:latest"
+    oci_make.layout(tmp_path / "layout", claimed, [BASE], RUN)
+    body = {"path": str(tmp_path / "layout"), "name": "laid", "image": claimed}
+    made = _image(await served.done("POST", "/v1/images/import", body))
+    assert (made.name, made.reference) == ("laid", "")
+    for text in ("alpine", claimed, f"alpine@{made.digest}"):
+        assert (await served.http.get("/v1/images", params={"ref": text})).json() == []
+    [found] = (await served.http.get("/v1/images", params={"ref": made.digest})).json()
+    assert found["id"] == made.id
+
+
 async def test_the_catalog_is_listed_and_extended(served: Served, registry: registries.Registry) -> None:
     catalog = served.daemon.paths.image_catalog
     assert catalog is not None

@@ -6,6 +6,7 @@ The work is done once for all who ask for the same at the same time; what has no
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shutil
 from collections.abc import Callable
@@ -173,8 +174,14 @@ class PullService:
         scratch = self._cache / _IMPORTS
         with sources.opened(path, arch=arch, scratch=scratch, wanted=body.image) as found:
             on_line(sizes.counted(len(found.layers), "layer"))
+            unclaimed = dataclasses.replace(found, reference="")  # only a registry says what that means
             return self._assemble(
-                found, name, body.disk_size_mib, guest_binary.path(arch), on_line, source=f"imported {path}"
+                unclaimed,
+                name,
+                body.disk_size_mib,
+                guest_binary.path(arch),
+                on_line,
+                source=f"imported {path}",
             )
 
     def _assemble(
