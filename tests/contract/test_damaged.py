@@ -29,6 +29,23 @@ async def test_an_image_that_lost_its_seed_gives_no_vm_an_empty_home(daemon: con
     assert (await daemon.done(await daemon.services.vms.start("web"))).error is None
 
 
+@pytest.mark.parametrize("disk", ["overlay.cow", "work.ext4"])
+async def test_a_vm_that_lost_a_disk_is_given_no_empty_one(daemon: conftest.Daemon, disk: str) -> None:
+    """Where it was moved away, or a delete was interrupted: nobody would have said that work is gone."""
+    created = (await daemon.create()).vm
+    assert created is not None
+    await daemon.done(await daemon.services.vms.stop("web"))
+    path = daemon.paths.layout.vm_dir(names.VmId(created.id)) / disk
+    kept = path.rename(path.with_suffix(".aside"))
+    failed = await daemon.done(await daemon.services.vms.start("web"))
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.step) == ("not_found", "preflight")
+    assert str(path) in failed.error.message
+    assert not path.exists()
+    kept.rename(path)
+    assert (await daemon.done(await daemon.services.vms.start("web"))).error is None
+
+
 async def test_a_vm_whose_row_is_corrupt_is_deleted_like_any_other(
     paths: config.Paths, world: worlds.World
 ) -> None:

@@ -386,9 +386,11 @@ class VmService:
             if remove:
                 await self.endings.delete(vm)
                 return
+            # A start that was taken back, with the disks that it made, was none.
+            row = msgspec.structs.replace(self._store.get(vm.id), started_at=vm.started_at)
             self._store.save(
                 changes.failed(
-                    self._store.get(vm.id),
+                    row,
                     error,
                     op_id=op_id,
                     step=seen.failed_step,

@@ -86,6 +86,7 @@ class Start:
 
     async def _preflight(self) -> None:
         self._files = sources.look(self._host.layout, self._vm)
+        _require_disks(self._host.layout, self._vm)
         # Root's directory is looked at from here: who is refused there has begun to make things.
         for place in (self._host.layout.state, self._host.layout.jails.parent):
             _check_room(place, self._vm.name)
@@ -253,6 +254,17 @@ class Start:
         network = self._host.network
         address = names.guest_address(network, self._vm.slot)
         return boot_args.ip_argument(self._vm.name, address, network, self._host.dns)
+
+
+def _require_disks(layout: host.Layout, vm: record.VmRecord) -> None:
+    """One that has run has both; made anew they would be empty, and nobody would be told."""
+    disks = {"root disk": layout.overlay(vm.id), "work disk": layout.work_disk(vm.id)}
+    for what, path in disks.items() if vm.started_at is not None else ():
+        if not path.exists():
+            raise errors.NotFoundError(
+                f"the {what} of {vm.name} is gone: there is no {path}",
+                hint=f"put the file back; `banger vm delete {vm.name}` deletes what is left",
+            )
 
 
 def _check_room(directory: Path, name: str) -> None:
