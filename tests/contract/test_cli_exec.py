@@ -64,6 +64,13 @@ def test_stdout_and_stderr_stay_apart(cli: cli_process.Cli) -> None:
     assert (done.out, done.err) == (b"out\n", "err\n")
 
 
+async def test_an_empty_word_is_no_command_and_may_be_an_argument(guest: workspaces.Guest) -> None:
+    """As of a variable that is not set."""
+    refused = await guest.banger("vm", "exec", "web", "--", "", "x", status=125)
+    assert "the command's first word is empty" in refused.err
+    assert (await guest.banger("vm", "exec", "web", "--", "printf", "<%s>", "")).text == "<>"
+
+
 async def test_256_mib_each_way_arrive_intact(guest: workspaces.Guest, tmp_path: Path) -> None:
     """From file to file: the command line, the daemon, the real agent, and all the way back."""
     block = os.urandom(1 << 20)

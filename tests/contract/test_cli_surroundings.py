@@ -96,3 +96,9 @@ def test_a_descriptor_that_the_caller_closed_is_as_one_to_nowhere(
     )
     assert done.returncode == (1 if "nobody" in words else 0), done.stderr
     assert b"fault" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--firecracker", "--jailer"])
+def test_a_directory_is_no_program_to_install(cli: cli_process.Cli, option: str) -> None:
+    done = cli.run("system", "install", option, "/tmp")
+    assert (done.status, "is a directory" in done.err) == (2, True), done.err

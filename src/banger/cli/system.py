@@ -41,12 +41,12 @@ _NO_BUILDER: Final = "no bangerd-build.socket; `sudo banger system install` sets
 @click.option("--network6", metavar="CIDR", default="", help="Those in IPv6 [default: the host's own].")
 @click.option(
     "--firecracker",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Your own Firecracker [default: the pinned one, fetched].",
 )
 @click.option(
     "--jailer",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Your own jailer [default: the pinned one, fetched].",
 )
 @click.option("--pinned", is_flag=True, help="No more your own: the pinned Firecracker and jailer.")

@@ -21,6 +21,10 @@ def exec_spec(request: resources.ExecRequest, image: bundle.RunConfig, workspace
     argv = request.argv or image.argv
     if not argv:
         raise errors.BadRequestError("the image names nothing to run", hint="give a command")
+    if not argv[0]:
+        raise errors.BadRequestError(
+            "the command's first word is empty", hint="is a variable of it not set?"
+        )
     user = request.user or ("" if request.argv else image.user)
     # Other users cannot look into root's home, where workspaces are.
     begins = workspace if user in {"", "root", "0"} else ""
