@@ -176,7 +176,7 @@ def test_a_published_kernel_can_be_imported_elsewhere(
         elsewhere, kernels.path(first.id), name="moved", guest_binary=guest, arch="x86_64"
     )
     changed = {name for name in first.__struct_fields__ if getattr(first, name) != getattr(moved, name)}
-    assert changed == {"id", "name", "created_at"}
+    assert changed == {"id", "name", "created_at", "source"}
     ready = elsewhere.initrd(moved.id)
     assert ready is not None
     assert hashlib.sha256(ready.read_bytes()).hexdigest() == first.initrd_sha256
@@ -194,6 +194,23 @@ def test_a_record_that_is_of_other_files_is_not_believed(
     moved = importer.import_path(elsewhere, first, name="moved", guest_binary=guest, arch="x86_64")
     assert (moved.checked_by, moved.modules) == ("names in the image", ())
     assert "everything" not in moved.lacks
+
+
+def test_a_record_is_believed_nothing_that_can_be_seen_or_is_of_elsewhere(
+    tmp_path: Path, tree: Path, kernels: records.Kernels, import_: Import, guest: Path
+) -> None:
+    """Whoever made the directory wrote it."""
+    first = import_(tree)
+    path = kernels.path(first.id)
+    said = json.loads((path / records.RECORD).read_bytes())
+    lies = {"source": "catalog: Debian package linux-image-6.1", "version": "9.9", "loaded_end": 1}
+    (path / records.RECORD).write_text(json.dumps({**said, **lies, "vmlinux_bytes": 1, "initrd_bytes": 1}))
+    elsewhere = records.Kernels(tmp_path / "elsewhere")
+    moved = importer.import_path(elsewhere, path, name="moved", guest_binary=guest, arch="x86_64")
+    assert moved.checked_by == first.checked_by
+    assert moved.source == f"imported from {path}"
+    for field in ("version", "loaded_end", "vmlinux_bytes", "initrd_bytes"):
+        assert getattr(moved, field) == getattr(first, field), field
 
 
 # --- what cannot boot ---

@@ -74,8 +74,17 @@ class _Import:
             sha256 = pinned.sha256_of_path(vmlinux)
             before = self._earlier_record(sha256)
             if before is not None:
-                self._copy_initrd()
-                return msgspec.structs.replace(before, id=kernel_id, name=name, created_at=artefacts.now())
+                return msgspec.structs.replace(
+                    before,
+                    id=kernel_id,
+                    name=name,
+                    version=kernel.version,
+                    vmlinux_bytes=vmlinux.stat().st_size,
+                    initrd_bytes=self._size_of_initrd(),
+                    loaded_end=kernel.end,
+                    source=source,
+                    created_at=artefacts.now(),
+                )
             verdict, load = self._judge(image, kernel)
         guest_sha256 = self._make_initrd(load)
         ready = self._staged / records.INITRD
@@ -88,7 +97,7 @@ class _Import:
             vmlinux_sha256=sha256,
             vmlinux_bytes=vmlinux.stat().st_size,
             initrd_sha256=pinned.sha256_of_path(ready) if ready.exists() else "",
-            initrd_bytes=ready.stat().st_size if ready.exists() else 0,
+            initrd_bytes=self._size_of_initrd(),
             guest_sha256=guest_sha256,
             modules=tuple(module.name for module in load),
             loaded_end=kernel.end,
@@ -137,8 +146,15 @@ class _Import:
         if self._parts.initrd is not None:
             files.copy(self._parts.initrd, self._staged / records.INITRD)
 
+    def _size_of_initrd(self) -> int:
+        ready = self._staged / records.INITRD
+        return ready.stat().st_size if ready.exists() else 0
+
     def _earlier_record(self, sha256: str) -> records.Kernel | None:
-        """What banger said of a directory it published elsewhere, as long as the files are still those."""
+        """What banger said of a directory it published elsewhere, as long as the files are still those.
+
+        Its initrd is staged then: what is hashed is what is kept.
+        """
         found = self._parts
         if found.record is None:
             return None
@@ -146,6 +162,11 @@ class _Import:
             record = decoding.json(files.read(found.record, 1 << 20), records.Kernel)
         except (errors.BangerError, msgspec.DecodeError, UnicodeDecodeError):
             return None
-        initrd_sha256 = pinned.sha256_of_path(found.initrd) if found.initrd is not None else ""
+        self._copy_initrd()
+        ready = self._staged / records.INITRD
+        initrd_sha256 = pinned.sha256_of_path(ready) if ready.exists() else ""
         same = (sha256, initrd_sha256) == (record.vmlinux_sha256, record.initrd_sha256)
-        return record if same and record.checked_by and record.arch == self._arch else None
+        if same and record.checked_by and record.arch == self._arch:
+            return record
+        ready.unlink(missing_ok=True)
+        return None
