@@ -96,6 +96,13 @@ def test_the_host_s_loopback_is_not_reached(origin: origins.Origin, host: str) -
     assert origin.heads == []
 
 
+def test_why_is_where_apt_shows_it(proxy: origins.Origin) -> None:
+    """Of an answer that refuses, it shows the first line."""
+    with served() as ask:
+        [first, *_] = ask(get("http://10.1.2.3:8080/dists")).split(b"\r\n")
+    assert first == b"HTTP/1.1 403 a build does not reach 10.1.2.3"
+
+
 @pytest.mark.parametrize(
     "host", ["169.254.169.254", "[fd00:ec2::254]", "168.63.129.16", "10.0.0.1", "192.168.1.1", "[fe80::1]"]
 )

@@ -36,7 +36,7 @@ _DROPPED: Final = frozenset(
 _BODY: Final = frozenset((b"content-length", b"transfer-encoding"))
 _PERSISTENCE: Final = frozenset((b"connection", b"proxy-connection"))
 _EMPTY: Final = frozenset((b"204", b"304"))
-_REASONS: Final = {400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
+_MAX_WHY: Final = 200
 
 
 class NotServedError(Exception):
@@ -98,10 +98,10 @@ def head(asked: Asked, *, by_proxy: bool, more: tuple[str, ...] = ()) -> bytes:
 
 
 def refusal(error: NotServedError) -> bytes:
-    text = f"{error}\n".encode(errors="replace")
-    reason = _REASONS.get(error.status, "Bad Gateway")
-    first = f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
-    return f"{first}Content-Length: {len(text)}\r\n\r\n".encode() + text
+    """Why stands in the first line, which is what apt shows of it."""
+    why = re.sub(r"[^ -~]", "?", str(error))[:_MAX_WHY]
+    first = f"HTTP/1.1 {error.status} {why}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    return f"{first}Content-Length: {len(why) + 1}\r\n\r\n{why}\n".encode()
 
 
 def status(answer: bytes) -> bytes:
