@@ -47,6 +47,13 @@ def test_argv_arrives_exactly(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> 
     assert done.text == "a b||$HOME|--json|--|-x|ä\n|*|"
 
 
+async def test_a_line_for_a_shell_is_told_how_to_get_one(guest: workspaces.Guest) -> None:
+    told = "no shell reads that; to have one: `-- sh -c 'ls | wc -l'`"
+    assert told in (await guest.banger("vm", "exec", "web", "--", "ls | wc -l", status=127)).err
+    for words in (("sh", "-c", "exit 127"), ("nothing-here",)):
+        assert "no shell" not in (await guest.banger("vm", "exec", "web", "--", *words, status=127)).err
+
+
 def test_command_without_dashes_may_have_options(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     cli.run("vm", "exec", "-u", "www", "--cwd", "/tmp", "web", "echo", "-n", "x")
     assert fake.execs[0].argv == ("echo", "-n", "x")

@@ -172,8 +172,13 @@ def test_words_that_are_no_directory_are_a_command_or_an_image(
     assert (f"banger vm run --image {word}`" in said) is image
     assert main.run(["vm", "run", "-it", "--rm", word, "ls", "a b"]) == 2
     said = capsys.readouterr().err
-    assert f"banger vm run -- {word} ls 'a b'`" in said
-    assert (f"banger vm run --image {word} -- ls 'a b'`" in said) is image
+    assert f"banger vm run --rm -- {word} ls 'a b'`" in said
+    assert (f"banger vm run --rm --image {word} -- ls 'a b'`" in said) is image
+    assert main.run(["vm", "run", "--rm", "--image", "debian", word]) == 2
+    assert f"before it: `banger vm run --rm --image debian -- {word}`" in capsys.readouterr().err
+    for address in ("https://example.org/team/app", "git@example.org:team/app"):
+        assert main.run(["vm", "run", address]) == 2
+        assert "`git clone` it first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

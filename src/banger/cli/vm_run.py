@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
@@ -39,6 +39,7 @@ _IMAGE_LIKE: Final = r"[a-z0-9][a-z0-9._/@:-]*"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # The user's login shell in the guest, else the best there is. The agent sets SHELL from the guest's passwd.
+_NOT_FOUND: Final = 127
 _SHELL: Final = (
     "/bin/sh",
     "-c",
@@ -159,6 +160,7 @@ def execute(
         chosen["cwd"] = chosen["cwd"] or guest_path or ""
         request = _exec_request(words or argv or _SHELL, chosen, remove=False)
         status = attach.run(api, name, request, stdin=chosen["stdin"], timeout_s=chosen["timeout"])
+    _say_if_for_a_shell(request.argv, status)
     raise exits.CommandEnd(status)
 
 
@@ -219,7 +221,7 @@ def run(
     that start made. Without --rm the VM stays, also then: `banger vm start` starts it.
     """
     wanted = workspaces.wanted(words, chosen)
-    _refuse_what_cannot_be(words, argv, detach=detach, remove=remove, dry_run=dry_run)
+    _refuse_what_cannot_be(words, argv, detach=detach, remove=remove, dry_run=dry_run, image=chosen["image"])
     if remove and chosen["autostart"]:
         raise errors.BadRequestError("--rm and --autostart exclude each other: the VM ends with its command")
     with exits.failures_as(exits.BEFORE_COMMAND), signals.raised(), contextlib.ExitStack() as stack:
@@ -267,7 +269,14 @@ def run(
                 before=prepare if ready is not None else None,
                 timeout_s=exec_fields["timeout"],
             )
+    _say_if_for_a_shell(request.argv, status)
     raise exits.CommandEnd(status)
+
+
+def _say_if_for_a_shell(argv: Sequence[str], status: int) -> None:
+    """ssh hands a line to a shell, and no program is called like one."""
+    if status == _NOT_FOUND and len(argv) == 1 and re.search(r"[\s|&;<>$]", argv[0]):
+        render.note(f"no shell reads that; to have one: `-- sh -c {shlex.quote(argv[0])}`")
 
 
 def _default_command(api: client.Client, vm: resources.Vm) -> tuple[str, ...]:
@@ -284,18 +293,24 @@ def _default_command(api: client.Client, vm: resources.Vm) -> tuple[str, ...]:
 
 
 def _refuse_what_cannot_be(
-    words: tuple[str, ...], argv: tuple[str, ...], *, detach: bool, remove: bool, dry_run: bool
+    words: tuple[str, ...],
+    argv: tuple[str, ...],
+    *,
+    detach: bool,
+    remove: bool,
+    dry_run: bool,
+    image: str | None,
 ) -> None:
     if len(words) > 1:
         raise errors.BadRequestError(
             f"vm run takes one repository, not {len(words)}",
-            hint=_meant(*words),
+            hint=_meant(words, remove=remove, image=image),
         )
     if words and not os.path.isdir(words[0]):
         what = params.lack_of(words[0]) or "is not a directory"
         raise errors.BadRequestError(
             f"repository {words[0]} {what}",
-            hint=_meant(words[0]),
+            hint=_meant(words, remove=remove, image=image),
         )
     if dry_run and not words:
         raise errors.BadRequestError("--dry-run lists the files of a repository", hint="name one: `.`")
@@ -310,13 +325,19 @@ def _refuse_what_cannot_be(
         )
 
 
-def _meant(word: str, *more: str) -> str:
+def _meant(words: tuple[str, ...], *, remove: bool, image: str | None) -> str:
     """What words that are no directory can have been: a command, or an image with or without one."""
-    command_line = f"for a command put -- before it: `banger vm run -- {shlex.join([word, *more])}`"
+    word, *more = words
+    begun = "banger vm run --rm" if remove else "banger vm run"
+    if "://" in word or word.startswith("git@"):
+        return "a repository is taken from this host: `git clone` it first"
+    if image is not None:
+        return f"for a command put -- before it: `{begun} --image {image} -- {shlex.join(words)}`"
+    command_line = f"for a command put -- before it: `{begun} -- {shlex.join(words)}`"
     if not re.fullmatch(_IMAGE_LIKE, word) or os.path.isdir(word):
         return command_line
     with_command = f" -- {shlex.join(more)}" if more else ""
-    return f"for an image: `banger vm run --image {word}{with_command}`; {command_line}"
+    return f"for an image: `{begun} --image {word}{with_command}`; {command_line}"
 
 
 def _detached(
