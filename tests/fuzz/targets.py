@@ -37,7 +37,7 @@ from banger.owner import builder, config, helper
 from banger.owner import guest as guests
 from banger.tarstream import reader
 from tests.contract import test_guest_hostile as hostile
-from tests.fuzz import api
+from tests.fuzz import api, forwarded
 from tests.fuzz.engine import Target
 from tests.unit import kernel_samples, tars
 
@@ -443,6 +443,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "build-answer": _build_answer,
     "deb": _deb,
     "dns": _dns,
+    "forward": forwarded.target,
     "guest": _guest,
     "helper": _helper,
     "helper-reply": _helper_reply,
