@@ -181,6 +181,14 @@ async def test_a_directory_never_takes_the_place_of_a_file(guest: Guest, tmp_pat
         assert (tmp_path / side / "tool" / "kept").exists()
 
 
+async def test_a_copy_of_nothing_is_no_success(guest: Guest, tmp_path: Path) -> None:
+    refused = await guest.banger("vm", "cp", "web:/dev/null", str(tmp_path), status=1)
+    assert "left out: null is a device" in refused.err
+    assert "nothing of /dev/null was copied" in refused.err
+    told = await guest.banger("vm", "cp", "web:/proc/version", f"{tmp_path}/version")
+    assert f"{tmp_path}/version is empty: `banger vm exec web -- cat /proc/version` prints" in told.err
+
+
 async def test_streams_are_archives(guest: Guest, tmp_path: Path) -> None:
     make_tree(tmp_path / "tree")
     done = await guest.banger("vm", "cp", f"web:{tmp_path / 'tree'}", "-")

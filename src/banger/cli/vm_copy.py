@@ -247,9 +247,18 @@ def _unpack(
     finally:
         report.close()
     _say_left_out(done)
+    if done.entries == done.skipped_count:
+        raise errors.OperationFailedError(f"nothing of {here.path} was copied")
+    _say_if_made_up(here, directory / (name or "."))
     _say(settings, f"{sizes.counted(done.entries, 'file')}: in {directory / name} now")
     _refuse_shrunk(here.vm, archive.done)
     return transfers.Transferred(entries=done.entries)
+
+
+def _say_if_made_up(here: Place, copied: Path) -> None:
+    """A kernel says of what it makes up that it is empty, and so it is packed."""
+    if here.path.startswith(("/proc/", "/sys/")) and copied.is_file() and not copied.stat().st_size:
+        render.note(f"{copied} is empty: `banger vm exec {here.vm} -- cat {here.path}` prints what is there")
 
 
 def _fetched(
