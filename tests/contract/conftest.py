@@ -32,6 +32,7 @@ KERNEL_ID = "ba9876543210"
 NETWORK = ipaddress.IPv4Network(names.NETWORK)
 SETTINGS = config.Config(
     image="tiny",
+    flush_deadline_s=60,
     power_off_deadline_s=60,
     disk_size_mib=16,
     memory_mib=128,
