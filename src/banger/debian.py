@@ -141,7 +141,10 @@ class Apt:
 
     def update(self) -> None:
         """Raises UnavailableError when a server gives another suite: an older one is signed as well."""
-        self._apt("apt-get", "update", "-qq", "--error-on=any", deadline_s=_UPDATE_DEADLINE_S)
+        try:
+            self._apt("apt-get", "update", "-qq", "--error-on=any", deadline_s=_UPDATE_DEADLINE_S)
+        except errors.OperationFailedError as error:
+            raise _unfetched(error) from error
         asked = ("indextargets", "--format", _RELEASE_FORMAT, "Created-By: Packages")
         for line in self._apt("apt-get", *asked, deadline_s=_QUERY_DEADLINE_S).text.splitlines():
             release, codename, suite, uri = line.split("|", 3)
@@ -186,3 +189,14 @@ class Apt:
             env=run.environment(*APT_ENVIRONMENT, TMPDIR=str(self._directory)),
             cwd=cwd,
         )
+
+
+def _unfetched(error: errors.OperationFailedError) -> errors.UnavailableError:
+    """By the first of apt's lines, which names the server and why; its last only says that some failed."""
+    lines = error.fields.get("stderr", "").splitlines()
+    first = next((line[2:].strip() for line in lines if line.startswith(("E:", "W:"))), error.message)
+    return errors.UnavailableError(
+        f"the archive's index was not fetched: {' '.join(first.split())}",
+        hint="check the network, and whether a proxy is needed",
+        **error.fields,
+    )

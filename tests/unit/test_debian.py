@@ -161,3 +161,11 @@ def test_a_system_of_another_suite_is_not_kept(
         with pytest.raises(errors.UnavailableError, match="gave bullseye, and not bookworm"):
             make()
         assert recipe.kept_archives(tmp_path / "cache") == []
+
+
+def test_an_archive_that_is_not_reached_is_named_with_why(tmp_path: Path) -> None:
+    """apt's last line is always that some index files failed to download."""
+    entry = f"deb [trusted=yes] file:{tmp_path}/nowhere bookworm main"
+    with pytest.raises(errors.UnavailableError, match="nowhere") as caught:
+        debian.Apt(tmp_path / "apt", [entry], ARCH).update()
+    assert "network" in caught.value.hint
