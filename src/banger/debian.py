@@ -31,6 +31,7 @@ _UNVERIFIED: Final = (
     *("Acquire::AllowWeakRepositories", "APT::Get::AllowUnauthenticated"),
 )
 """What a host's own apt.conf may allow; whoever is between it and a mirror would then choose the kernel."""
+_UNREACHED: Final = re.compile(r"^[EW]: ?(.*(?:resolv|connect|timed out).*)", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(r"^(Version|Depends|Size): (.*)$", re.MULTILINE)
 
 
@@ -144,7 +145,7 @@ class Apt:
         try:
             self._apt("apt-get", "update", "-qq", "--error-on=any", deadline_s=_UPDATE_DEADLINE_S)
         except errors.OperationFailedError as error:
-            raise _unfetched(error) from error
+            raise _unreached(error) or error from None
         asked = ("indextargets", "--format", _RELEASE_FORMAT, "Created-By: Packages")
         for line in self._apt("apt-get", *asked, deadline_s=_QUERY_DEADLINE_S).text.splitlines():
             release, codename, suite, uri = line.split("|", 3)
@@ -191,12 +192,16 @@ class Apt:
         )
 
 
-def _unfetched(error: errors.OperationFailedError) -> errors.UnavailableError:
-    """By the first of apt's lines, which names the server and why; its last only says that some failed."""
-    lines = error.fields.get("stderr", "").splitlines()
-    first = next((line[2:].strip() for line in lines if line.startswith(("E:", "W:"))), error.message)
+def _unreached(error: errors.OperationFailedError) -> errors.UnavailableError | None:
+    """By the line of apt's that names the server and why; its last only says that some files failed.
+
+    None for what a server said or gave, such as an index that nobody signed.
+    """
+    line = _UNREACHED.search(error.fields.get("stderr", ""))
+    if line is None:
+        return None
     return errors.UnavailableError(
-        f"the archive's index was not fetched: {' '.join(first.split())}",
+        f"the archive's index was not fetched: {' '.join(line[1].split())}",
         hint="check the network, and whether a proxy is needed",
         **error.fields,
     )

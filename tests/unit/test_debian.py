@@ -165,7 +165,13 @@ def test_a_system_of_another_suite_is_not_kept(
 
 def test_an_archive_that_is_not_reached_is_named_with_why(tmp_path: Path) -> None:
     """apt's last line is always that some index files failed to download."""
-    entry = f"deb [trusted=yes] file:{tmp_path}/nowhere bookworm main"
-    with pytest.raises(errors.UnavailableError, match="nowhere") as caught:
+    entry = "deb [trusted=yes] http://127.0.0.1:1/debian bookworm main"
+    with pytest.raises(errors.UnavailableError, match=r"127\.0\.0\.1:1.*onnect") as caught:
         debian.Apt(tmp_path / "apt", [entry], ARCH).update()
     assert "network" in caught.value.hint
+
+
+def test_an_archive_that_has_no_index_is_not_the_network_s_fault(tmp_path: Path) -> None:
+    entry = f"deb [trusted=yes] file:{tmp_path}/nowhere bookworm main"
+    with pytest.raises(errors.OperationFailedError, match="apt-get exited"):
+        debian.Apt(tmp_path / "apt", [entry], ARCH).update()
