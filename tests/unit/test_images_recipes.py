@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies
 
 from banger.contract import errors
-from banger.images import edit, paths, recipe
+from banger.images import edit, paths, publish, recipe, records
 from banger.images.mkfs import filesystem
 from tests.unit import tars
 from tests.unit.tars import directory, file, symlink, tar
@@ -178,6 +178,33 @@ def test_a_recipe_takes_files_of_this_host(
     found = tars.listing(fs)
     assert found[b"usr/bin/plain"] == f"-rw-r--r-- 0 x1 {program}"
     assert found[b"usr/bin/linked"] == f"-rwxr-xr-x 0 x1 {program}"
+
+
+def test_a_build_says_which_files_of_this_host_go_into_the_image(tmp_path: Path) -> None:
+    """A recipe may be a stranger's, and the image is for guests."""
+    (tmp_path / "id_ed25519").write_text("private")
+    text = f"""
+extends = "busybox"
+name = "mine"
+[[tree.file]]
+path = "/etc/motd"
+source = "{tmp_path}/id_ed25519"
+"""
+    made = recipe.parse(text.encode())
+    kept = tmp_path / "cache/recipes" / f"{made.name}-{made.base_key('x86_64', '')}.tar"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(tar(file(b"bin/sh", b"")))
+    (tmp_path / "guest").write_bytes(b"")
+    said: list[str] = []
+    publish.build(
+        records.Images(tmp_path / "images"),
+        made,
+        arch="x86_64",
+        cache_dir=tmp_path / "cache",
+        guest_binary=tmp_path / "guest",
+        on_line=said.append,
+    )
+    assert f"taking {tmp_path}/id_ed25519 of this host as /etc/motd" in said
 
 
 @pytest.mark.parametrize(

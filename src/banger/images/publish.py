@@ -41,6 +41,9 @@ def build(
     archive = recipes.base_archive(
         recipe, arch=arch, cache_dir=cache_dir, mirror=mirror, on_line=on_line, make=make
     )
+    for file in recipe.tree.file:
+        if file.source is not None and on_line is not None:  # the recipe may be a stranger's
+            on_line(f"taking {file.source} of this host as {file.path}")
     layer = bundles.Layer(archive, bundles.Compression.NONE, "", archive.stat().st_size)
     return assemble.assemble(
         images,
