@@ -37,7 +37,7 @@ from banger.owner import builder, config, helper
 from banger.owner import guest as guests
 from banger.tarstream import reader
 from tests.contract import test_guest_hostile as hostile
-from tests.fuzz import api, forwarded, way_out
+from tests.fuzz import api, forwarded
 from tests.fuzz.engine import Target
 from tests.unit import kernel_samples, tars
 
@@ -441,8 +441,6 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "api": api.target,
     "build": _build,
     "build-answer": _build_answer,
-    "way-out": way_out.requests,
-    "way-back": way_out.answers,
     "deb": _deb,
     "dns": _dns,
     "forward": forwarded.target,
