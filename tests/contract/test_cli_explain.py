@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shutil
 import sqlite3
+import types
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -54,6 +56,17 @@ async def test_an_agent_that_fell_silent_is_named(served: api_served.Served) -> 
     shown = (await banger(served, "vm", "explain", "web")).text
     assert "runs, but its agent does not answer" in shown
     assert "banger vm restart web" in shown
+
+
+async def test_a_host_whose_disk_is_almost_full_is_named(
+    served: api_served.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's disks are sparse files there, and only some of its programs hear that a write was lost."""
+    await served.daemon.create()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100 << 20))
+    shown = (await banger(served, "vm", "explain", "web")).text
+    assert "but the host's disk has 100 MiB left: without any, what it writes is lost" in shown
+    assert "banger image cache prune" in shown
 
 
 async def test_of_a_vm_whose_row_is_corrupt_nothing_made_up_is_shown(served: api_served.Served) -> None:

@@ -354,9 +354,11 @@ class FakeDaemon:
         counters = {
             field: 1 << 20
             for field in resources.VmStats.__struct_fields__
-            if field not in {"id", "name", "pid", "uptime_ms"}
+            if field not in {"id", "name", "pid", "uptime_ms", "host_free_bytes"}
         }
-        return resources.VmStats(id=vm.id, name=vm.name, pid=1, uptime_ms=1000, **counters)
+        return resources.VmStats(
+            id=vm.id, name=vm.name, pid=1, uptime_ms=1000, host_free_bytes=1 << 40, **counters
+        )
 
     # --- operations ---
 

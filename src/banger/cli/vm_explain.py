@@ -12,12 +12,17 @@ import click
 import msgspec
 
 from banger.cli import client, command, lifetime, output, params, render, timeline
-from banger.contract import errors, guest, resources
+from banger.contract import errors, guest, resources, sizes
 
 _TAIL_LINES: Final = 8
 _TAIL_BYTES: Final = 64 * 1024
 _BAR: Final = 24
 _INDENT: Final = 2
+_LOW_BYTES: Final = 256 << 20
+_ROOM: Final = (
+    "make room there: `banger image cache prune`, `banger vm prune`, `banger image delete`; "
+    "`banger doctor` says which disk"
+)
 
 
 class Explanation(msgspec.Struct, frozen=True):
@@ -101,7 +106,11 @@ def _running(api: client.Client, vm: resources.Vm) -> tuple[str, str]:
             f"{vm.name} runs, but its agent does not answer: {error.message}",
             f"see `banger vm logs {vm.name}`; `banger vm restart {vm.name}` begins anew",
         )
-    return f"{vm.name} has run for {render.span(stats.uptime_ms / 1000)}, and its agent answers", ""
+    has_run = f"{vm.name} has run for {render.span(stats.uptime_ms / 1000)}, and its agent answers"
+    if stats.host_free_bytes < _LOW_BYTES:
+        left = sizes.text_of_bytes(stats.host_free_bytes)
+        return f"{has_run}, but the host's disk has {left} left: without any, what it writes is lost", _ROOM
+    return has_run, ""
 
 
 def _not_running(vm: resources.Vm) -> tuple[str, str]:

@@ -277,6 +277,8 @@ class VmStats(Resource, frozen=True, kw_only=True):
     tx_bytes: int
     overlay_bytes: int
     work_disk_bytes: int
+    host_free_bytes: int
+    """Of the host's file system that its disks are on: without any, what its guest writes is lost."""
 
 
 class ExecRequest(Body, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import functools
 import ipaddress
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,7 @@ class Views:
             tx_bytes=usage.tx_bytes,
             overlay_bytes=_allocated(self._layout.overlay(vm.id)),
             work_disk_bytes=_allocated(self._layout.work_disk(vm.id)),
+            host_free_bytes=shutil.disk_usage(self._layout.state).free,
         )
 
 
