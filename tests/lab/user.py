@@ -57,7 +57,7 @@ except (FileNotFoundError, ConnectionError):
     if os.path.exists("/etc/systemd/system/bangerd.service"):
         print("silent")
 """
-_SETTLES_S = 10
+_SETTLES_S = 60
 _ENDS_S = 60
 
 
