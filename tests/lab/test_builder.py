@@ -77,7 +77,7 @@ def await_other(is_it):
     sys.exit("no other build")
 
 def attack():
-    # The other of two builds. Each ends when both have tried.
+    # The other of two builds. Each ends when both know that both have tried.
     LIBC.prctl(PR_SET_NAME, b"probe-here")
     pid, uid, gid, _ = await_other(lambda each: each[3].startswith("probe-"))
     found = {
@@ -92,7 +92,10 @@ def attack():
         "in sight": sorted({os.stat(each).st_uid for each in glob.glob("/proc/[0-9]*")} - {os.getuid()}),
     }
     LIBC.prctl(PR_SET_NAME, b"probe-done")
-    await_other(lambda each: each[3] == "probe-done")
+    await_other(lambda each: each[3] in ("probe-done", "probe-seen"))
+    LIBC.prctl(PR_SET_NAME, b"probe-seen")
+    while any(each[3] in ("probe-here", "probe-done") for each in others()):
+        time.sleep(0.1)
     return found
 
 def fetched(url):
@@ -249,11 +252,13 @@ def attacked(host: Lab, attacker: str, *recipes: str) -> Iterator[None]:
     for name in recipes:
         recipe = f'extends = "busybox"\nname = "{name}"\nmore_packages = ["{name}"]\n'
         host.write(f"{HOME}/{name}.toml", recipe.encode())
-    yield
-    made = [f"{PLACE}/{name}" for name in (*programs, "new")]
-    made += [f"{HOME}/{name}.toml" for name in recipes]
-    host.run(["rm", "-f", *made])
-    user.banger(host, "image", "cache", "prune")
+    try:
+        yield
+    finally:
+        made = [f"{PLACE}/{name}" for name in (*programs, "new")]
+        made += [f"{HOME}/{name}.toml" for name in recipes]
+        host.run(["rm", "-f", *made])
+        user.banger(host, "image", "cache", "prune")
 
 
 @pytest.fixture(scope="module")
@@ -267,12 +272,14 @@ def builds(installed_host: Lab) -> Iterator[tuple[Built, Built]]:
     served = ("curl", "-sSf", "--retry", "60", "--retry-connrefused", "--retry-delay", "1", "-o/dev/null")
     installed_host.run([*served, f"http://127.0.0.1:{PORT}/"])
     commands = [("image", "build", f"{HOME}/{name}.toml") for name in PAIR]
-    with attacked(installed_host, ATTACKER, *PAIR):
-        one, two = user.at_once(installed_host, commands, timeout_s=240)
-    yield reported(installed_host, PAIR[0], one), reported(installed_host, PAIR[1], two)
-    user.banger(installed_host, "image", "delete", *PAIR, check=False)
-    installed_host.run(["systemctl", "stop", "probe-tells", "probe-serves"])
-    installed_host.run(["rm", "-rf", "/var/tmp/of-the-host", "/etc/probe-daemon", SEEN])
+    try:
+        with attacked(installed_host, ATTACKER, *PAIR):
+            one, two = user.at_once(installed_host, commands, timeout_s=240)
+        yield reported(installed_host, PAIR[0], one), reported(installed_host, PAIR[1], two)
+    finally:
+        user.banger(installed_host, "image", "delete", *PAIR, check=False)
+        installed_host.run(["systemctl", "stop", "probe-tells", "probe-serves"])
+        installed_host.run(["rm", "-rf", "/var/tmp/of-the-host", "/etc/probe-daemon", SEEN])
 
 
 def reported(host: Lab, name: str, ended: user.Ended) -> Built:
