@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Who ends a VM is cancelled, or its daemon stopped, after the VMM has ended: the row says what is so."""
+"""Who ends a VM is cancelled, cut off or fails, after the VMM has ended: the row says what is so."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +135,29 @@ async def test_one_that_never_ran_has_not_stopped(daemon: conftest.Daemon, how: 
     operation = await daemon.done(await getattr(daemon.services.vms, how)("web"))
     assert operation.vm is not None
     assert operation.vm.state is resources.VmState.CREATED
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_delete_that_fails_is_gone_on_with_only_where_it_has_taken_something(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """By the next daemon. Half a VM is of no use; a whole one is its user's, who was told that it stays."""
+
+    def busy(path: Path) -> None:
+        if begun:
+            (path / "overlay.cow").unlink()
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        daemon = conftest.Daemon(services, paths, world)
+        await daemon.create()
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", busy)
+            ended = await daemon.done(await services.vms.delete("web"))
+        assert ended.error is not None
+        assert "Device or resource busy" in ended.error.message
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        assert [vm.name for vm in await services.vms.list()] == ([] if begun else ["web"])
+        if not begun:
+            again = conftest.Daemon(services, paths, world)
+            assert (await again.done(await services.vms.start("web"))).error is None

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 from banger import steps
-from banger.contract import names, privileged, resources
+from banger.contract import errors, names, privileged, resources
 from banger.owner import activity, inventory, leftovers, live, locks, silence, ssh, store
 from banger.vm import capabilities, ending, host, record, stop
 from banger.vm.capabilities import dns
@@ -139,10 +139,22 @@ class Endings:
 
     async def _forget(self, vm: record.VmRecord) -> None:
         if self._host.layout.vm_dir(vm.id).is_dir():
-            await stop.delete_disks(self._host.layout.vm_dir(vm.id))
+            await self._delete_disks(vm)
         self._keys.forget(vm.name)
         self._rows.delete(vm.id)
         self._activities.forget(vm.id)
+
+    async def _delete_disks(self, vm: record.VmRecord) -> None:
+        """What is cut off here is gone on with by the next daemon: half a VM is of no use to anybody."""
+        directory = self._host.layout.vm_dir(vm.id)
+        was_to_go, before = vm.id in self._rows.throw_aways(), set(directory.iterdir())
+        self._rows.set_throw_away(vm.id, throw_away=True, lasts=True)
+        try:
+            await stop.delete_disks(directory)
+        except errors.OperationFailedError:
+            if not was_to_go and before == set(directory.iterdir()):
+                self._rows.set_throw_away(vm.id, throw_away=False)
+            raise
 
     async def _on_vmm_gone(self, vm_id: names.VmId) -> bool:
         """It was not asked to end by us, or by an operation that failed and left a row that is not true."""

@@ -10,7 +10,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -146,13 +146,13 @@ class Store:
         with self._lasting(), self._transaction() as connection:
             connection.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
 
-    def set_throw_away(self, vm_id: names.VmId, *, throw_away: bool) -> None:
-        """A row that is gone already is fine."""
-        with self._transaction() as connection:
+    def set_throw_away(self, vm_id: names.VmId, *, throw_away: bool, lasts: bool = False) -> None:
+        """A row that is gone already is fine. `lasts`: it outlives a power cut from here on."""
+        with self._lasting() if lasts else nullcontext(), self._transaction() as connection:
             connection.execute("UPDATE vms SET throw_away = ? WHERE id = ?", (throw_away, vm_id))
 
     def throw_aways(self) -> frozenset[names.VmId]:
-        """VMs that end with a client's request; a daemon that starts knows that these clients are gone."""
+        """VMs that end with a client's request, or were being deleted: a daemon that starts deletes them."""
         with self._lock, _explained():
             rows = self._connection.execute("SELECT id FROM vms WHERE throw_away")
             return frozenset(vm_id for (vm_id,) in rows)
