@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 
 from banger.net import forward
 from tests.fuzz.engine import Target
@@ -18,6 +19,7 @@ class _Kept(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.data = bytearray()
+        self._is_closed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.data += data
@@ -26,10 +28,10 @@ class _Kept(asyncio.Transport):
         return False
 
     def is_closing(self) -> bool:
-        return False
+        return self._is_closed
 
     def close(self) -> None:
-        """Whoever wrote here is done."""
+        self._is_closed = True
 
 
 def target() -> Target:
@@ -46,11 +48,12 @@ def target() -> Target:
         there.feed_data(said)
         there.feed_eof()
         kept = _Kept()
-        writer = asyncio.StreamWriter(kept, asyncio.StreamReaderProtocol(there), there, loop)
         answer = await forward.answer(there)
         before = len(said) - len(there._buffer)  # type: ignore[attr-defined]
+        writer = asyncio.StreamWriter(kept, asyncio.StreamReaderProtocol(there), there, loop)
         try:
-            await forward.relay(asked, answer, there, writer)
+            with contextlib.closing(writer):
+                await forward.relay(asked, answer, there, writer)
         finally:
             after = len(said) - len(there._buffer)  # type: ignore[attr-defined]
             passed = bytes(kept.data)
