@@ -95,7 +95,7 @@ class Endings:
         self.live.add(vm.id, vmm.pid)
 
     async def throw_away(self, vm: record.VmRecord) -> None:
-        """The client whose command it ran for left with the last daemon."""
+        """The client whose command it ran for left with the last daemon, or that one was deleting it."""
         await self.delete(vm)
 
     # --- what is left over ---

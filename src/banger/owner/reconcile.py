@@ -32,7 +32,8 @@ class Vms(Protocol):
 async def reconcile(store: stores.Store, host: hosts.Host, vms: Vms) -> None:
     """Adopts each VM that still runs, takes away what does not, collects what no row owns.
 
-    Deletes the VMs that were to end with the request of a client: it ended with the last daemon.
+    Deletes the VMs that were to end with the request of a client, which ended with the last daemon, and
+    those that it was deleting.
 
     One VM or directory that cannot be cleaned up is logged and does not keep the daemon from starting. What
     is left of a VM is tried again, from when the daemon serves.
