@@ -22,6 +22,7 @@ enum {
         XATTR_NAMES_MAX = 64 * 1024, /* the kernel's own limits */
         XATTR_VALUE_MAX = 64 * 1024,
         SHRUNK_NAMES_MAX = 6 * 1024, /* of what a reply holds */
+        REPLACED_MAX = 100,
 };
 
 struct get_request {
@@ -29,10 +30,12 @@ struct get_request {
         bool follow_link, one_file_system;
 };
 
-/* Where a file with several names was packed first. */
+/* Where a file with several names was packed. A number is soon another file's: it is the same file while its
+ * status did not change, which no two that had the number share. */
 struct seen {
         dev_t device;
         ino_t inode;
+        struct timespec changed;
         char *path;
 };
 
@@ -148,9 +151,14 @@ static struct seen *find_seen(struct get *get, const struct stat *status) {
         return get->seen + slot;
 }
 
+static bool is_unchanged(const struct seen *seen, const struct stat *status) {
+        return seen->changed.tv_sec == status->st_ctim.tv_sec && seen->changed.tv_nsec == status->st_ctim.tv_nsec;
+}
+
 /* Returns the earlier name of a file with several, or NULL after remembering this one. */
 static const char *earlier_name(struct get *get, const struct stat *status) {
         struct seen *seen;
+        char *path;
 
         /* Who unpacks no device has none to link to. */
         if (status->st_nlink < 2 || S_ISDIR(status->st_mode) || S_ISCHR(status->st_mode) || S_ISBLK(status->st_mode))
@@ -160,10 +168,21 @@ static const char *earlier_name(struct get *get, const struct stat *status) {
         if (!get->seen)
                 return NULL;
         seen = find_seen(get, status);
-        if (seen->path || get->seen_count >= LINKS_MAX)
+        if (seen->path && is_unchanged(seen, status))
                 return seen->path;
-        *seen = (struct seen) { .device = status->st_dev, .inode = status->st_ino, .path = strdup(get->path) };
-        get->seen_count += seen->path != NULL;
+        if (!seen->path && get->seen_count >= LINKS_MAX)
+                return NULL;
+        path = strdup(get->path);
+        if (!path)
+                return NULL;
+        get->seen_count += seen->path == NULL;
+        free(seen->path);
+        *seen = (struct seen) {
+                .device = status->st_dev,
+                .inode = status->st_ino,
+                .changed = status->st_ctim,
+                .path = path,
+        };
         return NULL;
 }
 
@@ -231,8 +250,8 @@ static int describe(const struct get *get, const struct stat *status) {
         return 0;
 }
 
-static int get_link(struct get *get, int parent_fd, const char *name) {
-        ssize_t n = readlinkat(parent_fd, name, entry.link, sizeof entry.link - 1);
+static int get_link(struct get *get, int fd) {
+        ssize_t n = readlinkat(fd, "", entry.link, sizeof entry.link - 1);
 
         if (n < 0)
                 return -errno;
@@ -249,23 +268,13 @@ static int get_hardlink(struct get *get, const char *target) {
         return tar_write_header(&entry, send_bytes, get);
 }
 
-static int get_file(struct get *get, int parent_fd, const char *name) {
-        _cleanup_close_ int fd = openat(parent_fd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
-        struct stat status;
-        int r;
+static int get_file(struct get *get, int fd) {
+        uint64_t size = entry.size;
+        int r = collect_xattrs(fd);
 
-        if (fd < 0)
-                return -errno;
-        if (fstat(fd, &status) < 0)
-                return -errno;
-        if (!S_ISREG(status.st_mode))
-                return -ENOENT;
-        r = describe(get, &status);
-        if (r >= 0)
-                r = collect_xattrs(fd);
         if (r >= 0)
                 r = tar_write_header(&entry, send_bytes, get);
-        return r < 0 ? r : send_content(get, fd, (uint64_t) status.st_size);
+        return r < 0 ? r : send_content(get, fd, size);
 }
 
 static int get_entry(struct get *get, int parent_fd, const char *name);
@@ -302,13 +311,11 @@ static int get_children(struct get *get, DIR *directory) {
         return -errno;
 }
 
-static int get_directory(struct get *get, int parent_fd, const char *name, dev_t device) {
-        int fd = openat(parent_fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), r;
+/* Takes the descriptor. */
+static int get_directory(struct get *get, int fd, dev_t device) {
+        int r = collect_xattrs(fd);
         DIR *directory;
 
-        if (fd < 0)
-                return -errno;
-        r = collect_xattrs(fd);
         if (r >= 0)
                 r = tar_write_header(&entry, send_bytes, get);
         directory = r >= 0 ? fdopendir(fd) : NULL;
@@ -328,13 +335,43 @@ static int get_directory(struct get *get, int parent_fd, const char *name, dev_t
         return r;
 }
 
+/* What is there is opened, so that all that is said of it is of the very one that is read. Returns a descriptor, or
+ * -EAGAIN when something of another type has just taken its place. */
+static int open_once(int parent_fd, const char *name, struct stat *ret) {
+        int flags = O_PATH | O_NOFOLLOW | O_CLOEXEC;
+        _cleanup_close_ int fd = -1;
+        mode_t type;
+
+        if (fstatat(parent_fd, name, ret, AT_SYMLINK_NOFOLLOW) < 0)
+                return -errno;
+        type = ret->st_mode & S_IFMT;
+        if (type == S_IFREG || type == S_IFDIR)
+                flags = O_RDONLY | O_NONBLOCK | O_NOCTTY | O_NOFOLLOW | O_CLOEXEC;
+        fd = openat(parent_fd, name, flags);
+        if (fd < 0) /* a link; a socket or a device that does not answer */
+                return errno == ELOOP || errno == ENXIO ? -EAGAIN : -errno;
+        if (fstat(fd, ret) < 0)
+                return -errno;
+        return (ret->st_mode & S_IFMT) == type ? take_fd(&fd) : -EAGAIN;
+}
+
+static int open_entry(int parent_fd, const char *name, struct stat *ret) {
+        int fd = -EAGAIN;
+
+        for (unsigned i = 0; i < REPLACED_MAX && fd == -EAGAIN; i++)
+                fd = open_once(parent_fd, name, ret);
+        return fd;
+}
+
 static int get_entry(struct get *get, int parent_fd, const char *name) {
+        _cleanup_close_ int fd = -1;
         const char *earlier;
         struct stat status;
         int r;
 
-        if (fstatat(parent_fd, name, &status, AT_SYMLINK_NOFOLLOW) < 0)
-                return -errno;
+        fd = open_entry(parent_fd, name, &status);
+        if (fd < 0)
+                return fd;
         if (type_of(status.st_mode) == 0)
                 return 0;
         r = describe(get, &status);
@@ -346,11 +383,11 @@ static int get_entry(struct get *get, int parent_fd, const char *name) {
                 return get_hardlink(get, earlier);
         switch (entry.type) {
         case TAR_FILE:
-                return get_file(get, parent_fd, name);
+                return get_file(get, fd);
         case TAR_DIRECTORY:
-                return get_directory(get, parent_fd, name, status.st_dev);
+                return get_directory(get, take_fd(&fd), status.st_dev);
         case TAR_SYMLINK:
-                return get_link(get, parent_fd, name);
+                return get_link(get, fd);
         default:
                 return tar_write_header(&entry, send_bytes, get);
         }

@@ -83,7 +83,7 @@ def packed(
 
     Raises OperationFailedError for a file that cannot be read, or that shrinks while it is.
     """
-    count, links = 0, dict[tuple[int, int], str]()
+    count, links = 0, dict[tuple[int, int, int], str]()
     for name, path in members:
         with contextlib.closing(_Source(path)) as source:
             info = _member(name, source, links)
@@ -150,7 +150,7 @@ def _readable(path: str) -> Iterator[None]:
         raise errors.OperationFailedError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _member(name: str, source: _Source, links: dict[tuple[int, int], str]) -> tarfile.TarInfo | None:
+def _member(name: str, source: _Source, links: dict[tuple[int, int, int], str]) -> tarfile.TarInfo | None:
     found = source.found
     info = tarfile.TarInfo(name)
     info.mode, info.uid, info.gid = stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
@@ -170,8 +170,11 @@ def _member(name: str, source: _Source, links: dict[tuple[int, int], str]) -> ta
     return info
 
 
-def _link_or_file(info: tarfile.TarInfo, found: os.stat_result, links: dict[tuple[int, int], str]) -> None:
-    key = (found.st_dev, found.st_ino)
+def _link_or_file(
+    info: tarfile.TarInfo, found: os.stat_result, links: dict[tuple[int, int, int], str]
+) -> None:
+    """A number is soon another file's; no two that had it share the last change of their status."""
+    key = (found.st_dev, found.st_ino, found.st_ctime_ns)
     if key in links:
         info.type, info.linkname = tarfile.LNKTYPE, links[key]
         return
