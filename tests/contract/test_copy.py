@@ -181,6 +181,78 @@ async def test_a_directory_never_takes_the_place_of_a_file(guest: Guest, tmp_pat
         assert (tmp_path / side / "tool" / "kept").exists()
 
 
+async def test_several_sources_go_into_a_directory_that_is_there(guest: Guest, tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "alias").symlink_to("file")
+    inside, out = tmp_path / "inside", tmp_path / "out"
+    inside.mkdir()
+    out.mkdir()
+    sources = [f"{tmp_path}/{each}" for each in ("tree", "file", "alias", "file")]
+    await guest.banger("vm", "cp", *sources, f"web:{inside}")
+    assert described(inside / "tree") == described(tmp_path / "tree")
+    assert sorted(os.listdir(inside)) == ["alias", "file", "tree"]
+    assert (inside / "alias").is_symlink()
+    words = (f"web:{inside}/tree/.", f"web:{inside}/file", str(out))
+    done = await guest.banger("vm", "cp", "--json", *words)
+    assert [(each["name"], each["ok"]) for each in done.json] == [(word, True) for word in words[:2]]
+    assert done.json[1]["copied"]["entries"] == 1
+    assert described(out) == described(tmp_path / "tree") | {"file": (mock.ANY, mock.ANY, b"text")}
+    await guest.banger("vm", "cp", "-L", sources[1], sources[2], f"web:{inside}/tree/sub/empty")
+    assert sorted(os.listdir(inside / "tree/sub/empty")) == ["alias", "file"]
+    assert not (inside / "tree/sub/empty/alias").is_symlink()
+
+
+async def test_of_several_sources_one_that_fails_is_named_and_the_others_are_copied(
+    guest: Guest, tmp_path: Path
+) -> None:
+    for name in ("first", "last"):
+        (tmp_path / name).write_text(name)
+    inside, out = tmp_path / "inside", tmp_path / "out"
+    inside.mkdir()
+    out.mkdir()
+    words = [f"{tmp_path}/{each}" for each in ("first", "none", "last")]
+    done = await guest.banger("vm", "cp", *words, f"web:{inside}/", status=1)
+    assert f"cannot copy {tmp_path}/none: " in done.err
+    assert sorted(os.listdir(inside)) == ["first", "last"]
+    words = [f"web:{inside}/{each}" for each in ("first", "none", "last")]
+    done = await guest.banger("vm", "cp", "--json", *words, str(out), status=1)
+    assert [each["ok"] for each in done.json] == [True, False, True]
+    assert done.json[1]["error"]["message"] == (
+        f"cannot copy web:{inside}/none: {inside}/none does not exist in web"
+    )
+    assert sorted(os.listdir(out)) == ["first", "last"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{0}/a", "{0}/b", "web:{0}/none"), "{0}/none in web does not exist"),
+        (("{0}/a", "{0}/b", "web:{0}/file"), "{0}/file in web is not a directory"),
+        (("web:{0}/a", "web:{0}/b", "{0}/none"), "{0}/none does not exist"),
+        (("web:{0}/a", "web:{0}/b", "{0}/file"), "{0}/file is not a directory"),
+        (("{0}/a", "web:{0}/b", "web:{0}"), "one side of a copy"),
+        (("{0}/a", "{0}/b", "{0}"), "one side of a copy"),
+        (("{0}/a", "-", "web:{0}"), "- is one stream"),
+        (("web:{0}/a", "web:{0}/b", "-"), "- is one stream"),
+        (("{0}/a", "{0}/sub/a", "web:{0}/there"), "{0}/a and {0}/sub/a would both be a there"),
+        (("web:{0}/a", "web:{0}/sub/../a", "{0}/there"), "would both be a there"),
+        (("{0}/a",), "Missing argument 'TARGET'"),
+    ],
+)
+async def test_several_sources_that_cannot_be_are_refused_before_anything_is_written(
+    guest: Guest, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    for name in ("sub", "there"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "b", "file", "sub/a"):
+        (tmp_path / name).write_text(name)
+    before = described(tmp_path)
+    refused = await guest.banger("vm", "cp", *(word.format(tmp_path) for word in words), status=2)
+    assert message.format(tmp_path) in refused.err
+    assert described(tmp_path) == before
+
+
 async def test_a_copy_of_nothing_is_no_success(guest: Guest, tmp_path: Path) -> None:
     refused = await guest.banger("vm", "cp", "web:/dev/null", str(tmp_path), status=1)
     assert "left out: null is a device" in refused.err

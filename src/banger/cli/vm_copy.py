@@ -13,14 +13,25 @@ import os
 import posixpath
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from banger.cli import client, command, exchange, output, params, progress, render, signals, workspaces
+from banger.cli import (
+    client,
+    command,
+    exchange,
+    many,
+    output,
+    params,
+    progress,
+    render,
+    signals,
+    workspaces,
+)
 from banger.contract import errors, given_names, sizes, transfers
 
 if TYPE_CHECKING:
@@ -59,6 +70,20 @@ class Place:
         """`DIR/.` or `.`, as cp and docker have it: what lies in the directory, without itself."""
         return posixpath.basename(self.path) == "."
 
+    @property
+    def own_name(self) -> str:
+        """What it is called in a directory that it is copied into; nothing for what lies in one."""
+        if self.names_content:
+            return ""
+        if self.vm:
+            return posixpath.basename(posixpath.normpath(self.path)) or self.vm
+        path = Path(self.path)
+        return path.resolve().name if path.name in {"", ".."} else path.name
+
+
+class _Result(many.Result, frozen=True, omit_defaults=True):
+    copied: transfers.Transferred | None = None
+
 
 def parse_place(text: str) -> Place:
     """`NAME:PATH` in a VM; anything with a slash before its first colon is a path here."""
@@ -81,33 +106,45 @@ def parse_place(text: str) -> Place:
             "a directory: it becomes /srv/site, or /srv when that is not there",
         ),
         ("banger vm cp ./site/. web:/srv", "what lies in it, into /srv"),
+        ("banger vm cp a.txt b.txt web:/srv", "several, into a directory that is there"),
         ("banger vm cp web:/var/log ./logs", "out of the VM"),
         ("banger vm cp web:/etc - | tar -t", "as a tar stream"),
     ],
 )
-@click.argument("source", type=params.PLACE)
+@click.argument("sources", metavar="SOURCE…", nargs=-1, type=params.PLACE)
 @click.argument("target", type=params.PLACE)
 @command.habit("-r", "-R", "--recursive")
 @click.option("-a", "--archive", is_flag=True, help="Keep owners, by number [default: root's in the guest].")
 @click.option("-L", "--follow-link", is_flag=True, help="Copy what a symlink names, when SOURCE is one.")
 @click.pass_obj
-def copy(settings: command.Settings, source: str, target: str, archive: bool, follow_link: bool) -> None:
+def copy(
+    settings: command.Settings, sources: tuple[str, ...], target: str, archive: bool, follow_link: bool
+) -> None:
     """Copy files and directories into a VM, or out of it.
 
     NAME:PATH is in a VM, where a relative PATH, or one from ~ on, is below /root; - is a tar stream on stdin
     or stdout. Modes, times, links and extended attributes are kept. A directory that is there is filled, a
-    file replaced, neither by the other. DIR/. is what lies in a directory.
+    file replaced, neither by the other. DIR/. is what lies in a directory. Several sources go into a
+    directory that is there.
     """
-    here, there = parse_place(source), parse_place(target)
-    if bool(here.vm) == bool(there.vm):
+    if not sources:
+        raise click.UsageError("Missing argument 'TARGET'.")
+    froms, there = {source: parse_place(source) for source in sources}, parse_place(target)
+    if any(bool(here.vm) == bool(there.vm) for here in froms.values()):
         raise errors.BadRequestError(
-            "one side of a copy is in a VM and the other is not", hint=_sides(source, target)
+            "one side of a copy is in a VM and the other is not", hint=_sides(*sources, target)
         )
-    with signals.raised():
+
+    def copy_one(here: Place, there: Place) -> transfers.Transferred:
         if there.vm:
-            done = _into(settings, here, there, archive=archive, follow_link=follow_link)
-        else:
-            done = _out_of(settings, here, there, follow_link=follow_link)
+            return _into(settings, here, there, archive=archive, follow_link=follow_link)
+        return _out_of(settings, here, there, follow_link=follow_link)
+
+    with signals.raised():
+        if len(sources) > 1:
+            _copy_each(settings, froms, there, copy_one)
+            return
+        done = copy_one(froms[sources[0]], there)
     if settings.json and not there.is_pipe:
         output.json(done)
 
@@ -117,6 +154,54 @@ def _sides(*words: str) -> str:
         if ":" in word and os.path.lexists(word):
             return f"for the file {word} of this host write ./{word}"
     return "write the VM's side as NAME:PATH"
+
+
+def _copy_each(
+    settings: command.Settings,
+    froms: Mapping[str, Place],
+    there: Place,
+    copy_one: Callable[[Place, Place], transfers.Transferred],
+) -> None:
+    """One after the other, whatever becomes of the others; into a directory that is there."""
+    if there.is_pipe or any(here.is_pipe for here in froms.values()):
+        raise errors.BadRequestError("- is one stream, and takes no other beside it")
+    _refuse_same_names(froms)
+    _require_directory(settings, there)
+    directory = Place(there.vm, f"{there.path}/")
+    results: list[many.Result] = []
+    for word, here in froms.items():
+        try:
+            results.append(_Result(name=word, ok=True, copied=copy_one(here, directory)))
+        except errors.BangerError as error:
+            error.message = f"cannot copy {word}: {error.message}"
+            if isinstance(error, errors.UnavailableError):
+                raise
+            results.append(many.failed(settings, word, error))
+    many.finish(settings, results)
+
+
+def _refuse_same_names(froms: Mapping[str, Place]) -> None:
+    """As cp does: the second would replace what the first has just become."""
+    words: dict[str, str] = {}
+    for word, here in froms.items():
+        if here.own_name and (before := words.setdefault(here.own_name, word)) != word:
+            raise errors.BadRequestError(
+                f"{before} and {word} would both be {here.own_name} there",
+                hint="copy them one by one, each to a name of its own",
+            )
+
+
+def _require_directory(settings: command.Settings, there: Place) -> None:
+    where = f" in {there.vm}" if there.vm else ""
+    if there.vm:
+        found = _is_directory(settings.client(), there.vm, posixpath.normpath(there.path))
+        lack = "does not exist" if found is None else "" if found else "is not a directory"
+    else:
+        lack = params.lack_of(there.path) or ("" if os.path.isdir(there.path) else "is not a directory")
+    if lack:
+        raise errors.BadRequestError(
+            f"{there.path}{where} {lack}", hint="several sources go into a directory that is there"
+        )
 
 
 def _into(
@@ -139,7 +224,7 @@ def _into(
             if not source.is_dir():
                 raise errors.BadRequestError(f"{source} is not a directory")
         else:
-            directory, name = _place_in_guest(api, there, source)
+            directory, name = _place_in_guest(api, there, source, here.own_name)
         total = archives.content_bytes(archives.walk(source, name))
         packed = archives.packed(
             archives.walk(source, name), lambda count: report(_COPYING, count, total), left_out
@@ -166,12 +251,11 @@ def _into(
     return done
 
 
-def _place_in_guest(api: client.Client, there: Place, source: Path) -> tuple[str, str]:
+def _place_in_guest(api: client.Client, there: Place, source: Path, own_name: str) -> tuple[str, str]:
     """The directory in the guest, and the name that the source has in it."""
-    own_name = source.resolve().name if source.name in {"", ".", ".."} else source.name
     path = posixpath.normpath(there.path)
     is_tree = source.is_dir() and not source.is_symlink()
-    is_directory = there.names_directory or path == "/" or _is_directory(api, there.vm, path)
+    is_directory = there.names_directory or _is_directory(api, there.vm, path)
     if is_directory:
         path = posixpath.join(path, own_name)
         is_directory = _is_directory(api, there.vm, path) if is_tree else None
@@ -186,6 +270,8 @@ def _is_directory(api: client.Client, vm: str, path: str) -> bool | None:
     """By the first member of its archive, which needs no program in the guest. None where nothing is."""
     from banger import archive as archives
 
+    if path == "/":
+        return True
     try:
         with _fetched(api, vm, path, follow_link=True) as pieces:
             return archives.begins_with_directory(pieces)
@@ -223,11 +309,10 @@ def _unpack(
     from banger import archive as archives
 
     target = Path(there.path)
-    own_name = posixpath.basename(posixpath.normpath(here.path)) or here.vm
     if here.names_content:
         directory, name = target, ""
     elif there.names_directory or target.is_dir():
-        directory, name = target, own_name
+        directory, name = target, here.own_name
     else:
         directory, name = target.parent, target.name
     is_new = not name and directory.parent.is_dir() and not os.path.lexists(directory)
