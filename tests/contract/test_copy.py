@@ -107,7 +107,8 @@ async def test_a_dot_is_what_lies_in_a_directory(guest: Guest, tmp_path: Path) -
     ):
         await guest.banger("vm", "cp", source, target)
     mine = {"mine": (mock.ANY, mock.ANY, b"")}
-    assert described(tmp_path / "inside") == described(tmp_path / "back") == whole | mine
+    assert described(tmp_path / "inside") == whole | mine
+    assert described(tmp_path / "back") == whole | mine
     assert described(tmp_path / "new-inside") == described(tmp_path / "new-back") == whole
     assert {stat.S_IMODE((tmp_path / made).stat().st_mode) for made in ("inside", "back")} == {0o700}
     assert (tmp_path / "back/sub/again").stat().st_nlink == 2
