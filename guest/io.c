@@ -154,6 +154,31 @@ char *next_token(char **cursor, const char *separators) {
         return token;
 }
 
+/* The kernel writes blanks and backslashes as a backslash and three octal digits. */
+static void unescape(char *text) {
+        char *out = text;
+
+        while (*text) {
+                unsigned value = (unsigned char) *text;
+                bool is_octal = *text == '\\' && strspn(text + 1, "01234567") >= 3;
+
+                if (is_octal)
+                        value = (unsigned) ((text[1] - '0') << 6 | (text[2] - '0') << 3 | (text[3] - '0'));
+                text += is_octal ? 4 : 1;
+                *out++ = (char) value;
+        }
+        *out = 0;
+}
+
+char *mounted_device(char *line) {
+        char *source = next_token(&line, " "), *target = next_token(&line, " ");
+
+        if (!source || !target || strncmp(source, "/dev/", 5) != 0)
+                return NULL;
+        unescape(target);
+        return target;
+}
+
 int lines_open(struct lines *lines, const char *path) {
         lines->fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
         if (lines->fd < 0)

@@ -18,6 +18,9 @@ int write_file(const char *path, const char *text, int flags);
 int make_directories(const char *path, mode_t mode);
 bool is_mount_point(const char *path);
 
+/* Where a line of /proc/self/mounts has a device mounted, as it is; NULL for other mounts. Changes the line. */
+char *mounted_device(char *line);
+
 int parse_u64(const char *text, int base, uint64_t max, uint64_t *ret);
 char *next_token(char **cursor, const char *separators);
 

@@ -66,9 +66,9 @@ static void remount_read_only(void) {
         if (lines_open(&mounts, "/proc/self/mounts") < 0)
                 return;
         while (count < ELEMENTSOF(targets) && lines_next(&mounts, &line) > 0) {
-                char *source = next_token(&line, " "), *target = next_token(&line, " ");
+                const char *target = mounted_device(line);
 
-                if (source && target && strncmp(source, "/dev/", 5) == 0 && strlen(target) < sizeof targets[0])
+                if (target && strlen(target) < sizeof targets[0])
                         memcpy(targets[count++], target, strlen(target) + 1);
         }
         while (count-- > 0)

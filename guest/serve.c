@@ -137,12 +137,9 @@ int serve_flush(struct conn *conn, struct frame *frame) {
         /* sync() does not tell of errors; syncfs() does. */
         r = lines_open(&mounts, "/proc/self/mounts");
         while (r >= 0 && lines_next(&mounts, &line) > 0) {
-                char *cursor = line, *source = next_token(&cursor, " "), *target = next_token(&cursor, " ");
-                _cleanup_close_ int fd = -1;
+                const char *target = mounted_device(line);
+                _cleanup_close_ int fd = target ? open(target, O_RDONLY | O_CLOEXEC | O_NONBLOCK) : -1;
 
-                if (!source || !target || strncmp(source, "/dev/", 5) != 0)
-                        continue;
-                fd = open(target, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
                 if (fd >= 0 && syncfs(fd) < 0)
                         return conn_fail_errno(conn, errno, "cannot flush %s", target);
         }

@@ -303,6 +303,20 @@ def test_every_signal_that_asks_for_an_end_resets_the_machine(boot: Boot, number
         assert machine.wait_for_end() == RESET
 
 
+def test_at_the_end_disks_are_read_only_wherever_they_are_mounted(boot: Boot, content: Path) -> None:
+    targets = ("/plain", "/with blank")
+    (content / ".banger/config").write_text("".join(f"mount=/dev/null:{path}:tmpfs\n" for path in targets))
+    with boot() as machine:
+        wait_until(lambda: is_staying(machine), "it stays")
+        tops = [os.open(machine.root / path[1:], os.O_DIRECTORY) for path in targets]
+        os.kill(machine.pid, signal.SIGTERM)
+        assert machine.wait_for_end() == RESET
+    for top in tops:
+        with pytest.raises(OSError, match="Read-only file system"):
+            os.mkdir("written", dir_fd=top)
+        os.close(top)
+
+
 @pytest.mark.parametrize("path", ["/sbin/init", "/etc/init", "/bin/init"])
 def test_it_becomes_the_image_s_init(boot: Boot, content: Path, tmp_path: Path, path: str) -> None:
     add_script(content, path, 'echo "$$ $0 $*." > /seen; while :; do sleep 1; done')
