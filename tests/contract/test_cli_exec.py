@@ -7,6 +7,7 @@ import asyncio
 import fcntl
 import filecmp
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from banger.contract import errors, resources
-from tests.contract import cli_process, workspaces
+from tests.contract import cli_process, repositories, workspaces
 from tests.fakes import daemon
 
 STUBBORN = """
@@ -52,6 +53,26 @@ async def test_a_line_for_a_shell_is_told_how_to_get_one(guest: workspaces.Guest
     assert told in (await guest.banger("vm", "exec", "web", "--", "ls | wc -l", status=127)).err
     for words in (("sh", "-c", "exit 127"), ("nothing-here",)):
         assert "no shell" not in (await guest.banger("vm", "exec", "web", "--", *words, status=127)).err
+
+
+async def test_a_directory_where_no_command_can_begin_is_named_with_what_to_do(
+    guest: workspaces.Guest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    none, file = f"{tmp_path}/no ne", f"{tmp_path}/file"
+    said = await guest.banger("vm", "exec", "--cwd", none, "web", "ls", status=125)
+    assert f"cannot begin in {none} of web: No such file or directory" in said.err
+    assert f"make it: `banger vm exec --cwd / web -- mkdir -p '{none}'`" in said.err
+    said = await guest.banger("vm", "exec", "--cwd", file, "web", "ls", status=125)
+    assert f"cannot begin in {file} of web: Not a directory" in said.err
+    assert "mkdir" not in said.err
+    repositories.plain(guest.source)
+    await guest.prepare()
+    shutil.rmtree(guest.repo)
+    said = await guest.banger("vm", "exec", "web", "ls", status=125)
+    assert f"cannot begin in {guest.repo} of web: No such file" in said.err
+    assert "--cwd / begins elsewhere" in said.err
+    assert (await guest.banger("vm", "exec", "--cwd", "/", "web", "pwd")).text == "/\n"
 
 
 def test_command_without_dashes_may_have_options(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:

@@ -25,6 +25,8 @@ NO_CONSOLE: Final = "banger: no console in this kernel, see dmesg"
 GOODBYE: Final = "banger: going down"
 AGENT_LINES: Final = frozenset({NO_CONSOLE, GOODBYE})
 """On a console, what is not the guest's own."""
+NO_DIRECTORY: Final = "cannot set up the process: working directory: "
+"""What the agent says of a directory that it cannot enter, before the reason."""
 HEADER: Final = struct.Struct("<IB")
 _FIELD: Final = struct.Struct("<BI")
 _U64: Final = struct.Struct("<Q")

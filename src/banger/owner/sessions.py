@@ -52,8 +52,13 @@ class Sessions:
     async def exec(self, ref: str, request: resources.ExecRequest) -> AsyncIterator[guests.Exec]:
         vm = self._rows.find_running(self.announced(ref, request))
         spec = command.exec_spec(request, self._run_config(vm.image_id), _workspace_of(vm))
-        async with self._connect(vm.id).exec(spec) as running:
-            yield running
+        try:
+            async with self._connect(vm.id).exec(spec) as running:
+                yield running
+        except errors.BangerError as error:
+            if told := command.explained(error, request, spec, vm.name):
+                raise told from error
+            raise
 
     async def finished(self, vm_id: names.VmId, request: resources.ExecRequest) -> None:
         """A VM of one command goes with it, however the command or its client ended.

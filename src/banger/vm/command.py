@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Final
 
 from banger.contract import errors, guest, resources
@@ -41,3 +42,20 @@ def exec_spec(request: resources.ExecRequest, image: bundle.RunConfig, workspace
         rows=request.rows,
         cols=request.cols,
     )
+
+
+def explained(
+    error: errors.BangerError, request: resources.ExecRequest, spec: guest.ExecSpec, vm: str
+) -> errors.BangerError | None:
+    """What to say for an agent's error of the directory: it does not know whose wish that was."""
+    if not error.message.startswith(guest.NO_DIRECTORY):
+        return None
+    reason = error.message.removeprefix(guest.NO_DIRECTORY)
+    if not request.cwd:
+        hint = "the VM's workspace or its image says to begin there; --cwd / begins elsewhere"
+    elif request.remove or not isinstance(error, errors.NotFoundError):
+        hint = "choose another --cwd"
+    else:
+        made = shlex.join(("mkdir", "-p", spec.cwd))
+        hint = f"choose another --cwd, or make it: `banger vm exec --cwd / {vm} -- {made}`"
+    return type(error)(f"cannot begin in {spec.cwd} of {vm}: {reason}", hint=hint, **error.fields)
