@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ class Tries:
 
     attempts: int = 5
     first_wait_s: float = 0.5
+    patience_s: float = 30.0
+    """Without a batch, when another waits for the same; twice as long the next time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Blobs:
     def __init__(self, root: Path, tries: Tries | None = None) -> None:
         self._root = root
         self._tries = tries or Tries()
-        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._turns: weakref.WeakValueDictionary[str, _Turns] = weakref.WeakValueDictionary()
         self._leased: collections.Counter[str] = collections.Counter()
 
     def path(self, digest: reference.Digest) -> Path:
@@ -101,14 +103,25 @@ class Blobs:
     ) -> Path:
         """The blob, from the cache or fetched now; who wants it meanwhile waits. `on_bytes` hears how far.
 
-        Raises ProtocolError when what comes is not what the digest says; nothing of that is kept.
+        Who gets no further gives way to who waits: that one may ask another registry, and goes on where
+        this one was. Raises ProtocolError when what comes is not what the digest says; nothing of that is
+        kept.
         """
-        lock = self._locks.setdefault(digest, asyncio.Lock())
-        async with lock:
-            if not self.has(digest, size_bytes):
-                await self._download(digest, size_bytes, open_at, on_bytes)
-            on_bytes(size_bytes)
-        return self.path(digest)
+        turns = self._turns.setdefault(digest, _Turns())
+        patience_s = self._tries.patience_s
+        while True:
+            async with turns.taken():
+                if self.has(digest, size_bytes):
+                    on_bytes(size_bytes)
+                    return self.path(digest)
+                partial = await run.in_thread(_Partial.open, self._partial_path(digest), digest, size_bytes)
+                try:
+                    async with turns.giving_way(patience_s, partial):
+                        await self._download(partial, open_at, on_bytes)
+                except _GaveWayError:
+                    patience_s *= 2  # each may begin at 0 again, where a registry knows no ranges
+                finally:
+                    partial.close()
 
     def forget(self, digests: Iterable[reference.Digest]) -> None:
         """Of blobs that were not what they should be when somebody looked: the next pull fetches them anew.
@@ -130,20 +143,14 @@ class Blobs:
                 path.unlink()
         return Pruned(tuple(self._digest(path) for path in doomed), total)
 
-    async def _download(
-        self, digest: reference.Digest, size_bytes: int, open_at: Open, on_bytes: Callable[[int], None]
-    ) -> None:
-        partial = await run.in_thread(_Partial.open, self._partial_path(digest), digest, size_bytes)
-        try:
-            taken_up = partial.offset > 0
+    async def _download(self, partial: _Partial, open_at: Open, on_bytes: Callable[[int], None]) -> None:
+        taken_up = partial.offset > 0
+        await self._fill(partial, open_at, on_bytes)
+        if taken_up and not partial.is_right:
+            # What an earlier pull left may be at fault; what comes now may not.
+            partial.restart()
             await self._fill(partial, open_at, on_bytes)
-            if taken_up and not partial.is_right:
-                # What an earlier pull left may be at fault; what comes now may not.
-                partial.restart()
-                await self._fill(partial, open_at, on_bytes)
-            await run.in_thread(partial.publish, self.path(digest))
-        finally:
-            partial.close()
+        await run.in_thread(partial.publish, self.path(partial.digest))
 
     async def _fill(self, partial: _Partial, open_at: Open, on_bytes: Callable[[int], None]) -> None:
         """Until it has all its bytes, going on after each break."""
@@ -181,6 +188,54 @@ class Blobs:
         if path.parent.name == _PARTIAL:
             return reference.Digest(path.name.replace("-", ":", 1))
         return reference.Digest(f"{path.parent.name}:{path.name}")
+
+
+class _GaveWayError(Exception):
+    """To who waits."""
+
+
+class _Turns:
+    """Who fetches a blob now; those that wait follow in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._waiting = 0
+
+    @contextlib.asynccontextmanager
+    async def taken(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            await self._lock.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.asynccontextmanager
+    async def giving_way(self, patience_s: float, partial: _Partial) -> AsyncIterator[None]:
+        """Ends the block, with _GaveWayError, when somebody waits and nothing was added for so long."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def look(before: int) -> None:
+            nonlocal timer
+            if self._waiting and partial.offset == before:
+                turn.reschedule(loop.time())
+            else:
+                timer = loop.call_later(patience_s, look, partial.offset)
+
+        timer = loop.call_later(patience_s, look, partial.offset)
+        try:
+            async with asyncio.timeout(None) as turn:
+                yield
+        except TimeoutError:
+            if turn.expired():
+                raise _GaveWayError from None
+            raise
+        finally:
+            timer.cancel()
 
 
 async def _receive(partial: _Partial, body: registry.Body, on_bytes: Callable[[int], None]) -> None:
