@@ -10,7 +10,7 @@ struct user {
         uid_t uid;
         gid_t gid;
         size_t group_count;
-        gid_t groups[64];
+        gid_t groups[1024]; /* who is in more is in the first of them */
         char name[256];
         char home[1024];
         char shell[256];

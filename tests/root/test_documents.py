@@ -115,7 +115,7 @@ def test_the_tutorial_and_other_pages_are_true() -> None:
         ]
         # There is one guest behind all VMs here, so what a new VM would not have is taken away.
         renewed = [f"{line}\nrm -rf {guest}/repo" if "vm delete" in line else line for line, _ in lines]
-        with rooted_agent.running(top, guest) as agent:
+        with rooted_agent.running(top, {"/root": guest}) as agent:
             asyncio.run(_follow(documents.session(renewed, str(top / "out")), top, agent))
         for number, (line, shown) in enumerate(lines):
             status, said, complained = (

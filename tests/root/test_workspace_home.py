@@ -32,7 +32,7 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
         world = worlds.World(
             state=paths.state, jails=paths.helper_dir / "jails", logs=paths.helper_dir / "logs"
         )
-        with rooted_agent.running(top, home) as agent:
+        with rooted_agent.running(top, {"/root": home}) as agent:
             world.behaviour.agent = agent
             async with composition.compose(
                 conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64
