@@ -117,6 +117,7 @@ REFUSED = [
     ("POST", "/v1/vms/old/explode", None, 400),
     ("GET", "/v1/vms/old/stats", None, 409),
     ("GET", "/v1/vms/old/logs?source=../../etc/passwd", None, 400),
+    ("GET", "/v1/vms/old/logs?tail=all", None, 400),
     ("GET", "/v1/images/..%2f..%2fetc", None, 404),
     ("GET", "/v1/operations/0123456789ab", None, 404),
     ("GET", "/v1/operations/0123456789ab/events", None, 404),
@@ -227,6 +228,42 @@ async def test_logs_are_shown_and_followed(served: Served) -> None:
         # A console that grew past its bound starts anew.
         log.write_bytes(b"new")
         assert await anext(parts) == b"new"
+
+
+@pytest.mark.parametrize(
+    ("log", "lines", "shown"),
+    [
+        (b"one\ntwo\nthree\n", 2, b"two\nthree\n"),
+        (b"one\ntwo\nthr", 2, b"two\nthr"),
+        (b"one\n\n", 1, b"\n"),
+        (b"one\ntwo\n", 2, b"one\ntwo\n"),
+        (b"one\n", 9, b"one\n"),
+        (b"one\n", 0, b""),
+        (b"", 3, b""),
+        (None, 3, b""),
+        (b"1\n" + b"x" * (1 << 17) + b"\n2\n", 2, b"x" * (1 << 17) + b"\n2\n"),
+    ],
+)
+async def test_a_log_is_shown_from_its_last_lines_on(
+    served: Served, log: bytes | None, lines: int, shown: bytes
+) -> None:
+    await served.daemon.create()
+    vm = await served.get("/v1/vms/web", resources.Vm)
+    path = served.daemon.paths.layout.logs / vm.id / "console.log"
+    path.unlink(missing_ok=True)
+    if log is not None:
+        path.write_bytes(log)
+    assert (await served.http.get(f"/v1/vms/web/logs?tail={lines}")).content == shown
+    path.write_bytes(log or b"")
+    async with served.http.stream("GET", f"/v1/vms/web/logs?follow=true&tail={lines}") as stream:
+        parts = stream.aiter_raw()
+        seen = b""
+        while len(seen) < len(shown):
+            seen += await anext(parts)
+        assert seen == shown
+        with path.open("ab") as file:
+            file.write(b"more\n")
+        assert await anext(parts) == b"more\n"
 
 
 @pytest.mark.parametrize("has_run", [True, False])

@@ -123,6 +123,11 @@ async def test_what_was_logged_by_the_start_before_is_shown(served: api_served.S
     assert (
         await banger(served, "vm", "logs", "--previous", "--source", "vmm", "web")
     ).text == "exit_code=1\n"
+    last = await banger(served, "vm", "logs", "--previous", "--tail", "0", "web")
+    assert (last.text, last.err) == ("", "")
+    (logs / "console.log").write_bytes(b"one\ntwo\nthree\n")
+    assert (await banger(served, "vm", "logs", "-n", "2", "web")).text == "two\nthree\n"
+    assert "range" in (await banger(served, "vm", "logs", "-n", "-2", "web", status=2)).err
     refused = await banger(served, "vm", "logs", "--previous", "-f", "web", status=2)
     assert "nothing is added" in refused.err
 

@@ -97,8 +97,6 @@ def of_option(command: click.Command, option: str) -> str:
         return _MOUNTS
     if option == "--rm" and command.name == "create":
         return "`banger vm run --rm` makes a VM that is gone with its command"
-    if option in ("-n", "--tail") and command.name == "logs":
-        return "`banger vm logs NAME | tail` shows the end"
     if option in ("-a", "--all") and command.name in {"start", "stop", "restart", "kill", "delete"}:
         return f"it takes names, and `banger vm list -q` prints all: {command.name} $(banger vm list -q)"
     return ""

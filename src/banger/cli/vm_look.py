@@ -237,12 +237,21 @@ def _error_facts(error: errors.ErrorBody) -> Iterator[tuple[str, str]]:
     examples=[
         ("banger vm logs web", "what the guest printed on its console"),
         ("banger vm logs -f web", "and what it prints from now on"),
+        ("banger vm logs -f -n 20 web", "the same from its last 20 lines on"),
         ("banger vm logs --previous web", "what it printed before it was started again"),
         ("banger vm logs --source vmm web", "what Firecracker says"),
     ],
 )
 @click.argument("name", type=params.VM)
 @click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
+@click.option(
+    "-n",
+    "--tail",
+    "lines",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Of what is there only the last N lines.",
+)
 @click.option("--previous", is_flag=True, help="What came before: by the start before, or long ago.")
 @click.option(
     "--source",
@@ -252,7 +261,9 @@ def _error_facts(error: errors.ErrorBody) -> Iterator[tuple[str, str]]:
     help="The guest's console, or the VMM's own log.",
 )
 @click.pass_obj
-def logs(settings: command.Settings, name: str, follow: bool, previous: bool, source: str) -> None:
+def logs(
+    settings: command.Settings, name: str, follow: bool, lines: int | None, previous: bool, source: str
+) -> None:
     """Show a VM's console, or what its VMM says.
 
     In a pipe it is written as it is; on a terminal control characters are shown, not obeyed. The default
@@ -262,9 +273,12 @@ def logs(settings: command.Settings, name: str, follow: bool, previous: bool, so
     if follow and previous:
         raise errors.BadRequestError("--previous and -f exclude each other: nothing is added to the past")
     chosen = {"source": source, "follow": str(follow).lower(), "previous": str(previous).lower()}
+    if lines is not None:
+        chosen["tail"] = str(lines)
     asked = client.query(f"/v1/vms/{client.segment(name)}/logs", **chosen)
+    is_console = source == "console" and not previous and lines is None
     with _goes_on(follow), settings.client().stream(asked) as answer:
-        _show(answer, console_of=name if source == "console" and not previous else "")
+        _show(answer, console_of=name if is_console else "")
 
 
 @command.make("console", examples=[("banger vm console web", "what the guest prints, until Ctrl-C")])

@@ -106,19 +106,21 @@ async def get_logs(
     source: params.FromQuery[Literal["console", "vmm"]] = "console",
     follow: params.FromQuery[bool] = False,
     previous: params.FromQuery[bool] = False,
+    tail: params.FromQuery[int] = -1,
 ) -> response.Stream:
     """The VM's serial console, or what its VMM said; with `follow`, also what is added while there is a VM.
 
     With `previous` what came before that: of the start before, or of this one when it said very much.
+    `tail` leaves out all but the last so many lines of what is there; a negative one, none.
     """
     path, is_there = await services.vms.log_file(ref, source, previous=previous)
-    tail = _tail(path, goes_on=is_there if follow else bool)
-    return response.Stream(tail, media_type="text/plain; charset=utf-8")
+    begin = 0 if tail < 0 else await asyncio.to_thread(_begin_of_last, path, tail)
+    read = _read_on(path, begin, goes_on=is_there if follow else bool)
+    return response.Stream(read, media_type="text/plain; charset=utf-8")
 
 
-async def _tail(path: Path, *, goes_on: Callable[[], bool]) -> AsyncIterator[bytes]:
+async def _read_on(path: Path, position: int, *, goes_on: Callable[[], bool]) -> AsyncIterator[bytes]:
     """What the log holds, and what is added while the client stays. A missing log is an empty one."""
-    position = 0
     while True:
         position, data = await asyncio.to_thread(_read, path, position)
         if data:
@@ -141,6 +143,25 @@ def _read(path: Path, position: int) -> tuple[int, bytes]:
     except FileNotFoundError:
         return 0, b""
     return start + len(data), data
+
+
+def _begin_of_last(path: Path, lines: int) -> int:
+    """Where the last so many lines begin, read from the end; one that is not finished counts."""
+    try:
+        with path.open("rb") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            while lines and end:
+                begin = file.seek(max(0, end - _CHUNK_BYTES))
+                # The last line's own end is no other's beginning.
+                data, at = file.read(end - begin), min(end, size - 1) - begin
+                while (at := data.rfind(b"\n", 0, at)) >= 0:
+                    lines -= 1
+                    if not lines:
+                        return begin + at + 1
+                end = begin
+    except FileNotFoundError:
+        return 0
+    return end
 
 
 HANDLERS: Final = (
