@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Final
@@ -52,8 +53,8 @@ def run(
     do here what they did before, and when they raise, the guest ends the command: its client has gone.
 
     `before` prepares the VM once the daemon knows that it belongs to this command (`request.hold`). A
-    command that takes longer than `timeout_s` is ended, and the status is TIMED_OUT; also when the guest
-    does not end it.
+    command that takes longer than `timeout_s` is ended, a line on stderr says so, and the status is
+    TIMED_OUT; also when the guest does not end it.
     """
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
     with contextlib.closing(channel), contextlib.ExitStack() as stack:
@@ -78,7 +79,19 @@ def run(
         channel.flush()
         on_begin()
         status = _status(session.run())
-        return TIMED_OUT if session.has_timed_out else status
+    if timeout_s is None or not session.has_timed_out:
+        return status
+    if session.raw is not None:
+        print(file=sys.stderr)  # the guest's line is not ours to go on with
+    what = request.argv[0] if request.argv else "the image's command"
+    render.note(_timed_out(what, timeout_s, may_run=session.has_given_up))
+    return TIMED_OUT
+
+
+def _timed_out(what: str, timeout_s: float, *, may_run: bool) -> str:
+    limit = render.whole_span(int(timeout_s)) if timeout_s.is_integer() else f"{timeout_s:g} seconds"
+    end = "the guest does not end it: it may still run there" if may_run else "was ended"
+    return f"{what} took longer than {limit}, and {end}"
 
 
 def _flush(channel: websocket.WebSocket) -> None:
@@ -158,7 +171,7 @@ class _Session:
         self._deadline: float | None = None
         self.has_timed_out = False
         self._was_killed = False
-        self._has_given_up = False
+        self.has_given_up = False
 
     def end_after(self, timeout_s: float | None) -> None:
         if timeout_s is not None:
@@ -179,8 +192,7 @@ class _Session:
         """Until the command has ended, all it wrote is written, and the daemon has let go."""
         while not self._is_done():
             self._turn()
-        if self._has_given_up:
-            render.note("the guest does not end the command: it may still run there")
+        if self.has_given_up:
             return resources.ExecEnd(exit_status=TIMED_OUT)
         if self._end is None:
             hint = "the VM may still run; see `banger vm list` and `journalctl -u bangerd`"
@@ -188,7 +200,7 @@ class _Session:
         return self._end
 
     def _is_done(self) -> bool:
-        return self._has_given_up or (
+        return self.has_given_up or (
             self._channel.at_end and not any(output.held for output in self._outputs.values())
         )
 
@@ -226,7 +238,7 @@ class _Session:
             if any(output.held for output in self._outputs.values()):
                 self._deadline = time.monotonic() + _GRACE_S
             else:
-                self._has_given_up = True
+                self.has_given_up = True
             return
         self._was_killed = self.has_timed_out
         self._control(resources.ExecControl(signal=signal.SIGKILL if self._was_killed else signal.SIGTERM))
