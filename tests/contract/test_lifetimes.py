@@ -69,6 +69,19 @@ async def test_neither_is_there_unless_asked_for(served: api_served.Served) -> N
     assert "STOPS" not in (await banger(served, "vm", "list")).text
     refused = await banger(served, "vm", "extend", "web", "--by", "1h", status=1)
     assert "no time to live" in refused.err
+    assert "hint: `banger vm set web --ttl TIME` gives it one" in refused.err
+    said = await banger(served, "vm", "extend", "web")
+    assert (said.text, said.err.partition(";")[0]) == (
+        "web\n",
+        "banger: web has no time limit, so nothing was changed: it runs until it is stopped",
+    )
+    assert (await banger(served, "vm", "extend", "web", "--json")).err == ""
+    await banger(served, "vm", "set", "web", "--idle-stop", "90s")
+    refused = await banger(served, "vm", "extend", "web", "--by", "1h", status=1)
+    assert "hint: without --by its idleness begins anew" in refused.err
+    with _used(served, await shown(served)).busy():
+        said = await banger(served, "vm", "extend", "web")
+    assert said.err == "banger: web is in use now: it stops 1 minute 30 seconds after its last use\n"
 
 
 async def test_a_running_vm_is_given_limits_and_lives_longer_at_once(served: api_served.Served) -> None:

@@ -20,6 +20,16 @@ def next_end(vm: resources.Vm) -> str:
     return f"in {render.until(moment)}{note}"
 
 
+def extended(vm: resources.Vm) -> str:
+    """What it came to, of a VM that was given more time."""
+    if end := next_end(vm):
+        return f"{vm.name} stops {end}"
+    if vm.idle_stop_s:
+        return f"{vm.name} is in use now: it stops {render.whole_span(vm.idle_stop_s)} after its last use"
+    no_limit = f"{vm.name} has no time limit, so nothing was changed: it runs until it is stopped"
+    return f"{no_limit}; `banger vm set {vm.name} --ttl 8h` gives it one"
+
+
 def facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
     """One for each limit: what it is, and its next moment while the VM runs."""
     if vm.idle_stop_s:

@@ -345,8 +345,8 @@ def extend(settings: command.Settings, names: tuple[str, ...], by_s: float | Non
             results.append(many.failed(settings, name, error))
         else:
             results.append(many.done(settings, name, vm))
-            if not settings.json and (end := lifetime.next_end(vm)):
-                render.note(f"{name} stops {end}")
+            if not settings.json:
+                render.note(lifetime.extended(vm))
     many.finish(settings, results)
 
 

@@ -57,8 +57,10 @@ def extended(vm: record.VmRecord, by_s: int | None) -> record.VmRecord:
     if by_s is None:
         return begun(vm)
     if not vm.ttl_s:
+        anew = "without --by its idleness begins anew; " if vm.idle_stop_s else ""
         raise errors.BadRequestError(
-            f"{vm.name} has no time to live that could be longer", hint="`banger vm set --ttl` gives it one"
+            f"{vm.name} has no time to live that could be longer",
+            hint=f"{anew}`banger vm set {vm.name} --ttl TIME` gives it one, from now on",
         )
     return msgspec.structs.replace(vm, ttl_ends_s=max(vm.ttl_ends_s, now_s()) + by_s)
 
