@@ -15,6 +15,8 @@
 enum {
         DRAIN_MS = 250,   /* how long after the exit a process left behind may still write */
         HANGUP_MS = 2000, /* from SIGHUP to SIGKILL when the client is gone */
+
+        TTY_HELD_MAX = 64 * 1024, /* more than a pty holds: some 20 KiB */
 };
 
 /* A process serves one exec. Buffers hold whole frames: a header and a payload. */
@@ -299,7 +301,11 @@ static void limit_streams(struct pump *pump) {
 
                 if (stream->fd < 0 || stream->limited)
                         continue;
-                (void) ioctl(stream->fd, FIONREAD, &left);
+                /* Of what a pty holds FIONREAD tells the first 4 KiB; reading gets all of it. */
+                if (pump->input.tty)
+                        left = TTY_HELD_MAX;
+                else
+                        (void) ioctl(stream->fd, FIONREAD, &left);
                 stream->limited = true;
                 stream->left = left > 0 ? (size_t) left : 0;
         }

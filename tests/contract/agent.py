@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from banger import guest_binary
@@ -37,6 +37,26 @@ def running(kind: str) -> Iterator[Path]:
 def pulse_path(path: Path) -> Path:
     """Where the agent of this socket gives back each byte."""
     return path.with_name("pulse.sock")
+
+
+def waiting(parent: int) -> dict[int, tuple[bytes, bool]]:
+    """Children of the process that wait in poll(): argv[0], and whether they do so without a timeout.
+
+    Source: proc_pid_syscall(5).
+    """
+    number, without_limit = {"x86_64": ("7", 0xFFFFFFFF)}.get(platform.machine(), ("73", 0))  # 73: ppoll()
+    found = dict[int, tuple[bytes, bool]]()
+    for pid in children(parent):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+            called = Path(f"/proc/{pid}/syscall").read_text().split()
+            if called[0] == number:
+                found[pid] = name, int(called[3], 16) & 0xFFFFFFFF == without_limit
+    return found
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextmanager

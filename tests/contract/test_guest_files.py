@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import os
-import platform
 import stat
 import tarfile
 import time
@@ -265,19 +264,15 @@ async def test_a_transfer_does_not_outlive_systemd_s_last_killing(
 
 
 def waiting_server(parent: int) -> tuple[int, bool]:
-    """The process that serves a transfer, once it waits in poll(), and whether it does so without a timeout.
+    """The process that serves a transfer, once it waits, and whether it does so without a timeout.
 
-    Nothing tells of its name or its sleep, so we look. Source: proc_pid_syscall(5).
+    Nothing tells of its name or its sleep, so we look.
     """
-    number, without_limit = {"x86_64": ("7", 0xFFFFFFFF)}.get(platform.machine(), ("73", 0))  # 73: ppoll()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-                called = Path(f"/proc/{pid}/syscall").read_text().split()
-                if name == b"banger-guest" and called[0] == number:
-                    return int(pid), int(called[3], 16) & 0xFFFFFFFF == without_limit
+        for pid, (name, without_limit) in agent.waiting(parent).items():
+            if name == b"banger-guest":
+                return pid, without_limit
         time.sleep(0.01)
     raise AssertionError("no process waits")
 
