@@ -15,11 +15,11 @@ from lab import errors
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
-    """How a program ended; `returncode` is negative for a signal."""
+class Result:
+    """How a program ended; `status` is negative for a signal, and 128 + its number for one in the lab."""
 
     argv: tuple[str, ...]
-    returncode: int
+    status: int
     stdout: bytes
     stderr: bytes
     elapsed_s: float
@@ -41,7 +41,7 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     check: bool = True,
-) -> Completed:
+) -> Result:
     """Run a program to its end; kill it at the deadline; raise when it fails, unless told not to check."""
     words = tuple(str(word) for word in argv)
     started = time.monotonic()
@@ -62,10 +62,10 @@ def run(
         ) from error
     except subprocess.TimeoutExpired as error:
         raise errors.CommandError(f"{shlex.join(words)} did not end within {timeout_s:g} s") from error
-    result = Completed(words, done.returncode, done.stdout, done.stderr, time.monotonic() - started)
-    if check and result.returncode != 0:
+    result = Result(words, done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+    if check and result.status != 0:
         raise errors.CommandError(
-            f"{shlex.join(words)} failed with status {result.returncode}",
+            f"{shlex.join(words)} failed with status {result.status}",
             hint=result.error_text.strip()[-2000:],
         )
     return result

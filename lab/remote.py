@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import shlex
 import socket
@@ -12,7 +13,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lab import command, errors
@@ -27,29 +27,10 @@ FIRST_TRY_S = 0.5
 LAST_TRY_S = 30
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a command in the lab ended; death by a signal gives 128 + its number."""
-
-    argv: tuple[str, ...]
-    status: int
-    stdout: bytes
-    stderr: bytes
-    elapsed_s: float
-
-    @property
-    def text(self) -> str:
-        return self.stdout.decode(errors="replace")
-
-    @property
-    def error_text(self) -> str:
-        return self.stderr.decode(errors="replace")
-
-
 class RunError(errors.LabError):
     """A command in the lab that had to succeed did not."""
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: command.Result) -> None:
         shown = shlex.join(result.argv)
         super().__init__(
             f"in the lab: {shown}: status {result.status}", hint=result.error_text.strip()[-4000:]
@@ -110,7 +91,7 @@ class Shell:
         env: Mapping[str, str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         check: bool = True,
-    ) -> Result:
+    ) -> command.Result:
         """Run a program in the lab; at the deadline it is killed there, with its process group.
 
         A lab that kills nothing and then answers nothing is asked nothing more: each try would take as long.
@@ -123,7 +104,7 @@ class Shell:
         except errors.CommandError as error:
             self._check_answers(error)
             raise
-        result = Result(tuple(argv), done.returncode, done.stdout, done.stderr, done.elapsed_s)
+        result = dataclasses.replace(done, argv=tuple(argv))
         if result.status in TIMED_OUT and result.elapsed_s >= timeout_s:
             message = f"in the lab: {shlex.join(argv)}: killed after {timeout_s:g} s"
             raise errors.RunTimeoutError(message, hint=(result.text + result.error_text)[-4000:])
@@ -131,7 +112,7 @@ class Shell:
             raise RunError(result)
         return result
 
-    def _run(self, remote: str, timeout_s: float, stdin: bytes | None = None) -> command.Completed:
+    def _run(self, remote: str, timeout_s: float, stdin: bytes | None = None) -> command.Result:
         ssh = [*self.ssh_argv("-T"), remote]
         return command.run(ssh, timeout_s=timeout_s, stdin=stdin, cwd=self._directory, check=False)
 

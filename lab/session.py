@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from lab import accel, cache, disk, errors, evidence, instance, layer, qemu, remote, resume
+from lab import accel, cache, command, disk, errors, evidence, instance, layer, qemu, remote, resume
 
 log = logging.getLogger("lab")
 
@@ -176,7 +176,7 @@ class Lab:
         env: Mapping[str, str] | None = None,
         timeout_s: float = remote.DEFAULT_TIMEOUT_S,
         check: bool = True,
-    ) -> remote.Result:
+    ) -> command.Result:
         """Run a program in the lab; see Shell.run."""
         return self.shell.run(
             argv, stdin=stdin, user=user, cwd=cwd, env=env, timeout_s=timeout_s, check=check

@@ -17,7 +17,7 @@ import pytest
 
 from banger.contract import names
 from lab.session import Lab
-from tests.lab import user
+from tests.lab import served, user
 
 pytestmark = pytest.mark.timeout(300)
 PLACE: Final = "/usr/local/bin"
@@ -207,16 +207,6 @@ while :; do
   sleep 0.1
 done
 """
-SERVES: Final = (
-    "python3",
-    "-m",
-    "http.server",
-    str(PORT),
-    "--bind",
-    "127.0.0.1",
-    "--directory",
-    "/usr/share",
-)
 GONE: Final = f"""
 for turn in $(seq 100); do
   left="$(ps -eo uid=,args= | awk '$1 >= {names.BUILD_UIDS[0]} && $1 <= {names.UID_BASE}'
@@ -268,17 +258,17 @@ def builds(installed_host: Lab) -> Iterator[tuple[Built, Built]]:
         ["sh", "-c", "touch /var/tmp/of-the-host; systemctl show -P MainPID bangerd >/etc/probe-daemon"]
     )
     installed_host.run(["systemd-run", "--quiet", "--unit=probe-tells", "sh", "-c", TELLS])
-    installed_host.run(["systemd-run", "--quiet", "--unit=probe-serves", *SERVES])
-    served = ("curl", "-sSf", "--retry", "60", "--retry-connrefused", "--retry-delay", "1", "-o/dev/null")
-    installed_host.run([*served, f"http://127.0.0.1:{PORT}/"])
     commands = [("image", "build", f"{HOME}/{name}.toml") for name in PAIR]
     try:
-        with attacked(installed_host, ATTACKER, *PAIR):
+        with (
+            served.directory(installed_host, "/usr/share", PORT),
+            attacked(installed_host, ATTACKER, *PAIR),
+        ):
             one, two = user.at_once(installed_host, commands, timeout_s=240)
         yield reported(installed_host, PAIR[0], one), reported(installed_host, PAIR[1], two)
     finally:
         user.banger(installed_host, "image", "delete", *PAIR, check=False)
-        installed_host.run(["systemctl", "stop", "probe-tells", "probe-serves"])
+        installed_host.run(["systemctl", "stop", "probe-tells"])
         installed_host.run(["rm", "-rf", "/var/tmp/of-the-host", "/etc/probe-daemon", SEEN])
 
 

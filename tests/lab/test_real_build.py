@@ -16,7 +16,7 @@ import pytest
 from banger.contract import names
 from lab import cache, mirror, provision
 from lab.session import Lab
-from tests.lab import user
+from tests.lab import served, user
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(2100)]
 TOOLS: Final = ("mmdebstrap", "fakechroot", "fakeroot", "debian-archive-keyring")
@@ -37,16 +37,6 @@ exclude_paths = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"]
 """
 PORT: Final = 8080
 SOURCE: Final = f"deb http://127.0.0.1:{PORT} {mirror.SUITE} main\n"
-SERVE: Final = (
-    "python3",
-    "-m",
-    "http.server",
-    str(PORT),
-    "--bind",
-    "127.0.0.1",
-    "--directory",
-    "/artefacts",
-)
 PATH: Final = f"/home/{user.NAME}/small.toml"
 SAID: Final = """
 stat -c '%a %u %g' /usr/bin/dotlockfile
@@ -62,22 +52,8 @@ def host_with_a_mirror(new_name: Callable[[str], str], no_lab_left: None) -> Ite
     with (
         contextlib.closing(handed),
         provision.installed(new_name("mirror"), artefacts=handed.path) as lab,
+        served.directory(lab, "/artefacts", PORT),
     ):
-        lab.run(["systemd-run", "--quiet", "--unit=mirror", *SERVE])
-        there = f"http://127.0.0.1:{PORT}/dists/{mirror.SUITE}/InRelease"
-        lab.run(
-            [
-                "curl",
-                "-sSf",
-                "--retry",
-                "60",
-                "--retry-connrefused",
-                "--retry-delay",
-                "1",
-                "-o/dev/null",
-                there,
-            ]
-        )
         lab.write("/etc/apt/sources.list", SOURCE.encode())
         lab.write("/etc/apt/apt.conf.d/90-mirror", b'Acquire::Languages "none";\n')
         lab.run(["apt-get", "update", "-qq", "--error-on=any"], timeout_s=300)

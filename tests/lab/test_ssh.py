@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab import remote
+from lab import command
 from lab.session import Lab
 from tests.lab import user
 
@@ -39,7 +39,7 @@ def hidden(installed_host: Lab) -> Iterator[Lab]:
     user.banger(installed_host, "vm", "delete", "hidden", check=False)
 
 
-def run(host: Lab, *argv: str, check: bool = True) -> remote.Result:
+def run(host: Lab, *argv: str, check: bool = True) -> command.Result:
     """As the owner, at home."""
     return host.run(["env", "-C", HOME, *argv], user=user.NAME, check=check, timeout_s=120)
 

@@ -11,7 +11,7 @@ import pytest
 
 import banger
 from banger.system import signed
-from lab import cache, release, remote, wheels
+from lab import cache, command, release, wheels
 from lab.session import Lab
 from tests import releases
 from tests.lab import user
@@ -105,7 +105,7 @@ def _bring(host: Lab, scratch: Path, version: str, changes: dict[str, tuple[str,
         host.put(here / name, f"{AT}/{version}/{name}")
 
 
-def _upgrade(host: Lab, version: str) -> remote.Result:
+def _upgrade(host: Lab, version: str) -> command.Result:
     return host.run(["banger", "system", "upgrade", f"{AT}/{version}"], check=False, timeout_s=600)
 
 

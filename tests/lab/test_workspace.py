@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import remote
+from lab import command
 from lab.session import Lab
 from tests.lab import documents, user
 
@@ -40,7 +40,7 @@ printf 'loose\n' >untracked
 """
 
 
-def banger(host: Lab, *words: str, check: bool = True) -> remote.Result:
+def banger(host: Lab, *words: str, check: bool = True) -> command.Result:
     return user.banger(host, *words, check=check)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from banger.contract import names
-from lab import provision, remote
+from lab import command, provision
 from lab.session import Lab
 
 NAME = provision.OWNER
@@ -89,7 +89,7 @@ class Ended(NamedTuple):
 
 def banger(
     host: Lab, *words: str, check: bool = True, timeout_s: float = 180, stdin: bytes = b""
-) -> remote.Result:
+) -> command.Result:
     """Runs `banger` as the owner."""
     return host.run(["banger", *words], user=NAME, check=check, timeout_s=timeout_s, stdin=stdin)
 

@@ -267,14 +267,14 @@ def test_an_environment_is_made_and_compiled(tmp_path: Path) -> None:
     wheel = releases.wheel(tmp_path / "banger-1.3.0-py3-none-any.whl", files)
     environment.make(first, [wheel], Path(sys.executable))
     assert environment.version(first) == "1.3.0"
-    assert command.run([str(first / "bin/bangerd")], timeout_s=30, check=False).returncode == 3
+    assert command.run([str(first / "bin/bangerd")], timeout_s=30, check=False).status == 3
     assert not (first / "bin/pip").exists()
 
     (marked,) = environment.packages(first).glob("banger/helper/__pycache__/main.*.pyc")
     marked.write_bytes(marked.read_bytes() + b"marked")
     files["banger/owner/main.py"] = "def main(): return 4"
     environment.make(second, [releases.wheel(wheel, files)], Path(sys.executable), like=first)
-    assert command.run([str(second / "bin/bangerd")], timeout_s=30, check=False).returncode == 4
+    assert command.run([str(second / "bin/bangerd")], timeout_s=30, check=False).status == 4
     assert (second / marked.relative_to(first)).read_bytes().endswith(b"marked")
     assert len([*environment.packages(second).glob("banger/**/*.pyc")]) == 8
 
