@@ -11,10 +11,11 @@ import subprocess
 import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.contract import cli_process
+from tests.contract import cli_process, repositories
 from tests.fakes import daemon
 
 
@@ -50,6 +51,33 @@ def test_a_word_that_is_no_text_is_refused_by_name(
     assert (done.status, done.out) == (status, b"")
     assert r"\xe9" in done.err
     assert "is not UTF-8" in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--", "cat", "caf\udce9"),
+        ("-e", "A=\udce9", "--", "env"),
+        ("--cwd", "/\udce9", "--", "pwd"),
+        ("--user", "\udce9"),
+        ("--guest-path", "/root/\udce9", "{repository}"),
+        ("--branch", "\udce9", "{repository}"),
+    ],
+)
+@pytest.mark.parametrize("rm", [("--rm",), ()])
+def test_a_word_that_is_no_text_makes_no_vm(
+    cli: cli_process.Cli,
+    fake: daemon.FakeDaemon,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    rm: tuple[str, ...],
+) -> None:
+    repositories.plain(tmp_path / "here")
+    done = cli.run("vm", "run", *rm, *(word.format(repository=tmp_path / "here") for word in words))
+    assert (done.status, done.out) == (125, b"")
+    assert r"\xe9" in done.err
+    assert "is not UTF-8" in done.err
+    assert [asked for asked in fake.asked if asked[0] != "GET"] == []
 
 
 def test_a_long_document_waits_for_a_pipe_that_does_not_block(

@@ -50,6 +50,13 @@ def _text() -> Iterator[None]:
         ) from None
 
 
+def require_text(*words: str) -> None:
+    """Raises BadRequestError for a word that is not UTF-8, before anything is made that it is for."""
+    with _text():
+        for word in words:
+            word.encode()
+
+
 def encoded(body: resources.Body) -> bytes:
     """As JSON. Raises BadRequestError for a word that is not UTF-8."""
     with _text():

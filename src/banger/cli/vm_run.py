@@ -225,6 +225,7 @@ def run(
     if remove and chosen["autostart"]:
         raise errors.BadRequestError("--rm and --autostart exclude each other: the VM ends with its command")
     with exits.failures_as(exits.BEFORE_COMMAND), signals.raised(), contextlib.ExitStack() as stack:
+        client.require_text(*argv, *chosen["env"], chosen["cwd"], chosen["user"])
         ready = stack.enter_context(workspaces.taken(wanted)) if wanted is not None else None
         if dry_run and ready is not None:
             workspaces.show_files(settings, ready)

@@ -122,6 +122,7 @@ def taken(wanted: Wanted) -> Iterator[Taken]:
     from banger.workspace import copying, receiving, repository, sending
     from banger.workspace import snapshot as snapshots
 
+    client.require_text(wanted.path)
     found = repository.find(wanted.source)
     if wanted.full_copy:
         if wanted.branch or wanted.start:
@@ -129,6 +130,7 @@ def taken(wanted: Wanted) -> Iterator[Taken]:
                 "--mode full-copy takes the files as they are, without --branch or --from"
             )
         copy = copying.take(found, include_untracked=wanted.include_untracked)
+        client.require_text(copy.branch)
         yield Taken(
             wanted,
             copy.files,
@@ -145,6 +147,7 @@ def taken(wanted: Wanted) -> Iterator[Taken]:
         snapshot = scratch.take(
             include_untracked=wanted.include_untracked, start=wanted.start, branch=wanted.branch
         )
+        client.require_text(snapshot.branch)
         yield Taken(
             wanted,
             snapshot.files,
