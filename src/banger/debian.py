@@ -8,7 +8,9 @@ user, in a directory of its own, and leaves the host's apt state alone. Used by 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -32,6 +34,8 @@ _UNVERIFIED: Final = (
 )
 """What a host's own apt.conf may allow; whoever is between it and a mirror would then choose the kernel."""
 _UNREACHED: Final = re.compile(r"^[EW]: ?(.*(?:resolv|connect|timed out).*)", re.IGNORECASE | re.MULTILINE)
+_LOGIN: Final = re.compile(r"[!-~]+")
+"""A blank would begin another word of the file."""
 _FIELD = re.compile(r"^(Version|Depends|Size): (.*)$", re.MULTILINE)
 
 
@@ -56,7 +60,8 @@ class Listed:
 def sources(suite: str, *, mirror: str = "") -> list[str]:
     """One-line sources for a suite and its updates: of the mirror if one is named, or the host's.
 
-    Of a suite that the host has no sources for, those of the same servers.
+    Of a suite that the host has no sources for, those of the same servers. An address may hold a password:
+    who gives the entries to a program, or writes them, asks `without_logins` first.
     """
     if not KEYRING.exists():
         raise errors.MissingToolError(
@@ -70,6 +75,42 @@ def sources(suite: str, *, mirror: str = "") -> list[str]:
         _entry(uri, release) for uri, release, component in rows if release in wanted and component == "main"
     }
     return sorted(entries) or sorted({_entry(*each) for each in _elsewhere(rows, wanted)})
+
+
+def without_logins(entries: Sequence[str], file: Path) -> list[str]:
+    """The entries as everybody may see them; the logins that were in them are in `file`, which others cannot
+    read.
+
+    It is as apt_auth.conf(5) says, and is not made where there are none. Raises BadRequestError for a login
+    that has no place in it.
+    """
+    found = [_apart(entry) for entry in entries]
+    logins = dict.fromkeys(login for _, login in found if login)
+    if logins:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            out.writelines(logins)
+    return [entry for entry, _ in found]
+
+
+def _apart(entry: str) -> tuple[str, str]:
+    """An entry without a login, and a line with it; empty when there is none."""
+    before, uri, release, component = entry.rsplit(" ", 3)
+    scheme, _, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    if not at:
+        return entry, ""
+    public = f"{scheme}://{host}{slash}{path}"
+    name, _, password = user.partition(":")
+    words = ["login", urllib.parse.unquote(name)]
+    if password:
+        words += ["password", urllib.parse.unquote(password)]
+    if not all(map(_LOGIN.fullmatch, words)):
+        raise errors.BadRequestError(
+            f"the login of the package source {public} is none that apt_auth.conf(5) can hold",
+            hint="it takes a name, and neither there nor in the password a blank or what is not ASCII",
+        )
+    return f"{before} {public} {release} {component}", f"machine {public} {' '.join(words)}\n"
 
 
 def _targets(*how: str) -> list[list[str]]:
@@ -126,7 +167,9 @@ class Apt:
         for name in ("lists/partial", "cache/archives/partial", "downloads"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         (directory / "status").touch()
-        (directory / "sources.list").write_text("".join(f"{entry}\n" for entry in entries))
+        logins = directory / "auth.conf"
+        public = without_logins(entries, logins)
+        (directory / "sources.list").write_text("".join(f"{entry}\n" for entry in public))
         self._options = [
             *("-o", f"APT::Architecture={ARCHITECTURES[arch]}"),
             *("-o", f"APT::Architectures={ARCHITECTURES[arch]}"),
@@ -135,6 +178,7 @@ class Apt:
             *("-o", f"Dir::Cache={directory / 'cache'}"),
             *("-o", f"Dir::Etc::SourceList={directory / 'sources.list'}"),
             *("-o", "Dir::Etc::SourceParts=/dev/null"),
+            *(("-o", f"Dir::Etc::netrc={logins}") if logins.exists() else ()),
             *("-o", "Acquire::Languages=none"),
             *("-o", "APT::Sandbox::User=root"),
             *(word for each in _UNVERIFIED for word in ("-o", f"{each}=false")),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import threading
 from collections.abc import Callable, Iterator
@@ -49,11 +50,17 @@ class Mirror(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.directory = directory
         self.twist: Twist = lambda path, data: data
+        self.wants = ""
+        """As `user:password`; without one everybody is let in."""
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         assert isinstance(self.server, Mirror)
+        given = base64.b64decode(self.headers.get("Authorization", "").removeprefix("Basic ")).decode()
+        if given != self.server.wants:
+            self.send_error(401)
+            return
         path = self.server.directory / self.translate_path(self.path).removeprefix(f"{Path.cwd()}/")
         data = self._content(path)
         twisted = None if data is None else self.server.twist(str(path), data)
@@ -152,3 +159,22 @@ def test_a_mirror_that_lies_is_not(
     with pytest.raises(errors.OperationFailedError, match="mmdebstrap exited"):
         build()
     assert list((tmp_path / "recipes").iterdir()) == []
+
+
+def test_a_mirror_s_password_reaches_neither_the_image_nor_a_command_line(
+    served: Mirror, build: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.twist, served.wants = lambda path, data: data, "me:correct-horse"
+    [entry] = debian.sources(mirror.SUITE)
+    private = entry.replace("://", "://me:correct-horse@")
+    monkeypatch.setattr(debian, "sources", lambda suite, mirror="": [private])
+    program = tmp_path / "mmdebstrap"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexec /usr/bin/mmdebstrap "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(run, "SEARCH_PATH", f"{tmp_path}:{run.SEARCH_PATH}")
+    made = build().read_bytes()
+    served.wants = ""
+    assert entry.encode() in made
+    assert entry in (tmp_path / "called").read_text()
+    assert b"correct-horse" not in made
+    assert "correct-horse" not in (tmp_path / "called").read_text()

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import hashlib
+import http.server
 import platform
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -102,6 +106,75 @@ def test_a_server_that_gives_another_suite_is_refused(tmp_path: Path) -> None:
     entry = archive(tmp_path / "archive", codename="bullseye", suite="oldoldstable")
     with pytest.raises(errors.UnavailableError, match=r"archive/? gives bullseye, and not bookworm"):
         debian.Apt(tmp_path / "apt", [entry], ARCH).update()
+
+
+class _Private(http.server.SimpleHTTPRequestHandler):
+    """Gives nothing to who does not log in."""
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") == f"Basic {base64.b64encode(b'me@work:hu%sh').decode()}":
+            super().do_GET()
+        else:
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[str]:
+    """An entry of an archive behind a login, which is in its address."""
+    archive(tmp_path / "archive", codename="bookworm", suite="stable")
+    handler = functools.partial(_Private, directory=str(tmp_path / "archive"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        address = f"http://me%40work:hu%25sh@127.0.0.1:{server.server_address[1]}/"
+        yield f"deb [trusted=yes] {address} bookworm main"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_login_in_an_address_is_in_a_file_that_apt_reads_and_nowhere_else(
+    tmp_path: Path, private: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "apt-get"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexec /usr/bin/apt-get "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(run, "SEARCH_PATH", f"{program.parent}:{run.SEARCH_PATH}")
+    apt = debian.Apt(tmp_path / "apt", [private], ARCH)
+    apt.update()
+    assert apt.listed("sample").version == "1"
+    assert "update" in (tmp_path / "called").read_text()
+    assert "hu" not in (tmp_path / "called").read_text()
+    files = [path for path in (tmp_path / "apt").rglob("*") if path.is_file()]
+    [holder] = [path for path in files if b"hu%sh" in path.read_bytes() or b"hu%25sh" in path.read_bytes()]
+    assert (holder.name, holder.stat().st_mode & 0o777) == ("auth.conf", 0o600)
+
+
+@pytest.mark.parametrize("login", ["me:hush%20hush", "me:hush%0Amachine", "me:hüsh", ":hush", ""])
+def test_a_login_that_apt_cannot_be_told_is_not_told_to_anybody(tmp_path: Path, login: str) -> None:
+    entry = f"deb http://{login}@deb.example/debian/ bookworm main"
+    with pytest.raises(errors.BadRequestError, match=r"http://deb\.example/debian/ ") as caught:
+        debian.without_logins([entry], tmp_path / "auth.conf")
+    assert "hush" not in repr(errors.to_body(caught.value))
+    assert not (tmp_path / "auth.conf").exists()
+
+
+@pytest.mark.parametrize(
+    ("login", "line"),
+    [("token", "login token\n"), ("token:", "login token\n"), ("a:b", "login a password b\n")],
+)
+def test_a_login_is_told_for_its_source_alone(tmp_path: Path, login: str, line: str) -> None:
+    entries = [f"deb https://{login}@deb.example:8443/debian/ {release} main" for release in ("a", "b")]
+    public = debian.without_logins([*entries, "deb file:/srv/me@home c main"], tmp_path / "auth.conf")
+    assert [entry.split()[1] for entry in public] == ["https://deb.example:8443/debian/"] * 2 + [
+        "file:/srv/me@home"
+    ]
+    assert (tmp_path / "auth.conf").read_text() == f"machine https://deb.example:8443/debian/ {line}"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ scripts: where banger is installed only the builder calls `make`, and the daemon
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +39,12 @@ def make(wanted: building.Base, target: Path, on_line: OnLine | None) -> None:
 
     require_room(target.parent)
     _require_programs()
-    sources = debian.sources(wanted.suite, mirror=wanted.mirror)
+    logins = target.with_name("auth.conf")
+    sources = debian.without_logins(debian.sources(wanted.suite, mirror=wanted.mirror), logins)
     scratch = str(target.parent)
     try:
         run.run(
-            [*_command(wanted), wanted.suite, str(target), *sources],
+            [*_command(wanted), *_login(logins), wanted.suite, str(target), *sources],
             deadline_s=DEADLINE_S,
             env=run.environment(*debian.APT_ENVIRONMENT, TMPDIR=scratch, HOME=scratch, **_FAKEROOT),
             on_line=on_line,
@@ -97,6 +99,14 @@ def _command(wanted: building.Base) -> list[str]:
         f"--include={','.join(wanted.packages)}",
         *paths,
     ]
+
+
+def _login(logins: Path) -> list[str]:
+    """Has apt read that file where it is: in the image it would have to be taken away again."""
+    if not logins.exists():
+        return []
+    said = f'Dir::Etc::netrc "{logins}";'
+    return [f"""--setup-hook=echo {shlex.quote(said)} >> "$MMDEBSTRAP_APT_CONFIG\""""]
 
 
 def _has(tool: str) -> bool:

@@ -28,7 +28,7 @@ from banger.images import base
 if TYPE_CHECKING:
     from banger.images import edit
 
-BUILDER_VERSION: Final = 1
+BUILDER_VERSION: Final = 2
 _OS_RELEASE: Final = b"usr/lib/os-release"
 _CODENAME: Final = re.compile(rb"^VERSION_CODENAME=\"?([a-z]+)\"?$", re.MULTILINE)
 _MOVING_SUITES: Final = ("oldoldstable", "oldstable", "stable", "testing", "unstable", "sid", "experimental")
