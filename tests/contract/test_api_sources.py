@@ -110,6 +110,27 @@ async def test_others_are_answered_while_a_recipe_is_read(
     assert (await building).message == "read"
 
 
+async def test_others_are_answered_while_a_recipe_s_source_is_looked_at(
+    served: Served, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on a file system that does not answer, which no test can have without privilege."""
+    begun, release = threading.Event(), threading.Event()
+
+    def look(steps: recipe.TreeSteps) -> None:
+        begun.set()
+        assert release.wait(5)
+        raise errors.BadRequestError("no file")
+
+    monkeypatch.setattr(recipe.TreeSteps, "check_sources", look)
+    building = asyncio.create_task(served.done("POST", "/v1/images/build", BUILD))
+    assert await asyncio.to_thread(begun.wait, 5)
+    assert (await served.http.get("/v1/images")).status_code == 200
+    release.set()
+    failed = (await building).error
+    assert failed is not None
+    assert (failed.message, slow.count) == ("no file", 0)
+
+
 async def test_another_under_the_same_name_is_refused(served: Served, slow: Slow) -> None:
     first = await _begun(served, slow, "/v1/images/build", BUILD)
     other = {"path": "/srv/images/web", "name": "web"}

@@ -226,7 +226,7 @@ def test_a_path_that_is_none_in_the_image_is_said_before_the_build(step: str) ->
         recipe.parse(text.encode())
 
 
-@pytest.mark.parametrize("what", ["absent", "directory", "pipe"])
+@pytest.mark.parametrize("what", ["absent", "directory", "pipe", "device"])
 def test_a_file_of_this_host_that_cannot_be_taken_is_said_before_the_build(
     tmp_path: Path, what: str
 ) -> None:
@@ -235,6 +235,8 @@ def test_a_file_of_this_host_that_cannot_be_taken_is_said_before_the_build(
         path.mkdir()
     elif what == "pipe":
         os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/null")
     steps = recipe.TreeSteps(file=(recipe.File("/a", source=str(path)),))
     with pytest.raises(errors.BadRequestError, match=str(path)):
         steps.check_sources()

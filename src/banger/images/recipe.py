@@ -70,7 +70,10 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{self.path} wants `content` or `source`, one of them")
 
     def check_source(self) -> None:
-        """Raises BadRequestError for a source that cannot be taken, before a build takes minutes."""
+        """Raises BadRequestError for a source that cannot be taken, before a build takes minutes.
+
+        It may be on a file system that does not answer.
+        """
         if self.source is not None:
             os.close(_open(self.source))
 
@@ -142,17 +145,19 @@ class TreeSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _open(source: str) -> int:
     """A descriptor of a file of this host. Raises BadRequestError for one that there is not."""
     try:
-        # A pipe would be waited for without end.
-        found = os.open(os.path.expanduser(source), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # Looked at before it is opened: a pipe would be waited for, and a device may do something then.
+        found = os.open(os.path.expanduser(source), os.O_PATH | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(found).st_mode):
+                raise errors.BadRequestError(f"the recipe's source {source} is not a file")
+            return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(found)
     except OSError as error:
         raise errors.BadRequestError(
             f"the recipe's source {source} cannot be read: {error.strerror}",
             hint=artefacts.unread(Path(source), error),
         ) from error
-    if not stat.S_ISREG(os.fstat(found).st_mode):
-        os.close(found)
-        raise errors.BadRequestError(f"the recipe's source {source} is not a file")
-    return found
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -126,12 +126,12 @@ class ImageService:
 
     def building(self, body: requests.BuildImage, wanted: recipe.Recipe) -> Making:
         name = given_names.parse_artefact_name(body.name or wanted.name, "an image")
-        wanted.tree.check_sources()
 
         from banger.images import publish
 
         async def make(progress: operations.Progress) -> records.Image:
             progress.stage(resources.Stage.BUILD_IMAGE, f"building {name}")
+            await run.in_thread(wanted.tree.check_sources)
             arch = platform.machine()
             self._builds += 1
             try:
