@@ -54,6 +54,31 @@ async def test_life_of_a_vm(served: api_served.Served) -> None:
     assert await names(served) == []
 
 
+async def test_a_list_of_names_has_these_alone(served: api_served.Served) -> None:
+    for name in ("web", "db", "shop"):
+        await banger(served, "vm", "create", name, "--no-start")
+    listed = (await banger(served, "vm", "list", "--json", "shop", "web")).json
+    assert [vm["name"] for vm in listed] == ["web", "shop"]
+    assert (await banger(served, "vm", "list", "-q", listed[0]["id"][:8], "web")).text == "web\n"
+    assert (await banger(served, "vm", "list", "-q", "web", "--state", "running")).text == ""
+    kernel = (await banger(served, "kernel", "list", "--json")).json[0]
+    for noun, known in (("image", "tiny"), ("kernel", kernel["name"])):
+        assert (await banger(served, noun, "list", "-q", known)).text == f"{known}\n"
+    assert (
+        await banger(served, "kernel", "list", "-q", "--available", "generic-6.12")
+    ).text == "generic-6.12\n"
+    for noun in ("vm", "image", "kernel"):
+        shown = await banger(served, noun, "show", "nobody")
+        listed = await banger(served, noun, "list", "nobody")
+        assert (listed.status, listed.out) == (shown.status, b"") == (1, b"")
+        assert "nobody" in listed.err
+        assert without_operation(listed.err) == without_operation(shown.err)
+
+
+def without_operation(text: str) -> str:
+    return text.partition("  operation:")[0]
+
+
 @pytest.mark.parametrize("words", [("logs", "-f"), ("console",)])
 async def test_logs_are_followed_until_the_user_has_seen_enough(
     served: api_served.Served, words: tuple[str, ...]

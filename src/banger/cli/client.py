@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import httptools
 import msgspec
@@ -198,6 +198,25 @@ def decode(data: bytes, kind: type[T]) -> T:
     except msgspec.DecodeError as error:
         hint = "is bangerd of another version? `banger version` shows both"
         raise errors.ProtocolError(f"bangerd's answer makes no sense: {error}", hint=hint) from error
+
+
+class _Listed(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+_L = TypeVar("_L", bound=_Listed)
+
+
+def named(found: Sequence[_L], names: Sequence[str], look_up: Callable[[str], _L]) -> Sequence[_L]:
+    """Those of a list that are meant; all where no name is given. `look_up` raises for what is none."""
+    if not names:
+        return found
+    known = {item.name for item in found}
+    ids = {look_up(name).id for name in names if name not in known}
+    return [item for item in found if item.name in names or item.id in ids]
 
 
 def _operation(data: bytes) -> resources.Operation:

@@ -175,18 +175,21 @@ def promote(settings: command.Settings, image: str, name: str) -> None:
     group=group,
     examples=[
         ("banger image list", "a table"),
+        ("banger image list alpine:3.20", "only this one"),
         ("banger image list --available", "and what the catalog knows"),
         ("banger image list -q", "names"),
     ],
 )
+@click.argument("names", metavar="[NAME]…", nargs=-1, type=params.IMAGE)
 @command.habit("-a", "--all")
 @click.option("--available", is_flag=True, help="Also those that the catalog could get.")
 @click.option("-q", "--quiet", is_flag=True, help="Print names only.")
 @click.pass_obj
-def list_images(settings: command.Settings, available: bool, quiet: bool) -> None:
-    """List images."""
-    path = client.query("/v1/images", available=str(available).lower())
-    images = settings.client().get(path, list[resources.Image])
+def list_images(settings: command.Settings, names: tuple[str, ...], available: bool, quiet: bool) -> None:
+    """List images, or only those that are named."""
+    api = settings.client()
+    found = api.get(client.query("/v1/images", available=str(available).lower()), list[resources.Image])
+    images = client.named(found, names, lambda name: _look_up(api, name))
     if settings.json:
         output.json(images)
     elif quiet:
@@ -224,13 +227,16 @@ def _ref(api: client.Client, name: str) -> str:
     return found[0].id
 
 
+def _look_up(api: client.Client, name: str) -> resources.Image:
+    return api.get(f"/v1/images/{client.segment(_ref(api, name))}", resources.Image)
+
+
 @command.make("show", group=group, examples=[("banger image show debian-bookworm", "everything about it")])
 @click.argument("name", type=params.IMAGE)
 @click.pass_obj
 def show(settings: command.Settings, name: str) -> None:
     """Show everything about an image."""
-    api = settings.client()
-    image = api.get(f"/v1/images/{client.segment(_ref(api, name))}", resources.Image)
+    image = _look_up(settings.client(), name)
     if settings.json:
         output.json(image)
     else:

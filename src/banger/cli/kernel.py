@@ -36,13 +36,15 @@ def _make(settings: command.Settings, path: str, asked: resources.Body) -> None:
         ("banger kernel list --available", "and those in the catalog"),
     ],
 )
+@click.argument("names", metavar="[NAME]…", nargs=-1, type=params.KERNEL)
 @click.option("--available", is_flag=True, help="Also those that can be pulled.")
 @click.option("-q", "--quiet", is_flag=True, help="Print names only.")
 @click.pass_obj
-def list_kernels(settings: command.Settings, available: bool, quiet: bool) -> None:
-    """List kernels."""
-    path = client.query("/v1/kernels", available=str(available).lower())
-    kernels = settings.client().get(path, list[resources.Kernel])
+def list_kernels(settings: command.Settings, names: tuple[str, ...], available: bool, quiet: bool) -> None:
+    """List kernels, or only those that are named."""
+    api = settings.client()
+    found = api.get(client.query("/v1/kernels", available=str(available).lower()), list[resources.Kernel])
+    kernels = client.named(found, names, lambda name: _look_up(api, name))
     if settings.json:
         output.json(kernels)
     elif quiet:
@@ -94,12 +96,16 @@ def import_kernel(settings: command.Settings, path: str, name: str) -> None:
     _make(settings, "/v1/kernels/import", requests.ImportKernel(path=os.path.abspath(path), name=name))
 
 
+def _look_up(api: client.Client, name: str) -> resources.Kernel:
+    return api.get(f"/v1/kernels/{client.segment(name)}", resources.Kernel)
+
+
 @command.make("show", group=group, examples=[("banger kernel show generic-6.12", "everything about it")])
 @click.argument("name", type=params.KERNEL)
 @click.pass_obj
 def show(settings: command.Settings, name: str) -> None:
     """Show everything about a kernel."""
-    kernel = settings.client().get(f"/v1/kernels/{client.segment(name)}", resources.Kernel)
+    kernel = _look_up(settings.client(), name)
     if settings.json:
         output.json(kernel)
     else:

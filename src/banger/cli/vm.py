@@ -27,7 +27,7 @@ NOUNS: Final = {
     "extend": command.Noun(
         _LIFE, "Give running VMs more time before --ttl or --idle-stop stops them.", "extend"
     ),
-    "list": command.Noun(_LOOK, "List VMs.", "list_vms"),
+    "list": command.Noun(_LOOK, "List VMs, or only those that are named.", "list_vms"),
     "show": command.Noun(_LOOK, "Show everything about VMs.", "show"),
     "logs": command.Noun(_LOOK, "Show a VM's console, or what its VMM says.", "logs"),
     "stats": command.Noun(_LOOK, "Show what running VMs use.", "stats"),

@@ -45,10 +45,12 @@ _QUIET: Final = click.option("-q", "--quiet", is_flag=True, help="Print names on
     examples=[
         ("banger vm list", "a table"),
         ("banger vm list -q", "names only"),
+        ("banger vm list web db", "only these"),
         ("banger vm list --state running --name 'web*'", "only those"),
         ("banger vm list --format wide", "with kernels, disks and workspaces"),
     ],
 )
+@click.argument("names", metavar="[NAME]…", nargs=-1, type=params.VM)
 @_QUIET
 @command.habit("-a", "--all")
 @click.option("--state", type=click.Choice([str(state) for state in resources.VmState]), help="Only these.")
@@ -59,9 +61,15 @@ _QUIET: Final = click.option("-q", "--quiet", is_flag=True, help="Print names on
 @_FORMAT
 @click.pass_obj
 def list_vms(
-    settings: command.Settings, quiet: bool, state: str | None, pattern: str, image: str | None, form: str
+    settings: command.Settings,
+    names: tuple[str, ...],
+    quiet: bool,
+    state: str | None,
+    pattern: str,
+    image: str | None,
+    form: str,
 ) -> None:
-    """List VMs.
+    """List VMs, or only those that are named.
 
     On a narrow terminal some columns are left out; `--format wide` has them all.
     """
@@ -70,7 +78,7 @@ def list_vms(
         fits = fnmatch.fnmatchcase(vm.name, pattern) and image in {None, vm.image, vm.image_id}
         return fits and state in {None, vm.state}
 
-    _list(settings, is_meant, quiet=quiet, form=form)
+    _list(settings, is_meant, names=names, quiet=quiet, form=form)
 
 
 @command.make(
@@ -91,9 +99,16 @@ def ps(settings: command.Settings, everything: bool, quiet: bool, form: str) -> 
 
 
 def _list(
-    settings: command.Settings, is_meant: Callable[[resources.Vm], bool], *, quiet: bool, form: str
+    settings: command.Settings,
+    is_meant: Callable[[resources.Vm], bool],
+    *,
+    names: Sequence[str] = (),
+    quiet: bool,
+    form: str,
 ) -> None:
-    vms = [vm for vm in settings.client().get("/v1/vms", list[resources.Vm]) if is_meant(vm)]
+    api = settings.client()
+    found = api.get("/v1/vms", list[resources.Vm])
+    vms = [vm for vm in client.named(found, names, lambda name: _look_up(api, name)) if is_meant(vm)]
     if settings.json or form == "json":
         output.json(vms)
     elif quiet:
@@ -105,6 +120,10 @@ def _list(
         output.text(render.table((*_HEADERS, _STOPS), rows, dispensable=_DISPENSABLE))
     else:
         output.text(render.table(_HEADERS, map(_row, vms), dispensable=_DISPENSABLE))
+
+
+def _look_up(api: client.Client, name: str) -> resources.Vm:
+    return api.get(f"/v1/vms/{client.segment(name)}", resources.Vm)
 
 
 def _wide_row(vm: resources.Vm) -> Sequence[str]:
@@ -141,7 +160,7 @@ def _state(vm: resources.Vm) -> str:
 def show(settings: command.Settings, names: tuple[str, ...]) -> None:
     """Show everything about VMs."""
     api = settings.client()
-    vms = [api.get(f"/v1/vms/{client.segment(name)}", resources.Vm) for name in names]
+    vms = [_look_up(api, name) for name in names]
     if settings.json:
         output.json(vms[0] if len(vms) == 1 else vms)
     else:
