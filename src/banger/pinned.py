@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import http.client
 import os
-import shutil
+import stat
 import sys
 import tempfile
 import urllib.parse
@@ -143,8 +143,7 @@ def fetch(
             tempfile.TemporaryDirectory(dir=kept.parent, prefix=".fetch-") as scratch,
         ):
             try:
-                found = _obtain(source, Path(scratch), pinned.size_bytes)
-                _verify(found, pinned)
+                found = _obtain(source, Path(scratch), pinned)
             except errors.CancelledError:
                 raise
             except errors.BangerError as error:
@@ -196,51 +195,59 @@ def _is_right(path: Path, pinned: PinnedFile) -> bool:
         return False
 
 
-def _verify(path: Path, pinned: PinnedFile) -> None:
-    found = sha256_of_path(path)
-    if found != pinned.sha256:
-        raise errors.OperationFailedError(f"sha256 is {found}, not {pinned.sha256}")
-
-
-def _obtain(source: Source, scratch: Path, size_bytes: int) -> Path:
-    match source:
-        case LocalFile():
-            return _from_file(source, scratch)
-        case Url():
-            return _from_url(source, scratch, size_bytes)
-        case WheelMember():
-            return _from_wheel(source, scratch)
-
-
-def _from_file(source: LocalFile, scratch: Path) -> Path:
-    try:
-        return Path(shutil.copyfile(source.path, scratch / "file"))
-    except OSError as error:
-        if error.errno in artefacts.NO_SPACE:  # that is the copy's
-            raise
-        raise errors.NotFoundError(f"cannot read {source.path}: {error.strerror}") from error
-
-
-def _from_url(source: Url, scratch: Path, size_bytes: int) -> Path:
-    if not source.url.startswith("https://"):
-        raise errors.BadRequestError(f"{source.url} is not an https address")
+def _obtain(source: Source, scratch: Path, pinned: PinnedFile) -> Path:
+    """In the scratch directory, verified. Raises for what is another file, of which no more is written."""
     target = scratch / "file"
-    with contextlib.closing(_download(source.url, size_bytes)) as chunks, target.open("wb") as out:
-        for chunk in chunks:
-            out.write(chunk)
+    with contextlib.closing(_pieces(source, scratch, pinned)) as pieces, target.open("wb") as out:
+        digest, left = hashlib.sha256(), pinned.size_bytes
+        for piece in pieces:
+            run.check_cancelled()
+            left -= len(piece)
+            if left < 0:
+                raise errors.OperationFailedError(
+                    f"{source.describe()} gives more than the {pinned.size_bytes} bytes pinned"
+                )
+            digest.update(piece)
+            out.write(piece)
+    if digest.hexdigest() != pinned.sha256:
+        raise errors.OperationFailedError(f"sha256 is {digest.hexdigest()}, not {pinned.sha256}")
     return target
 
 
-def _download(url: str, size_bytes: int) -> Generator[bytes, None, None]:
-    """No more than is pinned: what a server adds would only fill the disk."""
-    left = size_bytes
+def _pieces(source: Source, scratch: Path, pinned: PinnedFile) -> Generator[bytes, None, None]:
+    match source:
+        case LocalFile():
+            return _of_file(source, pinned.size_bytes)
+        case Url():
+            return _download(source.url)
+        case WheelMember():
+            return _of_wheel(source, scratch)
+
+
+def _of_file(source: LocalFile, size_bytes: int) -> Generator[bytes, None, None]:
+    """Nothing of one that is certainly another."""
     try:
-        with urllib.request.urlopen(url, timeout=60) as reply:  # noqa: S310  # https only, the caller checked
+        # A pipe would be waited for without end.
+        with open(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise errors.BadRequestError(f"{source.path} is not a file")
+            if found.st_size != size_bytes:
+                raise errors.OperationFailedError(
+                    f"{source.path} has {found.st_size} bytes, and not the {size_bytes} pinned"
+                )
+            while piece := file.read(_CHUNK):
+                yield piece
+    except OSError as error:
+        raise errors.NotFoundError(f"cannot read {source.path}: {error.strerror}") from error
+
+
+def _download(url: str) -> Generator[bytes, None, None]:
+    if not url.startswith("https://"):
+        raise errors.BadRequestError(f"{url} is not an https address")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply:  # noqa: S310  # https only
             while chunk := reply.read(_CHUNK):
-                run.check_cancelled()
-                left -= len(chunk)
-                if left < 0:
-                    raise errors.OperationFailedError(f"{url} gives more than the {size_bytes} bytes pinned")
                 yield chunk
     except (OSError, http.client.HTTPException) as error:
         said = str(error).strip() or type(error).__name__
@@ -255,7 +262,7 @@ def _way(url: str) -> str:
     return f" through the proxy {proxy_address.shown(proxy)}"
 
 
-def _from_wheel(source: WheelMember, scratch: Path) -> Path:
+def _of_wheel(source: WheelMember, scratch: Path) -> Generator[bytes, None, None]:
     how = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
     which = ["--python-version", source.python_version, "--implementation", _implementation(source)]
     which += ["--platform", source.platform, "--abi", source.abi, f"{source.package}=={source.version}"]
@@ -274,10 +281,9 @@ def _from_wheel(source: WheelMember, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         if source.member not in archive.namelist():
             raise errors.NotFoundError(f"{source.wheel} has no {source.member}")
-        target = scratch / "member"
-        with archive.open(source.member) as member, target.open("wb") as out:
-            shutil.copyfileobj(member, out, _CHUNK)
-    return target
+        with archive.open(source.member) as member:
+            while piece := member.read(_CHUNK):
+                yield piece
 
 
 def _implementation(source: WheelMember) -> str:

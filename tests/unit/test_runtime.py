@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import os
 import resource
 import socket
 import struct
@@ -153,15 +155,79 @@ def test_a_wheel_that_lacks_the_member_is_passed_over(tmp_path: Path, wheel: pin
 
 
 def test_a_full_disk_is_told_and_no_other_source_is_tried(tmp_path: Path) -> None:
-    source, said = local(tmp_path / "big", b"x" * (2 << 20)), list[str]()
+    content, said = b"x" * (2 << 20), list[str]()
+    source = local(tmp_path / "big", content)
+    wanted = msgspec.structs.replace(
+        pin(source, source), sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)
+    )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
         with pytest.raises(errors.NoSpaceError, match="no space left for firecracker"):
-            pinned.fetch(pin(source, source), tmp_path / "cache", on_line=said.append)
+            pinned.fetch(wanted, tmp_path / "cache", on_line=said.append)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (len(said), kept(tmp_path / "cache")) == (1, [])
+
+
+def _larger(path: Path) -> None:
+    path.write_bytes(CONTENT + b"more")
+
+
+def _grows(path: Path) -> None:
+    """As what is still being written does, and what has no size at all."""
+    path.symlink_to("/proc/self/maps")
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (_larger, f"has {len(CONTENT) + 4} bytes, and not the {len(CONTENT)} pinned"),
+        (_grows, f"has 0 bytes, and not the {len(CONTENT)} pinned"),
+        (os.mkfifo, "is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+    ],
+)
+def test_nothing_is_copied_of_what_is_certainly_another_file(
+    tmp_path: Path, make: Callable[[Path], None], why: str
+) -> None:
+    make(tmp_path / "other")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(CONTENT), before[1]))
+    try:
+        with pytest.raises(errors.UnavailableError, match=why):
+            pinned.fetch(pin(pinned.LocalFile(str(tmp_path / "other"))), tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert kept(tmp_path / "cache") == []
+
+
+def test_what_is_copied_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wrong file as large as the right one, which nothing but its hash tells."""
+    hashed = list[object]()
+    monkeypatch.setattr(pinned, "sha256_of_path", hashed.append)
+    with pytest.raises(errors.UnavailableError, match="sha256 is"):
+        pinned.fetch(pin(local(tmp_path / "bad", b"x" * len(CONTENT))), tmp_path / "cache")
+    assert hashed == []
+
+
+async def test_a_copy_can_be_cancelled_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "big"
+    with source.open("wb") as file:
+        file.truncate(1 << 40)
+    wanted = msgspec.structs.replace(pin(pinned.LocalFile(str(source))), size_bytes=1 << 40)
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def say(line: str) -> None:
+        loop.call_soon_threadsafe(begun.set)
+
+    fetching = asyncio.create_task(run.in_thread(pinned.fetch, wanted, tmp_path / "cache", on_line=say))
+    await begun.wait()
+    fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    assert kept(tmp_path / "cache") == []
 
 
 def test_platform_tags_come_from_the_wheel_name() -> None:
