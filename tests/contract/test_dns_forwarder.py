@@ -318,7 +318,25 @@ async def test_a_resolver_with_ipv6_alone_is_asked(tcp: bool) -> None:
     assert str(reply.rr[0].rdata) == "192.0.2.7"
 
 
-@pytest.mark.parametrize("text", ["1.1.1.1:0", "1.1.1.1:", "1.1.1.1:x", "x", "::1", "1.1.1.1:70000"])
+@pytest.mark.parametrize(
+    ("text", "server"),
+    [
+        ("1.1.1.1", ("1.1.1.1", 53)),
+        ("1.1.1.1:5353", ("1.1.1.1", 5353)),
+        ("2001:db8::1", ("2001:db8::1", 53)),
+        ("[2001:DB8::1]:5353", ("2001:db8::1", 5353)),
+        ("fe80::1%eth0", ("fe80::1%eth0", 53)),
+    ],
+)
+def test_an_endpoint(text: str, server: upstream.Endpoint) -> None:
+    assert upstream.parse_endpoint(text) == server
+    assert upstream.parse_endpoint(upstream.text_of(server)) == server
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1.1.1.1:0", "1.1.1.1:", "1.1.1.1:x", "1.1.1.1:\u0665", "x", "", "[::1]", "[1.1.1.1]:53", "::1]:53"],
+)
 def test_no_endpoint(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         upstream.parse_endpoint(text)

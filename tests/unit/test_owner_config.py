@@ -30,7 +30,7 @@ VALUES: dict[str, object] = {
     "dns_listen": "127.0.0.2:5353",
     "dns_route": False,
     "dns_guests": False,
-    "dns_upstream": ("192.0.2.53", "127.0.0.1:5353"),
+    "dns_upstream": ("192.0.2.53", "127.0.0.1:5353", "[2001:db8::1]:53"),
     "file_sync": (config.FileSync(source="~/.gitconfig", target=".config/git/config"),),
     "insecure_registries": ("registry.example:5000", "10.0.0.2"),
 }
@@ -74,6 +74,7 @@ WRONG = [
     ("dns_listen = '127.0.0.1:0'", "dns_listen: '127.0.0.1:0' is not ADDRESS:PORT"),
     ("dns_listen = 'localhost:53'", "dns_listen: 'localhost:53' is not ADDRESS:PORT"),
     ("dns_listen = '0.0.0.0:53'", "dns_listen: '0.0.0.0:53' is not on the loopback"),
+    ("dns_listen = '[::1]:53'", "dns_listen: '[::1]:53' is not on the loopback, 127.0.0.0/8"),
     ("dns_listen = false", "dns_listen: expected `str`, got `bool`"),
     ("dns_route = 1", "dns_route: expected `bool`, got `int`"),
     ("dns_guests = 'yes'", "dns_guests: expected `bool`, got `str`"),

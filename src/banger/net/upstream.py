@@ -27,12 +27,17 @@ Endpoint = tuple[str, int]
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """`ADDRESS` or `ADDRESS:PORT`, IPv4. Raises ValueError."""
-    address, colon, port = text.partition(":")
-    number = int(port) if colon and port.isascii() and port.isdecimal() else PORT if not colon else 0
-    if not 0 < number < 65536:
+    """`ADDRESS`, `ADDRESS:PORT` or `[IPV6]:PORT`. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text)), PORT
+    address, colon, port = text.rpartition(":")
+    if not colon:
+        raise ValueError(f"{text!r} is no IP address")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise ValueError(f"{text!r} does not end in a port")
-    return str(ipaddress.IPv4Address(address)), number
+    if address.startswith("[") and address.endswith("]"):
+        return str(ipaddress.IPv6Address(address[1:-1])), int(port)
+    return str(ipaddress.IPv4Address(address)), int(port)
 
 
 def of_host(path: Path = RESOLV_CONF, *, never: Sequence[str] = ()) -> tuple[Endpoint, ...]:

@@ -84,7 +84,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     dns_guests: bool = True
     """Guests are answered at the bridge's address."""
     dns_upstream: Annotated[tuple[str, ...], msgspec.Meta(max_length=3)] = ()
-    """Whom we ask for guests with NAT, `ADDRESS[:PORT]`; absent: whom the host asks."""
+    """Whom we ask for guests with NAT, `ADDRESS[:PORT]` or `[IPV6]:PORT`; absent: whom the host asks."""
     file_sync: Annotated[tuple[FileSync, ...], msgspec.Meta(max_length=64)] = ()
     """Copied into /root of every VM when it starts."""
     insecure_registries: Annotated[tuple[str, ...], msgspec.Meta(max_length=100)] = ()
@@ -219,8 +219,10 @@ def _check_endpoints(settings: Config) -> None:
         found = settings.dns_endpoint
     except ValueError as error:
         raise ValueError(f"dns_listen: {settings.dns_listen!r} is not ADDRESS:PORT: {error}") from None
-    if found is not None and not ipaddress.IPv4Address(found[0]).is_loopback:
-        raise ValueError(f"dns_listen: {settings.dns_listen!r} is not on the loopback: others would ask too")
+    if found is not None and not found[0].startswith("127."):
+        raise ValueError(
+            f"dns_listen: {settings.dns_listen!r} is not on the loopback, 127.0.0.0/8: others would ask too"
+        )
     for text in settings.dns_upstream:
         try:
             upstream.parse_endpoint(text)
