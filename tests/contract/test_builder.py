@@ -86,6 +86,16 @@ def build(tmp_path: Path, on_line: base.OnLine | None = None, **how: Any) -> Pat
     return target
 
 
+def test_a_proxy_that_is_none_of_ours_is_said_before_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", "socks5h://me:hush@far.invalid:1080")
+    with pytest.raises(errors.BadRequestError, match=r"ALL_PROXY is socks5h://far\.invalid:1080"):
+        build(tmp_path)
+
+
 def test_a_tar_and_what_is_said_on_the_way(
     tmp_path: Path,
     marks: Path,

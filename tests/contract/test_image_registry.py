@@ -433,6 +433,24 @@ async def test_a_proxy_that_is_no_address_is_told_without_its_password(proxy: st
     assert "hush" not in repr(errors.to_body(caught.value)) + "".join(notes)
 
 
+@pytest.mark.parametrize(
+    ("proxies", "variable"),
+    [
+        ({"all": f"socks5h://me:{PASSWORD}@far.invalid:1080"}, "ALL_PROXY"),
+        ({"https": f"socks5://me:{PASSWORD}@far.invalid:1080", "all": "http://b.invalid"}, "HTTPS_PROXY"),
+    ],
+)
+async def test_a_socks_proxy_is_refused_by_its_variable(proxies: dict[str, str], variable: str) -> None:
+    async with connections.Connections(proxies=proxies, limits=LIMITS) as wire:
+        with pytest.raises(
+            errors.BadRequestError, match=f"{variable} is socks5h?://far.invalid:1080"
+        ) as caught:
+            async with wire.request("GET", "https://registry.invalid/v2/", {}):
+                pass
+    assert "HTTPS_PROXY" in caught.value.hint
+    assert PASSWORD not in repr(errors.to_body(caught.value))
+
+
 async def test_a_proxy_that_is_not_there_is_named_without_its_password(tmp_path: Path) -> None:
     wire = connections.Connections(
         insecure=("far.invalid",), proxies={"http": f"http://me:{PASSWORD}@127.0.0.1:1"}, limits=LIMITS

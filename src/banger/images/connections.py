@@ -27,6 +27,10 @@ from banger.images import reference
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS: Final = 5
 _NAME_HINT: Final = "check the name of the registry"
+_KIND_HINT: Final = (
+    "set HTTPS_PROXY and HTTP_PROXY to one, which come before ALL_PROXY; "
+    "to a SOCKS proxy leads one such as privoxy on this host"
+)
 _PROXY_HINT: Final = "the proxy is bangerd's environment's: see `systemctl show bangerd -p Environment`"
 
 
@@ -156,14 +160,16 @@ class Connections:
 def proxy_for(scheme: str, host: str, port: int | None, proxies: Mapping[str, str]) -> str | None:
     """By the usual variables; a loopback address never goes through one. It may hold a password.
 
-    Raises BadRequestError for one that is no address, or of a kind that is not supported.
+    Raises BadRequestError for one that is no address, or not an HTTP proxy. SOCKS would take a client of
+    our own here and for builds: the library that httpx has it from has had no release since 2020.
     """
     if reference.is_loopback(f"[{host}]" if ":" in host else host):
         return None
     name = f"{host}:{port}" if port else host
     if urllib.request.proxy_bypass_environment(name, proxies):  # type: ignore[attr-defined]
         return None
-    proxy = proxies.get(scheme) or proxies.get("all")
+    variable = scheme if proxies.get(scheme) else "all"
+    proxy = proxies.get(variable)
     if not proxy:
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
@@ -174,7 +180,8 @@ def proxy_for(scheme: str, host: str, port: int | None, proxies: Mapping[str, st
         )
     if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
         raise errors.BadRequestError(
-            f"the proxy {proxy_address.shown(proxy)} is of a kind that is not supported", hint=_PROXY_HINT
+            f"{variable.upper()}_PROXY is {proxy_address.shown(proxy)}, which is no HTTP proxy",
+            hint=f"{_KIND_HINT}; {_PROXY_HINT}",
         )
     return proxy
 

@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
@@ -143,19 +144,25 @@ def _judge(content: memoryview) -> None:
 
 
 def _sources(wanted: building.Base) -> set[forward.Place]:
-    """Where packages come from, wherever that is: the host's root, or whoever named the mirror, chose it."""
+    """Where packages come from, wherever that is: the host's root, or whoever named the mirror, chose it.
+
+    Raises BadRequestError where the way there is a proxy that is not used: a build would say less of it.
+    """
     from banger import debian
+    from banger.images import connections
 
     try:
         entries = debian.sources(wanted.suite, mirror=wanted.mirror)
     except errors.BangerError:  # the builder asks the same, and says what is wrong
         return set()
-    uris = (urllib.parse.urlsplit(entry.split(" ")[2]) for entry in entries)
-    return {
-        (uri.hostname, uri.port or forward.PORTS[uri.scheme])
-        for uri in uris
-        if uri.hostname and uri.scheme in forward.PORTS
-    }
+    found: set[forward.Place] = set()
+    for uri in (urllib.parse.urlsplit(entry.split(" ")[2]) for entry in entries):
+        if uri.hostname and uri.scheme in forward.PORTS:
+            connections.proxy_for(
+                uri.scheme, uri.hostname, uri.port, urllib.request.getproxies_environment()
+            )
+            found.add((uri.hostname, uri.port or forward.PORTS[uri.scheme]))
+    return found
 
 
 def _environment() -> dict[str, str]:
