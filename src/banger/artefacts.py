@@ -171,7 +171,8 @@ class Artefacts(Generic[R]):
         named = [record for record in self.records() if record.name == reference]
         if not named:
             raise errors.NotFoundError(
-                f"there is no {self._what} {reference!r}", hint=f"see: banger {self._what} list"
+                f"there is no {self._what} {reference!r}",
+                hint=f"`banger {self._what} list --available` shows what there is",
             )
         return named[-1]
 

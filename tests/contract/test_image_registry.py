@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from banger.contract import errors
@@ -201,6 +202,15 @@ async def test_nobody_there_says_so(client: Client) -> None:
     with pytest.raises(errors.UnavailableError, match=r"127\.0\.0\.1 cannot be reached") as caught:
         await client.pull()
     assert "proxy" in caught.value.hint
+
+
+def test_a_name_that_nobody_knows_is_said_without_a_number_of_the_system() -> None:
+    said = r"^registry\.example cannot be reached: Name or service not known$"
+    with (
+        pytest.raises(errors.UnavailableError, match=said),
+        connections._explained("registry.example", None),
+    ):
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
 
 
 def _says_nothing(handler: registries._Handler) -> None:

@@ -154,6 +154,27 @@ def test_the_help_that_is_named_is_the_command_s_own(capsys: pytest.CaptureFixtu
     assert "`banger vm set --help`" in capsys.readouterr().err
 
 
+def test_a_choice_that_is_missing_is_listed_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["completion"]) == 2
+    assert "Choose from: bash, zsh, fish\n" in capsys.readouterr().err
+
+
+def test_a_name_that_none_can_have_is_said_in_english(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["kernel", "show", "NOPE"]) == 2
+    assert "'NOPE' is not a name for a kernel: use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("group", ["image", "kernel", "vm workspace", "system", "runtime"])
+def test_on_a_narrow_terminal_no_summary_of_a_command_is_cut(
+    group: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main.run([*group.split(), "--help"]) == 0
+    shown = capsys.readouterr().out.partition("Commands:")[2]
+    assert shown
+    assert "..." not in shown
+
+
 def test_other_words_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["rnu"], ["system", "rm"], ["runtime", "ls"]):
         assert main.run(words) == 2

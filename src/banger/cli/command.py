@@ -192,6 +192,12 @@ class _Aliased(_Documented, click.Group):
 class Group(_Aliased):
     """Commands declared in the group's own module."""
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Their first sentences whole, which click cuts to one line."""
+        with formatter.section("Commands"):
+            shown = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+            formatter.write_dl([(name, each.get_short_help_str(limit=1000)) for name, each in shown])
+
 
 class LazyGroup(_Aliased):
     """Commands that live in modules of their own."""

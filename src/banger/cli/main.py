@@ -186,7 +186,8 @@ def _refused(error: click.ClickException, *, json: bool) -> int:
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx is not None else "banger"
         hint = f"see `{where} --help`"
-    known = errors.BadRequestError(error.format_message(), hint=hint)
+    text = error.format_message().replace("\n\t", " ")  # choices, which click has on lines of their own
+    known = errors.BadRequestError(text, hint=hint)
     return _report(known, error.exit_code, json=json)
 
 

@@ -45,7 +45,7 @@ class _Name(click.ParamType[str]):
                 return given_names.parse_vm_name(value)
             if self._is_reference(value):
                 return value
-            return given_names.parse_artefact_name(value, self.name)
+            return given_names.parse_artefact_name(value, "an image" if self.name == "image" else "a kernel")
         except errors.BadRequestError as error:
             self.fail(f"{error.message}: {error.hint}", param, ctx)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import re
 import ssl
 import urllib.parse
 import urllib.request
@@ -250,6 +251,7 @@ def _explained(host: str, proxy: str | None) -> Iterator[None]:
         if "CERTIFICATE_VERIFY_FAILED" in why:
             hint = "add its certificate to this host's store, or the host to insecure_registries"
             raise errors.UnauthorizedError(f"the certificate of {host} is not trusted", hint=hint) from error
+        why = re.sub(r"^\[Errno -?[0-9]+\] ", "", why)
         raise errors.UnavailableError(f"{host} cannot be reached{via}: {why}", hint=hint) from error
 
 
