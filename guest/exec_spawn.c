@@ -73,6 +73,16 @@ static int open_pipes(const struct exec_request *request, struct exec_process *p
         return r < 0 ? r : set_nonblocking(process->output[1]);
 }
 
+/* As ssh does it: what is erased is a character, not a byte of it. */
+static int expect_utf8(int fd) {
+        struct termios modes;
+
+        if (tcgetattr(fd, &modes) < 0)
+                return -errno;
+        modes.c_iflag |= IUTF8;
+        return tcsetattr(fd, TCSANOW, &modes) < 0 ? -errno : 0;
+}
+
 static int open_tty(const struct exec_request *request, const struct user *user, struct exec_process *process,
                     struct stdio *child) {
         struct winsize size = {
@@ -91,6 +101,9 @@ static int open_tty(const struct exec_request *request, const struct user *user,
                 return -errno;
         if (ioctl(child->input, TIOCSWINSZ, &size) < 0)
                 return -errno;
+        r = expect_utf8(child->input);
+        if (r < 0)
+                return r;
         if (geteuid() == 0 && (fchown(child->input, user->uid, TTY_GROUP) < 0 || fchmod(child->input, 0620) < 0))
                 return -errno;
         child->output = fcntl(child->input, F_DUPFD_CLOEXEC, 0);

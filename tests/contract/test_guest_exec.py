@@ -67,3 +67,12 @@ async def test_what_a_command_wrote_is_there_however_late_it_is_taken(
             if isinstance(event, tuple):
                 count += len(event[1])
     assert count == int(written.read_text())
+
+
+async def test_a_terminal_erases_whole_characters(client: guests.GuestClient) -> None:
+    """What a command is told of its locale is UTF-8."""
+    async with client.exec(guest.ExecSpec(argv=("cat",), tty=True)) as running:
+        await running.write("aü\x7fb\r".encode())
+        await running.close_stdin()
+        out = b"".join([event[1] async for event in running.output() if isinstance(event, tuple)])
+    assert out.endswith(b"ab\r\n")
