@@ -163,6 +163,16 @@ async def test_retry_after_is_heeded(client: Client) -> None:
     assert _waits(client) == ["0.0 s"]
 
 
+@pytest.mark.parametrize(
+    "when", ["soon", "-1", "Mon, 01 Jan 99999999999 00:00:00 GMT", f"Mon, 01 Jan 2024 00:00:00 +{'9' * 30}"]
+)
+async def test_a_retry_after_that_is_none_is_left_alone(client: Client, when: str) -> None:
+    fault = registries.on("/manifests/v1", then=registries.status(429, Retry_After=when))
+    client.registry.faults += [fault]
+    await client.pull()
+    assert _waits(client) == ["0.0 s"]
+
+
 async def test_each_wait_is_twice_the_one_before_up_to_a_limit(client: Client) -> None:
     client.limits = dataclasses.replace(LIMITS, attempts=5, first_wait_s=0.1, longest_wait_s=0.3)
     client.registry.faults += [registries.on("/manifests/v1", times=4, then=registries.status(503))]

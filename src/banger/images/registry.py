@@ -285,7 +285,7 @@ def _retry_after(response: httpx.Response) -> float | None:
     text = response.headers.get("retry-after", "")
     if text.isascii() and text.isdigit():
         return float(text)
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         moment = email.utils.parsedate_to_datetime(text)
         return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
     return None
