@@ -22,9 +22,9 @@ from tests.fakes import registry as registries
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    with registries.serving() as registry:
-        registry.add_image("v1", BASE, TOP)
-        yield Client(tmp_path, registry)
+    with registries.serving() as made:
+        made.add_image("v1", BASE, TOP)
+        yield Client(tmp_path, made)
 
 
 def _digest(data: bytes) -> reference.Digest:
@@ -127,6 +127,22 @@ async def test_a_body_that_is_always_short_ends_with_what_is_missing(client: Cli
     client.registry.ranges = False
     with pytest.raises(errors.UnavailableError, match="ended early"):
         await client.pull()
+
+
+@pytest.mark.parametrize(
+    ("headers", "asked"),
+    [({"Retry_After": "3600"}, 1), ({}, LIMITS.attempts)],
+    ids=["with a time", "without"],
+)
+async def test_a_registry_that_refuses_a_layer_is_asked_no_more_often(
+    client: Client, headers: dict[str, str], asked: int
+) -> None:
+    """What has been tried often enough, or not before a time that it named."""
+    path = f"/blobs/{_digest(BASE)}"
+    client.registry.faults += [registries.on(path, times=99, then=registries.status(429, **headers))]
+    with pytest.raises(errors.UnavailableError, match="too often"):
+        await client.pull()
+    assert client.registry.count("GET", path) == asked
 
 
 def _stops_in_the_middle(handler: registries._Handler) -> None:

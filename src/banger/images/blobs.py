@@ -166,6 +166,8 @@ class Blobs:
                         partial.restart()
                     await _receive(partial, body, on_bytes)
             except (errors.UnavailableError, errors.DeadlineError) as error:
+                if "status" in error.fields:  # an answer: that has been asked for often enough
+                    raise
                 failure = error
             attempt = attempt + 1 if partial.offset <= before else 0
             if attempt >= self._tries.attempts:

@@ -261,12 +261,16 @@ class Registry:
             return errors.NotFoundError(f"{wanted.host} has no {wanted.familiar}{said}", hint=hint)
         if status == 429:
             hint = "wait, or log in: registries let known users pull more"
-            return errors.UnavailableError(f"{wanted.host} says we pull too often{said}", hint=hint)
+            return errors.UnavailableError(
+                f"{wanted.host} says we pull too often{said}", hint=hint, status=str(status)
+            )
         if status == 416:
             return _NoSuchRangeError(f"{wanted.host} does not have that many bytes of a blob")
         if status >= 500 or status == 408:
             hint = "it is the registry's own trouble; try again later"
-            return errors.UnavailableError(f"{wanted.host} answered {status}{said}", hint=hint)
+            return errors.UnavailableError(
+                f"{wanted.host} answered {status}{said}", hint=hint, status=str(status)
+            )
         return errors.ProtocolError(f"{wanted.host} answered {status}{said}")
 
 
