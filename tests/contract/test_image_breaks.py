@@ -15,7 +15,7 @@ import pytest
 
 from banger import run
 from banger.contract import errors
-from banger.images import blobs, reference
+from banger.images import blobs, connections, credentials, reference, registry
 from tests.contract.image_client import BASE, LIMITS, TOP, Client
 from tests.fakes import registry as registries
 
@@ -143,6 +143,39 @@ async def test_a_registry_that_refuses_a_layer_is_asked_no_more_often(
     with pytest.raises(errors.UnavailableError, match="too often"):
         await client.pull()
     assert client.registry.count("GET", path) == asked
+
+
+async def test_what_comes_is_told_before_it_is_written(client: Client) -> None:
+    """On a slow line a batch takes a minute."""
+    said, told = asyncio.Event(), list[int]()
+    go = threading.Event()
+
+    def slowly(handler: registries._Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(TOP)))
+        handler.end_headers()
+        handler.wfile.write(TOP[:1000])
+        go.wait(20)
+        handler.wfile.write(TOP[1000:])
+
+    def hear(current: int) -> None:
+        told.append(current)
+        said.set()
+
+    client.registry.faults += [registries.on(f"/blobs/{_digest(TOP)}", then=slowly)]
+    wanted = reference.parse(f"{client.registry.host}/team/app:v1")
+    async with connections.Connections(limits=LIMITS) as wire:
+        asked = registry.Registry(wanted, wire, credentials.Store(()), say=client.watch.note)
+        fetching = asyncio.create_task(
+            client.store.fetch(_digest(TOP), len(TOP), lambda at: asked.blob(_digest(TOP), at), hear)
+        )
+        async with asyncio.timeout(20):
+            await said.wait()
+        assert told == [1000]
+        go.set()
+        await fetching
+    assert told == sorted(told)
+    assert told[-1] == len(TOP)
 
 
 def _stops_in_the_middle(handler: registries._Handler) -> None:

@@ -252,7 +252,7 @@ async def _receive(partial: _Partial, body: registry.Body, on_bytes: Callable[[i
                 # Given away before the wait: who is cancelled in it has had it written, once.
                 full, batch, held = batch, [], 0
                 await run.in_thread(partial.take, full)
-                on_bytes(partial.offset)
+            on_bytes(partial.offset + held)  # on a slow line a batch takes a minute
     finally:
         # What came before a break is worth keeping; too much of it is an error of its own.
         if batch:
