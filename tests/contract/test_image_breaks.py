@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -176,6 +177,35 @@ async def test_what_comes_is_told_before_it_is_written(client: Client) -> None:
         await fetching
     assert told == sorted(told)
     assert told[-1] == len(TOP)
+
+
+def _open_partials() -> list[str]:
+    opened = list[str]()
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            opened.append(os.readlink(each))
+    return [path for path in opened if "/partial/" in path]
+
+
+async def test_cancelling_while_a_partial_is_opened_leaves_no_descriptor(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, go, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+    take_up = blobs._Partial._take_up
+
+    def slowly(partial: blobs._Partial) -> None:
+        take_up(partial)  # and so it no longer looks whether it is cancelled
+        loop.call_soon_threadsafe(opening.set)
+        go.wait(20)
+
+    monkeypatch.setattr(blobs._Partial, "_take_up", slowly)
+    pulling = asyncio.create_task(client.pull())
+    await opening.wait()
+    pulling.cancel()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await pulling
+    assert _open_partials() == []
 
 
 def _stops_in_the_middle(handler: registries._Handler) -> None:

@@ -114,8 +114,9 @@ class Blobs:
                 if self.has(digest, size_bytes):
                     on_bytes(size_bytes)
                     return self.path(digest)
-                partial = await run.in_thread(_Partial.open, self._partial_path(digest), digest, size_bytes)
+                partial = _Partial(self._partial_path(digest), digest, size_bytes)
                 try:
+                    await run.in_thread(partial.open)
                     async with turns.giving_way(patience_s, partial):
                         await self._download(partial, open_at, on_bytes)
                 except _GaveWayError:
@@ -271,20 +272,13 @@ class _Partial:
         self._hash = reference.hasher(digest)
         self._fd = -1
 
-    @classmethod
-    def open(cls, path: Path, digest: reference.Digest, size_bytes: int) -> _Partial:
+    def open(self) -> None:
         """With what an earlier pull left, read and hashed."""
-        partial = cls(path, digest, size_bytes)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with _space():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial._fd = os.open(path, flags, 0o600)
-        try:
-            partial._take_up()
-        except BaseException:
-            partial.close()
-            raise
-        return partial
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self._path, flags, 0o600)
+        self._take_up()
 
     @property
     def missing(self) -> int:
@@ -328,7 +322,9 @@ class _Partial:
             self._path.replace(final)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Also of one that was never opened."""
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def _write(self, piece: bytes) -> None:
         """A disk that is full is not left full by us."""
