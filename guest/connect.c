@@ -87,6 +87,15 @@ static int finish_connect(int fd) {
         return -error;
 }
 
+static bool is_own_port(int fd, uint16_t port) {
+        union connect_address own = { 0 };
+        socklen_t size = sizeof own;
+
+        if (getsockname(fd, &own.any, &size) < 0)
+                return false;
+        return ntohs(own.any.sa_family == AF_INET ? own.v4.sin_port : own.v6.sin6_port) == port;
+}
+
 /* Coming from the address that it goes to, a connection cannot leave the guest: bind() takes only its own addresses,
  * so that nobody uses the agent to reach others. Returns a descriptor. */
 static int open_to(union connect_address address, uint16_t port, bool datagrams) {
@@ -104,7 +113,13 @@ static int open_to(union connect_address address, uint16_t port, bool datagrams)
         r = connect(fd, &address.any, size_of(&address)) < 0 ? -errno : 0;
         if (r == -EINPROGRESS)
                 r = finish_connect(fd);
-        return r < 0 ? r : take_fd(&fd);
+        if (r < 0 || !is_own_port(fd, port))
+                return r < 0 ? r : take_fd(&fd);
+        /* Nobody has the port, the kernel gave it to us, and we would talk to ourselves. While we have it there will
+         * be another; then it goes back at once, without the minute that TCP keeps what was connected. */
+        (void) setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger) { .l_onoff = 1 }, sizeof(struct linger));
+        set_port(&address, 0);
+        return open_to(address, port, datagrams);
 }
 
 /* Who names no address means the loopback of either family. */
