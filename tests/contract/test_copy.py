@@ -326,14 +326,16 @@ async def test_a_file_with_a_colon_in_its_name_is_told_how_to_be_one(
         (("web:/etc/hostname", "/proc/x"), 1, "cannot write x in /proc"),
         (("web:/etc/hostname", "/nonexistent/x"), 2, "no directory /nonexistent"),
         (("/etc/hostname", "web:/proc/"), 1, "that is in web: `banger vm exec web -- df`"),
-        (("nobody:/etc/hostname", "/tmp/x"), 1, "nobody"),
+        (("nobody:/etc/hostname", "/tmp/x"), 1, "there is no VM 'nobody'"),
+        (("/etc/hosts", "nobody:/tmp"), 1, "there is no VM 'nobody'"),
+        (("/etc/hosts", "/etc/hostname", "nobody:/tmp"), 1, "there is no VM 'nobody'"),
         (("UPPER:/etc/hostname", "/tmp/x"), 2, "UPPER"),
         (("web:/", "/tmp/x"), 2, "-- tar -c --one-file-system -C / . > web.tar"),
         (("web:/tmp/..", "-"), 2, "--one-file-system"),
     ],
 )
 async def test_what_cannot_be_copied_is_said(
-    guest: Guest, words: tuple[str, str], status: int, message: str
+    guest: Guest, words: tuple[str, ...], status: int, message: str
 ) -> None:
     assert message in (await guest.banger("vm", "cp", *words, status=status)).err
 

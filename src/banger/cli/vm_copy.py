@@ -81,6 +81,10 @@ class Place:
         return path.resolve().name if path.name in {"", ".."} else path.name
 
 
+class _NothingThereError(errors.NotFoundError):
+    """The VM is there, and the path in it is not."""
+
+
 class _Result(many.Result, frozen=True, omit_defaults=True):
     copied: transfers.Transferred | None = None
 
@@ -275,7 +279,7 @@ def _is_directory(api: client.Client, vm: str, path: str) -> bool | None:
     try:
         with _fetched(api, vm, path, follow_link=True) as pieces:
             return archives.begins_with_directory(pieces)
-    except errors.NotFoundError:
+    except _NothingThereError:
         return None
 
 
@@ -363,7 +367,7 @@ def _stream(api: client.Client, vm: str, request: transfers.GetRequest) -> Itera
         if not error.message.startswith(_OF_AGENT):
             raise
         hint = "patterns are not expanded in the guest" if set("*?[") & set(request.path) else ""
-        raise errors.NotFoundError(
+        raise _NothingThereError(
             f"{request.path} does not exist in {vm}", hint=hint, **error.fields
         ) from error
 
