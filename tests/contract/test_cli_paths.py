@@ -53,6 +53,13 @@ def test_what_a_user_may_not_reach_is_named(
     assert done.returncode == status
 
 
+@pytest.mark.parametrize("words", ["run --guest-path repo .", "exec --guest-path repo web ls"])
+def test_a_path_in_the_guest_is_checked_before_anything_is_made(cli: cli_process.Cli, words: str) -> None:
+    done = cli.run("vm", *words.split())
+    assert (done.status, done.out) == (2, b"")
+    assert "'repo' is no path in a guest: it begins with /" in done.err
+
+
 def test_a_directory_that_is_gone_is_told_as_that(cli: cli_process.Cli, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     argv = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *cli.argv("vm", "run", ".", "--", "ls")]

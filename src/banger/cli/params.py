@@ -258,6 +258,14 @@ def _parse_peers(text: str) -> object:
     return given_names.parse_vm_name(text) if text else text
 
 
+def _parse_guest_path(text: str) -> object:
+    from banger.contract import errors
+
+    if not text.startswith("/"):
+        raise errors.BadRequestError(f"{text!r} is no path in a guest", hint="it begins with /")
+    return text
+
+
 VM: Final = _Name("vm", "/v1/vms")
 FILE: Final = _Local("file")
 PLACE: Final = _Place()
@@ -278,4 +286,5 @@ LIMIT: Final = _Limit()
 VARIABLE: Final = _Variable()
 DESTINATION: Final = _Checked("destination", _parse_destination)
 PUBLISH: Final = _Checked("port", _parse_publish)
+GUEST_PATH: Final = _Checked("path", _parse_guest_path)
 PEERS: Final = _Checked("network", _parse_peers)

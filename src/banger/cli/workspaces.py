@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from banger.cli import client, command, exchange, output, progress, render, signals
+from banger.cli import client, command, exchange, output, params, progress, render, signals
 from banger.contract import errors, resources, sizes, transfers
 
 if TYPE_CHECKING:
@@ -39,7 +39,12 @@ def repository_options(when: str = "") -> Callable[[_F], _F]:
         return f"{when}{text[0].lower()}{text[1:]}" if when else text
 
     return command.together(
-        click.option("--guest-path", metavar="PATH", help=said("Where to put it [default: /root/repo].")),
+        click.option(
+            "--guest-path",
+            metavar="PATH",
+            type=params.GUEST_PATH,
+            help=said("Where to put it [default: /root/repo]."),
+        ),
         click.option(
             "--include-untracked",
             is_flag=True,
