@@ -229,6 +229,7 @@ async def test_of_several_sources_one_that_fails_is_named_and_the_others_are_cop
     ("words", "message"),
     [
         (("{0}/a", "{0}/b", "web:{0}/none"), "{0}/none in web does not exist"),
+        (("{0}/a", "{0}/b", "web:{0}/none"), "`banger vm exec --cwd / web -- mkdir -p {0}/none`"),
         (("{0}/a", "{0}/b", "web:{0}/file"), "{0}/file in web is not a directory"),
         (("web:{0}/a", "web:{0}/b", "{0}/none"), "{0}/none does not exist"),
         (("web:{0}/a", "web:{0}/b", "{0}/file"), "{0}/file is not a directory"),
@@ -299,6 +300,7 @@ async def test_progress_is_seen_on_a_terminal(guest: Guest, tmp_path: Path) -> N
 
     for words, shown in (
         (f"{large} web:{inside}/", rb"copying [0-9]+%"),
+        (f"{large} web:{inside}/", rb"1 file, 24 MiB: %b/large in web now" % str(inside).encode()),
         (f"- web:{inside} <{large}", rb"copying [0-9]+%"),
         (f"web:{large} - >{tmp_path / 'out'}", rb"copying [0-9.]+ MiB"),
     ):

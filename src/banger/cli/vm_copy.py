@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import posixpath
+import shlex
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -203,9 +204,11 @@ def _require_directory(settings: command.Settings, there: Place) -> None:
     else:
         lack = params.lack_of(there.path) or ("" if os.path.isdir(there.path) else "is not a directory")
     if lack:
-        raise errors.BadRequestError(
-            f"{there.path}{where} {lack}", hint="several sources go into a directory that is there"
-        )
+        hint = "several sources go into a directory that is there"
+        if lack == "does not exist":
+            where_made = f"banger vm exec --cwd / {there.vm} -- " if there.vm else ""
+            hint += f": `{where_made}mkdir -p {shlex.quote(there.path)}`"
+        raise errors.BadRequestError(f"{there.path}{where} {lack}", hint=hint)
 
 
 def _into(
@@ -216,7 +219,7 @@ def _into(
     api = settings.client()
     report, left_out = _report(settings, there.vm), archives.LeftOut()
     if here.is_pipe:
-        directory, packed = there.path, None
+        directory, name, packed = there.path, "", None
     else:
         source = Path(here.path)
         if lack := params.lack_of(source):
@@ -251,7 +254,8 @@ def _into(
         report.close()
     _say_left_out(left_out)
     files = sizes.counted(done.entries, "file")
-    _say(settings, f"{files}, {sizes.text_of_bytes(done.content_bytes)}: in {there.vm} now")
+    where = posixpath.join(directory, name)
+    _say(settings, f"{files}, {sizes.text_of_bytes(done.content_bytes)}: {where} in {there.vm} now")
     return done
 
 
