@@ -19,7 +19,6 @@
 #include "power.h"
 #include "systemd.h"
 
-#define OWN_PROGRAM "/.banger/guest"
 #define HOSTNAME "/etc/hostname"
 #define NOTIFY_SOCKET "/run/banger-notify"
 /* At the end systemd kills all but those named with an '@': systemd.io/ROOT_STORAGE_DAEMONS. */
@@ -40,6 +39,16 @@ static const struct {
         { "cgroup2", "/sys/fs/cgroup", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC },
 };
 
+/* The kernel's /dev has no names of a process's own streams; shells and scripts expect them. */
+static const struct {
+        const char *target, *path;
+} links[] = {
+        { "/proc/self/fd", "/dev/fd" },
+        { "/proc/self/fd/0", "/dev/stdin" },
+        { "/proc/self/fd/1", "/dev/stdout" },
+        { "/proc/self/fd/2", "/dev/stderr" },
+};
+
 /* In this order; the image's own comes before a distribution's habit. */
 static const char *const inits[] = {
         "/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/etc/init", "/bin/init",
@@ -53,6 +62,9 @@ void init_mount_kernel_file_systems(void) {
                     errno != EBUSY)
                         log_line(LEVEL_WARNING, "cannot mount %s: %s", file_systems[i].target, strerror(errno));
         }
+        for (size_t i = 0; i < ELEMENTSOF(links); i++)
+                if (symlink(links[i].target, links[i].path) < 0 && errno != EEXIST)
+                        log_line(LEVEL_WARNING, "cannot make %s: %s", links[i].path, strerror(errno));
 }
 
 int init_wait_for(const char *path, unsigned limit_ms) {

@@ -51,7 +51,7 @@ exec env container=test chroot "$root" /.banger/guest
 # A control group of its own before the namespace: systemd takes what it sees as its root.
 ENTER = """
 echo $$ > "$3/cgroup.procs"
-exec unshare --pid --mount --net --uts --ipc --cgroup --fork --kill-child --propagation private \
+exec unshare $UNSHARED --pid --mount --net --uts --ipc --cgroup --fork --kill-child --propagation private \
         sh -ec "$SET_UP" sh "$1" "$2"
 """
 # The kernel's settings are not in a namespace, and systemd writes some.
@@ -172,7 +172,13 @@ def add_script(content: Path, name: str, text: str) -> None:
 
 
 @pytest.fixture
-def boot(tmp_path: Path, content: Path, cgroup: Path) -> Boot:
+def unshared() -> str:
+    """What else a machine has of its own: options of unshare."""
+    return ""
+
+
+@pytest.fixture
+def boot(tmp_path: Path, content: Path, cgroup: Path, unshared: str) -> Boot:
     """Starts process 1."""
     mount_point = tmp_path / "root"
     mount_point.mkdir()
@@ -180,7 +186,7 @@ def boot(tmp_path: Path, content: Path, cgroup: Path) -> Boot:
     @contextmanager
     def booted() -> Iterator[Machine]:
         argv = ["sh", "-ec", ENTER, "sh", str(mount_point), str(content), str(cgroup)]
-        environment = {"PATH": os.environ["PATH"], "SET_UP": SET_UP}
+        environment = {"PATH": os.environ["PATH"], "SET_UP": SET_UP, "UNSHARED": unshared}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=environment) as process:
             try:
                 pid = _first_child(process)
@@ -216,6 +222,23 @@ def test_the_kernel_s_file_systems_are_mounted(boot: Boot) -> None:
             "/run": "tmpfs",
             "/sys/fs/cgroup": "cgroup2",
         }
+
+
+@pytest.mark.parametrize("unshared", ["--user --map-root-user"])
+def test_a_command_s_streams_have_names(boot: Boot) -> None:
+    """The kernel's /dev has none. This machine's has; a user's namespace has no such /dev."""
+    with boot() as machine:
+        assert machine.mounts()["/dev/shm"] == "tmpfs"
+        assert "/dev" not in machine.mounts()
+        names = {
+            name: os.readlink(machine.root / "dev" / name) for name in ("fd", "stdin", "stdout", "stderr")
+        }
+    assert names == {
+        "fd": "/proc/self/fd",
+        "stdin": "/proc/self/fd/0",
+        "stdout": "/proc/self/fd/1",
+        "stderr": "/proc/self/fd/2",
+    }
 
 
 def test_name_and_network_are_as_configured(boot: Boot, content: Path) -> None:
