@@ -23,6 +23,7 @@ from banger.contract import errors, privileged
 from banger.system import (
     alone,
     asking,
+    choices,
     host,
     install,
     machine,
@@ -136,8 +137,8 @@ def helper(request: privileged.Request[Any]) -> privileged.AnyResult:
 def installed(**said: Any) -> None:
     sbin = Path("/usr/local/sbin")
     own = {name: sbin / name for name in ("firecracker", "jailer")}
-    choices = install.Choices(**{"owner": OWNER, "programs": own, **said})
-    asyncio.run(install.Install(choices, print).run())
+    chosen = choices.Choices(**{"owner": OWNER, "programs": own, **said})
+    asyncio.run(install.Install(chosen, print).run())
 
 
 def check_stays() -> None:

@@ -22,9 +22,9 @@ print(f"{found.status} {found.detail}; {found.remedy}")
 _INSTALL = """
 import asyncio
 from banger.contract import errors
-from banger.system import host, install
+from banger.system import choices, host, install
 host.check = lambda owner: None
-first = install.Install(install.Choices(owner="dev", network6="fd77:1:2:3::/64"), print).plan()[0]
+first = install.Install(choices.Choices(owner="dev", network6="fd77:1:2:3::/64"), print).plan()[0]
 try:
     asyncio.run(first.run())
     print("it goes on")

@@ -68,10 +68,10 @@ def install(
 
     Where banger is installed, what is not said stays as it is.
     """
-    from banger.system import install
+    from banger.system import choices, install
 
     given = {"firecracker": firecracker, "jailer": jailer}
-    choices = install.Choices(
+    chosen = choices.Choices(
         owner=owner,
         caller=os.environ.get("SUDO_USER") or "root",
         network=network,
@@ -81,7 +81,7 @@ def install(
         signers=signers,
     )
     with _ended_by_signals("the installation"):
-        owner = asyncio.run(install.Install(choices, render.note).run())
+        owner = asyncio.run(install.Install(chosen, render.note).run())
     render.note(f"banger is installed for {owner}; next, as {owner}:")
     render.note("  banger vm run --rm -- uname -a")
 

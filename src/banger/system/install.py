@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import pwd
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -19,15 +17,17 @@ import msgspec
 
 import banger
 from banger import pinned, run, steps
-from banger.contract import decoding, errors, names, privileged, sizes
+from banger.contract import errors, privileged, sizes
 from banger.net import addresses
 from banger.system import (
     alone,
     asking,
+    choices,
     config_file,
     environment,
     host,
     machine,
+    manifest,
     own_units,
     ownership,
     releases,
@@ -36,7 +36,6 @@ from banger.system import (
     versions,
 )
 
-MANIFEST: Final = host.HELPER / "install-manifest.json"
 PROGRAMS: Final = ("firecracker", "jailer")
 MODULES: Final = ("loop", "dm_snapshot", "tun", "bridge", "kvm")
 _BEFORE: Final = ".before"
@@ -49,40 +48,13 @@ _SIGNERS: Final = """\
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What the installing user decided. What is not said stays as it is where banger is installed."""
-
-    owner: str = ""
-    """Empty and nothing installed: `caller`."""
-    caller: str = ""
-    network: str = ""
-    network6: str = ""
-    """Empty and nothing installed: derived from this host's machine id, and so always the same."""
-    programs: dict[str, Path] = field(default_factory=dict)
-    """Own files for `firecracker` and `jailer`; absent ones come from the catalog."""
-    pinned: bool = False
-    """The catalog's, in the place of own files that an earlier installation was given."""
-    signers: Path | None = None
-    """Who may sign releases, as ssh-keygen's allowed signers; None keeps what is there."""
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """What this installation made and uninstalling takes away."""
-
-    files: tuple[str, ...] = ()
-    directories: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    """Directories that others may use by now: they go when they are empty."""
-
-
 class Install:
     """One installation. `plan` is data; what each step made is remembered for its undo and the manifest."""
 
-    def __init__(self, choices: Choices, say: Callable[[str], None]) -> None:
+    def __init__(self, chosen: choices.Choices, say: Callable[[str], None]) -> None:
         self._settled = settings.read()
         self._kept = None if self._settled is not None else settings.read(host.KEPT_TOML)
-        self._choices = _completed(choices, self._settled or self._kept)
+        self._choices = choices.completed(chosen, self._settled or self._kept)
         self._say = say
         self._owner: pwd.struct_passwd | None = None
         self._files: list[Path] = []
@@ -94,7 +66,7 @@ class Install:
         """The rows could not go back: this version stays, since the old one cannot read them."""
         self._directories: list[Path] = []
         self._shared: list[Path] = []
-        self._before = read_manifest()
+        self._before = manifest.read()
         self._releases = releases.Releases()
         self._old = self._releases.installed()
         self._older = self._releases.previous()
@@ -145,8 +117,9 @@ class Install:
         if self._old is not None:
             versions.refuse_older(banger.__version__, environment.version(self._old) or banger.__version__)
         _refuse_newer_rows(self._owner)
-        network, network6 = _network(self._choices.network), _network6(self._choices.network6)
-        _refuse_small(network, self._settled or self._kept)
+        network = choices.parse_network(self._choices.network)
+        network6 = choices.parse_network6(self._choices.network6)
+        choices.refuse_small(network, self._settled or self._kept)
         addresses.check(network, [*addresses.routes(), *addresses.policy_routes()])
         addresses.check6(network6, addresses.routes6())
         self._check_stays(str(network), str(network6))
@@ -219,7 +192,7 @@ class Install:
             "owner_gid": owner.pw_gid,
             "owner_name": owner.pw_name,
             "network": self._choices.network,
-            "network6": str(_network6(self._choices.network6)),
+            "network6": str(choices.parse_network6(self._choices.network6)),
             "state_dir": str(host.STATE),
             "helper_dir": str(host.HELPER),
             "firecracker_sha256": installed["firecracker"].sha256,
@@ -286,8 +259,8 @@ class Install:
         files = {*self._before.files, *map(str, self._files)}
         directories = {*self._before.directories, *map(str, self._directories)}
         shared = {*self._before.shared, *map(str, self._shared)}
-        made = Manifest(tuple(sorted(files)), tuple(sorted(directories)), tuple(sorted(shared)))
-        _publish(MANIFEST, msgspec.json.format(msgspec.json.encode(made)).decode() + "\n")
+        made = manifest.Manifest(tuple(sorted(files)), tuple(sorted(directories)), tuple(sorted(shared)))
+        _publish(manifest.PATH, msgspec.json.format(msgspec.json.encode(made)).decode() + "\n")
 
     async def _start(self) -> None:
         host.systemctl("daemon-reload")
@@ -383,22 +356,7 @@ class Install:
             path.unlink(missing_ok=True)
         for path in reversed(self._directories):
             shutil.rmtree(path, ignore_errors=True)
-        remove_empty(self._shared)
-
-
-def _completed(choices: Choices, settled: settings.Settings | None) -> Choices:
-    """With what is installed where nothing was said, and then the defaults."""
-    if settled is None:
-        return replace(
-            choices, owner=choices.owner or choices.caller, network=choices.network or names.NETWORK
-        )
-    owner = settled.owner_now() or choices.caller
-    return replace(
-        choices,
-        owner=choices.owner or owner,
-        network=choices.network or settled.network,
-        network6=choices.network6 or settled.network6,
-    )
+        manifest.remove_empty(self._shared)
 
 
 def _hand_over(top: Path, uid: int, gid: int) -> None:
@@ -432,38 +390,6 @@ def _publish(path: Path, text: str) -> None:
     pinned.publish(staged, path)
 
 
-def _network6(text: str) -> ipaddress.IPv6Network:
-    try:
-        return names.parse_network6(text) if text else addresses.derived_network6(_machine_id())
-    except ValueError as error:
-        raise errors.BadRequestError(f"no network for guests: {error}") from None
-
-
-def _machine_id() -> str:
-    """A host without one has the prefix of all such hosts; it is only ever seen behind NAT."""
-    try:
-        return Path("/etc/machine-id").read_text().strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _network(text: str) -> ipaddress.IPv4Network:
-    try:
-        return ipaddress.IPv4Network(text)
-    except ValueError as error:
-        raise errors.BadRequestError(f"{text!r} is not an IPv4 network: {error}") from None
-
-
-def _refuse_small(network: ipaddress.IPv4Network, old: settings.Settings | None) -> None:
-    """Raises BadRequestError for one with which neither service starts."""
-    count = old.uid_count if old is not None else names.MAX_SLOTS
-    if network.num_addresses < count + 3:
-        longest = network.max_prefixlen - (count + 2).bit_length()
-        raise errors.BadRequestError(
-            f"network {network} is too small for {count} VMs", hint=f"name a /{longest}, or a larger one"
-        )
-
-
 def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:
     """Raises ConflictError when a newer banger wrote this host's database: this one could not read it."""
     if not (host.STATE / "banger.db").exists():
@@ -477,17 +403,3 @@ def _refuse_newer_rows(owner: pwd.struct_passwd) -> None:
             hint="install that version or a newer one; or, where its installation failed: "
             f"sudo systemctl stop bangerd && sudo -u {owner.pw_name} bangerd --undo-migrations",
         )
-
-
-def remove_empty(directories: Iterable[Path]) -> None:
-    """The innermost first; one that somebody uses stays."""
-    for path in sorted(directories, reverse=True):
-        with contextlib.suppress(OSError):
-            path.rmdir()
-
-
-def read_manifest() -> Manifest:
-    try:
-        return decoding.json(MANIFEST.read_bytes(), Manifest)
-    except FileNotFoundError:
-        return Manifest()

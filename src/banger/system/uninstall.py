@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from banger.contract import errors, names, privileged, sizes
-from banger.system import alone, asking, host, install, releases
+from banger.system import alone, asking, host, manifest, releases
 
 _OURS: Final = frozenset(map(str, (host.STATE, host.CACHE, host.HELPER)))
 _LAST: Final = (str(host.HELPER), str(host.ETC))
@@ -31,7 +31,7 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     else:
         with alone.on_host(host.HELPER):
             say("removing files")
-            _remove(install.read_manifest(), purge=purge)
+            _remove(manifest.read(), purge=purge)
         if not purge:
             raise errors.NotFoundError(
                 "banger is not installed on this host any more; its VMs, images and settings are here",
@@ -40,7 +40,7 @@ def uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
 
 
 def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
-    manifest = install.read_manifest()
+    made = manifest.read()
     running = [path.name for path in (_CGROUPS / names.CGROUP_PARENT).glob("*") if names.is_id(path.name)]
     if running and not force:
         raise errors.ConflictError(
@@ -65,7 +65,7 @@ def _uninstall(*, purge: bool, force: bool, say: Callable[[str], None]) -> None:
     host.systemctl("stop", *enabled, host.BUILDS)
     host.systemctl("disable", "-q", "--no-reload", *enabled)
     say("removing files")
-    _remove(manifest, purge=purge)
+    _remove(made, purge=purge)
     if not purge:
         say(
             f"kept: VMs, images and kernels in {host.STATE}, logs and Firecracker in {host.HELPER}, "
@@ -86,29 +86,29 @@ def _is_kept(path: Path) -> bool:
     return path in (host.CONFIG_TOML, host.SIGNERS) or path.parent == host.RUNTIME
 
 
-def _remove(manifest: install.Manifest, *, purge: bool) -> None:
+def _remove(made: manifest.Manifest, *, purge: bool) -> None:
     """No unit runs any more, and from the first line on none is asked to: so this can be done again."""
     if host.INSTALL_TOML.exists():
         host.INSTALL_TOML.rename(host.KEPT_TOML)
-    for path in map(Path, manifest.files):
+    for path in map(Path, made.files):
         if purge or not _is_kept(path):
             path.unlink(missing_ok=True)
     for link in releases.Releases().links():  # an upgrade's, of what the first installation did not have
         if link.is_symlink():
             link.unlink()
     (host.RELEASES / releases.PREVIOUS).unlink(missing_ok=True)
-    install.remove_empty(map(Path, manifest.shared))
+    manifest.remove_empty(map(Path, made.shared))
     host.forget_units()
     if not purge:
         return
     # Whoever made ours, such as to have a disk of its own there: all in them is ours. The manifest goes
     # after what only it names, and last what says that there is something to take off: to be done again.
     for name in sorted(
-        {*manifest.directories, *_OURS}, key=lambda name: _LAST.index(name) if name in _LAST else -1
+        {*made.directories, *_OURS}, key=lambda name: _LAST.index(name) if name in _LAST else -1
     ):
         shutil.rmtree(name, ignore_errors=True)
     host.KEPT_TOML.unlink(missing_ok=True)
-    install.remove_empty([host.ETC])
+    manifest.remove_empty([host.ETC])
     # Of banger itself what lies in places that are its alone, whichever version takes it off.
     if Path(sys.prefix) == host.PREFIX or host.RELEASES in Path(sys.prefix).parents:
         shutil.rmtree(host.PREFIX, ignore_errors=True)
