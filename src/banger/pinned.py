@@ -247,7 +247,7 @@ def _download(url: str) -> Generator[bytes, None, None]:
         raise errors.BadRequestError(f"{url} is not an https address")
     try:
         with urllib.request.urlopen(url, timeout=60) as reply:  # noqa: S310  # https only
-            while chunk := reply.read(_CHUNK):
+            while chunk := reply.read1(_CHUNK):  # what there is: a slow line can be cancelled
                 yield chunk
     except (OSError, http.client.HTTPException) as error:
         said = str(error).strip() or type(error).__name__

@@ -325,6 +325,41 @@ def test_after_a_server_that_fails_the_next_source_is_tried(
     assert kept(tmp_path / "cache") == []
 
 
+async def test_a_download_from_a_slow_server_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = urllib.request.urlopen
+    monkeypatch.setattr(
+        urllib.request,
+        "urlopen",
+        lambda url, timeout: opened(url.replace("https", "http", 1), timeout=timeout),
+    )
+    begun, loop, left = asyncio.Event(), asyncio.get_running_loop(), threading.Event()
+
+    def trickle() -> None:
+        with listener.accept()[0] as peer, contextlib.suppress(ConnectionError):
+            peer.recv(1 << 16)
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
+            loop.call_soon_threadsafe(begun.set)
+            while not left.wait(0.01):
+                peer.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        url = pinned.Url(f"https://127.0.0.1:{listener.getsockname()[1]}/x")
+        wanted = msgspec.structs.replace(pin(url), size_bytes=9999999)
+        fetching = asyncio.create_task(run.in_thread(pinned.fetch, wanted, tmp_path / "cache"))
+        await begun.wait()
+        fetching.cancel()
+        done, _ = await asyncio.wait([fetching], timeout=20)
+        left.set()
+        thread.join()
+        assert done
+    assert fetching.cancelled()
+    assert kept(tmp_path / "cache") == []
+
+
 def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
