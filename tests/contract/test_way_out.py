@@ -159,6 +159,34 @@ def test_what_is_outside_is_reached_as_it_was_judged(
     assert first[:2] == ["GET /x?y=1 HTTP/1.1", f"Host: public.example:{origin.port}"]
 
 
+@pytest.fixture
+def silent_address(origin: origins.Origin) -> Iterator[str]:
+    """Where nothing answers, as with a network that swallows IPv6: a queue that is full."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.2", origin.port))
+        full.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield "127.0.0.2"
+
+
+def test_an_address_that_does_not_answer_does_not_keep_the_next_one(
+    origin: origins.Origin, silent_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """apt gives up after half a minute."""
+
+    async def resolve(host: str, port: int) -> list[outside.Address]:
+        return [ipaddress.ip_address(each) for each in (silent_address, "127.0.0.1")]
+
+    monkeypatch.setattr(way_out, "_NEXT_S", 0.2)
+    monkeypatch.setattr(outside, "resolve", resolve)
+    with served(("mirror.example", origin.port)) as ask:
+        assert ask(get(f"http://mirror.example:{origin.port}/")).endswith(origins.BODY)
+
+
 def test_package_sources_are_reached_wherever_they_are_and_nothing_beside_them(
     origin: origins.Origin,
 ) -> None:

@@ -55,3 +55,20 @@ def test_an_address_is_judged_however_it_is_written(text: str) -> None:
 def test_what_is_no_name_means_nothing(text: str) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - whatever the resolver says
         asyncio.run(outside.resolve(text, 80))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            "2a04:4e42::1 2a04:4e42::2 151.101.2.132 151.101.66.132",
+            "2a04:4e42::1 151.101.2.132 2a04:4e42::2 151.101.66.132",
+        ),
+        ("8.8.8.8 8.8.4.4 2606:4700::1111", "8.8.8.8 2606:4700::1111 8.8.4.4"),
+        ("8.8.8.8", "8.8.8.8"),
+        ("", ""),
+    ],
+)
+def test_the_second_address_to_try_is_of_the_other_family(found: str, expected: str) -> None:
+    turns = outside.in_turns([ipaddress.ip_address(each) for each in found.split()])
+    assert " ".join(map(str, turns)) == expected

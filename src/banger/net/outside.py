@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 from banger.contract import egress
@@ -29,6 +31,14 @@ async def resolve(host: str, port: int) -> list[Address]:
         raise OSError("no name can be such") from None
     texts = dict.fromkeys(str(place[0]) for *_, place in found)
     return [ipaddress.ip_address(text) for text in texts]
+
+
+def in_turns(found: Sequence[Address]) -> list[Address]:
+    """One of each family after the other, as RFC 8305 has it: mostly it is a whole family that fails."""
+    families = [
+        [each for each in found if each.version == one] for one in dict.fromkeys(a.version for a in found)
+    ]
+    return [each for turn in itertools.zip_longest(*families) for each in turn if each is not None]
 
 
 def is_outside(address: Address) -> bool:

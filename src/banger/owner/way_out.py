@@ -27,6 +27,8 @@ _MAX_HEAD_BYTES: Final = 32 << 10
 _HEAD_S: Final = 60.0
 """A client may connect ahead, and ask when it needs something."""
 _CONNECT_S: Final = 30.0
+_NEXT_S: Final = 3.0
+"""While there is another address to try."""
 _GRACE_S: Final = 5.0
 _Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -124,10 +126,13 @@ class _WayOut:
         return await (self._straight(asked) if proxy is None else self._through(proxy, asked))
 
     async def _straight(self, asked: forward.Asked) -> _Pair:
+        """An address that swallows what is sent there must not keep the next one until apt gives up."""
         last: Exception = forward.NotServedError(502, f"{asked.host} has no address")
-        for address in await self._allowed(asked):
+        left = outside.in_turns(await self._allowed(asked))
+        while left:
+            address = left.pop(0)
             try:
-                return await _opened(str(address), asked.port)
+                return await _opened(str(address), asked.port, within_s=_NEXT_S if left else _CONNECT_S)
             except forward.NotServedError as error:
                 last = error
         raise last
@@ -193,9 +198,9 @@ class _Onward:
             raise forward.NotServedError(502, f"{asked.host} does not answer") from None
 
 
-async def _opened(host: str, port: int, *, tls: bool = False) -> _Pair:
+async def _opened(host: str, port: int, *, tls: bool = False, within_s: float = _CONNECT_S) -> _Pair:
     try:
-        async with asyncio.timeout(_CONNECT_S):
+        async with asyncio.timeout(within_s):
             return await asyncio.open_connection(
                 host, port, limit=carry.CHUNK, ssl=connections.verified() if tls else None
             )
