@@ -134,6 +134,7 @@ static void set_up(const struct cmdline *words) {
         if (config.ip6_given)
                 net_configure6(*config.ip.device ? config.ip.device : "eth0", &config.ip6);
         net_write_resolver(&config);
+        net_write_hosts();
 }
 
 static void open_standard_streams(void) {

@@ -164,16 +164,27 @@ void net_configure6(const char *device, const struct ip6_config *ip) {
                 log_line(LEVEL_ERROR, "cannot configure IPv6 on %s: %s", device, strerror(-r));
 }
 
-/* An image's own resolver settings are left alone. */
-void net_write_resolver(const struct config *config) {
+/* What an image has of its own is left alone. */
+static void write_where_empty(const char *path, const char *text) {
         struct stat status;
+
+        if (stat(path, &status) == 0 && status.st_size > 0)
+                return;
+        if (write_file(path, text, O_CREAT | O_TRUNC) < 0)
+                log_line(LEVEL_WARNING, "cannot write %s: %s", path, strerror(errno));
+}
+
+void net_write_resolver(const struct config *config) {
         char text[256] = "";
         size_t used = 0;
 
-        if (config->dns_count == 0 || (stat("/etc/resolv.conf", &status) == 0 && status.st_size > 0))
-                return;
         for (size_t i = 0; i < config->dns_count; i++)
                 used += (size_t) snprintf(text + used, sizeof text - used, "nameserver %s\n", config->dns[i]);
-        if (write_file("/etc/resolv.conf", text, O_WRONLY | O_CREAT | O_TRUNC) < 0)
-                log_line(LEVEL_WARNING, "cannot write /etc/resolv.conf: %s", strerror(errno));
+        if (config->dns_count > 0)
+                write_where_empty("/etc/resolv.conf", text);
+}
+
+/* Who makes containers writes it there, so their images have none; no C library knows the name by itself. */
+void net_write_hosts(void) {
+        write_where_empty("/etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
 }

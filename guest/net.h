@@ -10,3 +10,4 @@ void net_configure(const struct ip_config *ip);
 /* After net_configure. No router is listened to: the host has said what there is to know. */
 void net_configure6(const char *device, const struct ip6_config *ip);
 void net_write_resolver(const struct config *config);
+void net_write_hosts(void);

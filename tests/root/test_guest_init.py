@@ -283,6 +283,20 @@ def test_the_image_s_own_resolver_is_left_alone(boot: Boot, content: Path) -> No
         assert (machine.root / "etc/resolv.conf").read_text() == "nameserver 192.0.2.1\n"
 
 
+@pytest.mark.parametrize("own", [None, "", "192.0.2.1 own\n"])
+def test_localhost_has_a_name_unless_the_image_says_otherwise(
+    boot: Boot, content: Path, own: str | None
+) -> None:
+    if own is not None:
+        (content / "etc/hosts").write_text(own)
+    with boot() as machine:
+        lines = (machine.root / "etc/hosts").read_text().splitlines()
+    if own:
+        assert lines == ["192.0.2.1 own"]
+    else:
+        assert [line.split()[:2] for line in lines] == [["127.0.0.1", "localhost"], ["::1", "localhost"]]
+
+
 def test_a_mount_that_fails_is_told(boot: Boot, content: Path, tmp_path: Path) -> None:
     mounts = ("/dev/no-such:/missing:ext4", "/dev/null:/wrong:ext4", "/dev/null:/right/deep:tmpfs")
     (content / ".banger/config").write_text("".join(f"mount={mount}\n" for mount in mounts))
