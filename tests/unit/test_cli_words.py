@@ -159,6 +159,16 @@ def test_a_choice_that_is_missing_is_listed_on_one_line(capsys: pytest.CaptureFi
     assert "Choose from: bash, zsh, fish\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--ttl", "--idle-stop"])
+def test_a_limit_of_no_time_is_told_how_to_have_none(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", "create", option, "0"]) == 2
+    assert "1h30m or 7d; or off\n" in capsys.readouterr().err
+    assert main.run(["vm", "exec", "--timeout", "0", "web"]) == 2
+    assert "1h30m or 7d\n" in capsys.readouterr().err
+
+
 def test_a_name_that_none_can_have_is_said_in_english(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["kernel", "show", "NOPE"]) == 2
     assert "'NOPE' is not a name for a kernel: use" in capsys.readouterr().err

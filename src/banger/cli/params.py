@@ -181,6 +181,8 @@ class _Span(click.ParamType[float]):
     """`90`, `90s`, `5m`, `2h`, `7d`, `1h30m`: seconds."""
 
     name = "span"
+    besides = ""
+    """What else may be given."""
     _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     _PART: Final = re.compile(r"([0-9]*\.?[0-9]+)([smhd]?)")
     _WHOLE: Final = re.compile(r"[0-9]*\.?[0-9]+[smhd]?|([0-9]*\.?[0-9]+[smhd]){2,4}")
@@ -192,19 +194,22 @@ class _Span(click.ParamType[float]):
         if self._WHOLE.fullmatch(value):
             seconds = sum(float(n) * self._UNITS.get(unit, 1) for n, unit in self._PART.findall(value))
         if not 0 < seconds < 1e9:
-            self.fail(f"{value!r} is not a time, such as 90, 90s, 5m, 2h, 1h30m or 7d", param, ctx)
+            self.fail(
+                f"{value!r} is not a time, such as 90, 90s, 5m, 2h, 1h30m or 7d{self.besides}", param, ctx
+            )
         return seconds
 
 
-class _Limit(click.ParamType[int]):
-    """A span in whole seconds, or `off`."""
+class _Limit(_Span):
+    """A span in whole seconds, or `off`, which is 0."""
 
     name = "limit"
+    besides = "; or off"
 
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if value == "off":
             return 0
-        return max(1, round(SPAN.convert(value, param, ctx)))
+        return max(1, round(super().convert(value, param, ctx)))
 
 
 class _Variable(click.ParamType[str]):

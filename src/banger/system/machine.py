@@ -69,7 +69,7 @@ class Machine:
         except KeyError:
             raise errors.NotFoundError(
                 f"banger's owner, uid {given.owner_uid}, is no user of this host",
-                hint="sudo banger system install --owner USER",
+                hint="`sudo banger system install --owner USER` gives it another",
             ) from None
 
 

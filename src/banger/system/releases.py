@@ -54,7 +54,9 @@ class Releases:
         """The virtual environment that is installed. Raises NotFoundError."""
         found = self.installed()
         if found is None:
-            raise errors.NotFoundError("banger is not installed on this host", hint="banger system install")
+            raise errors.NotFoundError(
+                "banger is not installed on this host", hint="`sudo banger system install` sets it up"
+            )
         return found
 
     def installed(self) -> Path | None:
