@@ -48,23 +48,33 @@ static int open_pipe(int *ret_read, int *ret_write) {
         return 0;
 }
 
+/* The pipe is the user's, who may open it by its name: `>/dev/stderr`. */
+static int open_pipe_for(const struct user *user, int *ret_read, int *ret_write) {
+        int r = open_pipe(ret_read, ret_write);
+
+        if (r < 0 || geteuid() != 0)
+                return r;
+        return fchown(*ret_read, user->uid, user->gid) < 0 ? -errno : 0;
+}
+
 static int set_nonblocking(int fd) {
         return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) < 0 ? -errno : 0;
 }
 
-static int open_pipes(const struct exec_request *request, struct exec_process *process, struct stdio *child) {
+static int open_pipes(const struct exec_request *request, const struct user *user, struct exec_process *process,
+                      struct stdio *child) {
         int r;
 
         if (request->stdin_open)
-                r = open_pipe(&child->input, &process->input);
+                r = open_pipe_for(user, &child->input, &process->input);
         else
                 r = (child->input = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0 ? -errno : 0;
         if (r < 0)
                 return r;
-        r = open_pipe(&process->output[0], &child->output);
+        r = open_pipe_for(user, &process->output[0], &child->output);
         if (r < 0)
                 return r;
-        r = open_pipe(&process->output[1], &child->error);
+        r = open_pipe_for(user, &process->output[1], &child->error);
         if (r < 0)
                 return r;
         if (process->input >= 0 && (r = set_nonblocking(process->input)) < 0)
@@ -268,7 +278,7 @@ int exec_spawn(const struct exec_request *request, const struct user *user, stru
         _cleanup_close_ int status_write = -1;
         int r;
 
-        r = request->tty ? open_tty(request, user, ret, &child) : open_pipes(request, ret, &child);
+        r = request->tty ? open_tty(request, user, ret, &child) : open_pipes(request, user, ret, &child);
         if (r < 0)
                 return r;
         r = open_pipe(&ret->status, &status_write);

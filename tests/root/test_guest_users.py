@@ -87,3 +87,19 @@ async def test_a_group_is_found_by_name_however_long_lines_are(kind: str) -> Non
         for user in ("member7", "dev:"):
             with pytest.raises(errors.NotFoundError, match="no such user"):
                 await output(client, "true", user)
+
+
+@pytest.mark.parametrize("kind", agent.KINDS)
+@pytest.mark.parametrize("tty", [False, True])
+async def test_a_user_may_open_what_its_command_was_given(kind: str, *, tty: bool) -> None:
+    """As scripts do it that say `>/dev/stderr`."""
+    script = (
+        "echo out >/proc/self/fd/1; echo err >/proc/self/fd/2; read -r line </proc/self/fd/0; echo $line"
+    )
+    with running(kind, ACCOUNTS["plain"], "") as client:
+        async with client.exec(guest.ExecSpec(argv=("sh", "-c", script), user="dev", tty=tty)) as command:
+            await command.write(b"in\n")
+            said = [event async for event in command.output()]
+        assert said[-1] == guest.ExitStatus(0)
+        text = b"".join(event[1] for event in said if isinstance(event, tuple))
+        assert {b"out", b"err", b"in"} <= set(text.split())
