@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ import pytest
 import zstandard
 from hypothesis import strategies
 
+from banger import run
 from banger.contract import errors
 from banger.images import bundle, decompress
 
@@ -185,3 +187,28 @@ def test_thousands_of_tiny_members_cost_no_more_than_their_bytes() -> None:
     member = zlib.compress(b"", wbits=31)
     tiny = member * 20_000
     assert out_of(tiny + gzip.compress(b"end"), bundle.Compression.GZIP) == b"end"
+
+
+EMPTY = {bundle.Compression.GZIP: gzip.compress(b""), bundle.Compression.ZSTD: SKIPPABLE}
+
+
+@pytest.mark.parametrize("compression", EMPTY)
+async def test_a_blob_of_which_nothing_comes_out_can_be_cancelled(
+    layer_of: Callable[..., bundle.Layer], compression: bundle.Compression
+) -> None:
+    """To go through all of this one takes a minute."""
+    layer = layer_of(EMPTY[compression] * ((64 << 20) // len(EMPTY[compression])), compression)
+    before, begun, loop = threading.active_count(), asyncio.Event(), asyncio.get_running_loop()
+
+    def work() -> None:
+        with decompress.opened(layer, max_bytes=PLENTY) as pieces:
+            loop.call_soon_threadsafe(begun.set)
+            next(pieces)
+
+    working = asyncio.create_task(run.in_thread(work))
+    await begun.wait()
+    working.cancel()
+    done, _ = await asyncio.wait([working], timeout=15)
+    assert done
+    assert working.cancelled()
+    assert threading.active_count() == before

@@ -12,11 +12,13 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import IO, Final, cast
 
 import zstandard
 from isal import igzip_lib
 
+from banger import run
 from banger.contract import errors
 from banger.images import bundle
 
@@ -25,6 +27,8 @@ MAX_WINDOW_BYTES: Final = 64 << 20
 """What a zstd frame may ask for. No common writer goes beyond 8 MiB unless told to."""
 _FIRST_BYTES: Final = 1 << 12
 _PIECES_AHEAD: Final = 8
+_LOOK_S: Final = 0.5
+"""How often who waits for a piece looks whether that is cancelled."""
 _CUT: Final = "the blob is cut short"
 _DAMAGED_HINT: Final = "pull or import it again"
 
@@ -32,23 +36,45 @@ _DAMAGED_HINT: Final = "pull or import it again"
 @contextlib.contextmanager
 def opened(layer: bundle.Layer, *, max_bytes: int) -> Iterator[Iterator[bytes]]:
     """The pieces of the layer's tar. Taking the last one raises when the whole is not what it should be."""
+    stopped = threading.Event()
+
+    def check() -> None:
+        if stopped.is_set():
+            raise _End
+
     with layer.path.open("rb") as blob:
-        pieces = _verified(decompressed(blob, layer.compression), layer.diff_id, max_bytes)
-        with _read_ahead(pieces) as ahead:
+        out = decompressed(blob, layer.compression, check=check)
+        with _read_ahead(_verified(out, layer.diff_id, max_bytes), stopped) as ahead:
             yield ahead
 
 
-def decompressed(blob: IO[bytes], compression: bundle.Compression) -> Iterator[bytes]:
-    """Pieces of at most `PIECE_BYTES`, whatever the input says; a blob that is cut or goes on is refused."""
-    return _DECOMPRESSORS[compression](blob)
+def decompressed(
+    blob: IO[bytes], compression: bundle.Compression, *, check: Callable[[], None] = run.check_cancelled
+) -> Iterator[bytes]:
+    """Pieces of at most `PIECE_BYTES`, whatever the input says; a blob that is cut or goes on is refused.
+
+    `check` is called between two reads, and may raise: a blob of which nothing comes out is gone through
+    to its end.
+    """
+    return _DECOMPRESSORS[compression](_Checked(blob, check))
 
 
-def _plain(blob: IO[bytes]) -> Iterator[bytes]:
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    blob: IO[bytes]
+    check: Callable[[], None]
+
+    def read(self, size: int = -1) -> bytes:
+        self.check()
+        return self.blob.read(size)
+
+
+def _plain(blob: _Checked) -> Iterator[bytes]:
     while piece := blob.read(PIECE_BYTES):
         yield piece
 
 
-def _gzip(blob: IO[bytes]) -> Iterator[bytes]:
+def _gzip(blob: _Checked) -> Iterator[bytes]:
     """All members of the file, as seekable variants of gzip have thousands of them."""
     rest = blob.read(PIECE_BYTES)
     if not rest:
@@ -58,7 +84,7 @@ def _gzip(blob: IO[bytes]) -> Iterator[bytes]:
         rest = rest or blob.read(PIECE_BYTES)
 
 
-def _gzip_member(blob: IO[bytes], rest: bytes) -> Generator[bytes, None, bytes]:
+def _gzip_member(blob: _Checked, rest: bytes) -> Generator[bytes, None, bytes]:
     """Gives back the input behind the member.
 
     What is fed grows while the member goes on: each end copies what was fed in vain, and a blob of tiny
@@ -84,7 +110,7 @@ def _gzip_member(blob: IO[bytes], rest: bytes) -> Generator[bytes, None, bytes]:
     return member.unused_data + bytes(view)
 
 
-def _zstd(blob: IO[bytes]) -> Iterator[bytes]:
+def _zstd(blob: _Checked) -> Iterator[bytes]:
     source = _Frames(blob)
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     with _stream_reader(decompressor, source) as reader:
@@ -108,7 +134,7 @@ def _stream_reader(
     )
 
 
-_DECOMPRESSORS: Final[dict[bundle.Compression, Callable[[IO[bytes]], Iterator[bytes]]]] = {
+_DECOMPRESSORS: Final[dict[bundle.Compression, Callable[[_Checked], Iterator[bytes]]]] = {
     bundle.Compression.NONE: _plain,
     bundle.Compression.GZIP: _gzip,
     bundle.Compression.ZSTD: _zstd,
@@ -124,7 +150,7 @@ class _Frames:
     _CONTENT_SIZE_BYTES: Final = (0, 2, 4, 8)
     _RLE: Final = 1
 
-    def __init__(self, blob: IO[bytes]) -> None:
+    def __init__(self, blob: _Checked) -> None:
         self._blob = blob
         self._skip = 0
         self._head = b""
@@ -210,11 +236,10 @@ class _End(Exception):
 
 
 @contextlib.contextmanager
-def _read_ahead(pieces: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
+def _read_ahead(pieces: Iterator[bytes], stopped: threading.Event) -> Iterator[Iterator[bytes]]:
     """Has the next pieces made while one is used; the thread is gone when the block is left."""
     ready: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
     room = threading.Semaphore(_PIECES_AHEAD)
-    stopped = threading.Event()
 
     def work() -> None:
         try:
@@ -229,7 +254,7 @@ def _read_ahead(pieces: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
             ready.put(_End())
 
     def taken() -> Iterator[bytes]:
-        while not isinstance(piece := ready.get(), BaseException):
+        while not isinstance(piece := _awaited(ready), BaseException):
             room.release()
             yield piece
         if not isinstance(piece, _End):
@@ -243,6 +268,14 @@ def _read_ahead(pieces: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
         stopped.set()
         room.release()
         thread.join()
+
+
+def _awaited(ready: queue.SimpleQueue[bytes | BaseException]) -> bytes | BaseException:
+    """The next one, for which a blob of which nothing comes out has one wait."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ready.get(timeout=_LOOK_S)
+        run.check_cancelled()
 
 
 def _damaged(reason: str) -> errors.BadRequestError:
