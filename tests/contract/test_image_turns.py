@@ -82,13 +82,17 @@ def _lies(handler: registries._Handler, data: bytes, go: threading.Event) -> Non
     go.wait(20)
 
 
-async def test_who_waits_goes_on_where_a_silent_registry_stopped(pulls: Pulls) -> None:
-    pulls.fault(_stops)
-    begun = await pulls.begun()
+async def _a_batch_is_there(pulls: Pulls) -> None:
     partial = pulls.first.root / "blobs" / "partial" / reference.digest_of(BASE).replace(":", "-")
     async with asyncio.timeout(20):
         while not (partial.exists() and partial.stat().st_size >= 1 << 20):  # noqa: ASYNC110  # a file
             await asyncio.sleep(0.01)
+
+
+async def test_who_waits_goes_on_where_a_silent_registry_stopped(pulls: Pulls) -> None:
+    pulls.fault(_stops)
+    begun = await pulls.begun()
+    await _a_batch_is_there(pulls)
     made = await pulls.second.pull()
     assert made.layers[0].path.read_bytes() == BASE
     sent = pulls.second.registry.sent[reference.digest_of(BASE)]
@@ -155,3 +159,20 @@ async def test_who_waits_goes_on_when_the_first_is_cancelled(pulls: Pulls) -> No
     begun.cancel()
     assert (await waiting).layers[0].path.read_bytes() == BASE
     assert begun.cancelled()
+
+
+async def test_who_waits_sees_how_far_the_other_one_is(pulls: Pulls) -> None:
+    pulls.have_patience(3600)
+    pulls.fault(_stops)
+    pulls.second.registry.add_image("v2", BASE)
+    begun = await pulls.begun()
+    await _a_batch_is_there(pulls)
+    waiting = asyncio.create_task(pulls.second.pull("team/app:v2"))
+    async with asyncio.timeout(20):
+        while not pulls.second.watch.told:  # noqa: ASYNC110  # told by whoever pulls
+            await asyncio.sleep(0.01)
+    current, size, _ = pulls.second.watch.told[0]
+    assert 0 < current < size == len(BASE)
+    pulls.go.set()
+    await asyncio.gather(begun, waiting)
+    assert pulls.second.watch.told[-1] == (len(BASE), len(BASE), "layers")

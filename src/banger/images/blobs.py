@@ -110,7 +110,7 @@ class Blobs:
         turns = self._turns.setdefault(digest, _Turns())
         patience_s = self._tries.patience_s
         while True:
-            async with turns.taken():
+            async with turns.taken(on_bytes):
                 if self.has(digest, size_bytes):
                     on_bytes(size_bytes)
                     return self.path(digest)
@@ -118,7 +118,7 @@ class Blobs:
                 try:
                     await run.in_thread(partial.open)
                     async with turns.giving_way(patience_s, partial):
-                        await self._download(partial, open_at, on_bytes)
+                        await self._download(partial, open_at, turns.tell)
                 except _GaveWayError:
                     patience_s *= 2  # each may begin at 0 again, where a registry knows no ranges
                 finally:
@@ -202,19 +202,25 @@ class _Turns:
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self._waiting = 0
+        self._hearing: list[Callable[[int], None]] = []
+        self._so_far = 0
 
     @contextlib.asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
-        self._waiting += 1
+    async def taken(self, on_bytes: Callable[[int], None]) -> AsyncIterator[None]:
+        """Who waits hears how far the other one is."""
+        self._hearing.append(on_bytes)
         try:
-            await self._lock.acquire()
+            if self._so_far:
+                on_bytes(self._so_far)
+            async with self._lock:
+                yield
         finally:
-            self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._lock.release()
+            self._hearing.remove(on_bytes)
+
+    def tell(self, so_far: int) -> None:
+        self._so_far = so_far
+        for on_bytes in self._hearing:
+            on_bytes(so_far)
 
     @contextlib.asynccontextmanager
     async def giving_way(self, patience_s: float, partial: _Partial) -> AsyncIterator[None]:
@@ -224,7 +230,7 @@ class _Turns:
 
         def look(before: int) -> None:
             nonlocal timer
-            if self._waiting and partial.offset == before:
+            if len(self._hearing) > 1 and partial.offset == before:
                 turn.reschedule(loop.time())
             else:
                 timer = loop.call_later(patience_s, look, partial.offset)
