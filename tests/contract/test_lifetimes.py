@@ -69,7 +69,7 @@ async def test_neither_is_there_unless_asked_for(served: api_served.Served) -> N
     assert "STOPS" not in (await banger(served, "vm", "list")).text
     refused = await banger(served, "vm", "extend", "web", "--by", "1h", status=1)
     assert "no time to live" in refused.err
-    assert "hint: `banger vm set web --ttl TIME` gives it one" in refused.err
+    assert "hint: `banger vm set web --ttl 2h` gives it one" in refused.err
     said = await banger(served, "vm", "extend", "web")
     assert (said.text, said.err.partition(";")[0]) == (
         "web\n",

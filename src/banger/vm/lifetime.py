@@ -60,7 +60,7 @@ def extended(vm: record.VmRecord, by_s: int | None) -> record.VmRecord:
         anew = "without --by its idleness begins anew; " if vm.idle_stop_s else ""
         raise errors.BadRequestError(
             f"{vm.name} has no time to live that could be longer",
-            hint=f"{anew}`banger vm set {vm.name} --ttl TIME` gives it one, from now on",
+            hint=f"{anew}`banger vm set {vm.name} --ttl 2h` gives it one, from now on",
         )
     return msgspec.structs.replace(vm, ttl_ends_s=max(vm.ttl_ends_s, now_s()) + by_s)
 
