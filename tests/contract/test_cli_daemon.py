@@ -311,9 +311,25 @@ async def test_unpublishing_says_what_was_not_published(served: api_served.Serve
     await banger(served, "vm", "create", "web", "--no-start", "-p", f"{port}:80")
     wrong = await banger(served, "vm", "unpublish", "web", f"{port}:81")
     assert wrong.text == f"127.0.0.1:{port}:80/tcp\n"
-    assert wrong.err == f"banger: web does not publish 127.0.0.1:{port}:81/tcp\n"
+    assert wrong.err == f"banger: web does not publish {port}:81\n"
     right = await banger(served, "vm", "unpublish", "web", f"{port}:80")
     assert (right.status, right.text, right.err) == (0, "", "")
+
+
+async def test_a_port_of_this_host_is_enough_to_unpublish(served: api_served.Served) -> None:
+    one, two = publishing.free_port(), publishing.free_port()
+    published = (f"{one}:80", f"{one}:53/udp", f"0.0.0.0:{two}:80")
+    await banger(
+        served, "vm", "create", "web", "--no-start", *(w for each in published for w in ("-p", each))
+    )
+    half = await banger(served, "vm", "unpublish", "web", f"{one}/udp")
+    assert half.text.splitlines() == [f"127.0.0.1:{one}:80/tcp", f"0.0.0.0:{two}:80/tcp"]
+    rest = await banger(served, "vm", "unpublish", "web", str(one), f"{two}/tcp")
+    assert (rest.status, rest.text, rest.err) == (0, "", "")
+    none = await banger(served, "vm", "unpublish", "web", str(one))
+    assert (none.status, none.err) == (0, f"banger: web does not publish {one}\n")
+    wrong = await banger(served, "vm", "unpublish", "web", "80x")
+    assert (wrong.status, "is not HOSTPORT:GUESTPORT" in wrong.err) == (2, True)
 
 
 _PINNING_SSH = """#!/bin/sh

@@ -257,6 +257,12 @@ def _parse_publish(text: str) -> object:
     return ports.parse(text)
 
 
+def _parse_published(text: str) -> object:
+    from banger.contract import ports
+
+    return ports.named(text, ())
+
+
 def _parse_peers(text: str) -> object:
     from banger.contract import given_names
 
@@ -291,5 +297,6 @@ LIMIT: Final = _Limit()
 VARIABLE: Final = _Variable()
 DESTINATION: Final = _Checked("destination", _parse_destination)
 PUBLISH: Final = _Checked("port", _parse_publish)
+PUBLISHED: Final = _Checked("port", _parse_published)
 GUEST_PATH: Final = _Checked("path", _parse_guest_path)
 PEERS: Final = _Checked("network", _parse_peers)

@@ -12,9 +12,6 @@ from banger.cli import client, command, output, params, render
 from banger.contract import ports, resources
 
 _NAME: Final = click.argument("name", type=params.VM)
-_PORTS: Final = click.argument(
-    "specs", metavar="[ADDR:]HOSTPORT:GUESTPORT[/udp]…", nargs=-1, required=True, type=params.PUBLISH
-)
 
 
 @command.make("ports", examples=[("banger vm ports web", "what listens in it, and where you reach it")])
@@ -49,7 +46,9 @@ def _row(port: ports.GuestPort) -> Sequence[str]:
     ],
 )
 @_NAME
-@_PORTS
+@click.argument(
+    "specs", metavar="[ADDR:]HOSTPORT:GUESTPORT[/udp]…", nargs=-1, required=True, type=params.PUBLISH
+)
 @click.pass_obj
 def publish(settings: command.Settings, name: str, specs: tuple[str, ...]) -> None:
     """Offer ports of a VM on this host.
@@ -60,18 +59,32 @@ def publish(settings: command.Settings, name: str, specs: tuple[str, ...]) -> No
     _change(settings, name, ports.ChangePorts(publish=specs))
 
 
-@command.make("unpublish", examples=[("banger vm unpublish web 8080:80", "as it was published")])
+@command.make(
+    "unpublish",
+    examples=[
+        ("banger vm unpublish web 8080:80", "as it was published"),
+        ("banger vm unpublish web 8080", "whatever is published at this host's port 8080"),
+    ],
+)
 @_NAME
-@_PORTS
+@click.argument(
+    "specs",
+    metavar="HOSTPORT[/udp]|[ADDR:]HOSTPORT:GUESTPORT[/udp]…",
+    nargs=-1,
+    required=True,
+    type=params.PUBLISHED,
+)
 @click.pass_obj
 def unpublish(settings: command.Settings, name: str, specs: tuple[str, ...]) -> None:
     """Take back ports that were published. Connections that stand are cut."""
     published = settings.client().get(f"/v1/vms/{client.segment(name)}", resources.Vm).publish
-    known = ports.parse_all(published)
-    for each in ports.parse_all(specs):
-        if each not in known:
-            render.note(f"{name} does not publish {each}")
-    _change(settings, name, ports.ChangePorts(unpublish=specs))
+    known, gone = ports.parse_all(published), set[str]()
+    for spec in specs:
+        meant = ports.named(spec, known)
+        if not meant:
+            render.note(f"{name} does not publish {spec}")
+        gone.update(map(str, meant))
+    _change(settings, name, ports.ChangePorts(unpublish=tuple(sorted(gone))))
 
 
 def _change(settings: command.Settings, name: str, asked: ports.ChangePorts) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +18,7 @@ MAX_PUBLISHED: Final = 32
 _FORM: Final = re.compile(
     r"(?:(?P<address>[0-9.]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
 )
+_HOST_PORT: Final = re.compile(r"(?P<host>\d{1,5})(?:/(?P<protocol>tcp|udp))?")
 _HINT: Final = "such as 8080:80, 0.0.0.0:8080:80 or 5353:53/udp"
 
 
@@ -63,6 +65,19 @@ def parse_all(texts: tuple[str, ...]) -> tuple[Publish, ...]:
     if len(found) > MAX_PUBLISHED:
         raise errors.BadRequestError(f"{len(found)} ports are more than {MAX_PUBLISHED}")
     return found
+
+
+def named(text: str, published: Sequence[Publish]) -> list[Publish]:
+    """Those of them that are meant: one as it was published, or all at `HOSTPORT[/udp]`.
+
+    Raises BadRequestError for what is neither.
+    """
+    found = _HOST_PORT.fullmatch(text)
+    if found is None:
+        whole = parse(text)
+        return [each for each in published if each == whole]
+    asked, protocol = int(found["host"]), found["protocol"]
+    return [each for each in published if each.host_port == asked and protocol in (None, each.protocol)]
 
 
 class ChangePorts(resources.Body, frozen=True, kw_only=True):
