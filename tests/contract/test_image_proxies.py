@@ -36,6 +36,22 @@ async def test_a_proxy_is_used_named_and_never_for_loopback(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("host", "is_direct"),
+    [
+        ("10.20.0.1", True),
+        ("10.21.0.1", False),
+        ("fd00::7", True),
+        ("fd01::7", False),
+        ("direct.invalid", True),
+        ("far.invalid", False),
+    ],
+)
+def test_networks_are_reached_without_the_proxy_as_docker_reads_it(host: str, is_direct: bool) -> None:
+    proxies = {"https": "http://proxy.invalid:3128", "no": "direct.invalid, 10.20.3.4/16,x/y,fd00::/16"}
+    assert (connections.proxy_for("https", host, 5000, proxies) is None) == is_direct
+
+
+@pytest.mark.parametrize(
     "proxy",
     [
         *("http://me:hush/hush@far.invalid:3128", "http://me:hush#hush@far.invalid:3128"),

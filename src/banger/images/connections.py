@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import ipaddress
 import re
 import ssl
 import urllib.parse
@@ -169,6 +170,8 @@ def proxy_for(scheme: str, host: str, port: int | None, proxies: Mapping[str, st
     name = f"{host}:{port}" if port else host
     if urllib.request.proxy_bypass_environment(name, proxies):  # type: ignore[attr-defined]
         return None
+    if _is_in_networks(host, proxies.get("no", "")):
+        return None
     variable = scheme if proxies.get(scheme) else "all"
     proxy = proxies.get(variable)
     if not proxy:
@@ -231,6 +234,17 @@ def _context(tls: _Tls) -> ssl.SSLContext:
 def verified() -> ssl.SSLContext:
     """What believes whom this host believes."""
     return _context(_Tls.VERIFIED)
+
+
+def _is_in_networks(host: str, direct: str) -> bool:
+    """As docker and podman read NO_PROXY, and the standard library does not: `10.0.0.0/8`."""
+    for word in direct.split(","):
+        with contextlib.suppress(ValueError):
+            if "/" in word and ipaddress.ip_address(host) in ipaddress.ip_network(
+                word.strip(), strict=False
+            ):
+                return True
+    return False
 
 
 @contextlib.contextmanager
