@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,3 +152,26 @@ def test_without_a_free_descriptor_it_waits_and_goes_on(listener: socket.socket,
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0, said + rest
     assert "cannot take connections" not in rest
+
+
+def test_a_signal_ends_it_whichever_thread_the_kernel_gives_it_to(
+    listener: socket.socket, config: Path
+) -> None:
+    """The main thread waits in the kernel and runs nothing, as when a signal comes just before that."""
+    process = start(listener, "passed", "root", "--config", config)
+    assert process.stdout is not None
+    try:
+        assert "serving" in process.stdout.readline()
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(listener.getsockname())
+            threads = [process.pid]
+            while len(threads) < 2:
+                time.sleep(0.01)
+                threads = sorted(int(each) for each in os.listdir(f"/proc/{process.pid}/task"))
+            assert ctypes.CDLL(None).tgkill(process.pid, threads[-1], signal.SIGTERM) == 0
+            silent.shutdown(socket.SHUT_WR)
+            said, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, said

@@ -56,12 +56,9 @@ def _serve(config: Path) -> None:
     cgroup.ensure_parent(policy)
     filesystem.sweep(policy)
     serving = server.Server(policy, listener)
-
-    def stop(_number: int, _frame: object) -> None:
-        serving.stop()
-
+    signal.set_wakeup_fd(serving.wake_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, lambda _number, _frame: None)  # what is written to the descriptor stops it
     server.log("info", "serving", owner=policy.owner_name, effective_caps=caps.effective(), pid=os.getpid())
     _notify("READY=1")
     serving.serve()

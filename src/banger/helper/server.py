@@ -54,7 +54,12 @@ def log(level: str, message: str, **fields: object) -> None:
 
 
 class Server:
-    """Accepts until told to stop. Each connection has a thread; many of the owner's wait for one."""
+    """Accepts until told to stop. Each connection has a thread; many of the owner's wait for one.
+
+    `wake_fd` is what `signal.set_wakeup_fd` takes: a byte there stops. Python runs a handler only once its
+    main thread is back from the kernel, and a signal that came just before `poll`, or to another thread,
+    does not bring it back.
+    """
 
     def __init__(self, policy: policies.Policy, listener: socket.socket) -> None:
         self._policy = policy
@@ -64,7 +69,7 @@ class Server:
         self._owners = 0
         self._waiting: collections.deque[socket.socket] = collections.deque()
         self._turns = limits.Bucket(rate=RATE, burst=BURST)
-        self._stop = os.eventfd(0)
+        self._stop, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._quiet_until = 0.0
 
     def serve(self) -> None:
@@ -79,8 +84,9 @@ class Server:
             self._changed.wait_for(lambda: not self._roots + self._owners, STOP_DEADLINE_S)
 
     def stop(self) -> None:
-        """Safe in a signal handler. The listener is systemd's too: shutting it down would be for good."""
-        os.eventfd_write(self._stop, 1)
+        """The listener is systemd's too: shutting it down would be for good."""
+        with contextlib.suppress(BlockingIOError):  # full of the bytes of who said it before
+            os.write(self.wake_fd, b"\0")
 
     def _accept(self) -> socket.socket | None:
         """None when there was no descriptor for it: it waits in the backlog for the next try."""
