@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Builds the host image: Debian 12 with systemd, as a qcow2 disk with the kernel and initrd that start it.
 
+Banger's virtual environment without banger is in it, out of the way: a lab only moves it into its place. The
+same commands take two minutes in a lab.
+
 The packages come from the distribution's signed archive, through the sources this machine's apt is set up
 with. Used by session and cli; needs root, as the tree holds other users' files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -15,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import cache, command, errors, initrd
+from lab import cache, command, errors, initrd, wheels
 
 log = logging.getLogger("lab")
 
@@ -27,6 +31,7 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DISK_BYTES = 16 << 30
 DEV_UID = 1000
 KEPT_IMAGES = 2
+ENVIRONMENT = "/var/lib/lab/banger"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,22 @@ def ensure(root: Path) -> Image:
     """Open the image of this recipe, building it when it is not in the cache."""
     key = recipe_key()
     store = cache.Cache(root, "image", KEPT_IMAGES)
-    return Image(key, store.ensure(key, _build))
+
+    def build(stage: Path) -> None:
+        with contextlib.closing(wheels.pinned(root)) as pinned:
+            _build(stage, pinned.path)
+
+    return Image(key, store.ensure(key, build))
 
 
 def recipe_key() -> str:
     """Hash all that decides what is in the image."""
     files = sorted(path for path in RECIPE.rglob("*") if path.is_file())
-    sources = [HERE / "image.py", HERE / "initrd.py"]
+    sources = [HERE / "image.py", HERE / "initrd.py", HERE / "wheels.py", wheels.REQUIREMENTS]
     return cache.key_of(part for path in [*files, *sources] for part in (path.name, path.read_bytes()))
 
 
-def _build(stage: Path) -> None:
+def _build(stage: Path, pinned: Path) -> None:
     if os.geteuid() != 0:
         raise errors.ImageBuildError(
             "building the host image needs root", hint="run: sudo python -m lab build"
@@ -82,6 +92,7 @@ def _build(stage: Path) -> None:
     _unpack(root)
     log.info("packages unpacked after %.0f s", time.monotonic() - started)
     _configure(root, stage)
+    _make_environment(root, pinned)
     _extract_boot_files(root, stage)
     _make_disk(root, stage)
     shutil.rmtree(root)
@@ -146,6 +157,19 @@ def _configure(root: Path, stage: Path) -> None:
     _make_keys(root, stage)
 
 
+def _make_environment(root: Path, pinned: Path) -> None:
+    """Where it belongs, for its programs say where they are; then it is put aside."""
+    handed = root / "root/handed"
+    shutil.copytree(pinned, handed / "wheels")
+    shutil.copy(wheels.REQUIREMENTS, handed / "requirements.txt")
+    for _, argv in wheels.installing("/root/handed"):
+        _chroot(root, *argv, timeout_s=300)
+    shutil.rmtree(handed)
+    aside = root / ENVIRONMENT[1:]
+    aside.parent.mkdir()
+    (root / wheels.VENV[1:]).rename(aside)
+
+
 def _make_keys(root: Path, stage: Path) -> None:
     """Make the key the lab is entered with, and know the host by its own key from the first contact on."""
     private = stage / "id_ed25519"
@@ -164,8 +188,10 @@ def _make_keys(root: Path, stage: Path) -> None:
     (stage / "known_hosts").write_text(f"lab {host_key.with_suffix('.pub').read_text()}")
 
 
-def _chroot(root: Path, *argv: str) -> None:
-    command.run(["chroot", root, *argv], timeout_s=60)
+def _chroot(root: Path, *argv: str, timeout_s: float = 60) -> None:
+    """With nothing of this machine's environment, which may have places of its own Python."""
+    clean = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+    command.run(["chroot", root, *clean, *argv], timeout_s=timeout_s)
 
 
 def _extract_boot_files(root: Path, stage: Path) -> None:

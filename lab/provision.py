@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Installs banger in a lab the way a user does: a root-owned venv from hashed wheels, then `system install`.
 
-The result is kept as two layers, each keyed by everything that went into it: the pinned wheels, which change
-seldom and take long, and banger on them.
+The environment without banger is part of the host's image; the rest is kept as a layer, keyed by everything
+that went into it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import pwd
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +20,8 @@ from lab import artefacts, cache, command, image, layer, qemu, session, wheels
 
 log = logging.getLogger("lab")
 
-VENV = "/usr/local/lib/banger"
+VENV = wheels.VENV
 OWNER = "dev"
-PIP = (f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index")
 INSTALL_LIMIT_S = 600
 
 
@@ -96,45 +95,33 @@ def prepared(name: str, *, root: Path | None = None) -> session.Lab:
     root = root or cache.default_root()
     parcel = bundle(root)
     try:
-        key = _wheels_layer(root, parcel.path)
-        return session.Lab.up(name, layer_key=key, artefacts=parcel.path, root=root)
+        lab = session.Lab.up(name, artefacts=parcel.path, root=root)
     finally:
         parcel.close()
+    try:
+        _put_environment(lab)
+    except BaseException:
+        lab.down()
+        raise
+    return lab
 
 
 def _installed_layer(root: Path, parcel: Path) -> str:
-    key = _key("installed", parcel.name)
-    _ensure(root, key, parcel, lambda: _wheels_layer(root, parcel), install_banger)
-    return key
-
-
-def _wheels_layer(root: Path, parcel: Path) -> str:
-    key = _key("wheels", wheels.REQUIREMENTS.read_bytes())
-    _ensure(root, key, parcel, lambda: None, install_wheels)
-    return key
-
-
-def _key(*content: str | bytes) -> str:
-    return cache.key_of([*content, image.recipe_key(), layer.signature(qemu.Hardware())])
-
-
-def _ensure(
-    root: Path,
-    key: str,
-    parcel: Path,
-    below: Callable[[], str | None],
-    install_into: Callable[[session.Lab, Path], None],
-) -> None:
-    """Makes the layer unless it is there, from the one below it, which is asked for only then."""
+    key = cache.key_of(["installed", parcel.name, image.recipe_key(), layer.signature(qemu.Hardware())])
     with layer.making(root, key):
         found = layer.find(root, key)
         if found is not None:
             found.close()
-            return
-        place, base = f"installing-{os.getpid()}", below()
-        with session.Lab.up(place, layer_key=base, artefacts=parcel, root=root) as lab:
-            install_into(lab, Path("/artefacts"))
+            return key
+        with session.Lab.up(f"installing-{os.getpid()}", artefacts=parcel, root=root) as lab:
+            _put_environment(lab)
+            install_banger(lab, Path("/artefacts"))
             lab.commit(key)
+    return key
+
+
+def _put_environment(lab: session.Lab) -> None:
+    lab.run(["mv", "-T", image.ENVIRONMENT, VENV])
 
 
 class Machine(Protocol):
@@ -164,20 +151,17 @@ def as_user(argv: Sequence[str], user: str) -> list[str]:
 
 def install(machine: Machine, parcel: Path, owner: str = OWNER) -> None:
     """The commands of README.md's installation, with the parcel's files instead of a registry's."""
-    install_wheels(machine, parcel)
+    for title, argv in wheels.installing(str(parcel)):
+        _step(machine, title, argv)
     install_banger(machine, parcel, owner)
-
-
-def install_wheels(machine: Machine, parcel: Path) -> None:
-    _step(machine, "making the virtual environment", ["python3", "-m", "venv", VENV])
-    wheels_at = ["--find-links", f"{parcel}/wheels", "-r", f"{parcel}/requirements.txt"]
-    _step(machine, "installing the pinned wheels", [*PIP, "--require-hashes", *wheels_at])
 
 
 def install_banger(machine: Machine, parcel: Path, owner: str = OWNER) -> None:
     """Into a virtual environment that has the pinned wheels."""
     runtime = [f"--{tool}={parcel}/runtime/{tool}" for tool in ("firecracker", "jailer")]
-    _step(machine, "installing banger", [*PIP, "--no-deps", "--find-links", f"{parcel}/dist", "banger"])
+    _step(
+        machine, "installing banger", [*wheels.PIP, "--no-deps", "--find-links", f"{parcel}/dist", "banger"]
+    )
     _step(
         machine,
         "banger system install",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Builds banger's wheel and fetches the pinned wheels it needs, cached by content. Used by provision."""
+"""Builds banger's wheel and fetches the pinned wheels it needs, cached by content; says how to install them.
+
+Used by provision and image.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ log = logging.getLogger("lab")
 
 TREE = Path(__file__).resolve().parent.parent
 REQUIREMENTS = TREE / "requirements" / "run.txt"
+VENV = "/usr/local/lib/banger"
+PIP = (f"{VENV}/bin/pip", "--disable-pip-version-check", "install", "-q", "--no-index")
 KEPT = 4
 # What goes into the wheel; a change in any of these makes another wheel.
 _INPUTS = ("src", "guest", "units", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
@@ -32,6 +37,16 @@ def pinned(root: Path) -> cache.Entry:
         command.run([*argv, *options, "-r", REQUIREMENTS, "-d", stage], timeout_s=600)
 
     return cache.Cache(root, "wheels", KEPT).ensure(cache.key_of([REQUIREMENTS.read_bytes()]), build)
+
+
+def installing(place: str) -> Iterator[tuple[str, list[str]]]:
+    """What is done, and by which command, until there is banger's virtual environment without banger.
+
+    `place` has the directory `wheels` and requirements.txt.
+    """
+    yield "making the virtual environment", ["python3", "-m", "venv", VENV]
+    found = ["--require-hashes", "--find-links", f"{place}/wheels", "-r", f"{place}/requirements.txt"]
+    yield "installing the pinned wheels", [*PIP, *found]
 
 
 def own(root: Path) -> cache.Entry:
