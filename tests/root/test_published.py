@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -130,13 +131,11 @@ def test_what_is_published_is_for_this_host_unless_others_are_named(net: Net) ->
 
     async def go() -> tuple[bool, bool]:
         async with served(net, guest, vm):
-            found = [
-                await asyncio.to_thread(
-                    network_world.connects, net.internet, network_world.UPLINK, port, timeout_s=2
-                )
-                for port in (one, two)
-            ]
-            return found[0], found[1]
+            connects = functools.partial(network_world.connects, net.internet, network_world.UPLINK)
+            return (
+                await asyncio.to_thread(connects, one, timeout_s=2),
+                await asyncio.to_thread(connects, two),
+            )
 
     with echoing(net, guest, 7007):
         assert asyncio.run(go()) == (False, True)
