@@ -24,7 +24,7 @@ def mounted(image: Path, at: Path) -> Iterator[Path]:
     try:
         yield at
     finally:
-        subprocess.run(["umount", at], check=True, timeout=60)
+        subprocess.run(["umount", "-l", at], check=True, timeout=60)
 
 
 def facts(root: Path) -> dict[bytes, Facts]:
