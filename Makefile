@@ -33,13 +33,14 @@ HELPER_TESTS := $(wildcard tests/unit/test_helper_*.py tests/root/test_helper_*.
   tests/root/test_spare_taps.py tests/root/test_packet_rules*.py tests/root/test_*_firewalls.py)
 COVERAGE := $(VENV)/bin/coverage
 
-# What labs start from is made beside the first checks and tests; a lab that needs it before waits for it.
+# What labs start from is made beside the first checks and tests; a lab that needs it before waits for it. Three
+# workers for two processors: tests that wait leave one to the labs (tests/order.py).
 test: setup guest  ## Install what is missing and run the tests
 	@mkdir -p build && { $(PY) -m lab build >build/lab.log 2>&1 & }
 	@$(MAKE) --no-print-directory lint
 	@rm -rf build/coverage
 	BANGER_COVERAGE="$(HELPER_TESTS)" \
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --maxfail 20 --durations 20 \
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --maxfail 20 --durations 20 \
 	  tests/contract tests/lab tests/root tests/unit tests/style
 	@$(COVERAGE) combine -q
 	@$(COVERAGE) report >build/coverage/report || { cat build/coverage/report; exit 1; }
@@ -88,7 +89,7 @@ strict: $(VENV)/ready  ## Check types of the helper and the contract with pyrigh
 
 coverage: setup guest  ## Measure how much of the helper its own tests reach, as `make test` does; fails below 95 %
 	@rm -rf build/coverage
-	BANGER_COVERAGE="$(HELPER_TESTS)" $(PYTEST) -q -n 2 --dist loadfile $(HELPER_TESTS)
+	BANGER_COVERAGE="$(HELPER_TESTS)" $(PYTEST) -q -n 3 --dist loadfile $(HELPER_TESTS)
 	@$(COVERAGE) combine -q
 	$(COVERAGE) report
 

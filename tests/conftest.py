@@ -8,7 +8,7 @@ import signal
 import hypothesis
 import pytest
 
-from tests import helper_coverage
+from tests import helper_coverage, order
 
 SHOWN_LINES = 60
 MEASURED = helper_coverage.begun()
@@ -22,6 +22,12 @@ hypothesis.settings.register_profile(
     "banger", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("banger")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One order for all workers: they get the files as they come."""
+    items[:] = order.by_file(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:
