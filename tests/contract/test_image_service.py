@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import logging
+import socket
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ import pytest
 
 from banger.contract import errors, resources
 from banger.images import blobs, connections, credentials, publish, pull, records, reference
+from banger.vm import create
 from tests import oci_make
 from tests.contract import api_served, conftest
 from tests.fakes import registry as registries
@@ -172,6 +174,52 @@ async def test_a_vm_of_an_image_that_is_not_here_pulls_it(
     again = await served.done("POST", "/v1/vms", {**body, "name": "second"})
     assert again.vm is not None
     assert registry.count("HEAD", "/manifests/") == 1
+
+
+async def test_a_name_is_one_vm_s_from_before_its_image_is_here(
+    served: Served, registry: registries.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first pull takes minutes, and who starts ten VMs at once meanwhile is to have ten."""
+    monkeypatch.setattr(create, "_ADJECTIVES", ["calm"])
+    monkeypatch.setattr(create, "_NOUNS", ["fox"])
+    released = threading.Event()
+    registry.faults.append(lambda _: not released.wait(20))
+    body = {"image": f"{registry.host}/team/app:v1", "kernel": "tiny", "start": False}
+    try:
+        nameless = [await served.begin("POST", "/v1/vms", body) for _ in range(2)]
+        await served.begin("POST", "/v1/vms", {**body, "name": "web"})
+        for image in (body["image"], "tiny"):
+            refused = await served.error("POST", "/v1/vms", 409, {**body, "name": "web", "image": image})
+            assert (refused.code, refused.message) == (
+                "already_exists",
+                "a VM named web is being made already",
+            )
+    finally:
+        released.set()
+    ended = [(await served.watch(each.id))[-1].result for each in nameless]
+    assert [each.error for each in ended if each is not None] == [None, None]
+    assert len({each.vm.name for each in ended if each is not None and each.vm is not None}) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        ({"network": False, "nat": True}, 400),
+        ({"allow": ["2001:db8::/32"]}, 400),
+        ({"publish": ["8080:80", "8080:81"]}, 400),
+        ({"publish": ["{taken}:80"]}, 409),
+    ],
+)
+async def test_a_vm_that_cannot_be_is_refused_before_its_image_is_pulled(
+    served: Served, registry: registries.Registry, wrong: dict[str, Any], status: int
+) -> None:
+    body = {"name": "fresh", "image": f"{registry.host}/team/app:v1", "kernel": "tiny", **wrong}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        body["publish"] = [each.replace("{taken}", port) for each in wrong.get("publish", [])]
+        await served.error("POST", "/v1/vms", status, body)
+    assert registry.asked == []
+    assert (await served.http.get("/v1/operations")).json() == []
 
 
 async def test_a_vm_whose_image_cannot_be_pulled_leaves_no_row(

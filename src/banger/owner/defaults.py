@@ -59,9 +59,10 @@ class Defaults:
     def missing(self, body: resources.CreateVm) -> Sequence[operations.Work]:
         """How to get the kernel and the image, those of them that are not here and can be got.
 
-        Raises NotFoundError for a kernel that cannot, and MissingToolError for an image that would certainly
-        lack what is wanted of it, before the image is got in vain.
+        Raises NotFoundError for a kernel that cannot, MissingToolError for an image that would certainly
+        lack what is wanted of it, BadRequestError for what no VM can be: before the image is got in vain.
         """
+        create.access(body, ipv6=self._config.ipv6)
         ref = body.image or self._config.image
         is_here = self._images.knows(ref)
         making = None if is_here else self._pulls.how_to_obtain(ref)

@@ -159,10 +159,11 @@ class VmService:
 
     async def create(self, body: resources.CreateVm) -> resources.Operation:
         """The row is reserved before this returns; an invalid request leaves none."""
-        taken = self._store.taken_names
-        name = given_names.parse_vm_name(body.name) if body.name else create.new_name(taken())
+        name = self._free_name(body.name)
         create.require_opened(body.allow, self._host.names_closed)
         missing = self._resolver.missing(body)
+        for each in ports.parse_all(body.publish):
+            self._publisher.require_free(each)
         if missing:
             return self._create_with(missing, name, body)
         vm = await self._reserve(name, body)
@@ -171,9 +172,7 @@ class VmService:
     def _create_with(
         self, missing: Sequence[operations.Work], name: names.VmName, body: resources.CreateVm
     ) -> resources.Operation:
-        """Gets kernel and image first. The row is made when they are there, the name looked at before."""
-        if name in self._store.taken_names():
-            raise store.name_taken(name)
+        """Gets kernel and image first. The row is made when they are there; the name is kept until then."""
 
         async def work(progress: operations.Progress) -> resources.Vm:
             for obtain in missing:
@@ -181,6 +180,25 @@ class VmService:
             return await self._created(await self._reserve(name, body), body, progress)
 
         return self._operations.start("vm.create", name, work)
+
+    def _free_name(self, wanted: str | None) -> names.VmName:
+        """Raises AlreadyExistsError. One whose image is still being got is taken, and has no row yet."""
+        taken = self._store.taken_names()
+        awaited = {
+            each.target
+            for each in self._operations.list()
+            if each.kind == "vm.create" and not each.status.is_final
+        }
+        if not wanted:
+            return create.new_name(taken | awaited)
+        name = given_names.parse_vm_name(wanted)
+        if name in taken:
+            raise store.name_taken(name)
+        if name in awaited:
+            raise errors.AlreadyExistsError(
+                f"a VM named {name} is being made already", hint="choose another name, or leave it out"
+            )
+        return name
 
     async def _reserve(self, name: names.VmName, body: resources.CreateVm) -> record.VmRecord:
         resolved = self._resolver.resolve(body)
