@@ -278,8 +278,20 @@ async def test_a_proxy_passes_bytes_to_the_guests_ssh_port(served: api_served.Se
     echoed = await banger(served, "vm", "proxy", "web.vm", stdin=data)
     assert (echoed.status, echoed.err) == (0, "")
     assert hashlib.sha256(echoed.out).digest() == hashlib.sha256(data).digest()
+
+
+async def test_a_port_where_nobody_listens_says_where_to_look(served: api_served.Served) -> None:
+    served.daemon.world.behaviour.late_service = 1 << 20
+    await served.daemon.create()
     refused = await banger(served, "vm", "proxy", "web", "8080")
-    assert (refused.status, "8080" in refused.err) == (1, True)
+    said, hint, *_ = refused.err.splitlines()
+    assert (refused.status, said) == (1, "banger: error: nothing listens on port 8080 of web")
+    assert "`banger vm ports web`" in hint
+    waited = await banger(served, "vm", "proxy", "--wait", "1", "web")
+    said, hint, *_ = waited.err.splitlines()
+    assert (waited.status, said) == (1, "banger: error: no ssh server listens in web after 1 s")
+    assert "`banger vm logs web`" in hint
+    assert "`banger vm exec web`" in hint
 
 
 async def test_vm_ssh_becomes_ssh_with_bangers_own_settings(
@@ -369,3 +381,7 @@ async def test_ssh_config_is_installed_and_taken_away(served: api_served.Served,
     assert (tmp_path / ".ssh" / "banger.conf").read_text() == printed.text
     assert (await banger(served, "ssh-config", "--uninstall", env=env)).text == "removed\n"
     assert os.listdir(tmp_path) == []
+    assert (await banger(served, "ssh-config", "--json", env=env)).json == {"config": printed.text}
+    for option, changed in (("--install", True), ("--install", False), ("--uninstall", True)):
+        told = await banger(served, "ssh-config", option, "--json", env=env)
+        assert told.json == {"changed": changed}

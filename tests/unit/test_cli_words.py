@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import pathlib
 import signal
 
 import click
@@ -172,6 +173,8 @@ def test_a_limit_of_no_time_is_told_how_to_have_none(
 def test_a_name_that_none_can_have_is_said_in_english(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["kernel", "show", "NOPE"]) == 2
     assert "'NOPE' is not a name for a kernel: use" in capsys.readouterr().err
+    assert main.run(["vm", "create", "web", "--network", "a.b"]) == 2
+    assert "'a.b' is not a network's name: use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("group", ["image", "kernel", "vm workspace", "system", "runtime"])
@@ -224,6 +227,26 @@ def test_times_parse(text: str, seconds: float) -> None:
 def test_times_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="not a time"):
         params.SPAN.convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"), [(["list", "web*"], "'web*'"), (["delete", "db", "[ab]?"], "'[ab]?'")]
+)
+def test_a_pattern_in_the_place_of_a_name_is_told_where_one_is_taken(
+    words: list[str], pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["vm", *words]) == 2
+    assert f"a pattern, and no VM's name: `banger vm list --name {pattern}`" in capsys.readouterr().err
+
+
+def test_of_what_excludes_each_other_none_is_done(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for chosen in (["--install", "--uninstall"], ["--uninstall", "--install"], ["--stdout", "--install"]):
+        assert main.run(["ssh-config", *chosen]) == 2
+        assert "exclude each other\n  hint: see `banger ssh-config --help`" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

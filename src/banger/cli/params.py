@@ -40,6 +40,11 @@ class _Name(click.ParamType[str]):
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from banger.contract import errors, given_names
 
+        if self.name == "vm" and self._collection and re.search(r"[*?[]", value):
+            import shlex
+
+            meant = f"`banger vm list --name {shlex.quote(value)}` lists what is like it"
+            self.fail(f"{value!r} is a pattern, and no VM's name: {meant}", param, ctx)
         try:
             if self.name == "vm":
                 return given_names.parse_vm_name(value)
@@ -266,7 +271,7 @@ def _parse_published(text: str) -> object:
 def _parse_peers(text: str) -> object:
     from banger.contract import given_names
 
-    return given_names.parse_vm_name(text) if text else text
+    return given_names.parse_vm_name(text, "a network's name") if text else text
 
 
 def _parse_guest_path(text: str) -> object:

@@ -140,22 +140,33 @@ def proxy(settings: command.Settings, name: str, port: int, wait: float) -> None
         ("banger ssh-config > guests.conf", "to include it yourself"),
     ],
 )
-@click.option("--install", "action", flag_value="install", help="Include it in ~/.ssh/config.")
-@click.option("--uninstall", "action", flag_value="uninstall", help="Take that away again.")
-@click.option("--stdout", "action", flag_value="stdout", default=True, help="Print it [default].")
+@click.option("--install", is_flag=True, help="Include it in ~/.ssh/config.")
+@click.option("--uninstall", is_flag=True, help="Take that away again.")
+@click.option("--stdout", is_flag=True, help="Print it [default].")
 @click.pass_obj
-def configure(settings: command.Settings, action: str) -> None:
+def configure(settings: command.Settings, install: bool, uninstall: bool, stdout: bool) -> None:
     """Let ssh, scp, rsync and editors reach every VM as NAME.vm.
 
     Your ~/.ssh/config is touched by --install and --uninstall only: a fenced block at its top includes
     ~/.ssh/banger.conf. Whatever else it holds stays as it is.
     """
+    if install + uninstall + stdout > 1:
+        raise click.UsageError("--install, --uninstall and --stdout exclude each other")
     place = ssh_config.Install(Path.home())
-    if action == "uninstall":
-        output.text("removed" if place.uninstall() else "nothing to remove")
+    if uninstall:
+        _say(settings, place.uninstall(), "removed", "nothing to remove")
         return
     content = ssh_config.text(_access(settings), _proxy(settings))
-    if action == "stdout":
+    if install:
+        _say(settings, place.install(content), "installed: try `ssh NAME.vm`", "installed already")
+    elif settings.json:
+        output.json({"config": content})
+    else:
         sys.stdout.write(content)
-        return
-    output.text("installed: try `ssh NAME.vm`" if place.install(content) else "installed already")
+
+
+def _say(settings: command.Settings, changed: bool, done: str, otherwise: str) -> None:
+    if settings.json:
+        output.json({"changed": changed})
+    else:
+        output.text(done if changed else otherwise)

@@ -23,11 +23,11 @@ def parse_id(text: str, what: str = "id") -> str:
     return text
 
 
-def parse_vm_name(text: str) -> names.VmName:
+def parse_vm_name(text: str, what: str = "a VM name") -> names.VmName:
     """Raises BadRequestError unless `text` is 1–63 characters of a-z, 0-9 and inner hyphens."""
     if not re.fullmatch(VM_NAME_PATTERN, text):
         raise errors.BadRequestError(
-            f"{text!r} is not a VM name",
+            f"{text!r} is not {what}",
             hint="use 1 to 63 lower-case letters, digits and hyphens, with no hyphen at the ends",
         )
     return names.VmName(text)

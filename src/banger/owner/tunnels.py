@@ -36,7 +36,7 @@ async def opened(
                 if not finished and request.wait_s and await _has_booted(client):
                     finished, deadline = True, min(deadline, loop.time() + _AFTER_BOOT_S)
                 if loop.time() >= deadline:
-                    raise _explained(error, name, request.port, loop.time() - began) from error
+                    raise _explained(name, request.port, loop.time() - began) from error
             await asyncio.sleep(_PAUSE_S)
         yield tunnel
 
@@ -47,10 +47,13 @@ async def _has_booted(client: guests.GuestClient) -> bool:
     return health.init_finished or health.init_kind == "own"
 
 
-def _explained(error: errors.RefusedError, name: str, port: int, waited_s: float) -> errors.RefusedError:
+def _explained(name: str, port: int, waited_s: float) -> errors.RefusedError:
     waited = f" after {waited_s:.0f} s" if waited_s >= 1 else ""
     if port != _SSH:
-        return errors.RefusedError(f"{error.message}, {name}{waited}")
+        return errors.RefusedError(
+            f"nothing listens on port {port} of {name}{waited}",
+            hint=f"`banger vm ports {name}` shows where something does",
+        )
     return errors.RefusedError(
         f"no ssh server listens in {name}{waited}",
         hint=f"has its image one? `banger vm logs {name}` shows its console, and "
