@@ -124,12 +124,7 @@ def _exec_request(
 @click.argument("name", type=params.VM)
 @click.argument("words", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
 @_exec_options
-@click.option(
-    "--guest-path",
-    metavar="PATH",
-    type=params.GUEST_PATH,
-    help="Another workspace in the guest than the last one.",
-)
+@workspaces.guest_path("Another workspace in the guest than the last one.")
 @click.option("--auto-prepare", is_flag=True, help="First send what changed in the repository here.")
 @click.pass_context
 def execute(

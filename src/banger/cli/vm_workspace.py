@@ -33,12 +33,7 @@ group = command.Group(
     ],
 )
 _MAX_LINE_BYTES: Final = 64 * 1024
-_GUEST_PATH: Final = click.option(
-    "--guest-path",
-    metavar="PATH",
-    type=params.GUEST_PATH,
-    help="Where it is in the guest [default: the workspace, /root/repo].",
-)
+_GUEST_PATH: Final = workspaces.guest_path("Where it is in the guest [default: the workspace, /root/repo].")
 _BASE: Final = click.option(
     "--base-commit", metavar="COMMIT", help="Compare with this commit [default: the one it was made from]."
 )

@@ -32,6 +32,11 @@ _TOLD_BYTES: Final = 8 << 20
 """Nobody reads a count more often than each so many."""
 
 
+def guest_path(told: str) -> Callable[[_F], _F]:
+    """The option that says which place in the guest is meant."""
+    return click.option("--guest-path", metavar="PATH", type=params.GUEST_PATH, help=told)
+
+
 def repository_options(when: str = "") -> Callable[[_F], _F]:
     """Which state of a repository goes into a VM, and how; `when` says when they count."""
 
@@ -39,12 +44,7 @@ def repository_options(when: str = "") -> Callable[[_F], _F]:
         return f"{when}{text[0].lower()}{text[1:]}" if when else text
 
     return command.together(
-        click.option(
-            "--guest-path",
-            metavar="PATH",
-            type=params.GUEST_PATH,
-            help=said("Where to put it [default: /root/repo]."),
-        ),
+        guest_path(said("Where to put it [default: /root/repo].")),
         click.option(
             "--include-untracked",
             is_flag=True,
