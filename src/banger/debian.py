@@ -246,6 +246,6 @@ def _unreached(error: errors.OperationFailedError) -> errors.UnavailableError | 
         return None
     return errors.UnavailableError(
         f"the archive's index was not fetched: {' '.join(line[1].split())}",
-        hint="check the network, and whether a proxy is needed",
+        hint="check the network, and whether bangerd needs a proxy, as docs/images.md says",
         **error.fields,
     )

@@ -211,7 +211,7 @@ async def test_nobody_there_says_so(client: Client) -> None:
     client.registry.port = 1
     with pytest.raises(errors.UnavailableError, match=r"127\.0\.0\.1 cannot be reached") as caught:
         await client.pull()
-    assert "proxy" in caught.value.hint
+    assert "without a proxy, whatever your shell has: `systemctl edit bangerd`" in caught.value.hint
 
 
 def test_a_name_that_nobody_knows_is_said_without_a_number_of_the_system() -> None:

@@ -336,6 +336,8 @@ async def test_an_agent_that_never_answers_is_not_waited_for_for_ever(impatient:
     assert operation.error is not None
     assert operation.error.code == "timed_out"
     assert "did not answer within 1 s" in operation.error.message
+    for what in ("`banger vm logs web`", "`agent_deadline_s`", "`sudo banger system restart`"):
+        assert what in operation.error.hint
     await assert_clean(impatient, "wait_vsock_agent")
 
 

@@ -34,6 +34,10 @@ _KIND_HINT: Final = (
     "to a SOCKS proxy leads one such as privoxy on this host"
 )
 _PROXY_HINT: Final = "the proxy is bangerd's environment's: see `systemctl show bangerd -p Environment`"
+_DIRECT_HINT: Final = (
+    "check the name and the network; bangerd asks it without a proxy, whatever your shell has: "
+    "`systemctl edit bangerd` gives it one, as docs/images.md says"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +255,7 @@ def _is_in_networks(host: str, direct: str) -> bool:
 def _explained(host: str, proxy: str | None) -> Iterator[None]:
     """A transport's failure, as an error that says where and what may be wrong."""
     via = f" through the proxy {proxy_address.shown(proxy)}" if proxy else ""
-    hint = _PROXY_HINT if proxy else "check the name, the network, and whether a proxy is needed"
+    hint = _PROXY_HINT if proxy else _DIRECT_HINT
     try:
         yield
     except httpx.ConnectTimeout as error:

@@ -85,7 +85,8 @@ def _silent(host: hosts.Host, vm: record.VmRecord) -> errors.BangerError:
     return errors.DeadlineError(
         f"the agent of {vm.name} did not answer within {host.limits.agent_s:g} s{why}",
         hint=f"`banger vm logs {vm.name}` shows the guest's console; "
-        "`agent_deadline_s` in /etc/banger/config.toml allows a slow host more time",
+        "`agent_deadline_s` in /etc/banger/config.toml allows a slow host more time, "
+        "once `sudo banger system restart` has run",
     )
 
 
