@@ -16,6 +16,7 @@ import pytest
 from banger.contract import guest, privileged, resources
 from banger.owner import operations
 from tests.contract import api_served, cli_process, conftest, publishing
+from tests.fakes import vmm
 
 
 @pytest.fixture
@@ -52,6 +53,18 @@ async def test_life_of_a_vm(served: api_served.Served) -> None:
     assert (await banger(served, "vm", "kill", "shop")).status == 0
     assert (await banger(served, "vm", "delete", "shop")).status == 0
     assert await names(served) == []
+
+
+async def test_stats_of_all_leave_out_one_that_does_not_answer(served: api_served.Served) -> None:
+    for name in ("dumb", "web"):
+        served.daemon.world.behaviour = vmm.Behaviour()
+        await served.daemon.create(name)
+        served.daemon.world.behaviour.silent = name == "dumb"
+    shown = await banger(served, "vm", "stats")
+    assert (shown.status, [line.split()[0] for line in shown.text.splitlines()]) == (0, ["NAME", "web"])
+    assert "dumb" in shown.err
+    assert [each["name"] for each in (await banger(served, "vm", "stats", "--json")).json] == ["web"]
+    assert (await banger(served, "vm", "stats", "web", "dumb")).status == 1, "somebody asked for it"
 
 
 async def test_a_list_of_names_has_these_alone(served: api_served.Served) -> None:

@@ -365,10 +365,7 @@ def stats(settings: command.Settings, names: tuple[str, ...], watch: bool) -> No
     with _goes_on(watch):
         while True:
             began = time.monotonic()
-            found = [
-                api.get(f"/v1/vms/{client.segment(name)}/stats", resources.VmStats)
-                for name in names or _running(api)
-            ]
+            found = [_figures(api, name) for name in names] if names else list(_figures_of_all(api))
             if settings.json:
                 output.json(found[0] if len(names) == 1 else found)
             else:
@@ -381,9 +378,22 @@ def stats(settings: command.Settings, names: tuple[str, ...], watch: bool) -> No
             pause.wait(max(0.0, began + 2.0 - time.monotonic()))
 
 
-def _running(api: client.Client) -> list[str]:
+def _figures(api: client.Client, name: str) -> resources.VmStats:
+    return api.get(f"/v1/vms/{client.segment(name)}/stats", resources.VmStats)
+
+
+def _figures_of_all(api: client.Client) -> Iterator[resources.VmStats]:
+    """Of those that run. One that ends meanwhile, or does not answer, hides none of the others."""
     vms = api.get("/v1/vms", list[resources.Vm])
-    return [vm.name for vm in vms if vm.state is resources.VmState.RUNNING]
+    for vm in (each for each in vms if each.state is resources.VmState.RUNNING):
+        try:
+            yield _figures(api, vm.name)
+        except (errors.NotRunningError, errors.NotFoundError):
+            continue
+        except (errors.UnavailableError, errors.DeadlineError) as error:
+            if "op_id" not in error.fields:
+                raise  # it is the daemon that does not answer
+            render.note(f"{vm.name}: {error.message}")
 
 
 def _stats_table(found: Sequence[resources.VmStats], before: dict[str, resources.VmStats] | None) -> str:
