@@ -239,6 +239,22 @@ def test_a_pattern_in_the_place_of_a_name_is_told_where_one_is_taken(
     assert f"a pattern, and no VM's name: `banger vm list --name {pattern}`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["vm", "set", "web", "--allow-nothing", "--allow", "10.0.0.0/8"], "exclude each other"),
+        (["vm", "run", "--from", "a", "--include-untracked", "."], "exclude each other"),
+        (["vm", "run", "--mode", "full-copy"], "these options are for a repository"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BANGER_SOCKET", "/nonexistent")
+    assert main.run(words) != 0
+    assert said in capsys.readouterr().err
+
+
 def test_of_what_excludes_each_other_none_is_done(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -299,6 +299,8 @@ def change(settings: command.Settings, /, vm: str, allow_nothing: bool, **chosen
     alone opens only what it names, in the place of what was allowed. --egress and --nat keep what was
     allowed.
     """
+    if chosen["allow"] and allow_nothing:
+        raise errors.BadRequestError("--allow and --allow-nothing exclude each other")
     for switch in ("nat", "autostart"):
         chosen[switch] = None if chosen[switch] is None else chosen[switch] == "on"
     chosen["allow"] = chosen["allow"] or (() if allow_nothing else None)

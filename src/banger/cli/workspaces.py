@@ -104,7 +104,11 @@ class Taken:
 
 
 def chosen(source: Path, options: dict[str, Any], *, path: str = GUEST_PATH) -> Wanted:
-    """Takes its own options out of what click gave."""
+    """Takes its own options out of what click gave. Raises BadRequestError."""
+    if options["start"] and options["include_untracked"]:
+        raise errors.BadRequestError(
+            "--from and --include-untracked exclude each other: a commit holds only what git tracks"
+        )
     named = {name: options.pop(name) for name in ("include_untracked", "branch", "start", "read_only")}
     full_copy = options.pop("mode") == "full-copy"
     return Wanted(source, path=options.pop("guest_path") or path, full_copy=full_copy, **named)
@@ -112,9 +116,8 @@ def chosen(source: Path, options: dict[str, Any], *, path: str = GUEST_PATH) -> 
 
 def wanted(words: Sequence[str], options: dict[str, Any]) -> Wanted | None:
     """The repository that `vm run` names. Raises BadRequestError for options that need one."""
-    given = any(
-        options[name] for name in ("include_untracked", "branch", "start", "read_only", "guest_path")
-    )
+    named = ("include_untracked", "branch", "start", "read_only", "guest_path")
+    given = options["mode"] != "history" or any(options[name] for name in named)
     found = chosen(Path(words[0]) if words else Path(), options)
     if given and not words:
         raise errors.BadRequestError("these options are for a repository", hint="name one: `.`")
