@@ -163,6 +163,14 @@ def test_exposure_is_what_the_page_says_row_by_row(unit: str, tmp_path: Path) ->
     subprocess.run([*analyse, threshold, file], check=True, capture_output=True, timeout=30)
 
 
+@pytest.mark.parametrize("unit", ["bangerd", "banger-guests"])
+def test_the_owner_s_other_programs_keep_their_shared_memory(unit: str) -> None:
+    """By uid, and on the host whatever namespace the unit has: systemd.exec(5), RemoveIPC=."""
+    lines = written(unit).splitlines()
+    assert "User=@OWNER@" in lines
+    assert "RemoveIPC=no" in lines
+
+
 def documented(unit: str) -> dict[str, float]:
     """The rows of one unit in the table of what is counted."""
     table = PAGE.partition("| unit | counted | costs | because |\n|---|---|---|---|\n")[2].partition("\n\n")[
