@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 
 import pytest
 
 from banger.contract import errors, names, privileged
-from banger.helper import network, operations
-from banger.helper.linux import netlink
+from banger.helper import network, operations, ruleset, spares
+from banger.helper.linux import netlink, nftables
 from tests.root.helper_world import OTHER_VM, VM, HelperWorld
 
 pytestmark = pytest.mark.usefixtures("own_network")
@@ -100,6 +101,91 @@ def test_bridge_with_taps_is_not_deleted(helper_world_here: HelperWorld) -> None
     ask(helper_world_here, privileged.DeleteTap(vm_id=VM))
     ask(helper_world_here, privileged.DeleteBridge())
     ask(helper_world_here, privileged.DeleteBridge())
+    assert link_names() == {"lo"}
+
+
+def test_where_packet_rules_cannot_be_loaded_there_is_no_bridge_to_make_taps_on(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was taken over would go on after the error: its guest's packets would meet no rule."""
+
+    def fail(_: str) -> None:
+        raise nftables.RefusedError("nftables refused a change: no such file or directory")
+
+    monkeypatch.setattr(nftables, "load", fail)
+    with pytest.raises(nftables.RefusedError):
+        ask(helper_world_here, privileged.EnsureBridge())
+    with pytest.raises(errors.NotFoundError, match="br-fc"):
+        ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    assert link_names() == {"lo"}
+
+
+def test_no_tap_is_made_while_the_bridge_and_its_rules_go(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be up and without rules, and its guest could send the host whatever it liked."""
+    ask(helper_world_here, privileged.EnsureBridge())
+    drain, came_to = spares.drain, list[Exception | None]()
+
+    def attempt() -> None:
+        try:
+            ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+        except errors.NotFoundError as error:
+            came_to.append(error)
+        else:
+            came_to.append(None)
+
+    other = threading.Thread(target=attempt)
+
+    def meanwhile() -> None:
+        """Ports were looked for, and the bridge is still there."""
+        other.start()
+        other.join(timeout=1)
+        drain()
+
+    monkeypatch.setattr(spares, "drain", meanwhile)
+    ask(helper_world_here, privileged.DeleteBridge())
+    other.join(timeout=10)
+    assert isinstance(came_to[0], errors.NotFoundError)
+    assert link_names() == {"lo"}
+
+
+def test_a_deletion_of_the_bridge_that_was_cut_off_is_finished_by_the_next(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(5, "broken", "rules")
+
+    ask(helper_world_here, privileged.EnsureBridge())
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(ruleset, "delete", fail)
+        with pytest.raises(errors.OperationFailedError):
+            ask(helper_world_here, privileged.DeleteBridge())
+    assert link_names() == {"lo"}
+    ask(helper_world_here, privileged.DeleteBridge())
+    assert nftables.query("tables") == []
+
+
+def test_rules_stay_as_long_as_a_vm_has_a_tap_wherever_the_bridge_is(helper_world_here: HelperWorld) -> None:
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    ip("link", "delete", "br-fc")
+    with pytest.raises(errors.ConflictError, match=TAP):
+        ask(helper_world_here, privileged.DeleteBridge())
+    assert len(nftables.query("tables")) == 2
+
+
+def test_a_host_without_nftables_has_nothing_to_delete(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nftables, "_LIBRARY", "libnftables.so.none")
+    nftables._library.cache_clear()
+    try:
+        ask(helper_world_here, privileged.DeleteBridge())
+        with pytest.raises(errors.MissingToolError, match="nftables"):
+            ask(helper_world_here, privileged.EnsureBridge())
+    finally:
+        nftables._library.cache_clear()
     assert link_names() == {"lo"}
 
 

@@ -134,7 +134,7 @@ class EnsureBridge(Request[Ensured], tag="ensure_bridge", frozen=True):
 
 
 class DeleteBridge(Request[Done], tag="delete_bridge", frozen=True):
-    """And the packet rules. Refused with `conflict` while a tap is attached."""
+    """And the packet rules. Refused with `conflict` while a VM has a tap, or something else is attached."""
 
 
 class RouteResolver(Request[Routed], tag="route_resolver", frozen=True):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Final
 
 from banger.contract import errors, names, privileged
@@ -14,6 +15,8 @@ from banger.helper.linux import netlink
 BRIDGE_ALIAS: Final = "banger/bridge"
 _BRIDGE_MAC: Final = bytes.fromhex(tables.BRIDGE_MAC.replace(":", ""))
 _DONE: Final = privileged.Done()
+_taps: Final = threading.Lock()
+"""None is made while bridge and rules go: it would be up, and its guest met by no rule."""
 
 
 def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) -> privileged.Ensured:
@@ -21,39 +24,61 @@ def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) ->
     number = bridge.number if bridge is not None else 0
     hint = f"set another network in {policies.DEFAULT_PATH}"
     addresses.refuse_overlap(policy.prefix, number, hint=hint)
+    with ruleset.lock:
+        # First: where they cannot be loaded there is no bridge either, and so no tap.
+        rebuilt, elements = ruleset.ensure(policy)
+        _ensure_link(policy, bridge)
+        forwarding.sync(policy, elements)
+    return privileged.Ensured(rebuilt, tuple(sorted(guest_rules.bound(elements))))
+
+
+def _ensure_link(policy: policies.Policy, bridge: netlink.Link | None) -> None:
     if bridge is None:
         number = netlink.add_bridge(policy.bridge, alias=BRIDGE_ALIAS, mac=_BRIDGE_MAC)
-    elif not bridge.is_up:
-        netlink.bring_up(number, alias=BRIDGE_ALIAS)
+    else:
+        number = bridge.number
+        if not bridge.is_up:
+            netlink.bring_up(number, alias=BRIDGE_ALIAS)
     netlink.learn_from_forwarded_frames(number, policy.bridge)
     wanted = str(names.bridge_address(policy.prefix))
     address = netlink.Address(number, wanted, policy.prefix.prefixlen)
     if address not in netlink.addresses():
         netlink.add_address(address, policy.bridge)
-    with ruleset.lock:
-        rebuilt, elements = ruleset.ensure(policy)
-        forwarding.sync(policy, elements)
-    return privileged.Ensured(rebuilt, tuple(sorted(guest_rules.bound(elements))))
 
 
 def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) -> privileged.Done:
-    bridge = find_bridge(policy)
-    if bridge is not None:
-        ports = [link for link in netlink.links() if link.master == bridge.number]
-        used = sorted(port.name for port in ports if not spares.is_spare(port))
+    """Also what one that was cut off has left: without a bridge there may be rules."""
+    with _taps, ruleset.lock:
+        bridge = find_bridge(policy)
+        links = netlink.links()
+        used = {names.tap_name(names.VmId(vm_id)) for vm_id in tap_owners(policy, links)}
+        if bridge is not None:
+            used |= {
+                each.name for each in links if each.master == bridge.number and not spares.is_spare(each)
+            }
         if used:
-            raise errors.ConflictError(f"bridge {policy.bridge} still has {', '.join(used[:5])}")
+            raise errors.ConflictError(f"bridge {policy.bridge} still has {', '.join(sorted(used)[:5])}")
         spares.drain()
-        with ruleset.lock:
+        try:
             forwarding.sync(policy, set())
-            netlink.delete(bridge.number, policy.bridge)
+            if bridge is not None:
+                netlink.delete(bridge.number, policy.bridge)
             ruleset.delete()
+        except errors.MissingToolError:
+            if bridge is not None:  # else nothing was ever made that would take a tool to go
+                raise
     return _DONE
 
 
 def create_tap(policy: policies.Policy, request: privileged.CreateTap) -> privileged.Done:
     vm_id = names.VmId(request.vm_id)
     uid = filesystem.claim(policy, vm_id, request.slot)
+    with _taps:
+        _make_tap(policy, vm_id, uid, peers=request.peers)
+    return _DONE
+
+
+def _make_tap(policy: policies.Policy, vm_id: names.VmId, uid: int, *, peers: bool) -> None:
     name = names.tap_name(vm_id)
     bridge = find_bridge(policy)
     if bridge is None:
@@ -64,13 +89,12 @@ def create_tap(policy: policies.Policy, request: privileged.CreateTap) -> privil
     spare = spares.take(bridge) or spares.make(bridge, name)
     try:
         netlink.set_tap_owner(spare.fd, uid, name)
-        if request.peers:
+        if peers:
             netlink.set_isolated(spare.number, name, on=False)
         netlink.bring_up(spare.number, alias=_tap_alias(vm_id), name=name)
         netlink.keep_tap(spare.fd, name)  # last: whatever fails or kills us before leaves no tap
     finally:
         os.close(spare.fd)
-    return _DONE
 
 
 def refill(policy: policies.Policy) -> None:
