@@ -110,12 +110,15 @@ class Kernel:
             argument[at : at + len(self.said) + 1] = self.said.encode() + b"\0"
 
     def _list(self, argument: bytearray) -> None:
+        """Of each its number, the way to the next, its name, and room for the event and uuid behind that."""
         head = list(HEADER.unpack_from(argument))
-        head[7] = BUFFER_FULL if self.full else 0
-        HEADER.pack_into(argument, 0, *head)
         at, made = HEADER.size, list(self.devices.items())
-        for index, (name, device) in enumerate(made):
-            size = (12 + len(name) + 1 + 7) // 8 * 8
+        sizes = [(12 + len(name) + 1 + 7) // 8 * 8 + 32 for name, _ in made]
+        head[7] = BUFFER_FULL if self.full or at + sum(sizes) > len(argument) else 0
+        HEADER.pack_into(argument, 0, *head)
+        if head[7]:
+            return
+        for index, ((name, device), size) in enumerate(zip(made, sizes, strict=True)):
             step = size if index + 1 < len(made) else 0
             struct.pack_into(f"=QI{len(name) + 1}s", argument, at, device.number, step, name.encode())
             at += size

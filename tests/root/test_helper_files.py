@@ -13,12 +13,13 @@ import stat
 import subprocess
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from banger.contract import errors
-from banger.helper import filesystem
+from banger.contract import errors, privileged
+from banger.helper import filesystem, operations
 from tests.root.helper_world import IMAGE, KERNEL, OTHER_VM, OWNER, VM, HelperWorld
 
 BASE = f"images/{IMAGE}/rootfs.ext4"
@@ -311,6 +312,36 @@ def test_a_deep_tree_is_removed(helper_world_here: HelperWorld) -> None:
     assert not top.exists()
     assert helper_world_here.state.exists()
     filesystem.remove_tree(str(top))
+
+
+def test_a_tree_of_many_names_takes_no_memory_by_their_number(helper_world_here: HelperWorld) -> None:
+    """A VMM makes as many as the disk holds, and the helper may have 512 MiB."""
+    top = helper_world_here.root / "wide"
+    for directory in (top, top / "inner"):
+        directory.mkdir()
+        for number in range(2000):
+            os.close(os.open(directory / f"{number:0200}", os.O_CREAT))
+    tracemalloc.start()
+    try:
+        filesystem.remove_tree(str(top))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not top.exists()
+    assert peak < 200_000
+
+
+def test_logs_of_vms_that_are_gone_do_not_grow_in_number_without_end(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is listed with the world, whose list has to stay readable."""
+    policy = helper_world_here.policy
+    monkeypatch.setattr(filesystem, "MAX_LOGS", 1)
+    operations.execute(policy, privileged.PrepareJail(vm_id=VM, slot=1))
+    with pytest.raises(errors.ConflictError, match="logs"):
+        operations.execute(policy, privileged.PrepareJail(vm_id=OTHER_VM, slot=2))
+    assert os.listdir(f"{policy.jails}/firecracker") == [VM]
+    operations.execute(policy, privileged.PrepareJail(vm_id=VM, slot=1))
 
 
 def link(world: HelperWorld, name: str) -> bytes:

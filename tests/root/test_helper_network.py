@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -281,3 +282,50 @@ def test_half_made_tap_goes_with_its_maker(
     with pytest.raises(errors.OperationFailedError, match=TAP):
         ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
     assert link_names() == {"lo", "br-fc"}
+
+
+def test_packet_rules_are_bounded_and_what_frees_some_is_always_done(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that was taken over could have root read ever more of them, for a day."""
+    ask(helper_world_here, privileged.EnsureBridge())
+    rules = privileged.SetGuestRules(vm_id=VM, slot=1, nat=True)
+    ask(helper_world_here, rules)
+    monkeypatch.setattr(ruleset, "MAX_ELEMENTS", len(ruleset.elements()) + 2)
+
+    def allow(*addresses: str) -> None:
+        allowed = privileged.AllowAddresses(vm_id=VM, slot=1, addresses=addresses, ttl_s=60)
+        ask(helper_world_here, allowed)
+
+    allow("192.0.2.1", "192.0.2.2")
+    allow("192.0.2.1", "192.0.2.2")
+    with pytest.raises(errors.ConflictError, match="too many"):
+        allow("192.0.2.3")
+    with pytest.raises(errors.ConflictError, match="too many"):
+        ask(helper_world_here, privileged.SetGuestRules(vm_id=OTHER_VM, slot=2))
+    ask(helper_world_here, rules)
+    ask(helper_world_here, privileged.DeleteGuestRules(vm_id=VM))
+    ask(helper_world_here, privileged.SetGuestRules(vm_id=OTHER_VM, slot=2))
+
+
+def test_packet_rules_are_read_by_one_at_a_time(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as may ask at once would take more memory than the helper has."""
+    ask(helper_world_here, privileged.EnsureBridge())
+    parse, reading, most = ruleset._elements, list[int](), list[int]()
+
+    def slowly(listed: dict[str, list[nftables.Json]]) -> set[ruleset.Element]:
+        reading.append(1)
+        most.append(len(reading))
+        time.sleep(0.02)
+        reading.pop()
+        return parse(listed)
+
+    monkeypatch.setattr(ruleset, "_elements", slowly)
+    crowd = [threading.Thread(target=ruleset.elements) for _ in range(8)]
+    for each in crowd:
+        each.start()
+    for each in crowd:
+        each.join(timeout=10)
+    assert (len(most), max(most)) == (8, 1)

@@ -141,6 +141,10 @@ def test_devices_are_listed_by_their_prefix(mapper: device_mapper.Kernel) -> Non
     for name in (f"{names.DM_PREFIX}a", "vg-root", f"{names.DM_PREFIX}longer-than-eight"):
         mapper.devices[name] = device_mapper.Device("")
     assert devmapper.names(names.DM_PREFIX) == [f"{names.DM_PREFIX}a", f"{names.DM_PREFIX}longer-than-eight"]
+    mapper.devices |= {
+        f"{names.DM_PREFIX}{n:012x}": device_mapper.Device("") for n in range(names.MAX_SLOTS)
+    }
+    assert len(devmapper.names(names.DM_PREFIX)) == names.MAX_SLOTS + 2
     mapper.full = True
     with pytest.raises(OSError, match="too many"):
         devmapper.names(names.DM_PREFIX)

@@ -13,10 +13,10 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Final
 
-from banger.contract import errors, privileged
+from banger.contract import errors, names, privileged
 from banger.helper import policy as policies
 from banger.helper.linux import libc, pidfd
 
@@ -26,6 +26,8 @@ ENDING: Final = "ending"
 MAX_DISK_BYTES: Final = 16 << 40
 MAX_KERNEL_BYTES: Final = 1 << 30
 KEPT_KERNELS: Final = 8
+MAX_LOGS: Final = 2 * names.MAX_SLOTS
+"""VMs whose logs there are, those that are gone too. All are listed with the world."""
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NODE: Final = "node-"
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -221,16 +223,26 @@ def write_file(directory: int, name: str, data: bytes) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """However deep the tree: directories are moved up before they are emptied. Gone is gone."""
+    """However deep or wide the tree: directories are moved up before they are emptied. Gone is gone."""
     try:
         top = os.open(path, _DIRECTORY)
     except FileNotFoundError:
         return
     with libc.closing(top):
-        while entries := os.listdir(top):
-            for name in entries:
+        is_empty = False
+        while not is_empty:
+            is_empty = True
+            for name in _entries(top):
+                is_empty = False
                 _remove_entry(top, name)
     os.rmdir(path)
+
+
+def _entries(directory: int) -> Iterator[str]:
+    """One after the other: a VMM makes as many as the disk holds."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry.name
 
 
 def _remove_entry(top: int, name: str) -> None:
@@ -240,7 +252,7 @@ def _remove_entry(top: int, name: str) -> None:
     except IsADirectoryError:
         child = os.open(name, _DIRECTORY, dir_fd=top)
     with libc.closing(child):
-        for inner in os.listdir(child):
+        for inner in _entries(child):
             os.rename(inner, secrets.token_hex(16), src_dir_fd=child, dst_dir_fd=top)
     os.rmdir(name, dir_fd=top)
 
@@ -269,6 +281,8 @@ def logs(policy: policies.Policy, vm_id: str) -> str:
 def make_logs(policy: policies.Policy, vm_id: str) -> None:
     """Empty logs that the owner may read; the last start's remain as `.1`."""
     directory = logs(policy, vm_id)
+    if len({vm_id, *listed(os.path.dirname(directory))}) > MAX_LOGS:
+        raise errors.ConflictError("there are logs of too many VMs", hint="run banger gc", vm=vm_id)
     make_directory(os.path.dirname(directory), 0o711)
     make_directory(directory, 0o750, gid=policy.owner_gid)
     for name in (*LOGS, ENDING):

@@ -19,6 +19,10 @@ from banger.helper.linux import nftables
 
 lock: Final = threading.RLock()
 """Held from looking to acting; callers hold it on until the host serves what they changed."""
+_reading: Final = threading.Lock()
+"""To read them all takes memory by their number, and as many threads as there are may want to."""
+MAX_ELEMENTS: Final = 60_000
+"""All that as many guests as there may be take without rules of their own. So many are 200 MiB to read."""
 
 
 class Set(NamedTuple):
@@ -104,7 +108,8 @@ def delete() -> None:
 
 def elements() -> set[Element]:
     """All that VMs own, and the links that were opened. Empty when the tables are not there."""
-    return _elements(_listed())
+    with _reading:
+        return _elements(_listed())
 
 
 class Change(NamedTuple):
@@ -129,8 +134,9 @@ def replace(owner: str, wanted: Iterable[Element], *, addresses: Collection[str]
         strangers = {each.owner for each in theirs} - {owner, ""}
         gone += [each for each in present if each.owner in strangers]
         fresh = [each for name, each in want.items() if name not in have]
-        _exchange(gone, fresh)
-        return Change(present, present - set(gone) | set(fresh))
+        after = present - set(gone) | set(fresh)
+        _exchange(gone, fresh, len(after))
+        return Change(present, after)
 
 
 def _guest_of(element: Element) -> str:
@@ -146,7 +152,8 @@ def refresh(wanted: Collection[Element]) -> None:
     """Adds elements with a timeout, which begins anew for those that are there."""
     with lock:
         present = {each.identity for each in elements()}
-        _exchange([each for each in wanted if each.identity in present], wanted)
+        after = present | {each.identity for each in wanted}
+        _exchange([each for each in wanted if each.identity in present], wanted, len(after))
 
 
 def set_opened(links: set[str]) -> None:
@@ -157,7 +164,11 @@ def set_opened(links: set[str]) -> None:
         _exchange(present - wanted, wanted - present)
 
 
-def _exchange(gone: Iterable[Element], fresh: Iterable[Element]) -> None:
+def _exchange(gone: Collection[Element], fresh: Collection[Element], after: int = 0) -> None:
+    """`after` is how many there then are in all, where that may be too many."""
+    if after > MAX_ELEMENTS and len(fresh) > len(gone):
+        hint = "end VMs, or allow fewer addresses and names"
+        raise errors.ConflictError(f"{after} packet rules are too many", hint=hint)
     commands = [_command("delete", each) for each in gone] + [_command("add", each) for each in fresh]
     if commands:
         nftables.change(commands)
