@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -329,3 +330,26 @@ def test_packet_rules_are_read_by_one_at_a_time(
     for each in crowd:
         each.join(timeout=10)
     assert (len(most), max(most)) == (8, 1)
+
+
+@pytest.mark.parametrize("end", ["rules", "again"])
+def test_an_address_whose_time_ends_just_now_is_in_nobody_s_way(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """It was there when the rules were read, and the kernel has none to delete any more."""
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.SetGuestRules(vm_id=VM, slot=1, nat=True))
+    allow = privileged.AllowAddresses(vm_id=VM, slot=1, addresses=("192.0.2.1",), ttl_s=1)
+    ask(helper_world_here, allow)
+    change = nftables.change
+
+    def late(commands: Sequence[nftables.Json]) -> None:
+        time.sleep(1.1)
+        change(commands)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(nftables, "change", late)
+        ask(helper_world_here, allow if end == "again" else privileged.DeleteGuestRules(vm_id=VM))
+    left = {each.set for each in ruleset.elements() if each.owner == VM}
+    assert (ruleset.REACH[4].named in left) == (end == "again")
+    assert bool(left) == (end == "again")

@@ -169,7 +169,10 @@ def _exchange(gone: Collection[Element], fresh: Collection[Element], after: int 
     if after > MAX_ELEMENTS and len(fresh) > len(gone):
         hint = "end VMs, or allow fewer addresses and names"
         raise errors.ConflictError(f"{after} packet rules are too many", hint=hint)
-    commands = [_command("delete", each) for each in gone] + [_command("add", each) for each in fresh]
+    # One whose time has ended since it was read cannot be deleted, and to add one that is there is nothing.
+    there = [_command("add", each) for each in gone if each.timeout_s]
+    commands = there + [_command("delete", each) for each in gone]
+    commands += [_command("add", each) for each in fresh]
     if commands:
         nftables.change(commands)
 
