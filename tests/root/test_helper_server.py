@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -223,6 +224,37 @@ def test_an_unexpected_error_is_answered_and_logged(
     assert answer.code == "operation_failed"
     assert answer.op_id == "op-1"
     assert "<3>" in capfd.readouterr().err
+
+
+def test_a_journal_that_went_away_keeps_nobody_without_an_answer(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor without a place: each connection that ended by it was counted for ever."""
+    read, write = os.pipe()
+    os.close(read)
+    journal = os.fdopen(write, "w", buffering=1)
+    with monkeypatch.context() as away:
+        away.setattr(sys, "stderr", journal)
+        answer = raw(socket_path, framed(GET_HOST))
+        refusal = error_of(raw(socket_path, framed('{"request": {"op": "no_such"}}')))
+    with contextlib.suppress(BrokenPipeError):
+        journal.close()
+    assert msgspec.json.decode(answer[4:], type=privileged.Reply).error is None
+    assert refusal.code == "bad_request"
+
+
+def test_an_error_that_names_a_file_of_a_vmm_s_is_answered(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its name may be any bytes; Python hands those that are no text over as halves of characters."""
+
+    def fail(*_: object) -> privileged.Result:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fsdecode(b"a\xffb"))
+
+    monkeypatch.setitem(TABLE, privileged.GetHost, fail)
+    answer = error_of(raw(socket_path, framed(GET_HOST)))
+    assert (answer.code, answer.message) == ("conflict", "get_host: a?b: Device or resource busy")
+    assert "a?b" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

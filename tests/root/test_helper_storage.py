@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import subprocess
@@ -241,6 +242,19 @@ def test_a_program_that_forks_without_end_is_held_and_ends_whole(helper_world_he
     while _runs(uid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_program_that_cannot_be_watched_is_ended(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    uid = helper_world_here.policy.uid(4)
+    with pytest.raises(OSError, match="Too many open files"):
+        program.run("sleep", ["60"], uid=uid, fds=[], deadline_s=20)
+    assert not _runs(uid)
 
 
 def test_a_file_system_that_claims_too_much_is_refused(helper_world_here: HelperWorld) -> None:

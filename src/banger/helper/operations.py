@@ -155,6 +155,7 @@ def _explained(
         return error
     what = f": {error.filename}" if error.filename else ""
     message = f"{operation_name(request)}{what}: {os.strerror(error.errno) if error.errno else error}"
+    message = message.encode(errors="replace").decode()  # a VMM gives its files whatever names it likes
     if (known := errors.exhausted(error)) is not None:
         # What is written by descriptor has no path, and all of it lies there.
         where = f", in {policy.helper_dir}" if error.errno == errno.ENOSPC and "/" not in what else ""

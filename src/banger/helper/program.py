@@ -70,16 +70,15 @@ def run(name: str, arguments: Sequence[str], *, uid: int, fds: Sequence[int], de
             start_new_session=True,
             umask=0o077,
         )
-        held = os.pidfd_open(process.pid)
         try:
-            if not pidfd.wait(held, deadline=deadline):
-                raise errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s")
+            with libc.closing(os.pidfd_open(process.pid)) as held:
+                if not pidfd.wait(held, deadline=deadline):
+                    raise errors.DeadlineError(f"{name} was ended: not done after {deadline_s:g} s")
         finally:
             # Before it is waited for: its group is its own for as long.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            os.close(held)
         return Ended(process.returncode, os.pread(output, os.lseek(output, 0, os.SEEK_CUR), 0))
 
 

@@ -49,8 +49,9 @@ _encoder: Final = msgspec.json.Encoder()
 def log(level: str, message: str, **fields: object) -> None:
     """One line of JSON for the journal, which takes the level from its head."""
     line = _encoder.encode({"level": level, "message": message, **fields}).decode()
-    sys.stderr.write(f"{_LEVELS[level]}{line}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a journal that went away must keep nobody from an answer
+        sys.stderr.write(f"{_LEVELS[level]}{line}\n")
+        sys.stderr.flush()
 
 
 class Server:
