@@ -15,6 +15,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +182,61 @@ def test_a_slot_in_use_is_refused(helper_world_here: HelperWorld) -> None:
         world.policy.uid(world.policy.uid_count + 1)
 
 
+def test_of_many_that_want_one_slot_at_once_one_gets_it(helper_world_here: HelperWorld) -> None:
+    world = helper_world_here
+    ids = [f"{number:012x}" for number in range(16)]
+    ready = threading.Barrier(len(ids))
+
+    def want(vm_id: str) -> bool:
+        ready.wait()
+        try:
+            filesystem.make_jail(world.policy, vm_id, 7)
+        except errors.ConflictError:
+            return False
+        return True
+
+    filesystem.make_jail(world.policy, OTHER_VM, 8)  # what is above the jails is there
+    with concurrent.futures.ThreadPoolExecutor(len(ids)) as pool:
+        for _ in range(10):
+            got = [vm_id for vm_id, gets in zip(ids, pool.map(want, ids), strict=True) if gets]
+            assert len(got) == 1
+            filesystem.remove_tree(filesystem.jail(world.policy, got[0]))
+
+
+def test_jails_that_would_hold_no_device_are_refused(helper_world_here: HelperWorld) -> None:
+    jails = Path(helper_world_here.policy.jails)
+    jails.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nodev", "none", jails], check=True)
+    try:
+        with pytest.raises(errors.MissingToolError, match="nodev") as caught:
+            filesystem.make_jail(helper_world_here.policy, VM, 1)
+        assert "without nodev" in caught.value.hint
+    finally:
+        subprocess.run(["umount", "-l", jails], check=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in privileged.REQUEST_TYPES if "slot" in kind.__struct_fields__],
+    ids=lambda kind: kind.__name__,
+)
+def test_no_request_is_served_in_the_slot_of_another_vm(
+    helper_world_here: HelperWorld, own_network: None, kind: type[privileged.Request[Any]]
+) -> None:
+    """The slot is whose uid and address it is about."""
+    policy = helper_world_here.policy
+    filesystem.make_jail(policy, OTHER_VM, 7)
+    more: dict[str, Any] = {"image_id": IMAGE, "kernel_id": KERNEL, "addresses": ("192.0.2.1",), "ttl_s": 60}
+    more |= {"initrd": False, "vcpus": 1, "memory_mib": 128, "boot_args": "quiet"}
+    given = {name: more[name] for name in kind.__struct_fields__ if name in more}
+    if kind is privileged.LaunchVmm:
+        with pytest.raises(errors.NotFoundError, match="has no jail"):  # nor could it have got one
+            operations.run(policy, kind(vm_id=VM, slot=7, **given))
+        return
+    with pytest.raises(errors.ConflictError, match=f"slot 7: VM {OTHER_VM}"):
+        operations.run(policy, kind(vm_id=VM, slot=7, **given))
+
+
 def test_a_vm_that_has_a_jail_is_compared_with_no_other(
     helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +398,29 @@ def test_logs_of_vms_that_are_gone_do_not_grow_in_number_without_end(
         operations.execute(policy, privileged.PrepareJail(vm_id=OTHER_VM, slot=2))
     assert os.listdir(f"{policy.jails}/firecracker") == [VM]
     operations.execute(policy, privileged.PrepareJail(vm_id=VM, slot=1))
+
+
+def test_a_directory_that_becomes_a_link_as_it_is_removed_is_not_followed(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, top = helper_world_here, helper_world_here.root / "tree"
+    (top / "child").mkdir(parents=True)
+    kept = world.owned("kept/file")
+    unlink = os.unlink
+
+    def swapped(name: str, *, dir_fd: int) -> None:
+        try:
+            unlink(name, dir_fd=dir_fd)
+        except IsADirectoryError:
+            (top / "child").rmdir()
+            (top / "child").symlink_to(kept.parent)
+            raise
+
+    monkeypatch.setattr(os, "unlink", swapped)
+    with pytest.raises(NotADirectoryError):
+        filesystem.remove_tree(str(top))
+    monkeypatch.undo()
+    assert kept.exists()
 
 
 def link(world: HelperWorld, name: str) -> bytes:

@@ -7,9 +7,12 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from banger.contract import names, privileged
 from banger.helper import filesystem, operations
 from banger.helper.linux import loop
+from tests.root import device_mapper
 from tests.root.helper_world import VM, HelperWorld
 
 SLOT = 3900
@@ -36,6 +39,38 @@ def test_the_kernel_is_scanned(helper_world_here: HelperWorld, own_network: None
     assert VM not in {vm.vm_id for vm in seen(world).vms}
 
 
+def test_what_the_network_has_of_a_vm_is_seen(helper_world_here: HelperWorld, own_network: None) -> None:
+    world = helper_world_here
+    nothing = seen(world)
+    assert (nothing.bridge, named(nothing, "rules")) == (False, [])
+    operations.execute(world.policy, privileged.EnsureBridge())
+    for request, mine in (
+        (privileged.SetGuestRules(vm_id=VM, slot=7), privileged.VmWorld(vm_id=VM, rules=True)),
+        (privileged.CreateTap(vm_id=VM, slot=7), privileged.VmWorld(vm_id=VM, rules=True, tap=True)),
+        (privileged.DeleteGuestRules(vm_id=VM), privileged.VmWorld(vm_id=VM, tap=True)),
+    ):
+        operations.execute(world.policy, request)
+        assert mine in seen(world).vms
+    assert seen(world).bridge
+    operations.execute(world.policy, privileged.DeleteTap(vm_id=VM))
+    assert VM not in {vm.vm_id for vm in seen(world).vms}
+    subprocess.run(["nft", "add element inet banger nat { 192.0.2.1 }"], check=True)
+    assert named(seen(world), "rules") == ['inet nat "192.0.2.1"']
+    operations.execute(world.policy, privileged.DeleteBridge())
+    assert not seen(world).bridge
+
+
+def test_what_device_mapper_has_of_a_vm_is_seen(
+    helper_world_here: HelperWorld, own_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mapper = device_mapper.install(monkeypatch, tmp_path)
+    mapper.devices[names.dm_name(names.VmId(VM))] = device_mapper.Device(f"BANGER-{VM}")
+    mapper.devices[f"{names.DM_PREFIX}somebody-s"] = device_mapper.Device("")
+    found = seen(helper_world_here)
+    assert privileged.VmWorld(vm_id=VM, snapshot=True) in found.vms
+    assert named(found, "snapshot") == [f"{names.DM_PREFIX}somebody-s"]
+
+
 def test_names_like_ours_are_listed_apart(helper_world_here: HelperWorld, own_network: None) -> None:
     world = helper_world_here
     for path in ("jails/firecracker/not-an-id", "logs/neither", f"logs/{VM}"):
@@ -44,6 +79,16 @@ def test_names_like_ours_are_listed_apart(helper_world_here: HelperWorld, own_ne
     assert named(found, "jail") == ["not-an-id"]
     assert named(found, "logs") == ["neither"]
     assert privileged.VmWorld(vm_id=VM, logs=True) in found.vms
+
+
+def test_an_answer_has_an_end(
+    helper_world_here: HelperWorld, own_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much somebody has named like ours."""
+    monkeypatch.setattr(privileged, "MAX_OTHERS", 3)
+    for number in range(5):
+        (helper_world_here.root / "logs" / f"neither-{number}").mkdir(parents=True)
+    assert len(seen(helper_world_here).others) == 3
 
 
 def test_a_process_is_known_by_its_uid(helper_world_here: HelperWorld, own_network: None) -> None:

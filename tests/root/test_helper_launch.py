@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -63,9 +64,33 @@ if behaviour == "without its first thread":
     os.close(child)
     ctypes.CDLL(None).syscall(60, 0)
 os.close(child)
+if behaviour == "rotates":
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.pause()
+    end = time.monotonic() + 30
+    for _ in range(8):
+        if not os.fork():
+            while time.monotonic() < end:
+                if os.fork():
+                    os._exit(0)
+            os._exit(0)
+    os._exit(0)
 time.sleep(600)
 """
 )
+
+
+DESERTER = """
+import os, subprocess, sys, time
+at, first = sys.argv.index("--"), os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == first:
+    time.sleep(0.01)
+os.write(int(sys.argv[at + 1]), b"0")
+subprocess.run(sys.argv[at + 2:], close_fds=False, check=True)
+os.write(int(sys.argv[3]), b"x")
+"""
 
 
 @pytest.fixture
@@ -119,6 +144,9 @@ def test_a_life(world: HelperWorld) -> None:
     vmm = launch(world)
     assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)) == vmm
     assert Path(f"/proc/{vmm.pid}").stat().st_uid == world.policy.uid(1)
+    assert _seen(world) == privileged.VmWorld(
+        vm_id=VM, snapshot=True, jail=True, cgroup=True, logs=True, vmm_pid=vmm.pid
+    )
     root = Path(filesystem.jail(world.policy, VM), "root")
     device = (root / "rootfs").stat()
     assert (stat.S_ISBLK(device.st_mode), device.st_rdev) == (True, os.makedev(7, 0))
@@ -126,10 +154,15 @@ def test_a_life(world: HelperWorld) -> None:
     assert configuration["machine-config"] == {"vcpu_count": 2, "mem_size_mib": 256}
     assert configuration["network-interfaces"] == []
     assert {drive["cache_type"] for drive in configuration["drives"]} == {"Writeback"}
+    if "cpu-config" in configuration or os.uname().machine == "x86_64":
+        assert configuration["cpu-config"] == "/cpu.json"
+        assert (root / "cpu.json").read_bytes() == msgspec.json.encode(process._NO_VIRTUALISATION)
+    assert _holders(root) == {world.policy.uid(1)}
     for grant, name in ((privileged.GrantApiSocket, "api.sock"), (privileged.GrantVsock, "vsock.sock")):
         operations.execute(world.policy, grant(vm_id=VM, slot=1))
         granted = (root / "run" / name).stat()
         assert (granted.st_gid, stat.S_IMODE(granted.st_mode)) == (OWNER, 0o660)
+        assert _holders(root) == {0}, "the VMM can put nothing into the place of what was granted"
     for refused in (
         privileged.PrepareJail(vm_id=VM, slot=1),
         privileged.DeleteJail(vm_id=VM),
@@ -144,6 +177,18 @@ def test_a_life(world: HelperWorld) -> None:
         operations.execute(world.policy, privileged.GrantVsock(vm_id=VM, slot=1))
     operations.execute(world.policy, privileged.DeleteJail(vm_id=VM))
     assert not root.parent.exists()
+    assert _seen(world) == privileged.VmWorld(vm_id=VM, snapshot=True, logs=True)
+
+
+def _seen(world: HelperWorld) -> privileged.VmWorld:
+    with helper_world.network_namespace():
+        found = operations.execute(world.policy, privileged.ListWorld())
+    [mine] = [each for each in found.vms if each.vm_id == VM]
+    return mine
+
+
+def _holders(root: Path) -> set[int]:
+    return {path.stat().st_uid for path in (root, root / "run")}
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -191,7 +236,7 @@ def _refused_for_room(world: HelperWorld) -> errors.BangerError | None:
     try:
         launch(world)
     except errors.BangerError as error:
-        assert operations.execute(world.policy, privileged.FindVmm(vm_id=VM)).pid == 0
+        assert cgroup.vm_ids(world.policy) == []
         operations.execute(world.policy, privileged.DeleteJail(vm_id=VM))
         assert not Path(filesystem.jail(world.policy, VM)).exists()
         return error
@@ -252,6 +297,18 @@ def test_a_vmm_that_is_deaf_to_all_it_can_be_ends(world: HelperWorld) -> None:
     assert process.find(world.policy, VM).pid == 0
 
 
+def test_a_vmm_that_is_another_process_all_the_time_ends(world: HelperWorld) -> None:
+    """Signalled one by one, some of them would not be there any more."""
+    behave(world, "rotates")
+    vmm = launch(world)
+    os.kill(vmm.pid, signal.SIGUSR1)
+    while process.find(world.policy, VM).pid in {vmm.pid, 0}:  # 0: between reading pids and looking at them
+        time.sleep(0.001)
+    operations.execute(world.policy, privileged.KillVmm(vm_id=VM))
+    assert process.find(world.policy, VM).pid == 0
+    assert not cgroup._read(f"{cgroup._path(world.policy, VM)}/cgroup.procs")
+
+
 @pytest.mark.parametrize(
     ("how", "why"),
     [
@@ -287,6 +344,40 @@ def test_what_the_vm_has_not_is_refused(world: HelperWorld) -> None:
         launch(world, work_disk=True)
 
 
+def test_a_tap_of_another_slot_is_not_the_vm_s(world: HelperWorld) -> None:
+    """A daemon that was taken over makes it for one uid, before there is a jail, and starts another's VM."""
+    with helper_world.network_namespace():
+        operations.execute(world.policy, privileged.EnsureBridge())
+        operations.execute(world.policy, privileged.CreateTap(vm_id=VM, slot=2))
+        with pytest.raises(errors.NotFoundError, match="no tap"):
+            launch(world, tap=True)
+    assert cgroup.vm_ids(world.policy) == []
+
+
+def test_a_tear_down_ends_a_vmm_and_takes_its_jail(world: HelperWorld) -> None:
+    vmm = launch(world)
+    with helper_world.network_namespace():
+        operations.execute(world.policy, privileged.TearDown(vm_id=VM))
+    assert process.find(world.policy, VM).pid == 0
+    assert not Path(f"/proc/{vmm.pid}").exists()
+    assert not Path(filesystem.jail(world.policy, VM)).exists()
+
+
+def test_a_jail_whose_logs_cannot_be_made_is_not_left(world: HelperWorld) -> None:
+    (world.root / "logs").write_text("in the way")
+    with pytest.raises(errors.OperationFailedError):
+        operations.execute(world.policy, privileged.PrepareJail(vm_id=VM, slot=1))
+    assert not Path(filesystem.jail(world.policy, VM)).exists()
+
+
+def test_a_vmm_whose_log_writer_ended_at_once_is_not_left_alone(world: HelperWorld) -> None:
+    """Nobody would take what it prints, nor say how it ended. This one starts it, and is gone before it."""
+    Path(world.policy.console).write_text(f"#!{sys.executable} -IS{DESERTER}")
+    with pytest.raises(errors.OperationFailedError, match=r"the log writer of VM [0-9a-f]+ ended at once"):
+        launch(world)
+    assert cgroup.vm_ids(world.policy) == []
+
+
 def test_limits_are_what_the_vm_was_promised(helper_world_here: HelperWorld) -> None:
     """In a plain directory, which takes whatever is written."""
     policy = helper_world_here.policy
@@ -296,6 +387,8 @@ def test_limits_are_what_the_vm_was_promised(helper_world_here: HelperWorld) -> 
         (path / "cgroup.controllers").write_text("cpu io memory")
         (path / "cgroup.subtree_control").write_text("cpu")
     (parent / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    (parent / cgroup.CONSOLES).mkdir()
+    (parent / cgroup.CONSOLES / "cpu.max").write_text("max 100000")
     cgroup.create(policy, names.VmId(VM), vcpus=2, memory_mib=256)
     leaf = parent / VM
     assert (leaf.stat().st_uid, leaf.stat().st_gid) == (0, OWNER)
@@ -303,6 +396,7 @@ def test_limits_are_what_the_vm_was_promised(helper_world_here: HelperWorld) -> 
     assert (leaf / "cpu.max").read_text() == "300000 100000"
     assert (leaf / "memory.max").read_text() == str(384 << 20)
     assert (leaf / "pids.max").read_text() == "18"
+    assert (parent / cgroup.CONSOLES / "cpu.max").read_text() == "50000 100000", "what all print, together"
     assert (parent / cgroup.HOLDER / "cgroup.procs").read_text() == str(os.getpid())
     assert (parent / "cgroup.subtree_control").read_text() in {"+io", "+memory"}
 

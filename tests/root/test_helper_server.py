@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def serving(world: HelperWorld) -> Iterator[tuple[Path, server.Server]]:
         path.chmod(0o666)
         listener.listen(64)
         served = server.Server(world.policy, listener)
-        thread = threading.Thread(target=served.serve)
+        thread = threading.Thread(target=served.serve, name="serves")
         thread.start()
         try:
             yield path, served
@@ -192,6 +193,74 @@ def test_a_slow_peer_is_cut_off(socket_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(server, "READ_DEADLINE_S", 0.2)
     with slow_peers(socket_path) as slow:
         assert {error_of(wire.recv(65536)).code for wire in slow} == {"timed_out"}
+
+
+def test_a_byte_now_and_then_is_too_slow_as_well(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is for the whole request: each byte by itself came in time."""
+    monkeypatch.setattr(server, "READ_DEADLINE_S", 0.5)
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.connect(str(socket_path))
+        wire.sendall(struct.pack("!I", 60_000))
+        deadline = time.monotonic() + 20
+        while not select.select([wire], [], [], 0.1)[0]:
+            assert time.monotonic() < deadline, "it is listened to for ever"
+            with contextlib.suppress(OSError):
+                wire.sendall(b"x")
+        assert error_of(wire.recv(65536)).code == "timed_out"
+
+
+def test_a_peer_that_takes_no_answer_keeps_no_place(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "WRITE_DEADLINE_S", 0.2)
+    long = privileged.HostInfo(version="x" * (1 << 22), protocol=privileged.PROTOCOL_VERSION)
+    monkeypatch.setitem(TABLE, privileged.GetHost, lambda *_: long)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(framed(GET_HOST))
+        with pytest.raises(TimeoutError):
+            server.exchange(helper_world_here.policy, theirs)
+
+
+def test_what_is_under_way_is_answered_before_it_ends(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process ends with `serve`, and all that root was doing would with it."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> privileged.Result:
+        begun.set()
+        assert go.wait(20)
+        return privileged.HostInfo(version="1", protocol=privileged.PROTOCOL_VERSION)
+
+    monkeypatch.setitem(TABLE, privileged.GetHost, slow)
+    with serving(helper_world_here) as (path, served), futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(raw, path, framed(GET_HOST))
+        assert begun.wait(20)
+        [serving_it] = [each for each in threading.enumerate() if each.name == "serves"]
+        served.stop()
+        serving_it.join(0.3)
+        assert serving_it.is_alive()
+        go.set()
+        assert msgspec.json.decode(answer.result()[4:], type=privileged.Reply).error is None
+
+
+def test_a_stranger_that_says_nothing_is_refused_at_once(socket_path: Path) -> None:
+    """The peer is judged before a byte of it is waited for: here that would be ten minutes."""
+    silent = ASK.replace("wire.sendall", "(lambda _: None)")
+    assert silent != ASK
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", silent, str(socket_path), ""],
+        user=STRANGER,
+        group=STRANGER,
+        extra_groups=[],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    reply = msgspec.json.decode(done.stdout, type=privileged.Reply)
+    assert reply.error is not None
+    assert reply.error.code == "unauthorized"
 
 
 def test_a_peer_that_leaves_does_no_harm(socket_path: Path) -> None:

@@ -73,6 +73,41 @@ def test_from_making_to_deleting(world: HelperWorld, mapper: device_mapper.Kerne
     operations.execute(world.policy, DROP)  # gone is gone
 
 
+def test_a_tear_down_takes_it_away(
+    world: HelperWorld, mapper: device_mapper.Kernel, held: list[int], own_network: None
+) -> None:
+    make(world, mapper, held)
+    for fd in held:
+        os.close(fd)
+    held.clear()
+    operations.execute(world.policy, privileged.TearDown(vm_id=VM))
+    assert not mapper.devices
+
+
+def test_one_that_a_patch_made_invalid_is_said(
+    world: HelperWorld, mapper: device_mapper.Kernel, held: list[int]
+) -> None:
+    """The kernel gives up a store that it cannot write to, and what was written seems to be there still."""
+    make(world, mapper, held)
+    mapper.said = "Invalid"
+    with pytest.raises(errors.OperationFailedError, match="unusable: Invalid"):
+        operations.execute(world.policy, privileged.PatchRoot(vm_id=VM, slot=1))
+    mapper.said = "0/1 0"
+    for fd in held:
+        os.close(fd)
+    held.clear()
+    operations.execute(world.policy, DROP)
+
+
+def test_loops_without_a_device_go_too(world: HelperWorld, mapper: device_mapper.Kernel) -> None:
+    for role in ("base", "overlay"):
+        with open(world.state / f"vms/{VM}/overlay.cow", "r+b") as backing:
+            os.close(loop.attach(backing.fileno(), names.loop_label(names.VmId(VM), role), flags=0))
+    assert len(loop.scan(f"banger/{VM}/")) == 2
+    operations.execute(world.policy, DROP)
+    assert helper_world.loops_left() == []
+
+
 def test_one_that_is_there_is_a_conflict(world: HelperWorld, mapper: device_mapper.Kernel) -> None:
     mapper.devices[NAME] = device_mapper.Device(f"BANGER-{VM}")
     with pytest.raises(errors.ConflictError, match="exists already"):
