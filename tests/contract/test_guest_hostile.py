@@ -58,14 +58,35 @@ async def _put(client: guests.GuestClient, pieces: int = 2) -> object:
 ASKS: dict[str, Ask] = {
     "health": lambda client: client.health(),
     "ports": lambda client: client.ports(),
-    "time": lambda client: client.time_ns(),
+    "time_ns": lambda client: client.time_ns(),
     "flush": lambda client: client.flush(deadline_s=1),
     "power_off": lambda client: client.power_off(grace_ms=1),
     "get": _get,
     "put": _put,
     "exec": _exec,
     "connect": _connect,
+    "set_time": lambda client: client.set_time(1),
 }
+
+
+_REPLY = guest.frame(F.REPLY, guest.encode([(T.UPTIME_MS, 5), (T.REALTIME_NS, 7)]))
+_LISTENER = guest.encode([(T.PROTOCOL, "tcp"), (T.ADDRESS, "127.0.0.1"), (T.PORT, 22)])
+_WHOLE: dict[str, tuple[bytes, ...]] = {
+    "ports": (guest.frame(F.ENTRY, _LISTENER), _REPLY),
+    "get": (guest.frame(F.DATA, b"x"), guest.frame(F.DATA), _REPLY),
+    "exec": (
+        guest.frame(F.STARTED, guest.encode([(T.PID, 2)])),
+        guest.frame(F.STDOUT, b"x"),
+        guest.frame(F.STDERR, b"x"),
+        guest.frame(F.STDOUT),
+        guest.frame(F.EXIT, guest.encode([(T.EXIT_KIND, 0), (T.EXIT_CODE, 3)])),
+    ),
+}
+
+
+def whole(name: str) -> bytes:
+    """All that an honest agent says when it is asked this."""
+    return HELLO + b"".join(_WHOLE.get(name, (_REPLY,)))
 
 
 @contextlib.contextmanager
@@ -116,6 +137,16 @@ LYING = st.integers(0, 2**32 - 1).map(lambda size: struct.pack("<I", size) + b"\
 SAID = st.tuples(
     st.sampled_from([HELLO, b""]), st.lists(st.one_of(FRAMES, LYING, st.binary(max_size=30)), max_size=5)
 ).map(lambda said: said[0] + b"".join(said[1]))
+
+
+def test_everything_that_a_guest_is_asked_is_here() -> None:
+    assert {name for name in vars(guests.GuestClient) if not name.startswith("_")} == set(ASKS)
+
+
+@pytest.mark.parametrize("name", ASKS)
+async def test_an_honest_guest_is_believed(name: str) -> None:
+    """Else nothing that is said here of a lying one would mean much."""
+    await _against(whole(name), ASKS[name])
 
 
 @pytest.mark.parametrize("name", ASKS)

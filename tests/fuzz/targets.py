@@ -36,6 +36,7 @@ from banger.net import wire, zone
 from banger.owner import builder, config, helper
 from banger.owner import guest as guests
 from banger.tarstream import reader
+from tests.contract import privileged_cases
 from tests.contract import test_guest_hostile as hostile
 from tests.fuzz import api, forwarded
 from tests.fuzz.engine import Target
@@ -81,15 +82,22 @@ def _helper() -> Target:
     )
 
 
+class _Sources:
+    image = "aaaaaaaaaaaa"
+    kernel = "bbbbbbbbbbbb"
+    initrd = True
+
+
 def _requests() -> list[bytes]:
-    texts = [
-        '{"request":{"op":"get_host"},"op_id":"1"}',
-        '{"request":{"op":"create_tap","vm_id":"0123456789ab","slot":1},"op_id":"1"}',
-        '{"request":{"op":"delete_jail","vm_id":"0123456789ab"}}',
-    ]
-    rules = privileged.SetGuestRules(vm_id="0123456789ab", slot=1, nat=True)
-    texts.append(msgspec.json.encode({"request": rules, "op_id": "1"}).decode())
-    return [struct.pack("!I", len(text)) + text.encode() for text in texts]
+    """One of each kind, as callers ask it."""
+    asked = {
+        type(each.request): each.request
+        for case in privileged_cases.cases(_Sources())
+        for each in case.exchanges
+    }
+    asked[privileged.CheckRuntime] = privileged.CheckRuntime()
+    texts = [msgspec.json.encode({"request": each, "op_id": "1"}) for each in asked.values()]
+    return [struct.pack("!I", len(text)) + text for text in texts]
 
 
 def _helper_reply() -> Target:
@@ -100,6 +108,18 @@ def _helper_reply() -> Target:
             privileged.Reply(error=errors.to_body(errors.NoSpaceError("full", hint="free")))
         ),
         msgspec.json.encode(privileged.Reply(result=privileged.World(vms=(), bridge=True))),
+        msgspec.json.encode(
+            privileged.Reply(
+                result=privileged.World(
+                    vms=(privileged.VmWorld("0123456789ab", snapshot=True, loops=3, vmm_pid=7),),
+                    bridge=True,
+                    others=(privileged.Other("process", "7 e2fsck", slot=1),),
+                )
+            )
+        ),
+        msgspec.json.encode(privileged.Reply(result=privileged.Ensured(True, ("0123456789ab",)))),
+        msgspec.json.encode(privileged.Reply(result=privileged.Routed("no resolver"))),
+        msgspec.json.encode(privileged.Reply(result=privileged.HostInfo("1", 4))),
     ]
     return Target("helper-reply", lambda data: helper._result(data, decoder), seeds, _OURS)
 
@@ -133,7 +153,11 @@ def _build_answer() -> Target:
         (building.TAR, bytes(512)),
         (building.ANSWER, msgspec.json.encode(building.Answer(errors.to_body(errors.NoSpaceError("full"))))),
     ]
-    seed = b"".join(building.FRAME.pack(kind, len(content)) + content for kind, content in frames)
+    ends = [frames, [*frames[:2], (building.ANSWER, msgspec.json.encode(building.Answer()))]]
+    seeds = [
+        b"".join(building.FRAME.pack(kind, len(content)) + content for kind, content in each)
+        for each in ends
+    ]
 
     def run(data: bytes) -> None:
         here, there = socket.socketpair()
@@ -142,7 +166,7 @@ def _build_answer() -> Target:
             there.shutdown(socket.SHUT_WR)
             builder.receive(here, tar.file, lambda line: None, within_s=1, serve=socket.socket.close)
 
-    return Target("build-answer", run, [seed], _OURS)
+    return Target("build-answer", run, seeds, _OURS)
 
 
 # --- a guest, seen from the daemon ---
@@ -168,7 +192,7 @@ class _Silent(asyncio.Transport):
 
 def _guest() -> Target:
     """The first byte is what is asked, the rest is what the guest says before it hangs up."""
-    asks = list(hostile.ASKS.values())
+    asks = hostile.ASKS
     loop = asyncio.new_event_loop()
     atexit.register(loop.close)
 
@@ -182,16 +206,14 @@ def _guest() -> Target:
             protocol._closed.set_result(None)  # type: ignore[attr-defined]
             return stream, asyncio.StreamWriter(transport, protocol, stream, loop)
 
-        await asks[data[0] % len(asks)](guests.GuestClient(connect))
+        await [*asks.values()][data[0] % len(asks)](guests.GuestClient(connect))
 
     def run(data: bytes) -> None:
         if data:
             loop.run_until_complete(ask(data))
 
     answers = [guest.frame(kind, guest.encode([(guest.Tag.UPTIME_MS, 5)])) for kind in guest.FrameType]
-    seeds = [
-        bytes([number]) + hostile.HELLO + answer for number in range(len(asks)) for answer in answers[::3]
-    ]
+    seeds = [bytes([number]) + hostile.whole(name) for number, name in enumerate(asks)]
     return Target("guest", run, seeds, _OURS, answers)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from banger.contract import privileged
+from banger.helper import server as helper_server
 from tests.fuzz import engine, targets
 
 RUN_S = 0.5
@@ -32,6 +34,27 @@ def test_a_moment_of_fuzzing_finds_nothing(name: str) -> None:
     fuzzer.fuzz(RUN_S)
     print(f"seed {SEED}: {fuzzer.runs} runs, {fuzzer.covered} pairs of lines")
     assert fuzzer.runs >= len(fuzzer.target.seeds)
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_what_it_begins_with_is_what_the_parser_takes(name: str) -> None:
+    """Mutations of what is refused at its first byte would try little else."""
+    seeds = target(name).seeds
+    refused = [seed for seed in seeds if not _is_taken(target(name), seed)]
+    assert len(refused) <= len(seeds) // 2, refused
+
+
+def _is_taken(aimed: engine.Target, data: bytes) -> bool:
+    try:
+        aimed.run(data)
+    except aimed.expected:
+        return False
+    return True
+
+
+def test_each_request_to_root_is_one_to_begin_with() -> None:
+    seeds = [helper_server._decode(seed[4:]).request for seed in target("helper").seeds]
+    assert {type(seed) for seed in seeds} == set(privileged.REQUEST_TYPES)
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}-{path.name}")
