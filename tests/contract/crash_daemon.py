@@ -25,6 +25,7 @@ import msgspec
 from banger import steps
 from banger.contract import errors, inventory, requests, resources, transfers
 from banger.owner import composition, config, helper, operations, routes, store, workspaces
+from banger.vm import start
 from tests.contract import conftest
 
 T = TypeVar("T")
@@ -260,16 +261,21 @@ def _is_below(path: Any, tops: tuple[str, ...]) -> bool:
     return not text.startswith("/") or text.startswith(tops)
 
 
-def live(paths: config.Paths, at: int, files: bool, power: bool, pipe: connection.Connection) -> None:
+def live(
+    paths: config.Paths, at: int, files: bool, power: bool, armed: bool, pipe: connection.Connection
+) -> None:
     """One life of a daemon, in a process of its own: it starts and obeys until the pipe closes.
 
-    `at` is the boundary, counted from `arm`, that it does not outlive; `files` says which are counted.
+    `at` is the boundary that it does not outlive, counted from `arm`, or from its start if it is `armed`;
+    `files` says which are counted.
     """
     boundaries = Boundaries(at, power=power)
     if files:
         boundaries.watch_files(paths.state, paths.cache)
     else:
         boundaries.watch_steps(paths.database)
+    if armed:
+        boundaries.arm()
     asyncio.run(_live(paths, boundaries, pipe))
 
 
@@ -307,6 +313,8 @@ async def _done(services: routes.Services, boundaries: Boundaries, order: Order)
     name = order.name
     try:
         async with asyncio.timeout(_DONE_WITHIN_S):
+            if name == "fail":
+                start.Start._persist = _fail  # type: ignore[method-assign, assignment]
             if name == "prepare":
                 await services.workspaces.prepare(NAME, Client(boundaries, _read(order.subject)))
                 return ""
@@ -317,7 +325,17 @@ async def _done(services: routes.Services, boundaries: Boundaries, order: Order)
         return str(failure)
     except Exception as failure:
         return f"unexpected error: {failure!r}"
+    finally:
+        start.Start._persist = _persist  # type: ignore[method-assign]
     return ended.error.message if ended.error is not None else ""
+
+
+_persist = start.Start._persist
+
+
+async def _fail(_: start.Start) -> None:
+    """As a start's last step: whatever was made by then is taken back."""
+    raise errors.OperationFailedError("it fails on purpose")
 
 
 def _read(path: str) -> list[list[bytes]]:
@@ -330,6 +348,7 @@ _BEGIN: dict[str, Callable[[routes.Services], Awaitable[resources.Operation]]] =
         resources.CreateVm(name=NAME, remove_on_failure=True)
     ),
     "start": lambda services: services.vms.start(NAME),
+    "fail": lambda services: services.vms.start(NAME),
     "stop": lambda services: services.vms.stop(NAME),
     "kill": lambda services: services.vms.kill(NAME),
     "restart": lambda services: services.vms.restart(NAME),

@@ -27,12 +27,13 @@ ACTS: dict[str, tuple[str, ...]] = {
     "create": (),
     "throw_away": (),
     "start": ("create", "stop"),
+    "fail": ("create", "stop"),
     "stop": ("create",),
     "kill": ("create",),
     "restart": ("create",),
     "delete": ("create",),
 }
-"""Operations, and what comes before them."""
+"""Operations, and what comes before them. `fail` is a start whose last step fails."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.contract.crash_daemon"])
 AGENT = "agent"
@@ -113,10 +114,15 @@ class Host:
             await asyncio.wait(asked)
 
     @contextlib.asynccontextmanager
-    async def daemon(self, at: int = -1, *, files: bool = False, power: bool = False) -> AsyncIterator[Life]:
-        """A daemon that is ready. Leaving the block ends it; that it is dead already is fine."""
+    async def daemon(
+        self, at: int = -1, *, files: bool = False, power: bool = False, armed: bool = False
+    ) -> AsyncIterator[Life]:
+        """A daemon that is ready. Leaving the block ends it; that it is dead already is fine.
+
+        Raises KilledError for one that is `armed` from its start and does not outlive that.
+        """
         ours, theirs = FORKS.Pipe()
-        process = FORKS.Process(target=crash_daemon.live, args=(self.paths, at, files, power, theirs))
+        process = FORKS.Process(target=crash_daemon.live, args=(self.paths, at, files, power, armed, theirs))
         await asyncio.to_thread(process.start)
         theirs.close()
         assert process.pid is not None
@@ -144,14 +150,15 @@ class Host:
             except KilledError:
                 return None
 
-    async def judge(self, where: str) -> None:
-        """The next daemon finds order, works, and leaves nothing."""
+    async def judge(self, where: str, *, there: bool | None = None) -> None:
+        """The next daemon finds order, works, and leaves nothing. `there`: whether there has to be a VM."""
         self.strike = nothing
         async with self.daemon() as life:
-            await self.judge_living(life, where)
+            await self.judge_living(life, where, there=there)
 
-    async def judge_living(self, life: Life, where: str) -> None:
+    async def judge_living(self, life: Life, where: str, *, there: bool | None = None) -> None:
         found = await self.true(life, where)
+        assert there is None or bool(found.vms) is there, where
         if not found.vms:
             acts = ["create"]
         elif found.vms[0].state is RUNNING:

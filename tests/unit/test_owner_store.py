@@ -258,6 +258,32 @@ def test_a_full_disk_is_said_and_the_store_goes_on(path: Path, empty_store: stor
     assert empty_store.reserve(draft).slot == 2
 
 
+def test_which_vms_there_are_is_on_the_disk_before_it_is_said(empty_store: store.Store) -> None:
+    """SQLite waits for the disk at a commit only while `synchronous` is FULL, which takes its time."""
+    said: list[str] = []
+    empty_store._connection.set_trace_callback(said.append)
+
+    def waits() -> list[bool]:
+        """Of each commit since the last time."""
+        full, found = False, []
+        for text in said:
+            if text.startswith("PRAGMA synchronous"):
+                full = text.endswith("FULL")
+            if text == "COMMIT":
+                found.append(full)
+        said.clear()
+        return found
+
+    vm = empty_store.reserve(draft)
+    assert waits() == [True]
+    empty_store.save(vm)
+    empty_store.set_throw_away(vm.id, throw_away=True)
+    assert waits() == [False, False]
+    empty_store.set_throw_away(vm.id, throw_away=False, lasts=True)
+    empty_store.delete(vm.id)
+    assert waits() == [True, True]
+
+
 def test_every_connection_has_every_pragma(path: Path) -> None:
     for _ in range(2):
         connection = store.connect(path)

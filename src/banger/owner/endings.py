@@ -153,7 +153,7 @@ class Endings:
             await stop.delete_disks(directory)
         except errors.OperationFailedError:
             if not was_to_go and before == set(directory.iterdir()):
-                self._rows.set_throw_away(vm.id, throw_away=False)
+                self._rows.set_throw_away(vm.id, throw_away=False, lasts=True)
             raise
 
     async def _on_vmm_gone(self, vm_id: names.VmId) -> bool:

@@ -223,7 +223,7 @@ class VmService:
             if body.for_command:
                 self.sessions.claims.expect(vm.id)
             if body.for_command != body.remove_on_failure:  # it was as in the latter until now
-                self._store.set_throw_away(vm.id, throw_away=body.for_command)
+                self._store.set_throw_away(vm.id, throw_away=body.for_command, lasts=True)
             return view
 
     async def start(self, ref: str) -> resources.Operation:
