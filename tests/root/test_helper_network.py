@@ -309,6 +309,29 @@ def test_packet_rules_are_bounded_and_what_frees_some_is_always_done(
     ask(helper_world_here, privileged.SetGuestRules(vm_id=OTHER_VM, slot=2))
 
 
+def test_one_guest_s_names_are_bounded_and_leave_room_for_others(
+    helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who answers for a name that is allowed says how many addresses it has, each time anew."""
+    ask(helper_world_here, privileged.EnsureBridge())
+    for vm_id, slot in ((VM, 1), (OTHER_VM, 2)):
+        ask(helper_world_here, privileged.SetGuestRules(vm_id=vm_id, slot=slot, nat=True))
+    monkeypatch.setattr(ruleset, "MAX_OF_ONE", 8)
+
+    def allow(vm_id: str, slot: int, *last: int) -> None:
+        addresses = tuple(f"192.0.2.{number}" for number in last)
+        ask(
+            helper_world_here,
+            privileged.AllowAddresses(vm_id=vm_id, slot=slot, addresses=addresses, ttl_s=60),
+        )
+
+    allow(VM, 1, 1, 2, 3, 4)
+    with pytest.raises(errors.ConflictError, match=VM):
+        allow(VM, 1, 5, 6, 7, 8)
+    allow(VM, 1, 1, 2, 3, 4)
+    allow(OTHER_VM, 2, 5, 6, 7, 8)
+
+
 def test_packet_rules_are_read_by_one_at_a_time(
     helper_world_here: HelperWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

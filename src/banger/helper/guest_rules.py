@@ -61,7 +61,7 @@ def allow_addresses(policy: policies.Policy, request: privileged.AllowAddresses)
         key = ruleset.key(str(guests[address.version]), str(address), *port)
         of = reach.named_ports if port else reach.named
         wanted.append(ruleset.Element(of, key, owner=vm_id, timeout_s=request.ttl_s))
-    ruleset.refresh(wanted)
+    ruleset.refresh(vm_id, wanted)
     return _DONE
 
 

@@ -23,6 +23,8 @@ _reading: Final = threading.Lock()
 """To read them all takes memory by their number, and as many threads as there are may want to."""
 MAX_ELEMENTS: Final = 60_000
 """All that as many guests as there may be take without rules of their own. So many are 200 MiB to read."""
+MAX_OF_ONE: Final = 2_048
+"""What names stand for is up to who answers for them, and how often is asked to the guest."""
 
 
 class Set(NamedTuple):
@@ -148,11 +150,15 @@ def _guest_of(element: Element) -> str:
     return str(parts[0]) if any(element.set in reach for reach in REACH.values()) else ""
 
 
-def refresh(wanted: Collection[Element]) -> None:
-    """Adds elements with a timeout, which begins anew for those that are there."""
+def refresh(owner: str, wanted: Collection[Element]) -> None:
+    """Adds elements of the owner's with a timeout, which begins anew for those that are there."""
     with lock:
-        present = {each.identity for each in elements()}
-        after = present | {each.identity for each in wanted}
+        there = elements()
+        present = {each.identity for each in there}
+        mine = {each.identity for each in (*there, *wanted) if each.owner == owner}
+        if len(mine) > MAX_OF_ONE and not mine <= present:
+            raise errors.ConflictError(f"VM {owner} has too many addresses allowed", vm=owner)
+        after = present | mine
         _exchange([each for each in wanted if each.identity in present], wanted, len(after))
 
 
