@@ -80,6 +80,7 @@ def test_a_network_in_use_is_refused(helper_world_here: HelperWorld) -> None:
     with pytest.raises(errors.ConflictError, match="overlaps"):
         ask(helper_world_here, privileged.EnsureBridge())
     assert "br-fc" not in link_names()
+    assert nftables.query("tables") == []
 
 
 def test_a_network_that_is_routed_elsewhere_is_refused(helper_world_here: HelperWorld) -> None:
@@ -120,6 +121,18 @@ def test_where_packet_rules_cannot_be_loaded_there_is_no_bridge_to_make_taps_on(
     with pytest.raises(errors.NotFoundError, match="br-fc"):
         ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
     assert link_names() == {"lo"}
+
+
+def test_rules_come_back_also_while_another_link_has_the_network(helper_world_here: HelperWorld) -> None:
+    """As a VPN may that came up meanwhile: guests that run must not be without rules for as long."""
+    ask(helper_world_here, privileged.EnsureBridge())
+    ask(helper_world_here, privileged.CreateTap(vm_id=VM, slot=1))
+    add_foreign("vpn0")
+    ip("addr", "add", "10.213.255.7/16", "dev", "vpn0")
+    subprocess.run(["nft", "flush", "ruleset"], check=True, timeout=10)
+    with pytest.raises(errors.ConflictError, match="overlaps"):
+        ask(helper_world_here, privileged.EnsureBridge())
+    assert len(nftables.query("tables")) == 2
 
 
 def test_no_tap_is_made_while_the_bridge_and_its_rules_go(

@@ -21,11 +21,11 @@ _taps: Final = threading.Lock()
 
 def ensure_bridge(policy: policies.Policy, _request: privileged.EnsureBridge) -> privileged.Ensured:
     bridge = find_bridge(policy)
-    number = bridge.number if bridge is not None else 0
-    hint = f"set another network in {policies.DEFAULT_PATH}"
-    addresses.refuse_overlap(policy.prefix, number, hint=hint)
+    if bridge is None:
+        _refuse_overlap(policy, 0)
     with ruleset.lock:
-        # First: where they cannot be loaded there is no bridge either, and so no tap.
+        # First: where they cannot be loaded there is no bridge either, and so no tap; and whatever is wrong
+        # with the bridge that there is, guests that run have rules.
         rebuilt, elements = ruleset.ensure(policy)
         _ensure_link(policy, bridge)
         forwarding.sync(policy, elements)
@@ -37,6 +37,7 @@ def _ensure_link(policy: policies.Policy, bridge: netlink.Link | None) -> None:
         number = netlink.add_bridge(policy.bridge, alias=BRIDGE_ALIAS, mac=_BRIDGE_MAC)
     else:
         number = bridge.number
+        _refuse_overlap(policy, number)
         if not bridge.is_up:
             netlink.bring_up(number, alias=BRIDGE_ALIAS)
     netlink.learn_from_forwarded_frames(number, policy.bridge)
@@ -44,6 +45,11 @@ def _ensure_link(policy: policies.Policy, bridge: netlink.Link | None) -> None:
     address = netlink.Address(number, wanted, policy.prefix.prefixlen)
     if address not in netlink.addresses():
         netlink.add_address(address, policy.bridge)
+
+
+def _refuse_overlap(policy: policies.Policy, bridge: int) -> None:
+    hint = f"set another network in {policies.DEFAULT_PATH}"
+    addresses.refuse_overlap(policy.prefix, bridge, hint=hint)
 
 
 def delete_bridge(policy: policies.Policy, _request: privileged.DeleteBridge) -> privileged.Done:
