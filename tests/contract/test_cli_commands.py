@@ -378,6 +378,13 @@ def test_no_daemon_is_one_clear_error(tmp_path: Path) -> None:
     assert json.loads(asked.err)["error"]["code"] == "unavailable"
 
 
+def test_a_socket_whose_path_is_too_long_is_said(tmp_path: Path) -> None:
+    """The kernel takes 107 bytes, and would say no more than that the path is too long."""
+    path = tmp_path / ("deep" * 27)
+    done = cli_process.Cli(path).run("vm", "list")
+    assert (done.status, f"socket path {path} is longer than 107 bytes" in done.err) == (2, True)
+
+
 def test_a_stranger_is_told_whose_socket_it_is(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     """As nobody, after the imports: an interpreter in somebody's home is closed to others too."""
     fake.path.parent.chmod(0o700)

@@ -106,6 +106,12 @@ def test_who_wants_to_share_a_directory_is_told_what_there_is(
         (["vm", "set", "web", "-m", "2G"], "it is `--memory`"),
         (["vm", "create", "--rm"], "`banger vm run --rm`"),
         (["vm", "stop", "--all"], "stop $(banger vm list -q)"),
+        (["vm", "stop", "--force", "web"], "`banger vm kill` ends"),
+        (["vm", "restart", "-f", "web"], "`banger vm kill` ends"),
+        (["vm", "stop", "--timeout", "9", "web"], "`power_off_deadline_s`"),
+        (["vm", "start", "--timeout", "300", "web"], "`agent_deadline_s`"),
+        (["vm", "create", "--wait"], "`agent_deadline_s`"),
+        (["vm", "run", "--gpus", "all"], "no device of this host"),
     ],
 )
 def test_what_is_called_otherwise_or_not_done_is_said_and_nothing_guessed(

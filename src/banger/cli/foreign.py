@@ -25,6 +25,15 @@ _FILES: Final = (
 )
 _HOST: Final = "`banger ps` shows what runs, `banger system status` the services, `banger doctor` this host"
 
+_DEVICES: Final = "a VM has no device of this host: what it has is a disk, a network and a clock"
+_STARTS: Final = "it ends when the guest answers; /etc/banger/config.toml says when at the latest: "
+_STOPS: Final = "it waits for the guest; /etc/banger/config.toml says for how long: "
+_WAITS: Final = {
+    **dict.fromkeys(("create", "start", "restart"), f"{_STARTS}`agent_deadline_s`"),
+    "stop": f"{_STOPS}`flush_deadline_s`, `power_off_deadline_s`",
+}
+"""How long is waited, by command."""
+
 COMMANDS: Final = {
     "banger": {
         **dict.fromkeys(("status", "info"), _HOST),
@@ -95,6 +104,12 @@ def of_option(command: click.Command, option: str) -> str:
         return f"it is `{ours}`"
     if option in ("-v", "--volume", "--mount"):
         return _MOUNTS
+    if option in ("--gpus", "--gpu", "--device"):
+        return _DEVICES
+    if option in ("-f", "--force") and command.name in {"stop", "restart"}:
+        return "`banger vm kill` ends a VM at once, as if its power failed"
+    if option in ("--timeout", "--wait", "--wait-timeout"):
+        return _WAITS.get(command.name or "", "")
     if option == "--rm" and command.name == "create":
         return "`banger vm run --rm` makes a VM that is gone with its command"
     if option in ("-a", "--all") and command.name in {"start", "stop", "restart", "kill", "delete"}:
