@@ -282,6 +282,24 @@ async def test_a_log_that_is_followed_ends_with_its_vm(served: Served, has_run: 
             assert [part async for part in parts] == []
 
 
+async def test_a_log_that_is_followed_holds_up_no_daemon_that_stops(
+    daemon: conftest.Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was cut off after the time that others have to end, and the journal had a traceback of it."""
+    created = (await daemon.create()).vm
+    assert created is not None
+    (daemon.paths.layout.logs / created.id / "console.log").write_bytes(b"one\n")
+    async with (
+        api_served.serving(daemon) as served,
+        served.http.stream("GET", "/v1/vms/web/logs?follow=true") as stream,
+    ):
+        parts = stream.aiter_raw()
+        assert await anext(parts) == b"one\n"
+        served.stop.set()
+        assert [part async for part in parts] == []
+    assert [each.getMessage() for each in caplog.records if each.name == "uvicorn.error"] == []
+
+
 async def test_stopping_ends_watchers_with_what_became_of_their_operation(daemon: conftest.Daemon) -> None:
     async with api_served.serving(daemon) as served:
         _, path = await _begun(served)

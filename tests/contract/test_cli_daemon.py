@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from banger.contract import guest, privileged, resources
 from banger.owner import operations
 from tests.contract import api_served, cli_process, conftest, publishing
+from tests.fakes import daemon as fakes
 from tests.fakes import vmm
 
 
@@ -112,6 +114,48 @@ async def test_logs_are_followed_until_the_user_has_seen_enough(
 
     status, seen = await asyncio.to_thread(follow)
     assert (status, seen.count(b"one"), seen.count(b"two")) == (130, 1, 1), seen
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("exec", "web", "--", "cat"), 125, "bangerd was stopped or started again"),
+        (("logs", "-f", "web"), 1, "bangerd does not answer"),
+    ],
+)
+async def test_who_works_in_a_vm_hears_that_the_daemon_stops(
+    daemon: conftest.Daemon, words: tuple[str, ...], status: int, said: str
+) -> None:
+    created = (await daemon.create()).vm
+    assert created is not None
+    (daemon.paths.layout.logs / created.id / "console.log").write_bytes(b"one\n")
+
+    def read(process: subprocess.Popen[bytes], size: int = -1) -> bytes:
+        stream = process.stderr if size < 0 else process.stdout
+        assert stream is not None
+        return stream.read(size)
+
+    async with api_served.serving(daemon) as served:
+        with cli_process.Cli(served.path).started("vm", *words) as process:
+            assert process.stdin is not None
+            process.stdin.write(b"one\n")
+            assert await asyncio.to_thread(read, process, 4) == b"one\n"
+            served.stop.set()
+            heard = (await asyncio.to_thread(read, process)).decode()
+            assert await asyncio.to_thread(process.wait) == status
+    assert said in heard
+    assert "hint:" in heard
+
+
+async def test_a_log_whose_daemon_was_started_again_is_not_over(
+    cli: cli_process.Cli, fake: fakes.FakeDaemon
+) -> None:
+    fake.behaviour.logs = b"one\n"
+    for words in (("logs", "-f"), ("console",)):
+        done = await asyncio.to_thread(cli.run, "vm", *words, "web")
+        assert (done.status, done.out) == (1, b"one\n")
+        assert "bangerd was started again" in done.err
+    assert (await asyncio.to_thread(cli.run, "vm", "logs", "web")).status == 0
 
 
 async def test_images_kernels_and_versions(served: api_served.Served) -> None:

@@ -23,6 +23,8 @@ _PATIENCE: Final = 3
 _LET_GO_MS: Final = 60_000
 _GRACE_S: Final = 5.0
 """How long a command has for SIGTERM, and how long its guest has to say that SIGKILL ended it."""
+_STOPPING: Final = 1012
+"""How a WebSocket server says that it is being stopped or restarted, in the registry of RFC 6455."""
 TIMED_OUT: Final = 124
 """As timeout(1) has it."""
 FORWARDED: Final = (
@@ -282,6 +284,11 @@ class _Session:
             self._channel.flush()
         self._channel.at_end = True
         if self._end is None:
+            if int.from_bytes(data[:2]) == _STOPPING:
+                raise errors.UnavailableError(
+                    "bangerd was stopped or started again, and the command ended with its connection",
+                    hint="VMs go on, but for those of `vm run --rm`: `banger ps` shows them",
+                )
             why = data[2:].decode(errors="replace")
             raise errors.UnavailableError(f"bangerd ended the connection: {why or 'it gave no reason'}")
 

@@ -294,9 +294,12 @@ def logs(
     chosen = {"source": source, "follow": str(follow).lower(), "previous": str(previous).lower()}
     if lines is not None:
         chosen["tail"] = str(lines)
-    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", **chosen)
     is_console = source == "console" and not previous and lines is None
-    with _goes_on(follow), settings.client().stream(asked) as answer:
+    if follow:
+        _follow(settings.client(), name, chosen, console_of=name if is_console else "")
+        return
+    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", **chosen)
+    with settings.client().stream(asked) as answer:
         _show(answer, console_of=name if is_console else "")
 
 
@@ -312,9 +315,21 @@ def console(settings: command.Settings, name: str) -> None:
     """
     if sys.stderr.isatty():
         render.note(f"watching the console of {name}, which takes no input; Ctrl-C ends it")
-    asked = client.query(f"/v1/vms/{client.segment(name)}/logs", source="console", follow="true")
-    with _goes_on(True), settings.client().stream(asked) as answer:
-        _show(answer, console_of=name)
+    _follow(settings.client(), name, {"source": "console", "follow": "true"}, console_of=name)
+
+
+def _follow(api: client.Client, name: str, chosen: dict[str, str], *, console_of: str) -> None:
+    """Until interrupted, or there is no such VM any more. Raises when it is the daemon that ended it."""
+    with _goes_on(True):
+        path = f"/v1/vms/{_look_up(api, name).id}"
+        with api.stream(client.query(f"{path}/logs", **chosen)) as answer:
+            _show(answer, console_of=console_of)
+        with contextlib.suppress(errors.NotFoundError):
+            api.get(path, resources.Vm)
+            raise errors.UnavailableError(
+                f"bangerd was started again, and nobody follows the log of {name} any more",
+                hint="do so again: VMs go on",
+            )
 
 
 def _goes_on(is_endless: bool) -> contextlib.AbstractContextManager[None]:

@@ -153,6 +153,10 @@ class Operations:
         if self._closing:
             raise errors.UnavailableError("bangerd is stopping", hint="try again when it is back")
 
+    @property
+    def is_closing(self) -> bool:
+        return self._closing
+
     def list(self) -> list[resources.Operation]:
         return [entry.operation for entry in self._entries.values()]
 

@@ -108,14 +108,19 @@ async def get_logs(
     previous: params.FromQuery[bool] = False,
     tail: params.FromQuery[int] = -1,
 ) -> response.Stream:
-    """The VM's serial console, or what its VMM said; with `follow`, also what is added while there is a VM.
+    """The VM's serial console, or what its VMM said; with `follow`, also what is added while there is a VM,
+    or until this daemon stops.
 
     With `previous` what came before that: of the start before, or of this one when it said very much.
     `tail` leaves out all but the last so many lines of what is there; a negative one, none.
     """
     path, is_there = await services.vms.log_file(ref, source, previous=previous)
     begin = 0 if tail < 0 else await asyncio.to_thread(_begin_of_last, path, tail)
-    read = _read_on(path, begin, goes_on=is_there if follow else bool)
+
+    def goes_on() -> bool:
+        return follow and is_there() and not services.operations.is_closing
+
+    read = _read_on(path, begin, goes_on=goes_on)
     return response.Stream(read, media_type="text/plain; charset=utf-8")
 
 
