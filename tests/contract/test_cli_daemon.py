@@ -120,6 +120,7 @@ async def test_logs_are_followed_until_the_user_has_seen_enough(
     ("words", "status", "said"),
     [
         (("exec", "web", "--", "cat"), 125, "bangerd was stopped or started again"),
+        (("run", "--rm", "--name", "x", "--", "cat"), 125, "bangerd deletes x as soon as it can"),
         (("logs", "-f", "web"), 1, "bangerd does not answer"),
     ],
 )

@@ -410,6 +410,9 @@ def _wait_until_gone(api: client.Client, vm: resources.Vm, *, deletes_itself: bo
         progress.follow_one(api, lambda: found, progress.Silent(), cancellable=False).require()
     except errors.NotFoundError:
         pass
+    except errors.UnavailableError as error:
+        render.note(f"bangerd deletes {vm.name} as soon as it can: {error.message}")
+        return False
     except errors.BangerError as error:
         render.note(f"{vm.name} may not be deleted: {error.message}; `banger vm delete {vm.name}`")
         return False
