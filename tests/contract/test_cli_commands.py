@@ -144,6 +144,7 @@ def test_interrupted_start_is_cancelled(cli: cli_process.Cli, fake: daemon.FakeD
         assert process.stderr is not None
         said = process.stderr.read().decode()
     assert said.count("was cancelled") == 2
+    assert "`banger vm explain db` says how it is now" in said, "a restart leaves it stopped"
     assert {running.operation.status for running in fake.operations.values()} == {"cancelled"}
 
 

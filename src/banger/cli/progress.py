@@ -136,7 +136,9 @@ class Outcome:
 
 
 def cancelled(operation: resources.Operation) -> errors.CancelledError:
-    error = errors.CancelledError(f"{operation.kind} of {operation.target} was cancelled")
+    told = f"`banger vm explain {operation.target}` says how it is now"
+    hint = told if operation.kind in {"vm.start", "vm.restart"} else ""
+    error = errors.CancelledError(f"{operation.kind} of {operation.target} was cancelled", hint=hint)
     error.fields["op_id"] = operation.id
     if operation.error is not None:
         for undone in operation.error.also:
