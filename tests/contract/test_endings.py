@@ -208,3 +208,16 @@ async def test_what_is_done_for_a_vm_that_ended_belongs_to_no_operation(daemon: 
     await _ended(daemon)
     assert "TearDown" in dict(asked)
     assert {op_id for _, op_id in asked} == {""}
+
+
+async def test_a_host_key_goes_with_its_vm(daemon: conftest.Daemon) -> None:
+    """Whoever has its name next brings another one, and would be taken for an impostor."""
+    await daemon.create()
+    await daemon.create("other")
+    keys = daemon.paths.state / "ssh" / "hosts"
+    for name in ("web", "other"):
+        (keys / f"{name}.vm").write_text("pinned")
+    await daemon.done(await daemon.services.vms.stop("web"))
+    assert (keys / "web.vm").exists()
+    await daemon.done(await daemon.services.vms.delete("web"))
+    assert [path.name for path in keys.iterdir()] == ["other.vm"]

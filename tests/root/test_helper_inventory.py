@@ -58,6 +58,8 @@ def test_what_the_network_has_of_a_vm_is_seen(helper_world_here: HelperWorld, ow
     assert named(seen(world), "rules") == ['inet nat "192.0.2.1"']
     operations.execute(world.policy, privileged.DeleteBridge())
     assert not seen(world).bridge
+    tables = subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True).stdout
+    assert "banger" not in tables
 
 
 def test_what_device_mapper_has_of_a_vm_is_seen(

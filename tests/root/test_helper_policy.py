@@ -45,7 +45,9 @@ def test_installed_policy_is_read(file: Path) -> None:
     assert policy.firecracker == "/var/lib/banger-root/runtime/firecracker"
 
 
-@pytest.mark.parametrize("flaw", ["owner", "group-writable", "world-writable", "link", "directory", "fifo"])
+@pytest.mark.parametrize(
+    "flaw", ["owner", "group-writable", "world-writable", "link", "directory", "open directory", "fifo"]
+)
 def test_file_that_others_may_have_written_is_refused(file: Path, flaw: str) -> None:
     if flaw == "owner":
         os.chown(file, STRANGER, 0)
@@ -55,6 +57,8 @@ def test_file_that_others_may_have_written_is_refused(file: Path, flaw: str) -> 
         file.chmod(0o646)
     elif flaw == "directory":
         os.chown(file.parent, STRANGER, 0)
+    elif flaw == "open directory":
+        file.parent.chmod(0o777)
     else:
         moved = file.with_name("moved")
         file.rename(moved)

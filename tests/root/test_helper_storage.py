@@ -75,6 +75,16 @@ def test_loop_is_found_by_its_label_and_freed(helper_world_here: HelperWorld) ->
     assert loop.detach(LABEL, deadline=time.monotonic() + 5), "gone is gone"
 
 
+def test_a_loop_that_is_somebody_else_s_by_now_is_left_alone(helper_world_here: HelperWorld) -> None:
+    """Between looking for ours and freeing it, its number may have become another's."""
+    helper_world_here.owned(WORK, b"x" * 8192)
+    os.close(attach(helper_world_here, WORK))
+    (there,) = loop.scan(LABEL)
+    loop._clear(there._replace(label=LABEL.replace(VM, "f" * 12)))
+    assert loop.scan(LABEL) == [there]
+    assert loop.detach(LABEL, deadline=time.monotonic() + 5)
+
+
 def test_base_and_overlay_live_as_long_as_they_are_open(helper_world_here: HelperWorld) -> None:
     helper_world_here.owned(WORK, b"x" * 8192)
     fd = attach(helper_world_here, WORK, "base")
