@@ -397,6 +397,22 @@ def test_a_full_overlay_is_an_error_that_says_so(empty_host: HelperHost) -> None
     assert failed.code in {"operation_failed", "no_space"}
 
 
+def test_an_overlay_s_header_is_not_believed(empty_host: HelperHost) -> None:
+    """The kernel does: it takes the chunks that are written there, and no word from us."""
+    empty_host.make_disks(VM)
+    overlay = f"{STATE}/vms/{VM}/overlay.cow"
+    header = r"SnAp\001\000\000\000\001\000\000\000\020"
+    empty_host.sh(f"printf '{header}' | dd of={overlay} conv=notrunc status=none")
+    believed = empty_host.sh(
+        f"o=$(losetup -f --show {overlay}); b=$(losetup -f --show -r {STATE}/vms/{VM}/work.ext4);"
+        'dmsetup create believed --table "0 65536 snapshot $b $o P 8"; dmsetup table believed;'
+        "dmsetup remove believed; losetup -d $o $b"
+    )
+    assert believed.split()[-2:] == ["P", "16"]
+    refused = empty_host.refused(*start_requests(VM, 1)[:3])
+    assert (refused.code, "is damaged" in refused.message) == ("operation_failed", True)
+
+
 def test_a_foreign_device_of_the_name_is_left_alone(empty_host: HelperHost) -> None:
     empty_host.make_disks(VM)
     empty_host.sh(f"dmsetup create fc-rootfs-{VM} --table '0 8 zero'")

@@ -23,6 +23,7 @@ TARGET = struct.Struct("=QQiI16s")
 LIST, CREATE, REMOVE, SUSPEND, STATUS, LOAD, TABLE = 2, 3, 4, 6, 7, 9, 12
 DEFERRED = 1 << 17
 BUFFER_FULL = 1 << 8
+STATUS_TABLE = 1 << 4
 UDEV_LEAVE_ALONE = 0x2F << 16
 
 
@@ -107,7 +108,8 @@ class Kernel:
         else:
             assert command == TABLE
             at = HEADER.size + TARGET.size
-            argument[at : at + len(self.said) + 1] = self.said.encode() + b"\0"
+            said = device.parameters if head[7] & STATUS_TABLE else self.said
+            argument[at : at + len(said) + 1] = said.encode() + b"\0"
 
     def _list(self, argument: bytearray) -> None:
         """Of each its number, the way to the next, its name, and room for the event and uuid behind that."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,45 @@ def test_a_failure_in_the_middle_leaves_no_device(
         with pytest.raises(errors.OperationFailedError, match="unusable: Invalid"):
             operations.execute(world.policy, MAKE)
     assert not mapper.devices
+
+
+def write_header(overlay: Path, sectors: int) -> None:
+    """What the kernel finds in an overlay that was in use."""
+    with overlay.open("r+b") as file:
+        file.write(b"SnAp" + struct.pack("<3I", 1, 1, sectors))
+
+
+def test_an_overlay_whose_header_names_other_chunks_never_reaches_the_kernel(
+    world: HelperWorld, mapper: device_mapper.Kernel
+) -> None:
+    """It would take three of them as memory of its own, each of up to 2 GiB."""
+    mapper.refuse[device_mapper.CREATE] = errno.ENOTRECOVERABLE
+    write_header(world.state / f"vms/{VM}/overlay.cow", 1 << 21)
+    with pytest.raises(errors.OperationFailedError, match=f"overlay of VM {VM} is damaged"):
+        operations.execute(world.policy, MAKE)
+    assert helper_world.loops_left() == []
+
+
+def test_a_header_written_while_it_is_made_leaves_no_device(
+    world: HelperWorld, mapper: device_mapper.Kernel
+) -> None:
+    def overridden(_beneath: list[int]) -> None:
+        device = mapper.devices[NAME]
+        device.parameters = device.parameters.replace("P 8", "P 2097152")
+
+    mapper.loaded = overridden
+    with pytest.raises(errors.OperationFailedError, match=f"overlay of VM {VM} is damaged"):
+        operations.execute(world.policy, MAKE)
+    assert not mapper.devices
+    assert helper_world.loops_left() == []
+
+
+def test_an_overlay_that_was_in_use_is_taken(
+    world: HelperWorld, mapper: device_mapper.Kernel, held: list[int]
+) -> None:
+    write_header(world.state / f"vms/{VM}/overlay.cow", 8)
+    make(world, mapper, held)
+    assert mapper.devices[NAME].active
 
 
 def test_a_missing_overlay_leaves_no_loop(world: HelperWorld, mapper: device_mapper.Kernel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import time
 from collections.abc import Generator
 from typing import Final
@@ -15,6 +16,8 @@ from banger.helper import policy as policies
 from banger.helper.linux import devmapper, libc, loop
 
 CHUNK_SECTORS: Final = 8
+_HEADER: Final = struct.Struct("<4sIII")
+"""An overlay's, once used (drivers/md/dm-snap-persistent.c): magic, valid, version, sectors of a chunk."""
 BUSY_DEADLINE_S: Final = 10.0
 BASE, OVERLAY, WORK = "base", "overlay", "work"
 _DONE: Final = privileged.Done()
@@ -30,12 +33,16 @@ def create_snapshot(policy: policies.Policy, request: privileged.CreateSnapshot)
         _attached(policy, f"images/{request.image_id}/rootfs.ext4", vm_id, BASE) as base,
         _attached(policy, f"vms/{vm_id}/overlay.cow", vm_id, OVERLAY) as store,
     ):
+        _require_our_chunks(store, vm_id)
         sectors = os.lseek(base, 0, os.SEEK_END) // 512
         parameters = f"{_numbers(base)} {_numbers(store)} P {CHUNK_SECTORS}"
         # The loops then live as long as the device does.
         devmapper.create(name, _uuid(vm_id), sectors=sectors, target="snapshot", parameters=parameters)
     try:
         _require_valid(vm_id)
+        # The owner may have written a header since it was read.
+        if devmapper.parameters(name).split()[2:4] != ["P", str(CHUNK_SECTORS)]:
+            raise _wrong_chunks(vm_id)
     except BaseException:
         devmapper.remove(name, deadline=time.monotonic() + BUSY_DEADLINE_S)
         raise
@@ -133,6 +140,18 @@ def _require_valid(vm_id: names.VmId) -> None:
     if not said[:1].isdigit():
         hint = "the overlay is full or damaged; delete the VM, or free space on the host"
         raise errors.OperationFailedError(f"the snapshot of VM {vm_id} is unusable: {said}", hint=hint)
+
+
+def _require_our_chunks(store: int, vm_id: names.VmId) -> None:
+    """The kernel believes the header, not the table, and takes three chunks of memory: up to 6 GiB."""
+    magic, _, _, sectors = _HEADER.unpack(os.pread(store, _HEADER.size, 0).ljust(_HEADER.size, b"\0"))
+    if magic == b"SnAp" and sectors != CHUNK_SECTORS:
+        raise _wrong_chunks(vm_id)
+
+
+def _wrong_chunks(vm_id: names.VmId) -> errors.OperationFailedError:
+    hint = f"delete the VM: nothing of banger's writes other chunks than of {CHUNK_SECTORS} sectors"
+    return errors.OperationFailedError(f"the overlay of VM {vm_id} is damaged", hint=hint, vm=vm_id)
 
 
 def _numbers(fd: int) -> str:

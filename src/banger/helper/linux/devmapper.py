@@ -21,6 +21,7 @@ DM_TABLE_LOAD: Final = 9
 DM_TABLE_STATUS: Final = 12
 DM_DEFERRED_REMOVE: Final = 1 << 17
 DM_BUFFER_FULL_FLAG: Final = 1 << 8
+DM_STATUS_TABLE_FLAG: Final = 1 << 4
 
 # All DM_UDEV_DISABLE_* flags: udev neither probes the device (blkid would hold it open) nor links to it.
 _UDEV_LEAVE_ALONE: Final = 0x2F << 16
@@ -68,7 +69,16 @@ def find(name: str) -> Device | None:
 
 def status(name: str) -> str:
     """What the device's only target says of itself, such as `16/204800 16` or `Invalid` of a snapshot."""
-    return _call(DM_TABLE_STATUS, name).data[_TARGET.size :].split(b"\0")[0].decode()
+    return _said(name, 0)
+
+
+def parameters(name: str) -> str:
+    """What the device's only target works by, such as `7:1 7:2 P 8`: not always what it was made with."""
+    return _said(name, DM_STATUS_TABLE_FLAG)
+
+
+def _said(name: str, flags: int) -> str:
+    return _call(DM_TABLE_STATUS, name, flags=flags).data[_TARGET.size :].split(b"\0")[0].decode()
 
 
 def names(prefix: str) -> list[str]:
