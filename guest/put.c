@@ -126,11 +126,20 @@ static void choose_owner(const struct put *put) {
                 entry.gid = put->request->gid;
 }
 
-/* Without privileges files belong to who runs the agent, as with tar. */
-static int set_owner(int parent_fd, const char *name) {
+/* Without privileges files belong to who runs the agent, as with tar. Whose the directory is may have put another name
+ * of somebody else's file in the place of what we have just made, which has no second name. */
+static int set_owner(int parent_fd, const char *name, mode_t type) {
+        _cleanup_close_ int fd = -1;
+        struct stat made;
+
         if (geteuid() != 0)
                 return 0;
-        return fchownat(parent_fd, name, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW) < 0 ? -errno : 0;
+        fd = openat(parent_fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+        if (fd < 0 || fstat(fd, &made) < 0)
+                return -errno;
+        if ((made.st_mode & S_IFMT) != type || made.st_nlink != 1)
+                return -EEXIST;
+        return fchownat(fd, "", entry.uid, entry.gid, AT_EMPTY_PATH) < 0 ? -errno : 0;
 }
 
 static int set_time(int parent_fd, const char *name) {
@@ -216,6 +225,15 @@ static int defer_directory(struct put *put, int fd) {
         return 0;
 }
 
+static int set_up_directory(struct put *put, int fd) {
+        int r;
+
+        if (geteuid() == 0 && fchown(fd, entry.uid, entry.gid) < 0)
+                return -errno;
+        r = set_xattrs(fd);
+        return r < 0 ? r : defer_directory(put, fd);
+}
+
 static int open_directory(struct put *put, int parent_fd, const char *name) {
         struct stat found;
         int fd;
@@ -238,26 +256,16 @@ static int open_directory(struct put *put, int parent_fd, const char *name) {
 
 static int put_directory(struct put *put, int parent_fd, const char *name) {
         _cleanup_close_ int fd = open_directory(put, parent_fd, name);
-        int r;
 
         if (fd == -EALREADY) /* the directory behind a link keeps what it has */
                 return 0;
-        if (fd < 0)
-                return fd;
-        if (geteuid() == 0 && fchown(fd, entry.uid, entry.gid) < 0)
-                return -errno;
-        r = set_xattrs(fd);
-        return r < 0 ? r : defer_directory(put, fd);
+        return fd < 0 ? fd : set_up_directory(put, fd);
 }
 
 static int put_top(struct put *put) {
         _cleanup_close_ int fd = openat(put->beneath.root_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
-        if (fd < 0)
-                return -errno;
-        if (geteuid() == 0 && fchown(fd, entry.uid, entry.gid) < 0)
-                return -errno;
-        return defer_directory(put, fd);
+        return fd < 0 ? -errno : set_up_directory(put, fd);
 }
 
 static int put_hardlink(struct put *put, int parent_fd, const char *name) {
@@ -295,7 +303,7 @@ static int put_symlink(int parent_fd, const char *name) {
                 return r;
         if (symlinkat(entry.link, parent_fd, name) < 0)
                 return -errno;
-        r = set_owner(parent_fd, name);
+        r = set_owner(parent_fd, name, S_IFLNK);
         return r < 0 ? r : set_time(parent_fd, name);
 }
 
@@ -317,7 +325,7 @@ static int put_node(int parent_fd, const char *name) {
                 return r;
         if (mknodat(parent_fd, name, node_type(entry.type) | entry.mode, makedev(entry.major, entry.minor)) < 0)
                 return -errno;
-        r = set_owner(parent_fd, name);
+        r = set_owner(parent_fd, name, node_type(entry.type));
         return r < 0 ? r : set_time(parent_fd, name);
 }
 

@@ -200,6 +200,17 @@ async def test_a_link_is_replaced_and_not_written_through(
     assert (inside / "file").read_text() == "new"
 
 
+async def test_the_directory_itself_takes_what_the_archive_says_of_it(
+    client: guests.GuestClient, tmp_path: Path
+) -> None:
+    said = member("./", tarfile.DIRTYPE, mode=0o751, mtime=1_000_000_000)
+    said.pax_headers = {"SCHILY.xattr.user.note": "kept"}
+    await client.put(guest.PutSpec(str(tmp_path)), pieces(archive((said, b""))))
+    assert os.getxattr(tmp_path, "user.note") == b"kept"
+    status = os.stat(tmp_path)
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime) == (0o751, 1_000_000_000)
+
+
 async def test_links_inside_are_followed_on_request(client: guests.GuestClient, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "alias").symlink_to("real")
