@@ -56,6 +56,8 @@ int conn_receive(struct conn *conn, uint64_t deadline_ms, struct frame *ret) {
 static int wait_for_room(const struct conn *conn) {
         struct pollfd item = { .fd = conn->fd, .events = POLLOUT | POLLRDHUP };
 
+        if (conn->hurried)
+                return -ETIMEDOUT;
         while (poll(&item, 1, -1) < 0)
                 if (errno != EINTR)
                         return -errno;

@@ -19,6 +19,7 @@ struct conn {
         char *name;         /* argv[0] of this process */
         bool owns_machine;  /* may set the clock and power off */
         bool init_finished; /* the image's init has told us so */
+        bool hurried;       /* what the peer does not take at once is not sent */
 };
 
 struct frame {

@@ -77,6 +77,8 @@ static void hang_up(struct pump *pump) {
 
 static int violation(struct pump *pump, const char *what) {
         hang_up(pump);
+        /* Who does not read it must not keep us from ending the command. */
+        pump->conn->hurried = true;
         /* In the middle of another frame an ERROR frame would be noise. */
         if (pump->out_sent == 0)
                 (void) conn_fail(pump->conn, "protocol_error", "%s", what);

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import socket
+import struct
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +34,20 @@ while waiting.poll(1000):
 """
 
 
+STUBBORN = "trap '' HUP PIPE; echo $$; while :; do echo x; done"
+
+
 @pytest.fixture(scope="module", params=agent.KINDS)
-def client(request: pytest.FixtureRequest) -> Iterator[guests.GuestClient]:
-    """A client of a running agent."""
+def agent_socket(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A running agent's socket."""
     with agent.running(request.param) as path:
-        yield guests.GuestClient(lambda: asyncio.open_unix_connection(str(path), limit=1 << 16))
+        yield path
+
+
+@pytest.fixture
+def client(agent_socket: Path) -> guests.GuestClient:
+    """A client of that agent."""
+    return guests.GuestClient(lambda: asyncio.open_unix_connection(str(agent_socket), limit=1 << 16))
 
 
 def wait_until_it_waits_alone(parent: int) -> None:
@@ -76,3 +89,33 @@ async def test_a_terminal_erases_whole_characters(client: guests.GuestClient) ->
         await running.close_stdin()
         out = b"".join([event[1] async for event in running.output() if isinstance(event, tuple)])
     assert out.endswith(b"ab\r\n")
+
+
+def frame_from(connection: socket.socket) -> tuple[int, bytes]:
+    kind, size = guest.parse_header(connection.recv(guest.HEADER.size, socket.MSG_WAITALL))
+    return kind, connection.recv(size, socket.MSG_WAITALL)
+
+
+def test_who_talks_nonsense_and_takes_no_answer_keeps_no_command(agent_socket: Path) -> None:
+    """The connection stays open, with no room in it for a word about the nonsense."""
+    exec_request = guest.exec_payload(guest.ExecSpec(argv=("sh", "-c", STUBBORN)), stdin=False)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(agent_socket))
+        connection.sendall(guest.hello() + guest.request(guest.FrameType.EXEC, exec_request))
+        while (frame := frame_from(connection))[0] != guest.FrameType.STDOUT:
+            pass
+        command = Path(f"/proc/{int(frame[1].split()[0])}")
+        queued, deadline = [-1, 0], time.monotonic() + 30
+        while queued[-1] != queued[-2]:  # nothing tells of a connection that is full
+            assert time.monotonic() < deadline, "the connection takes without end"
+            time.sleep(0.2)
+            queued.append(readable(connection))
+        connection.sendall(guest.frame(guest.FrameType.PORTS))
+        while command.exists():
+            assert time.monotonic() < deadline, "the command goes on"
+            time.sleep(0.05)
+
+
+def readable(connection: socket.socket) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, bytes(4)))[0])
