@@ -172,6 +172,7 @@ static void reap(struct agent *agent) {
                 if (pid == agent->watch) {
                         if (!WIFEXITED(status))
                                 goodbye_say(); /* nobody else will */
+                        agent->watch = 0; /* the number may be a connection's next */
                         continue;
                 }
                 agent->processes--;

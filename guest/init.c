@@ -234,10 +234,12 @@ static void _Noreturn stay_as_init(pid_t agent) {
                 while ((gone = waitpid(-1, NULL, WNOHANG)) > 0)
                         if (gone == agent) {
                                 log_line(LEVEL_ERROR, "the agent died; starting it again");
-                                sleep_ms(RESPAWN_MS);
-                                (void) sigprocmask(SIG_UNBLOCK, &all, NULL);
-                                agent = start_agent(-1);
-                                (void) sigprocmask(SIG_BLOCK, &all, NULL);
+                                do {
+                                        sleep_ms(RESPAWN_MS);
+                                        (void) sigprocmask(SIG_UNBLOCK, &all, NULL);
+                                        agent = start_agent(-1);
+                                        (void) sigprocmask(SIG_BLOCK, &all, NULL);
+                                } while (agent < 0); /* there may be memory for it later */
                         }
                 if (sigwait(&all, &number) == 0 && asks_for_the_end(number)) {
                         power_stop_everything(agent, now_ms() + DEVICE_LIMIT_MS);

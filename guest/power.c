@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -56,24 +57,32 @@ void power_stop_everything(pid_t agent, uint64_t deadline_ms) {
                 sleep_ms(STEP_MS);
 }
 
-/* Later mounts may lie on earlier ones, so the last comes first. */
+struct mounted {
+        struct mounted *before;
+        char target[];
+};
+
+/* Later mounts may lie on earlier ones, so the last comes first. Nothing is freed: the machine ends. */
 static void remount_read_only(void) {
         _cleanup_(lines_close) struct lines mounts = { .fd = -1 };
-        static char targets[64][256];
-        size_t count = 0;
+        struct mounted *last = NULL;
         char *line;
 
         if (lines_open(&mounts, "/proc/self/mounts") < 0)
                 return;
-        while (count < ELEMENTSOF(targets) && lines_next(&mounts, &line) > 0) {
+        while (lines_next(&mounts, &line) > 0) {
                 const char *target = mounted_device(line);
+                struct mounted *next = target ? malloc(sizeof *next + strlen(target) + 1) : NULL;
 
-                if (target && strlen(target) < sizeof targets[0])
-                        memcpy(targets[count++], target, strlen(target) + 1);
+                if (!next)
+                        continue;
+                next->before = last;
+                strcpy(next->target, target);
+                last = next;
         }
-        while (count-- > 0)
-                if (mount(NULL, targets[count], NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0 && errno != EROFS)
-                        log_line(LEVEL_WARNING, "cannot make %s read-only: %s", targets[count], strerror(errno));
+        for (; last; last = last->before)
+                if (mount(NULL, last->target, NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0 && errno != EROFS)
+                        log_line(LEVEL_WARNING, "cannot make %s read-only: %s", last->target, strerror(errno));
 }
 
 /* Firecracker leaves at a reset, not at a power-off. */

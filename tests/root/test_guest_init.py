@@ -354,6 +354,26 @@ def test_at_the_end_disks_are_read_only_wherever_they_are_mounted(boot: Boot, co
         os.close(top)
 
 
+def test_at_the_end_disks_are_read_only_however_many_and_deep(boot: Boot, content: Path) -> None:
+    for program in ("mkdir", "mount"):
+        add_program(content, Path(shutil.which(program) or ""), Path("/bin", program))
+    deep = "/".join(("", *("d" * 100,) * 4))
+    script = (
+        "n=0; while [ $n -lt 70 ]; do mkdir /m$n; mount -n -t tmpfs /dev/null /m$n; n=$((n + 1)); done; "
+        f"mkdir -p {deep}; mount -n -t tmpfs /dev/null {deep}"
+    )
+    with boot() as machine:
+        wait_until(lambda: is_staying(machine), "it stays")
+        machine.enter("/bin/sh", "-ec", script, kinds=("--mount", "--pid", "--root"))
+        tops = [os.open(machine.root / path, os.O_DIRECTORY) for path in ("m0", "m69", deep[1:])]
+        os.kill(machine.pid, signal.SIGTERM)
+        assert machine.wait_for_end() == RESET
+    for top in tops:
+        with pytest.raises(OSError, match="Read-only file system"):
+            os.mkdir("written", dir_fd=top)
+        os.close(top)
+
+
 @pytest.mark.parametrize("path", ["/sbin/init", "/etc/init", "/bin/init"])
 def test_it_becomes_the_image_s_init(boot: Boot, content: Path, tmp_path: Path, path: str) -> None:
     add_script(content, path, 'echo "$$ $0 $*." > /seen; while :; do sleep 1; done')
