@@ -16,15 +16,24 @@ static int parse_protocol(const char *text, bool *ret_datagrams) {
         return *ret_datagrams || strcmp(text, "tcp") == 0 ? 0 : -EBADMSG;
 }
 
+/* The kernel lets datagrams come from a group, which is nobody's own, and go to it. */
+static bool is_multicast(const void *v4) {
+        return (*(const uint8_t *) v4 & 0xf0) == 0xe0;
+}
+
 static int parse_address(const char *text, union connect_address *ret) {
         *ret = (union connect_address) { 0 };
         if (inet_pton(AF_INET, text, &ret->v4.sin_addr) == 1) {
                 ret->any.sa_family = AF_INET;
-                return ret->v4.sin_addr.s_addr == htonl(INADDR_ANY) ? -EBADMSG : 0;
+                return ret->v4.sin_addr.s_addr == htonl(INADDR_ANY) || is_multicast(&ret->v4.sin_addr) ? -EBADMSG : 0;
         }
         if (inet_pton(AF_INET6, text, &ret->v6.sin6_addr) == 1) {
+                const struct in6_addr *address = &ret->v6.sin6_addr;
+
                 ret->any.sa_family = AF_INET6;
-                return IN6_IS_ADDR_UNSPECIFIED(&ret->v6.sin6_addr) ? -EBADMSG : 0;
+                if (IN6_IS_ADDR_V4MAPPED(address) && is_multicast(address->s6_addr + 12))
+                        return -EBADMSG;
+                return IN6_IS_ADDR_UNSPECIFIED(address) || IN6_IS_ADDR_MULTICAST(address) ? -EBADMSG : 0;
         }
         return -EBADMSG;
 }

@@ -70,3 +70,13 @@ async def test_a_service_s_datagram_port_is_left_to_it(client: guests.GuestClien
                 said, asker = await asyncio.to_thread(service.recvfrom, 100)
                 service.sendto(said, asker)
                 assert await tunnel.read() == b"asked"
+
+
+@pytest.mark.parametrize("address", ["224.0.0.1", "ff02::1", "::ffff:224.0.0.1"])
+async def test_a_group_is_no_address_of_the_guest(client: guests.GuestClient, address: str) -> None:
+    """Datagrams to one leave the guest. The kernel would let us bind to it."""
+    add_route = ("ip", "route", "add", "224.0.0.0/4", "dev", "lo")
+    await asyncio.to_thread(subprocess.run, add_route, check=True, timeout=10)
+    with pytest.raises(errors.BadRequestError):
+        async with client.connect(guest.ConnectSpec(80, address, "udp")):
+            pass
