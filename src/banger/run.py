@@ -131,8 +131,8 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
             error = caught
         loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
     try:
+        threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
         return await _finish(done, cancellation)
     finally:
         cancellation.close()
@@ -204,6 +204,8 @@ def run(
     except OSError as error:
         if cwd is not None and Path(error.filename or "") == cwd:
             raise errors.OperationFailedError(f"cannot work in {cwd}: {error.strerror}") from error
+        if (ours := errors.exhausted(error, of_fork=True)) is not None:
+            raise ours from error
         raise errors.MissingToolError(
             f"cannot start {program}: {error.strerror}", hint="check its mode"
         ) from error
@@ -330,8 +332,6 @@ class _Child:
         self._line = bytearray()
         self._feed = memoryview(feed)
         self._on_line = on_line
-        self._selector = selectors.DefaultSelector()
-        self._pidfd = os.pidfd_open(process.pid)
 
     @property
     def err_tail(self) -> bytes:
@@ -341,12 +341,15 @@ class _Child:
     def owned(self) -> Iterator[None]:
         """Whatever happens inside, the whole process group is gone and reaped afterwards."""
         try:
-            yield
+            with selectors.DefaultSelector() as self._selector:
+                self._pidfd = os.pidfd_open(self.process.pid)
+                try:
+                    yield
+                finally:
+                    os.close(self._pidfd)
         finally:
             self._signal(signal.SIGKILL)
             self.process.wait()
-            os.close(self._pidfd)
-            self._selector.close()
             for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
                 if pipe is not None:
                     pipe.close()

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -219,3 +222,52 @@ def test_no_descriptor_is_left() -> None:
         with pytest.raises(errors.DeadlineError):
             run.run(["sleep", "5"], deadline_s=0.02)
     assert count() <= before, "what other tests left may go meanwhile"
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM], ids=errno.errorcode.get
+)
+def test_a_program_that_the_host_has_no_room_for_is_not_blamed(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with pytest.raises(errors.UnavailableError, match=r"more files|memory|process"):
+        run.run(["true"], deadline_s=5)
+
+
+def test_a_program_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would go on writing what is taken back meanwhile."""
+    pids: list[int] = []
+
+    def full(pid: int, flags: int = 0) -> int:
+        pids.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    run.run(["true"], deadline_s=5)
+    before = _descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", full)
+        with pytest.raises(OSError, match="Too many open files"):
+            run.run(["sleep", "60"], deadline_s=5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    assert _descriptors() <= before
+
+
+async def test_work_for_which_there_is_no_thread_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    await run.in_thread(divmod, 7, 3)
+    before = _descriptors()
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with pytest.raises(RuntimeError, match="new thread"):
+        await run.in_thread(divmod, 7, 3)
+    assert _descriptors() <= before

@@ -147,9 +147,13 @@ _OUT_OF[errno.EDQUOT] = _OUT_OF[errno.ENOSPC]
 _NO_THREAD = "can't start new thread"
 
 
-def exhausted(error: BaseException) -> BangerError | None:
-    """What the host or this service has run out of, or cannot write; None for an error of any other kind."""
-    number = error.errno if isinstance(error, OSError) and not isinstance(error, BlockingIOError) else None
+def exhausted(error: BaseException, *, of_fork: bool = False) -> BangerError | None:
+    """What the host or this service has run out of, or cannot write; None for an error of any other kind.
+
+    `of_fork`: a program was to be started, and so EAGAIN is no matter of a descriptor that does not block.
+    """
+    blocks = isinstance(error, BlockingIOError) and not of_fork
+    number = error.errno if isinstance(error, OSError) and not blocks else None
     if isinstance(error, MemoryError):
         number = errno.ENOMEM
     elif isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
