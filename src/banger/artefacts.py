@@ -155,14 +155,27 @@ class Artefacts(Generic[R]):
             record = decoding.json(path.read_bytes(), self._type)
         except FileNotFoundError as error:
             raise errors.NotFoundError(f"there is no {self._what} {artefact_id}") from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+            if errors.exhausted(error) is not None:
+                raise  # its record may be as good as any
+            why = (error.strerror if isinstance(error, OSError) else None) or error
             raise errors.OperationFailedError(
-                f"the record of {self._what} {artefact_id} cannot be read: {error}",
-                hint=f"delete the {self._what} and make it again",
+                f"the record of {self._what} {artefact_id} cannot be read: {why}",
+                hint=f"delete it, and make it again: `banger {self._what} delete {artefact_id}`",
             ) from error
         if record.id != artefact_id:
             raise errors.OperationFailedError(f"{path} says it belongs to {record.id}")
         return record
+
+    def is_broken(self, artefact_id: str) -> bool:
+        """It is there, and its record is lost: only its id still names it."""
+        if not names.is_id(artefact_id) or not self.path(artefact_id).is_dir():
+            return False
+        try:
+            self.read(artefact_id)
+        except errors.BangerError:
+            return True
+        return False
 
     def find(self, reference: str) -> R:
         """By id, or by name: the newest of that name."""

@@ -143,6 +143,59 @@ async def test_a_vm_whose_row_is_corrupt_and_that_ended_is_cleaned_up(
         assert [row[-1] for row in _columns(paths.database)] == [b"{"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("publish", '["8O80:80"]'), ("publish", '["1:1","1:2"]'), ("allow", '["1.2.3.x/8"]')],
+)
+async def test_a_row_that_means_nothing_is_as_corrupt(
+    paths: config.Paths, world: worlds.World, field: str, value: str
+) -> None:
+    """A damaged letter leaves a row that can be read: it keeps no daemon down, and hides no other."""
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        for name in ("web", "other"):
+            assert (await conftest.Daemon(services, paths, world).create(name)).error is None
+    with contextlib.closing(sqlite3.connect(paths.database, isolation_level=None)) as outside:
+        change = "UPDATE vms SET record = json_set(record, ?, json(?)) WHERE name = 'web'"
+        outside.execute(change, (f"$.{field}", value))
+    async with composition.compose(conftest.SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        found = {vm.name: vm for vm in await services.vms.list()}
+        assert {vm.state for vm in found.values()} == {resources.VmState.RUNNING}
+        assert found["other"].last_error is None
+        assert found["web"].last_error is not None
+        assert "row of web is corrupt" in found["web"].last_error.message
+        daemon = conftest.Daemon(services, paths, world)
+        assert (await daemon.done(await services.vms.delete("web"))).error is None
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "unreadable"])
+@pytest.mark.parametrize(
+    ("kind", "their_id"), [("image", conftest.IMAGE_ID), ("kernel", conftest.KERNEL_ID)]
+)
+async def test_an_image_or_kernel_whose_record_is_lost_is_deleted_by_its_id(
+    daemon: conftest.Daemon, kind: str, their_id: str, damage: str
+) -> None:
+    """As the error and the inventory say. Its VMs are shown, stopped and deleted as ever."""
+    await daemon.create()
+    record = daemon.paths.state / f"{kind}s" / their_id / f"{kind}.json"
+    record.unlink()
+    if damage == "cut short":
+        record.write_text('{"id":')
+    elif damage == "unreadable":
+        record.mkdir()  # a bad block answers as wrongly
+    services = daemon.services
+    service = services.images if kind == "image" else services.kernels
+    [vm] = await services.vms.list()
+    assert getattr(vm, kind) == their_id
+    assert (await daemon.done(await services.vms.restart("web"))).error is None
+    with pytest.raises(errors.ConflictError, match="used by web"):
+        service.delete(their_id)
+    assert (await daemon.done(await services.vms.delete("web"))).error is None
+    service.delete(their_id)
+    assert list((daemon.paths.state / f"{kind}s").iterdir()) == []
+    with pytest.raises(errors.NotFoundError):
+        service.delete(their_id)
+
+
 async def _done(services: routes.Services, begun: Awaitable[resources.Operation]) -> None:
     ended = await services.operations.wait((await begun).id)
     if ended.error is not None:

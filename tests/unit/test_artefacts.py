@@ -91,7 +91,23 @@ def test_a_broken_record_hides_nothing_else(notes: artefacts.Artefacts[Note], tm
     assert list(notes.broken()) == ["bbbbbbbbbbbb"]
     with pytest.raises(errors.OperationFailedError) as caught:
         notes.find("bbbbbbbbbbbb")
-    assert "delete the note" in caught.value.hint
+    assert "note delete bbbbbbbbbbbb" in caught.value.hint
+
+
+def test_a_record_that_cannot_be_read_hides_nothing_else(
+    notes: artefacts.Artefacts[Note], tmp_path: Path
+) -> None:
+    """A bad block, say; a directory answers as wrongly, to root too."""
+    put(notes, "aaaaaaaaaaaa", "one")
+    put(notes, "bbbbbbbbbbbb", "two")
+    record = tmp_path / "notes/bbbbbbbbbbbb/note.json"
+    record.unlink()
+    record.mkdir()
+    assert [note.name for note in notes.records()] == ["one"]
+    assert list(notes.broken()) == ["bbbbbbbbbbbb"]
+    with pytest.raises(errors.OperationFailedError, match="Is a directory") as caught:
+        notes.read("bbbbbbbbbbbb")
+    assert "note delete bbbbbbbbbbbb" in caught.value.hint
 
 
 def test_deleting_twice_is_fine(notes: artefacts.Artefacts[Note], tmp_path: Path) -> None:

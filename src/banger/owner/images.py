@@ -101,7 +101,7 @@ class ImageService:
         """For showing; the id itself when the image is gone."""
         try:
             return self.records.read(image_id).name
-        except errors.BangerError:
+        except (errors.BangerError, OSError):  # no more files can be opened: a VM is shown all the same
             return image_id
 
     def may_have(self, image_id: str, program: str) -> bool:
@@ -204,13 +204,13 @@ class ImageService:
 
     def delete(self, ref: str) -> None:
         """Raises ConflictError while VMs are made from it."""
-        image = self.find(ref)
-        users = self._store.names_using_image(image.id)
+        image_id = ref if self.records.is_broken(ref) else self.find(ref).id
+        users = self._store.names_using_image(image_id)
         if users:
             raise errors.ConflictError(
-                f"image {image.name} is used by {', '.join(users)}", hint="delete these VMs first"
+                f"image {self.name(image_id)} is used by {', '.join(users)}", hint="delete these VMs first"
             )
-        self.records.delete(image.id)
+        self.records.delete(image_id)
 
     def prunable(self) -> tuple[Path, ...]:
         """What packages recipes were built of. Nothing during a build, which may be about to read it."""

@@ -70,7 +70,7 @@ class KernelService:
         """For showing; the id itself when the kernel is gone."""
         try:
             return self._kernels.read(kernel_id).name
-        except errors.BangerError:
+        except (errors.BangerError, OSError):  # no more files can be opened: a VM is shown all the same
             return kernel_id
 
     def pull(self, body: requests.PullKernel) -> resources.Operation:
@@ -152,13 +152,13 @@ class KernelService:
 
     def delete(self, ref: str) -> None:
         """Raises ConflictError while VMs boot with it."""
-        kernel = self._kernels.find(ref)
-        users = self._store.names_using_kernel(kernel.id)
+        kernel_id = ref if self._kernels.is_broken(ref) else self._kernels.find(ref).id
+        users = self._store.names_using_kernel(kernel_id)
         if users:
             raise errors.ConflictError(
-                f"kernel {kernel.name} is used by {', '.join(users)}", hint="delete these VMs first"
+                f"kernel {self.name(kernel_id)} is used by {', '.join(users)}", hint="delete these VMs first"
             )
-        self._kernels.delete(kernel.id)
+        self._kernels.delete(kernel_id)
 
     def _view(self, kernel: records.Kernel) -> resources.Kernel:
         return resources.Kernel(

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from banger.contract import decoding, errors, names, resources
+from banger.contract import decoding, destinations, errors, names, ports, resources
 from banger.owner import migrations
 from banger.vm import record
 
@@ -203,7 +203,8 @@ class Store:
         try:
             vm = decoding.json(row[-1], record.VmRecord)
             _require_same(vm, row)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            _require_meaning(vm.publish, vm.allow)
+        except (msgspec.MsgspecError, UnicodeDecodeError, errors.BadRequestError) as error:
             if row[0] not in self._told:
                 self._told.add(row[0])
                 _log.error("a row is corrupt", extra={"vm": row[0], "error": str(error)})
@@ -287,6 +288,14 @@ def _require_same(vm: record.VmRecord, row: Row) -> None:
     for what, one, other in zip(_COLUMNS.split(", "), _kept_twice(vm), row, strict=False):
         if one != other:
             raise msgspec.ValidationError(f"its {what} is {one!r} in one place and {other!r} in another")
+
+
+@functools.lru_cache(names.MAX_SLOTS)
+def _require_meaning(publish: tuple[str, ...], allow: tuple[str, ...]) -> None:
+    """Raises BadRequestError for texts that nobody asked for. Looked at once: rows are read every second."""
+    ports.parse_all(publish)
+    for rule in allow:
+        destinations.parse(rule)
 
 
 def _salvaged(row: Row, why: str) -> record.Salvaged:
