@@ -300,6 +300,25 @@ async def test_one_that_its_user_stops_as_the_host_goes_down_stays_down(
         assert await started_again(daemon) == []
 
 
+@pytest.mark.parametrize("asked", [("restart",), ("stop", "start"), ("restart", "stop")])
+async def test_one_that_is_to_run_again_as_the_host_goes_down_starts_with_it(
+    paths: config.Paths, world: worlds.World, asked: tuple[str, ...]
+) -> None:
+    """Its end cannot be called back any more, and its start is: what its user said last counts."""
+    async with booted(paths, world, "first") as daemon:
+        await create(daemon, "again", autostart=True)
+        stopping, release = held(world, privileged.KillVmm)
+        for each in asked:
+            await getattr(daemon.services.vms, each)("again")
+        await asyncio.wait_for(stopping.wait(), 30)
+        going_down = daemon.services.restarts.begin_stopping()
+        asyncio.get_running_loop().call_later(0.01, release.set)
+        assert (await daemon.done(going_down)).error is None
+        assert (await settled(daemon))["again"].state is _STOPPED
+    async with booted(paths, world, "second") as daemon:
+        assert await started_again(daemon) == (["again"] if asked[-1] != "stop" else [])
+
+
 async def test_one_that_powered_off_as_the_power_failed_ran_too(
     paths: config.Paths, world: worlds.World
 ) -> None:

@@ -194,6 +194,10 @@ async def test_a_name_is_one_vm_s_from_before_its_image_is_here(
                 "already_exists",
                 "a VM named web is being made already",
             )
+        assert (await served.done("POST", "/v1/vms", {**body, "name": "old", "image": "tiny"})).vm
+        refused = await served.error("PATCH", "/v1/vms/old", 409, {"name": "web"})
+        assert (refused.code, refused.message) == ("already_exists", "a VM named web is being made already")
+        assert (await served.http.patch("/v1/vms/old", json={"name": "old"})).status_code == 200
     finally:
         released.set()
     ended = [(await served.watch(each.id))[-1].result for each in nameless]

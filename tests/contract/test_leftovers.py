@@ -177,3 +177,23 @@ async def test_one_whose_deletion_fails_while_its_rest_is_taken_away_goes_too(
     daemon.world.before = worlds._nothing
     await nothing_is_left(daemon.services)
     assert await vms.list() == []
+
+
+async def test_a_vm_whose_create_fails_at_its_very_end_goes_at_once(
+    daemon: conftest.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was to go with its request; the next daemon would take it, with what was done in it since."""
+    rows = daemon.services.vms._store
+
+    def full(vm_id: names.VmId, *, throw_away: bool, lasts: bool = False) -> None:
+        raise errors.NoSpaceError("no space left for banger's database")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "set_throw_away", full)
+        body = resources.CreateVm(name="web", remove_on_failure=True)
+        operation = await daemon.done(await daemon.services.vms.create(body))
+    assert operation.error is not None
+    assert operation.error.code == "no_space"
+    await nothing_is_left(daemon.services)
+    assert await daemon.services.vms.list() == []
+    assert daemon.world.leftovers() == {}

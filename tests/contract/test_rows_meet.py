@@ -86,3 +86,13 @@ async def test_a_workspace_that_arrives_meanwhile_stays(
     await change(daemon, created)
     row = rows.get(names.VmId(created.id))
     assert (row.workspaces, row.placing) == ((OTHER, WORKSPACE), "/root/third")
+
+
+async def test_what_is_set_before_a_create_begins_stays(daemon: conftest.Daemon) -> None:
+    """Its row is there as soon as it was asked for; the operation comes to it a moment later."""
+    begun, _ = await asyncio.gather(
+        daemon.services.vms.create(resources.CreateVm(name="web")),
+        daemon.services.alterations.set("web", resources.SetVm(vcpus=3)),
+    )
+    assert (await daemon.done(begun)).error is None
+    assert (await daemon.services.vms.get("web")).vcpus == 3

@@ -24,6 +24,7 @@ class Alterations:
         lifecycle: locks.Lifecycle,
         view: Callable[[record.VmRecord], resources.Vm],
         kernel_id: Callable[[str], names.KernelId],
+        require_unawaited: Callable[[str], None],
         publisher: publish.Publisher,
         keys: ssh.SshKeys,
         zone: dns.Zone,
@@ -34,6 +35,7 @@ class Alterations:
         self._lifecycle = lifecycle
         self._view = view
         self._kernel_id = kernel_id
+        self._require_unawaited = require_unawaited
         self._publisher = publisher
         self._keys = keys
         self._zone = zone
@@ -55,6 +57,8 @@ class Alterations:
             )
         has_disk = self._host.layout.work_disk(vm.id).exists()
         changed = changes.applied(vm, body, self._kernel_id, has_disk=has_disk)
+        if changed.name != vm.name:
+            self._require_unawaited(changed.name)
         if changed.autostart and not vm.autostart and vm.host_boot_id != self._host.boot_id:
             # It ran when an earlier boot of its host ended, and not when this one will.
             changed = msgspec.structs.replace(changed, stopped_with_host=False)

@@ -114,6 +114,7 @@ class VmService:
             lifecycle=self._lifecycle,
             view=self._view,
             kernel_id=resolver.kernel_id,
+            require_unawaited=self._require_unawaited,
             publisher=publisher,
             keys=keys,
             zone=zone,
@@ -184,21 +185,23 @@ class VmService:
     def _free_name(self, wanted: str | None) -> names.VmName:
         """Raises AlreadyExistsError. One whose image is still being got is taken, and has no row yet."""
         taken = self._store.taken_names()
-        awaited = {
-            each.target
-            for each in self._operations.list()
-            if each.kind == "vm.create" and not each.status.is_final
-        }
         if not wanted:
-            return create.new_name(taken | awaited)
+            return create.new_name(taken | self._awaited_names())
         name = given_names.parse_vm_name(wanted)
         if name in taken:
             raise store.name_taken(name)
-        if name in awaited:
+        self._require_unawaited(name)
+        return name
+
+    def _require_unawaited(self, name: str) -> None:
+        if name in self._awaited_names():
             raise errors.AlreadyExistsError(
                 f"a VM named {name} is being made already", hint="choose another name, or leave it out"
             )
-        return name
+
+    def _awaited_names(self) -> set[str]:
+        creates = (each for each in self._operations.list() if each.kind == "vm.create")
+        return {each.target for each in creates if not each.status.is_final}
 
     async def _reserve(self, name: names.VmName, body: resources.CreateVm) -> record.VmRecord:
         resolved = self._resolver.resolve(body)
@@ -217,14 +220,25 @@ class VmService:
         self, vm: record.VmRecord, body: resources.CreateVm, progress: operations.Progress
     ) -> resources.Vm:
         async with self._lifecycle.hold(vm.id, progress.op_id):
+            vm = self._store.get(vm.id)  # it may have been set meanwhile
             view = self._view(vm)
             if body.start:
                 view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
             if body.for_command:
                 self.sessions.claims.expect(vm.id)
-            if body.for_command != body.remove_on_failure:  # it was as in the latter until now
-                self._store.set_throw_away(vm.id, throw_away=body.for_command, lasts=True)
+                if not body.remove_on_failure:
+                    self._store.set_throw_away(vm.id, throw_away=True, lasts=True)
+            elif body.remove_on_failure:
+                self._keep(vm.id)
             return view
+
+    def _keep(self, vm_id: names.VmId) -> None:
+        """One of which that cannot be written goes now: the next daemon would take what was done in it."""
+        try:
+            self._store.set_throw_away(vm_id, throw_away=False, lasts=True)
+        except errors.BangerError:
+            self.endings.leftovers.add(vm_id, whole=True)
+            raise
 
     async def start(self, ref: str) -> resources.Operation:
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
@@ -247,6 +261,8 @@ class VmService:
         """In order, also one that is only being started, or still to be; what does not run is fine."""
         boot_id = self._host.boot_id
         with_host = functools.partial(msgspec.structs.replace, stopped_with_host=True, host_boot_id=boot_id)
+        ahead = self._asked_of(self._store.find(ref).id)
+        is_to_run = bool(ahead) and ahead[-1] in _STARTING  # though what comes first may be its end
 
         async def work(progress: operations.Progress, vm: record.VmRecord) -> resources.Vm:
             if vm.state is _RUNNING:
@@ -254,7 +270,7 @@ class VmService:
                 self._notices.tell(vm.id, f"{vm.name} is being stopped: its host goes down")
                 return self._view(await self.endings.stop(vm, functools.partial(_ORDERLY, mark=with_host)))
             is_stopped = vm.state is resources.VmState.STOPPED and not vm.stopped_with_host
-            if is_stopped or isinstance(vm, record.Salvaged):
+            if (is_stopped and not is_to_run) or isinstance(vm, record.Salvaged):
                 return self._view(vm)  # its user, or time, stopped it as we waited
             vm = with_host(vm)
             self._store.save(vm)
@@ -316,8 +332,7 @@ class VmService:
 
     def is_up(self, vm: record.VmRecord) -> bool:
         """It runs, or is being started, or waits for that."""
-        wanting = map(self._operations.get, self._lifecycle.wanting(vm.id))
-        return vm.state is _RUNNING or any(each.kind in _STARTING for each in wanting)
+        return vm.state is _RUNNING or not _STARTING.isdisjoint(self._asked_of(vm.id))
 
     async def close(self) -> None:
         """Stops watching; running VMs are left alone."""
@@ -361,6 +376,10 @@ class VmService:
                 return await work(progress, self._store.get(found.id))
 
         return self._operations.start(kind, found.name, locked)
+
+    def _asked_of(self, vm_id: names.VmId) -> tuple[str, ...]:
+        """The kinds of operations at work on it and of those that wait, in their order."""
+        return tuple(self._operations.get(each).kind for each in self._lifecycle.wanting(vm_id))
 
     def _override(self, vm_id: names.VmId, kinds: frozenset[str]) -> None:
         """Those that wait as well, or each would have its turn; the lock is free when all have ended."""
