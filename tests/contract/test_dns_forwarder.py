@@ -14,7 +14,7 @@ import dnslib
 import pytest
 
 from banger.contract import destinations
-from banger.net import dns, forwarder, upstream
+from banger.net import dns, forwarder, upstream, wire
 from tests.contract import dns_served
 
 NETWORK = ipaddress.IPv4Network("10.213.240.0/20")
@@ -171,6 +171,23 @@ async def test_when_opening_fails_the_guest_learns_nothing() -> None:
 
         desk.forwarding._open = refuse
         assert await desk.rcode(shut, "example.org") == "SERVFAIL"
+
+
+async def test_a_long_answer_counts_as_many_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarder, "_RATE", 50.0)
+
+    async def ask(data: bytes, question: wire.Question, *, tcp: bool) -> tuple[bytes, wire.Reply]:
+        return data[:2] + bytes(60_000), wire.Reply(False, (), 0)
+
+    made = forwarder.Forwarder(NETWORK, ask, _nothing)
+    made.update([WEB], serial=1)
+    query = bytes(dnslib.DNSRecord.question("example.org").pack())
+    answered = 0
+    while (asking := made.handle(query, str(WEB.address), True)) is not None:
+        assert not isinstance(asking, bytes)
+        assert await asking is not None
+        answered += 1
+    assert 2 <= answered <= 4
 
 
 async def test_a_long_answer_comes_by_tcp() -> None:

@@ -209,7 +209,7 @@ def test_no_packet_is_an_exception_or_worth_sending_for_its_answer(packet: bytes
 
 @given(st.binary(max_size=300))
 def test_no_reply_of_an_upstream_server_is_an_exception(packet: bytes) -> None:
-    asked = wire.Question(1, (b"a",), 1, has_edns=False, limit=512, end=0)
+    asked = wire.Question(1, (b"a",), 1, has_edns=False, limit=512, end=19)
     assert wire.read_reply(packet, asked, 1) is None
     assert isinstance(wire.fit(packet + bytes(600), asked), bytes)
 
@@ -217,7 +217,7 @@ def test_no_reply_of_an_upstream_server_is_an_exception(packet: bytes) -> None:
 def _upstream(*records: str, name: str = "a.example") -> wire.Reply | None:
     reply = dnslib.DNSRecord(dnslib.DNSHeader(id=9, qr=1, rd=1, ra=1), q=dnslib.DNSQuestion(name))
     reply.add_answer(*dnslib.RR.fromZone("\n".join(records)))
-    asked = wire.Question(1, (b"a", b"example"), 1, has_edns=False, limit=512, end=0)
+    asked = wire.Question(1, (b"a", b"example"), 1, has_edns=False, limit=512, end=19)
     return wire.read_reply(bytes(reply.pack()), asked, 9)
 
 
@@ -242,7 +242,7 @@ def test_a_reply_to_another_question_is_none() -> None:
 
 
 def test_a_long_reply_by_udp_says_to_ask_by_tcp() -> None:
-    question = wire.Question(1, (b"a",), 1, has_edns=False, limit=512, end=0)
+    question = wire.Question(1, (b"a",), 1, has_edns=False, limit=512, end=19)
     long = dnslib.DNSRecord(dnslib.DNSHeader(id=1, qr=1), q=dnslib.DNSQuestion("a"))
     long.add_answer(*[dnslib.RR("a", rdata=dnslib.A(f"192.0.2.{n}")) for n in range(100)])
     cut = dnslib.DNSRecord.parse(wire.fit(bytes(long.pack()), question))

@@ -138,6 +138,7 @@ class Forwarder:
         seen.pending += 1
         try:
             reply, said = await self._ask(data, question, tcp=tcp)
+            seen.tokens -= len(reply) / wire.PAYLOAD_BYTES  # a long one is as much work as many
             await self._open_addresses(guest, seen, question, said)
         except errors.BangerError as error:
             _log.debug("could not answer a guest", extra={"vm": guest.id, "error": error.message})

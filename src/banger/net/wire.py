@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DNS messages: parsed with dnslib behind one door, which nothing in a packet gets through as an exception.
+"""DNS messages: questions parsed with dnslib, replies without, and no packet gets through as an exception.
 
 An answer is never much longer than its question plus one record, so nobody is amplified. Pure.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,9 +32,18 @@ _CACHED: Final = 2048
 _RCODE_BADVERS: Final = 16
 _REFUSALS: Final = (dnslib.RCODE.SERVFAIL, dnslib.RCODE.NOTIMP, dnslib.RCODE.REFUSED)
 _RESPONSE: Final = 0x8000
+_REPLY_BITS: Final = 0xF800
+"""That it is a reply, and to what kind of question: 0, a query."""
 _AUTHORITATIVE: Final = 0x0400
 _ASKED: Final = b"\xc0\x0c"
 """The name of the question, wherever it is needed again."""
+_NO_LABEL: Final = 0x40
+_POINTER: Final = 0xC0
+_POINTED_AT: Final = 0x3FFF
+_HEADER: Final = struct.Struct("!6H")
+_QUESTION: Final = struct.Struct("!HH")
+_RECORD: Final = struct.Struct("!HHIH")
+_ADDRESS_BYTES: Final = {dnslib.QTYPE.A: 4, dnslib.QTYPE.AAAA: 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +116,13 @@ def fail(data: bytes) -> bytes:
 
 
 def fit(reply: bytes, question: Question) -> bytes:
-    """For UDP: what is too long becomes an empty answer that says to ask again by TCP."""
+    """For UDP: what is too long becomes an empty answer that says to ask again by TCP. `reply` was read."""
     if len(reply) <= question.limit:
         return reply
-    try:
-        record = _strict(reply)
-    except Exception:
-        return _bare(reply, dnslib.RCODE.SERVFAIL)
-    record.rr, record.auth = [], []
-    record.ar = [each for each in record.ar if each.rtype == dnslib.QTYPE.OPT][:1]
-    record.header.tc = 1
-    return bytes(record.pack())
+    head = (
+        reply[:2] + bytes((reply[2] | _TRUNCATED, reply[3])) + struct.pack("!4H", 1, 0, 0, question.has_edns)
+    )
+    return head + reply[HEADER_BYTES : question.end] + (_option() if question.has_edns else b"")
 
 
 def with_id(data: bytes, number: int) -> bytes:
@@ -137,36 +142,86 @@ class Reply:
 
 
 def read_reply(data: bytes, asked: Question, number: int) -> Reply | None:
-    """None unless it is a reply to this question with this id, and whole or said to be cut."""
+    """None unless it is a reply to this question with this id, and whole or said to be cut.
+
+    Without dnslib, which takes a second of all that the daemon does for one that is long on purpose.
+    """
     try:
-        buffer = dnslib.DNSBuffer(data)
-        header = dnslib.DNSHeader.parse(buffer)
-        question = dnslib.DNSQuestion.parse(buffer)
+        found, flags, questions, *counts = _HEADER.unpack_from(data)
+        names = _Names(data)
+        name, at = names.at(HEADER_BYTES)
         matches = (
-            (header.id, header.qr, header.opcode, header.q) == (number, 1, dnslib.OPCODE.QUERY, 1)
-            and lower(question.qname) == asked.name
-            and (question.qtype, question.qclass) == (asked.type, dnslib.CLASS.IN)
+            (found, flags & _REPLY_BITS, questions) == (number, _RESPONSE, 1)
+            and name == asked.name
+            and _QUESTION.unpack_from(data, at) == (asked.type, dnslib.CLASS.IN)
         )
         if not matches:
             return None
-        if header.tc:  # where it was cut may be anywhere
+        if flags & _TRUNCATED << 8:  # where it was cut may be anywhere
             return Reply(truncated=True, addresses=(), ttl_s=0)
-        addresses, ttl_s = _addresses(_strict(data), asked.name)
-        return Reply(False, addresses, ttl_s, is_refusal=header.rcode in _REFUSALS)
-    except Exception:
-        # dnslib promises no closed set of exceptions for what strangers send.
+        addresses, ttl_s = _addresses(data, names, at + _QUESTION.size, counts, name)
+        return Reply(False, addresses, ttl_s, is_refusal=flags & 0x0F in _REFUSALS)
+    except (ValueError, IndexError, struct.error):
         return None
 
 
-def _addresses(record: dnslib.DNSRecord, name: zones.Labels) -> tuple[tuple[str, ...], int]:
+class _Names:
+    """The names in one packet. No place is read twice, however many names point there."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._known: dict[int, tuple[zones.Labels, int]] = {}
+
+    def at(self, place: int) -> tuple[zones.Labels, int]:
+        """In lower case, and where it ends. Raises ValueError or IndexError where none is."""
+        passed: list[tuple[int, zones.Labels]] = []
+        while (found := self._known.get(place)) is None:
+            size = self._data[place]
+            if not size:
+                found = (), place + 1
+                break
+            if size >= _POINTER:
+                passed.append((place, ()))
+                target = (size << 8 | self._data[place + 1]) & _POINTED_AT
+                if not HEADER_BYTES <= target < place:
+                    raise ValueError("a name points ahead")
+                place = target
+            elif size < _NO_LABEL:
+                passed.append((place, (self._data[place + 1 : place + 1 + size].lower(),)))
+                place += 1 + size
+            else:
+                raise ValueError("a name has no such part")
+            if len(passed) > _MAX_NAME_BYTES:
+                raise ValueError("a name does not end")
+        labels, end = found
+        for place, label in reversed(passed):
+            labels, end = label + labels, end if label else place + 2
+            if place <= _POINTED_AT:
+                self._known[place] = labels, end
+        if len(labels) > _MAX_NAME_BYTES // 2:
+            raise ValueError("a name is too long")
+        return labels, end
+
+
+def _addresses(
+    data: bytes, names: _Names, at: int, counts: Sequence[int], name: zones.Labels
+) -> tuple[tuple[str, ...], int]:
+    """Of the answer's records, from `at`; all of the packet is what it says to hold."""
     aliases: dict[zones.Labels, tuple[zones.Labels, int]] = {}
-    found: dict[zones.Labels, list[tuple[str, int]]] = {}
-    for each in record.rr:
-        if each.rtype == dnslib.QTYPE.CNAME:
-            aliases[lower(each.rname)] = (lower(each.rdata.label), each.ttl)
-        elif each.rtype in (dnslib.QTYPE.A, dnslib.QTYPE.AAAA):
-            text = str(ipaddress.ip_address(bytes(each.rdata.data)))
-            found.setdefault(lower(each.rname), []).append((text, each.ttl))
+    found: dict[zones.Labels, list[tuple[bytes, int]]] = {}
+    for number in range(sum(counts)):
+        owner, at = names.at(at)
+        kind, _, ttl, size = _RECORD.unpack_from(data, at)
+        at += _RECORD.size
+        if number >= counts[0]:
+            pass
+        elif kind == dnslib.QTYPE.CNAME:
+            aliases[owner] = names.at(at)[0], ttl
+        elif size == _ADDRESS_BYTES.get(kind):
+            found.setdefault(owner, []).append((data[at : at + size], ttl))
+        at += size
+    if at != len(data):
+        raise ValueError("it is cut, or something stands behind it")
     lives: list[int] = []
     for _ in range(len(aliases)):
         if name not in aliases:
@@ -174,7 +229,8 @@ def _addresses(record: dnslib.DNSRecord, name: zones.Labels) -> tuple[tuple[str,
         name, life = aliases[name]
         lives.append(life)
     pairs = found.get(name, [])
-    return tuple(address for address, _ in pairs), min([*lives, *(life for _, life in pairs)], default=0)
+    addresses = tuple(str(ipaddress.ip_address(packed)) for packed, _ in pairs)
+    return addresses, min([*lives, *(life for _, life in pairs)], default=0)
 
 
 def _parsed(data: bytes) -> tuple[dnslib.DNSQuestion, int, list[dnslib.RR]]:
@@ -199,18 +255,6 @@ def _parsed(data: bytes) -> tuple[dnslib.DNSQuestion, int, list[dnslib.RR]]:
     if buffer.remaining():
         raise RefusedError(_bare(data, dnslib.RCODE.FORMERR))
     return question, end, records
-
-
-def _strict(data: bytes) -> dnslib.DNSRecord:
-    """dnslib does not mind what stands behind the last record; we do."""
-    buffer = dnslib.DNSBuffer(data)
-    header = dnslib.DNSHeader.parse(buffer)
-    questions = [dnslib.DNSQuestion.parse(buffer) for _ in range(header.q)]
-    counts = (header.a, header.auth, header.ar)
-    answers, authorities, others = [[dnslib.RR.parse(buffer) for _ in range(n)] for n in counts]
-    if buffer.remaining():
-        raise ValueError("trailing bytes")
-    return dnslib.DNSRecord(header, questions, answers, auth=authorities, ar=others)
 
 
 def _bare(data: bytes, rcode: int) -> bytes:
