@@ -173,6 +173,97 @@ async def test_when_opening_fails_the_guest_learns_nothing() -> None:
         assert await desk.rcode(shut, "example.org") == "SERVFAIL"
 
 
+class Slow:
+    """A forwarder whose resolver and whose root answer when they are told to."""
+
+    def __init__(self, *guests: forwarder.Guest) -> None:
+        self.answers, self.opens = asyncio.Event(), asyncio.Event()
+        self.opened: list[tuple[str, int]] = []
+        self.at_once = self.most = 0
+        self.forwarding = forwarder.Forwarder(NETWORK, self._ask, self._open)
+        self.forwarding.update(guests, serial=1)
+        self.desk = Desk(self.forwarding)
+
+    async def _ask(self, data: bytes, question: wire.Question, *, tcp: bool) -> tuple[bytes, wire.Reply]:
+        await self.answers.wait()
+        reply = dnslib.DNSRecord.parse(data).reply()
+        reply.add_answer(*dnslib.RR.fromZone(RECORDS["example.org."]))
+        data = bytes(reply.pack())
+        found = wire.read_reply(data, question, question.id)
+        assert found is not None
+        return data, found
+
+    async def _open(self, who: forwarder.Guest, addresses: Sequence[str], ttl_s: int, port: int) -> None:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await self.opens.wait()
+        self.at_once -= 1
+        self.opened.append((who.id, port))
+
+
+def shut(*ports: int, **fields: object) -> forwarder.Guest:
+    allowed = tuple(destinations.NamedDestination("example.org", port) for port in ports)
+    return guest(2, "shut", forward=True, everything=False, allowed=allowed, **fields)
+
+
+async def test_what_was_asked_before_a_change_opens_nothing_after_it() -> None:
+    """Whoever answers could hold an answer back until then, and name a day."""
+    before, after = shut(443), shut()
+    slow = Slow(before)
+    slow.opens.set()
+    asking = asyncio.create_task(slow.desk.rcode(before, "example.org"))
+    await asyncio.sleep(0)
+    slow.forwarding.update([after], serial=2)
+    slow.answers.set()
+    assert await asking == "SERVFAIL"
+    assert slow.opened == []
+
+
+async def test_nothing_is_opened_while_what_a_guest_may_reach_changes() -> None:
+    before = shut(443)
+    slow = Slow(before, WEB)
+    slow.answers.set()
+    slow.opens.set()
+    async with slow.forwarding.changing(before.id):
+        asking = asyncio.create_task(slow.desk.rcode(before, "example.org"))
+        assert await slow.desk.rcode(WEB, "example.org") == "NOERROR"
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert slow.opened == []
+        slow.forwarding.update([shut(80), WEB], serial=2)
+    assert await asking == "SERVFAIL"
+    assert slow.opened == []
+    assert await slow.desk.rcode(before, "example.org") == "NOERROR"
+    assert slow.opened == [(before.id, 80)]
+    async with slow.forwarding.changing("nobody"):
+        pass
+
+
+async def test_root_is_asked_for_one_thing_of_a_guest_s_at_a_time() -> None:
+    """It hears 64 at once: one guest that has many names opened would keep all others waiting."""
+    one = shut(*range(1, 9))
+    slow = Slow(one)
+    slow.answers.set()
+    asking = [asyncio.create_task(slow.desk.rcode(one, "example.org")) for _ in range(8)]
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert slow.most == 1
+    slow.opens.set()
+    assert set(await asyncio.gather(*asking)) == {"NOERROR"}
+    assert (slow.most, len(slow.opened)) == (1, 8)
+
+
+async def test_a_record_that_lives_longer_than_what_is_open_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = guest(2, "shut", forward=True, everything=False, allowed=(destinations.NamedDestination("a.org"),))
+    async with desk_with(one) as desk:
+        for life in (5, 50, 3600, 3600, 300):
+            monkeypatch.setitem(RECORDS, "a.org.", f"a.org. {life} A 192.0.2.7")
+            assert await desk.rcode(one, "a.org") == "NOERROR"
+        assert [ttl_s for *_, ttl_s, _ in desk.opened] == [60, 3600]
+
+
 async def test_a_long_answer_counts_as_many_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwarder, "_RATE", 50.0)
 

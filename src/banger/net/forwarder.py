@@ -8,6 +8,8 @@ addresses of a name that the policy allows are opened before the guest learns th
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import logging
 import time
@@ -30,6 +32,10 @@ _MIN_OPEN_S: Final = 60
 _OPENED_S: Final = 10.0
 """How long what was opened is not opened again: far less than it lasts."""
 _MAX_OPEN_S: Final = 86400
+_SLACK_S: Final = 1.0
+"""Resolvers count whole seconds."""
+_OPENING: Final = 4.0
+"""As many questions as root's work for one of them counts."""
 
 Ask = Callable[..., Awaitable[tuple[bytes, wire.Reply]]]
 
@@ -62,7 +68,10 @@ class _Seen:
     tokens: float = 2 * _RATE
     at: float = field(default_factory=time.monotonic)
     pending: int = 0
-    opened: dict[tuple[tuple[str, ...], int], float] = field(default_factory=dict)
+    opened: dict[tuple[tuple[str, ...], int], tuple[float, float]] = field(default_factory=dict)
+    """Since when, and until when."""
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Root is asked for one thing of a guest's after the other, so that others are heard in between."""
 
     def take(self) -> bool:
         now = time.monotonic()
@@ -111,6 +120,12 @@ class Forwarder:
         ]
         return zone_of(told, self._network, self._network6, serial=self._serial)
 
+    def changing(self, guest_id: str) -> contextlib.AbstractAsyncContextManager[object]:
+        """Nothing is opened for a guest inside the block; then only what its policy is by then."""
+        of_it = (self._seen[address] for address, guest in self._guests.items() if guest.id == guest_id)
+        seen = next(of_it, None)
+        return contextlib.nullcontext() if seen is None else seen.opening
+
     def handle(
         self, data: bytes, peer: str, tcp: bool
     ) -> bytes | Coroutine[None, None, bytes | None] | None:
@@ -156,11 +171,16 @@ class Forwarder:
         ports = {each.port for each in guest.allowed if _covers(each.name, question.name)}
         life = max(_MIN_OPEN_S, min(said.ttl_s, _MAX_OPEN_S))
         now = time.monotonic()
-        seen.opened = {key: at for key, at in seen.opened.items() if at > now - _OPENED_S}
+        seen.opened = {key: times for key, times in seen.opened.items() if times[0] > now - _OPENED_S}
         for port in sorted(ports) if addresses else ():
-            if (addresses, port) not in seen.opened:
-                await self._open(guest, addresses, life, port)
-                seen.opened[addresses, port] = now
+            async with seen.opening:
+                if self._guests.get(str(guest.address)) != guest:
+                    raise errors.ConflictError("what the guest may reach has changed meanwhile")
+                _, until = seen.opened.get((addresses, port), (0.0, 0.0))
+                if until < now + min(said.ttl_s, _MAX_OPEN_S) - _SLACK_S:
+                    seen.tokens -= _OPENING
+                    await self._open(guest, addresses, life, port)
+                    seen.opened[addresses, port] = now, now + life
 
     def _is_outside(self, guest: Guest, text: str) -> bool:
         """Whoever answers for an allowed name could name the host, other guests or the cloud's metadata."""

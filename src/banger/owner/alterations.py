@@ -75,13 +75,14 @@ class Alterations:
             self._rows.save(changed)
             self._activities.of(vm_id).touch()
             if changed.state is resources.VmState.RUNNING and body.changes_egress:
-                try:
-                    await self._host.keeper.set_rules(changed)
-                except errors.BangerError:
-                    self._rows.save(vm.with_what_arrived(self._rows.get(vm_id)))
-                    self._host.keeper.look_again()  # root may have opened it all the same
-                    raise
-                self._zone.add(changed)
+                async with self._zone.changing(vm_id):
+                    try:
+                        await self._host.keeper.set_rules(changed)
+                    except errors.BangerError:
+                        self._rows.save(vm.with_what_arrived(self._rows.get(vm_id)))
+                        self._host.keeper.look_again()  # root may have opened it all the same
+                        raise
+                    self._zone.add(changed)
             return self._view(changed)
 
     async def extend(self, ref: str, body: resources.ExtendVm) -> resources.Vm:

@@ -7,6 +7,7 @@ reason to serve nobody: it is shown in `banger system status`.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import itertools
 import logging
@@ -65,6 +66,10 @@ class Naming:
     def remove(self, vm_id: names.VmId) -> None:
         if self._running.pop(vm_id, None) is not None:
             self._changed()
+
+    def changing(self, vm_id: names.VmId) -> contextlib.AbstractAsyncContextManager[object]:
+        """While its rules are set, nothing is opened by those before; `add` says what holds then."""
+        return self._forwarder.changing(vm_id)
 
     def _guest(self, vm: record.VmRecord) -> forwarder.Guest:
         return forwarder.Guest(

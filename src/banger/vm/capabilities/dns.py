@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from banger.contract import names
@@ -15,6 +16,9 @@ class Zone(Protocol):
     def add(self, vm: record.VmRecord, /) -> None: ...
 
     def remove(self, vm_id: names.VmId, /) -> None: ...
+
+    def changing(self, vm_id: names.VmId, /) -> contextlib.AbstractAsyncContextManager[object]:
+        """Opens nothing for the VM inside the block, in which what it may reach changes."""
 
     async def ensure_routed(self) -> None: ...
 
