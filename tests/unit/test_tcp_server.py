@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import resource
 import socket
@@ -102,6 +103,36 @@ def test_more_than_it_takes_are_hung_up_on_and_others_served() -> None:
         await server.close()
         assert await reader.read() == b""
         writer.close()
+
+    asyncio.run(go())
+
+
+def test_a_peer_that_takes_nothing_keeps_its_place_and_goes_with_the_server() -> None:
+    """Else what is still to be sent is a connection that nobody counts and nobody ends."""
+    found: list[asyncio.StreamWriter] = []
+    said = asyncio.Event()
+
+    async def say(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.append(writer)
+        writer.write(bytes(64 << 20))
+        said.set()
+
+    async def go() -> None:
+        listening = _listening()
+        address = listening.getsockname()
+        server = tcp_server.TcpServer(say, most=1)
+        server.start(listening)
+        with socket.socket() as deaf:
+            deaf.connect(address)
+            await said.wait()
+            other, other_writer = await asyncio.open_connection(*address)
+            with contextlib.suppress(ConnectionResetError):
+                assert await other.read() == b""
+            other_writer.close()
+            assert len(found) == 1
+            await server.close()
+            await asyncio.sleep(0)
+            assert found[0].get_extra_info("socket").fileno() == -1
 
     asyncio.run(go())
 

@@ -27,6 +27,16 @@ def reset_on_failure(writer: asyncio.StreamWriter) -> Iterator[None]:
         raise
 
 
+async def closed(writer: asyncio.StreamWriter) -> None:
+    """Closes, and waits until all that was written is taken: by who takes nothing it would stay open alone.
+
+    Whoever is cancelled meanwhile has yet to abort it.
+    """
+    writer.close()
+    with contextlib.suppress(OSError):  # the other end is gone, and nothing is left to wait for
+        await writer.wait_closed()
+
+
 async def both(one: Awaitable[None], other: Awaitable[None]) -> None:
     """Until both have ended; the first that fails ends the other."""
     async with contextlib.AsyncExitStack():

@@ -13,6 +13,8 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Final
 
+from banger.net import carry
+
 _log = logging.getLogger(__name__)
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
@@ -89,5 +91,6 @@ class TcpServer:
         reader, writer = await asyncio.open_connection(sock=connection, limit=self._limit)
         try:
             await self._serve(reader, writer)
+            await carry.closed(writer)  # who takes nothing keeps the place, and goes with the server
         finally:
-            writer.close()
+            writer.transport.abort()

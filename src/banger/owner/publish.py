@@ -275,12 +275,10 @@ async def _carry_tcp(target: _Target, reader: asyncio.StreamReader, writer: asyn
     if target.address:
         async with asyncio.timeout(_CONNECT_S):
             there, back = await asyncio.open_connection(target.address, target.port, limit=carry.CHUNK)
-        try:
-            touch = target.client.activity.touch
-            with carry.reset_on_failure(back):
-                await carry.both(carry.pump(reader, back, touch), carry.pump(there, writer, touch))
-        finally:
-            back.close()
+        touch = target.client.activity.touch
+        with carry.reset_on_failure(back):
+            await carry.both(carry.pump(reader, back, touch), carry.pump(there, writer, touch))
+            await carry.closed(back)
         return
     async with target.client.connect(guest.ConnectSpec(port=target.port)) as tunnel:
         await carry.both(_into(reader, tunnel), _out_of(tunnel, writer))

@@ -105,9 +105,10 @@ class _WayOut:
         asked = forward.parse(head)
         if asked.method == forward.CONNECT:
             there, back = await self._open(asked)
-            with contextlib.closing(back), carry.reset_on_failure(writer), carry.reset_on_failure(back):
+            with carry.reset_on_failure(writer), carry.reset_on_failure(back):
                 writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
                 await carry.both(carry.pump(reader, back), carry.pump(there, writer))
+                await carry.closed(back)
             return False
         proxy = self._proxy(asked)
         said = forward.head(asked, by_proxy=proxy is not None, more=_credentials(proxy))
@@ -179,7 +180,7 @@ class _Onward:
 
     def close(self) -> None:
         if self._back is not None:
-            self._back.close()
+            self._back.transport.abort()  # nothing more is to be said, to whoever does not listen either
 
     async def ask(self, asked: forward.Asked, said: bytes) -> tuple[asyncio.StreamReader, bytes]:
         """From where the answer comes, and its head. What was kept is made anew where it has ended."""
