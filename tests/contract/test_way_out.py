@@ -240,6 +240,27 @@ def test_an_answer_that_is_the_last_ends_the_client_s_connection(last: bytes) ->
     assert len(there.heads) == 1
 
 
+def test_trailers_without_end_take_no_memory() -> None:
+    """Of who asks for them and takes none; a server in league with a build says them as long as it likes."""
+    line = b"X: " + b"x" * 8000 + b"\r\n"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as origin,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket() as deaf,
+        contextlib.ExitStack() as stack,
+    ):
+        place = ("127.0.0.1", origin.getsockname()[1])
+        stack.enter_context(way_out.serving(listener.dup(), [place]))
+        deaf.connect(listener.getsockname())
+        deaf.sendall(get(f"http://127.0.0.1:{place[1]}/").encode())
+        there, _ = origin.accept()
+        with there:
+            there.settimeout(1)
+            there.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+            with pytest.raises(TimeoutError):
+                there.sendall(line * 8000)
+
+
 def test_a_kept_connection_that_has_ended_is_made_anew() -> None:
     """Servers end them as they like."""
     with origins.scripted([ANSWER], [ANSWER]) as there, served(("127.0.0.1", there.port)) as ask:

@@ -168,6 +168,7 @@ async def _chunks(there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         while line != b"\r\n":
             line = await there.readuntil(b"\r\n")
             writer.write(line)
+            await writer.drain()
         return
 
 
