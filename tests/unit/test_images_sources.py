@@ -178,8 +178,8 @@ BACK = b"\xff" * 10 + b"\xfe\x00"
 """-512 as GNU writes it: from behind a header it leads to that header again."""
 
 
-def _made(path: Path, *members: bytes) -> Path:
-    path.write_bytes(tars.tar(tars.file(b"blobs/a", b"x"), *members))
+def _made(path: Path, *members: bytes, first: bytes = b"") -> Path:
+    path.write_bytes(tars.tar(first, tars.file(b"blobs/a", b"x"), *members))
     return path
 
 
@@ -226,6 +226,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a size beyond the archive": (
         lambda path: _made(path, tars.header(b"manifest.json", size=b"\x80\0\0\0" + b"\x7f" * 8)),
         "not a whole tar: a size",
+    ),
+    "a header that Python's own reader takes a minute for": (
+        lambda path: _made(path, tars.file(b"pax", b"9" * (128 << 10), flag=b"x"), tars.file(b"a")),
+        "not a whole tar: a header is too long",
+    ),
+    "such a header first of all": (
+        lambda path: _made(path, first=tars.file(b"pax", b"9" * (128 << 10), flag=b"x")),
+        "not a whole tar: a pax header is malformed",
     ),
     "no manifest": (lambda path: _archive(path, [_file("repositories", b"{}")]), "neither"),
     "too many members": (
