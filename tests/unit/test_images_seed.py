@@ -53,3 +53,19 @@ def test_files_with_holes_come_out_as_they_went_in(parts: list[tuple[bool, int]]
         put(out, [archive.read_bytes()])
         wanted = {name.removeprefix(b"root/"): said for name, said in listing(fs).items() if b"/" in name}
         assert listing(out) == wanted
+
+
+def test_attributes_whose_names_are_no_text_come_out_as_they_went_in(tmp_path: Path) -> None:
+    archive = tmp_path / "seed.tar"
+    odd = filesystem.Attributes(0o100644, xattrs=((b"user.\xff\xfe", b"\xff"), (b"user.plain", b"x")))
+    with (
+        filesystem.Filesystem(tmp_path / "fs.ext4") as fs,
+        filesystem.Filesystem(tmp_path / "b.ext4") as out,
+    ):
+        home = _home(fs)
+        fs.write(home, b"some", odd, [])
+        seed.pack(fs, home, archive, max_bytes=1 << 20)
+        put(out, [archive.read_bytes()])
+        found = out.lookup(out.ROOT, b"some")
+        assert found is not None
+        assert sorted(out.attributes(found).xattrs) == sorted(odd.xattrs)

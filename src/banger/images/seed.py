@@ -89,7 +89,9 @@ def _member(fs: filesystem.Filesystem, inode: int, name: str) -> tarfile.TarInfo
     member.uid, member.gid = about.uid, about.gid
     member.devmajor, member.devminor = about.device
     member.mtime = about.mtime_ns // _NS
-    said = {f"SCHILY.xattr.{os.fsdecode(key)}": os.fsdecode(value) for key, value in about.xattrs}
+    said: dict[str, str] = {
+        _Key(f"SCHILY.xattr.{os.fsdecode(key)}"): os.fsdecode(value) for key, value in about.xattrs
+    }
     if about.mtime_ns % _NS or about.mtime_ns < 0:
         said["mtime"] = archives.decimal(about.mtime_ns)
     member.pax_headers = said
@@ -98,6 +100,15 @@ def _member(fs: filesystem.Filesystem, inode: int, name: str) -> tarfile.TarInfo
     elif member.issym():
         member.linkname = os.fsdecode(fs.readlink(inode))
     return member
+
+
+class _Key(str):
+    """A pax header's: an attribute's name may be any bytes, which tarfile takes back of values alone."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "utf-8", errors: str = "surrogateescape") -> bytes:
+        return super().encode(encoding, errors)
 
 
 def _too_large(max_bytes: int) -> errors.NoSpaceError:
