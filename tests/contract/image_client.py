@@ -40,11 +40,12 @@ class Client:
         self.watch = Watch()
         self.logins: tuple[Path, ...] = ()
         self.limits = LIMITS
+        self.insecure: tuple[str, ...] = ()
 
     @contextlib.asynccontextmanager
     async def opened(self, name: str = "team/app:v1") -> AsyncIterator[pull.Puller]:
         wanted = reference.parse(f"{self.registry.host}/{name}")
-        settings = pull.Settings(login_files=self.logins, limits=self.limits)
+        settings = pull.Settings(self.insecure, login_files=self.logins, limits=self.limits)
         async with asyncio.timeout(20), pull.opened(wanted, settings, self.store, self.watch) as puller:
             yield puller
 

@@ -8,6 +8,8 @@ import base64
 import dataclasses
 import json
 import logging
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,6 +368,24 @@ async def test_a_host_that_cannot_be_one_is_refused_by_name(client: Client, host
     client.registry.faults += [registries.on("/blobs/", then=away, times=9)]
     with pytest.raises(errors.BangerError, match=r"redirects to nowhere|Invalid URL in location header"):
         await client.pull()
+
+
+async def test_a_plain_port_that_leads_to_the_same_host_s_tls_is_not_spoken_to(tmp_path: Path) -> None:
+    """As web servers have it, also in front of a registry whose certificate nobody vouches for."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=tests"]
+    argv += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with registries.serving(tls) as registry:
+        registry.add_image("v1", BASE)
+        registry.login, registry.faults = f"me:{PASSWORD}", [registries.leads_to_tls]
+        client = Client(tmp_path, registry)
+        client.insecure = (registry.host,)
+        client.log_in(_auths(registry.host, registry.login))
+        made = await client.pull()
+        assert [layer.path.read_bytes() for layer in made.layers] == [BASE]
 
 
 async def test_redirects_in_a_circle_end(client: Client) -> None:

@@ -480,3 +480,18 @@ async def test_plain_http_is_spoken_only_where_it_is_configured(
             async with pull.opened(wanted, settings, store, Deaf()) as puller:
                 await puller.digest()
         assert bool(proxy.asked) == spoken
+
+
+async def test_tls_is_looked_for_where_the_port_of_plain_http_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy for each tells which of them was asked."""
+    with registries.serving() as secured:
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("https_proxy", f"http://{secured.host}")
+        settings = pull.Settings(insecure=("far.invalid",), limits=connections.Limits(attempts=1))
+        async with pull.opened(
+            reference.parse("far.invalid/app"), settings, blobs.Blobs(tmp_path / "blobs"), Deaf()
+        ) as puller:
+            with pytest.raises(errors.UnavailableError, match=f"through the proxy http://{secured.host}"):
+                await puller.digest()

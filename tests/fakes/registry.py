@@ -13,6 +13,8 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -194,17 +196,25 @@ def _basic(login: str) -> str:
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    tls: ssl.SSLContext | None = None
+    """With it the one port speaks both, as some web servers in front of a registry do."""
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, client = super().get_request()
+        if self.tls is not None and connection.recv(1, socket.MSG_PEEK) == b"\x16":
+            return self.tls.wrap_socket(connection, server_side=True), client
+        return connection, client
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that leaves early is what some tests are about."""
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Registry]:
+def serving(tls: ssl.SSLContext | None = None) -> Iterator[Registry]:
     registry = Registry()
     handler = type("Handler", (_Handler,), {"registry": registry})
     with _Server(("127.0.0.1", 0), handler) as server:
-        registry.port = server.server_address[1]
+        registry.port, server.tls = server.server_address[1], tls
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
@@ -258,6 +268,14 @@ def breaks_after(count: int) -> Callable[[_Handler], None]:
 def gives(data: bytes) -> Callable[[_Handler], None]:
     """Other bytes than were asked for."""
     return lambda handler: handler.answer(200, data)
+
+
+def leads_to_tls(handler: _Handler) -> bool:
+    """A fault of all that comes without it."""
+    if isinstance(handler.connection, ssl.SSLSocket):
+        return False
+    handler.answer(301, b"", Location=f"https://{handler.registry.host}{handler.path}")
+    return True
 
 
 def redirects(to: Callable[[_Handler], str]) -> Callable[[_Handler], None]:

@@ -202,11 +202,15 @@ class Registry:
         return self._base
 
     async def _speaks_plain(self, host: str) -> bool:
+        tls = httpx.URL(f"https://{host}")
         try:
             async with self._wire.request("GET", f"http://{host}/v2/", {}) as response:
+                if connections.origin(response.request.url) == connections.origin(tls):
+                    return False  # a web server leads there, and no login would come along
                 return response.status_code != 400  # what a TLS port says to plain http
-        except errors.UnavailableError as error:
-            if isinstance(error.__cause__, httpx.RemoteProtocolError | httpx.ReadError):
+        except (errors.UnavailableError, errors.DeadlineError) as error:
+            has_other_port = tls.port is None
+            if has_other_port or isinstance(error.__cause__, httpx.RemoteProtocolError | httpx.ReadError):
                 return False
             raise
 
