@@ -21,7 +21,7 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from banger import run
-from banger.contract import decoding, errors, given_names, names
+from banger.contract import decoding, errors, given_names, names, sizes
 
 _STAGED: Final = ".new"
 _DELETED: Final = ".gone"
@@ -82,6 +82,27 @@ def room_for(what: str, *, hint: str = _SPACE_HINT) -> Iterator[None]:
         if error.errno in NO_SPACE:
             raise errors.NoSpaceError(f"no space left for {what}: {error.strerror}", hint=hint) from error
         raise
+
+
+def keep_room(
+    place: Path,
+    what: str,
+    size_bytes: int = 0,
+    *,
+    reserve_bytes: int | None = None,
+    hint: str = _SPACE_HINT,
+) -> None:
+    """Raises NoSpaceError where so much more would leave others too little: a running VM whose disk cannot
+    grow any more is lost.
+    """
+    kept = RESERVE_BYTES if reserve_bytes is None else reserve_bytes
+    free = shutil.disk_usage(place).free
+    if free < size_bytes + kept:
+        raise errors.NoSpaceError(
+            f"no space left for {what}: {place} has {sizes.text_of_bytes(free)}, of which "
+            f"{sizes.text_of_bytes(kept)} stay free",
+            hint=hint,
+        )
 
 
 @contextlib.contextmanager

@@ -370,15 +370,20 @@ async def test_a_host_that_cannot_be_one_is_refused_by_name(client: Client, host
         await client.pull()
 
 
-async def test_a_plain_port_that_leads_to_the_same_host_s_tls_is_not_spoken_to(tmp_path: Path) -> None:
-    """As web servers have it, also in front of a registry whose certificate nobody vouches for."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def _tls(root: Path) -> ssl.SSLContext:
+    """With a certificate that is signed by itself."""
+    certificate, key = root / "cert.pem", root / "key.pem"
     argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=tests"]
     argv += ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run(argv, check=True, capture_output=True, timeout=60)
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate, key)
-    with registries.serving(tls) as registry:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(certificate, key)
+    return made
+
+
+async def test_a_plain_port_that_leads_to_the_same_host_s_tls_is_not_spoken_to(tmp_path: Path) -> None:
+    """As web servers have it, also in front of a registry whose certificate nobody vouches for."""
+    with registries.serving(_tls(tmp_path)) as registry:
         registry.add_image("v1", BASE)
         registry.login, registry.faults = f"me:{PASSWORD}", [registries.leads_to_tls]
         client = Client(tmp_path, registry)
@@ -441,6 +446,21 @@ async def test_prune_leaves_what_a_pull_uses(client: Client) -> None:
     assert sorted(pruned.names) == sorted((_digest(BASE), _digest(TOP)))
     assert pruned.size_bytes >= len(BASE)
     assert client.store.prune().names == ()
+
+
+async def test_a_disk_that_others_need_meanwhile_is_left_to_them(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fills_up(handler: registries._Handler) -> bool:
+        if handler.path.endswith(f"/blobs/{_digest(BASE)}"):
+            monkeypatch.setattr(blobs, "_RESERVE_BYTES", 1 << 60)
+        return False
+
+    client.registry.faults.append(fills_up)
+    with pytest.raises(errors.NoSpaceError, match=r"no space left for a layer.* stay free") as caught:
+        await client.pull()
+    assert "prune" in caught.value.hint
+    assert client.left() == []
 
 
 async def test_too_little_room_is_said_before_anything_is_fetched(

@@ -221,6 +221,17 @@ def test_a_host_without_room_is_told_before_it_is_full(
     assert list((tmp_path / "images").iterdir()) == []
 
 
+def test_a_copy_of_an_image_leaves_the_host_room(
+    images: records.Images, assembled: Assembled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = assembled(SYSTEM)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 256 * MIB - 1))
+    with pytest.raises(errors.NoSpaceError, match="no space left for the copy of") as caught:
+        publish.promote(images, made, name="copy")
+    assert caught.value.hint
+    assert [image.id for image in images.records()] == [made.id]
+
+
 def test_a_refused_layer_leaves_nothing(assembled: Assembled, tmp_path: Path) -> None:
     with pytest.raises(errors.BadRequestError, match="layer 2 of 2"):
         assembled(SYSTEM, tar(file(b"../escape", b"x")))

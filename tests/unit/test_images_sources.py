@@ -286,6 +286,15 @@ def test_a_compressed_archive_leaves_the_host_room(
     assert _refused(path, scratch, "unpacks to more than there is room").code == "no_space"
 
 
+def test_a_layer_taken_out_of_an_archive_leaves_the_host_room(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _saved(tmp_path / "archive.tar")
+    free = artefacts.RESERVE_BYTES + len(BASE) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    assert _refused(path, scratch, "no space left for what archive.tar holds").code == "no_space"
+
+
 @pytest.mark.parametrize(
     ("data", "why", "hint"),
     [

@@ -7,13 +7,16 @@ import gzip
 import io
 import lzma
 import os
+import shutil
 import tarfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from banger import artefacts
 from banger.contract import errors
 from banger.kernels import deb
 from banger.tarstream import pax
@@ -71,6 +74,15 @@ def unpack(tmp_path: Path) -> Callable[[bytes], dict[str, bytes]]:
 
 
 Unpack = Callable[[bytes], dict[str, bytes]]
+
+
+def test_what_is_unpacked_leaves_the_host_room(unpack: Unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A disk of a wanted fullness cannot be had without root.
+    free = artefacts.RESERVE_BYTES + 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    wanted = package(tarred(member(IMAGE, b"image")))
+    with pytest.raises(errors.NoSpaceError, match=r"no space left for what k\.deb holds"):
+        unpack(wanted)
 
 
 @pytest.mark.parametrize(

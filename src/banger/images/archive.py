@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
-from banger import run
+from banger import artefacts, run
 from banger.contract import errors
 from banger.images import bundle, decompress, manifest
 from banger.tarstream import reader
@@ -62,8 +62,10 @@ class Archive:
         return self._require(name).offset
 
     def extract(self, name: str, target: Path) -> None:
-        """Copies a member out."""
+        """Copies a member out. Raises NoSpaceError before others on that disk have no room any more."""
         member = self._require(name)
+        size = min(member.size, self._path.stat().st_size)
+        artefacts.keep_room(target.parent, f"what {self._path.name} holds", size)
         with self._path.open("rb") as file, target.open("xb") as out:
             file.seek(member.offset)
             left = member.size

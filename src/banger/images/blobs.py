@@ -304,7 +304,13 @@ class _Partial:
         self._hash = reference.hasher(self.digest)
 
     def take(self, pieces: Iterable[bytes]) -> None:
-        """Adds what came. Whatever makes it useless also removes it."""
+        """Adds what came. Whatever makes it useless also removes it, and a disk that others need as well."""
+        try:
+            place = self._path.parent
+            artefacts.keep_room(place, "a layer in the cache", reserve_bytes=_RESERVE_BYTES, hint=PRUNE_HINT)
+        except errors.NoSpaceError:
+            self._path.unlink(missing_ok=True)
+            raise
         for piece in pieces:
             if len(piece) > self.missing:
                 self._path.unlink(missing_ok=True)

@@ -143,7 +143,9 @@ def copy_sparse(source: Path, target: Path) -> None:
         size = os.fstat(read.fileno()).st_size
         write.truncate(size)
         for start, end in _extents(read.fileno(), size):
-            _copy_range(read.fileno(), write.fileno(), start, end)
+            for at in range(start, end, _COPY_BYTES):
+                artefacts.keep_room(target.parent, f"the copy of {source}")
+                _copy_range(read.fileno(), write.fileno(), at, min(at + _COPY_BYTES, end))
 
 
 def _extents(descriptor: int, size: int) -> list[tuple[int, int]]:
@@ -162,7 +164,7 @@ def _extents(descriptor: int, size: int) -> list[tuple[int, int]]:
 def _copy_range(source: int, target: int, start: int, end: int) -> None:
     while start < end:
         run.check_cancelled()
-        copied = _copy_some(source, target, start, min(_COPY_BYTES, end - start))
+        copied = _copy_some(source, target, start, end - start)
         if copied == 0:
             raise errors.OperationFailedError("a file became shorter while it was copied")
         start += copied

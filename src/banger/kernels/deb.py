@@ -21,6 +21,7 @@ from typing import IO, Final, cast
 
 import zstandard
 
+from banger import artefacts
 from banger.contract import errors
 from banger.kernels import files
 from banger.tarstream import hole, reader
@@ -49,6 +50,7 @@ def extract_kernel(package: Path, target: Path) -> None:
                     f"{package.name} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB"
                 )
             if stat.S_ISREG(member.mode) and not member.hard_link:
+                artefacts.keep_room(target.parent, f"what {package.name} holds", member.size)
                 _take(member, target)
 
 
