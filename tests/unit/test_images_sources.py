@@ -249,6 +249,25 @@ def test_hostile_archives_are_refused(tmp_path: Path, scratch: Path, name: str) 
     _refused(make(tmp_path / "archive.tar"), scratch, why)
 
 
+@pytest.mark.parametrize("way", ["..", "{}", "x/../.."])
+@pytest.mark.parametrize("what", ["Config", "Layers"])
+def test_an_unpacked_archive_names_nothing_outside(
+    tmp_path: Path, scratch: Path, way: str, what: str
+) -> None:
+    directory = tmp_path / "saved"
+    (directory / "x").mkdir(parents=True)
+    entry = {"Config": "config", "RepoTags": None, "Layers": ["layer"]}
+    for place in (directory, tmp_path):
+        (place / "config").write_bytes(_config(BASE))
+        (place / "layer").write_bytes(BASE)
+    (directory / "manifest.json").write_text(json.dumps([entry]))
+    assert _opened(directory, scratch)[1] == [BASE]
+    outside = way.format(tmp_path)
+    named = {"Config": f"{outside}/config", "Layers": [f"{outside}/layer"]}
+    (directory / "manifest.json").write_text(json.dumps([entry | {what: named[what]}]))
+    _refused(directory, scratch, "has no ")
+
+
 def test_a_cut_archive_is_refused(tmp_path: Path, scratch: Path) -> None:
     path = _saved(tmp_path / "archive.tar")
     path.write_bytes(path.read_bytes()[:3000])

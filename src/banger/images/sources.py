@@ -100,9 +100,10 @@ class _Directory:
         return data
 
     def file(self, name: str) -> Path:
-        """Names are digests or fixed here: none leads out of the directory but by the user's own links."""
+        """None leads out of the directory but by the user's own links, whatever a manifest.json names."""
         path = self.root / name
-        if not path.is_file():
+        leads_out = name.startswith("/") or ".." in name.split("/")
+        if leads_out or not path.is_file():
             raise errors.BadRequestError(f"{self.root} has no {name}")
         return path
 
