@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import platform
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 
 from banger import debian, run
-from banger.contract import errors
+from banger.contract import building, errors
 from banger.images import base, recipe
 from tests.unit.tars import file, symlink, tar
 
@@ -234,6 +235,28 @@ def test_a_system_of_another_suite_is_not_kept(
         with pytest.raises(errors.UnavailableError, match="gave bullseye, and not bookworm"):
             make()
         assert recipe.kept_archives(tmp_path / "cache") == []
+
+
+def test_what_a_system_says_of_its_suite_takes_little_memory(tmp_path: Path) -> None:
+    """What comes from the builder is what packages made of it."""
+
+    def make(wanted: building.Base, target: Path, on_line: base.OnLine | None) -> None:
+        said = b"VERSION_CODENAME=bookworm\n" + bytes(64 << 20)
+        target.write_bytes(tar(file(b"./usr/lib/os-release", said)))
+        del said
+        tracemalloc.start()
+
+    try:
+        recipe.base_archive(
+            recipe.load("debian-bookworm"),
+            arch=platform.machine(),
+            cache_dir=tmp_path / "cache",
+            mirror="http://mirror.example",
+            make=make,
+        )
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_archive_that_is_not_reached_is_named_with_why(tmp_path: Path) -> None:

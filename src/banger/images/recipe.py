@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BUILDER_VERSION: Final = 2
 _OS_RELEASE: Final = b"usr/lib/os-release"
+_MAX_OS_RELEASE_BYTES: Final = 1 << 16
 _CODENAME: Final = re.compile(rb"^VERSION_CODENAME=\"?([a-z]+)\"?$", re.MULTILINE)
 _MOVING_SUITES: Final = ("oldoldstable", "oldstable", "stable", "testing", "unstable", "sid", "experimental")
 """Names that mean another codename each few years."""
@@ -301,7 +302,11 @@ def _require_suite(archive: Path, suite: str) -> None:
         for entry in reader.entries(iter(functools.partial(file.read, _CHUNK), b"")):
             if entry.name.removeprefix(b"./") != _OS_RELEASE or not stat.S_ISREG(entry.mode):
                 continue
-            text = b"".join(bytes(piece) for piece in entry.content if not isinstance(piece, hole.Hole))
+            text = bytearray()
+            for piece in entry.content:
+                text += b"" if isinstance(piece, hole.Hole) else piece[:_MAX_OS_RELEASE_BYTES]
+                if len(text) > _MAX_OS_RELEASE_BYTES:  # packages may have put anything there
+                    break
             found = _CODENAME.search(text)
             if found is not None and found[1].decode() != suite.partition("-")[0]:
                 raise errors.UnavailableError(
