@@ -420,6 +420,20 @@ async def test_a_token_that_is_none_is_not_told(client: Client, token: str) -> N
     assert not any("hush" in note for note in client.watch.notes)
 
 
+@pytest.mark.parametrize(("part", "said"), [("/manifests/", "answered 500"), ("/token", "gave no token")])
+async def test_an_answer_that_is_nested_without_end_is_one_that_says_nothing(
+    client: Client, part: str, said: str
+) -> None:
+    client.registry.bearer = part == "/token"
+    deep = b'{"x":' + b"[" * 60_000
+    status = 200 if part == "/token" else 500
+    fault = registries.on(part, times=9, then=lambda handler: handler.answer(status, deep))
+    client.registry.faults.append(fault)
+    with pytest.raises(errors.BangerError, match=said):
+        async with client.opened() as puller:
+            await puller._registry.document("v1")
+
+
 async def test_secrets_are_in_no_log_and_no_error(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="banger")
     registry = client.registry

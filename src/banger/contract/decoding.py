@@ -29,7 +29,10 @@ def decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
 
 def json(data: bytes | str, kind: type[T]) -> T:
     """Raises msgspec.DecodeError, or its ValidationError."""
-    return decoder(kind).decode(data)
+    try:
+        return decoder(kind).decode(data)
+    except RecursionError:  # also of what is passed over: a stranger may send brackets without end
+        raise msgspec.DecodeError("it is nested too deeply") from None
 
 
 def toml(data: bytes | str, kind: type[T]) -> T:
