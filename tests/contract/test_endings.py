@@ -221,3 +221,16 @@ async def test_a_host_key_goes_with_its_vm(daemon: conftest.Daemon) -> None:
     assert (keys / "web.vm").exists()
     await daemon.done(await daemon.services.vms.delete("web"))
     assert [path.name for path in keys.iterdir()] == ["other.vm"]
+
+
+async def test_a_host_key_that_was_pinned_too_late_is_not_the_next_vm_s(daemon: conftest.Daemon) -> None:
+    """An ssh client that began before the delete, or a daemon that was killed right after it, leaves one."""
+    keys = daemon.paths.state / "ssh" / "hosts"
+    keys.mkdir(parents=True)
+    for name in ("web", "old", "other"):
+        (keys / f"{name}.vm").write_text("of one that is gone")
+    await daemon.create()
+    assert sorted(path.name for path in keys.iterdir()) == ["old.vm", "other.vm"]
+    await daemon.done(await daemon.services.vms.stop("web"))
+    await daemon.services.alterations.set("web", resources.SetVm(name="old"))
+    assert [path.name for path in keys.iterdir()] == ["other.vm"]

@@ -64,7 +64,8 @@ class Alterations:
             changed = msgspec.structs.replace(changed, stopped_with_host=False)
         self._rows.save(changed)
         if changed.name != vm.name:
-            self._keys.forget(vm.name)
+            for name in (vm.name, changed.name):
+                self._keys.forget(name)
         return self._view(changed)
 
     async def _set_at_once(self, vm_id: names.VmId, body: resources.SetVm) -> resources.Vm:

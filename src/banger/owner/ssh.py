@@ -54,7 +54,10 @@ class SshKeys:
         )
 
     def forget(self, name: names.VmName) -> None:
-        """The host key of this VM; whoever has its name next brings another one."""
+        """The host key of whoever had this name; whoever has it next brings another one.
+
+        An ssh client that connected just before the end pins it just after: so also when a name is given.
+        """
         (self._host_keys / f"{name}.vm").unlink(missing_ok=True)
 
     @property

@@ -221,6 +221,7 @@ class VmService:
     ) -> resources.Vm:
         async with self._lifecycle.hold(vm.id, progress.op_id):
             vm = self._store.get(vm.id)  # it may have been set meanwhile
+            self._keys.forget(vm.name)
             view = self._view(vm)
             if body.start:
                 view = await self._start(vm, progress, remove_on_failure=body.remove_on_failure)
