@@ -40,7 +40,7 @@ def helper(
     at: Path = host.HELPER_SOCKET,
     timeout_s: float = 120.0,
 ) -> privileged.ResultT:
-    """The helper's result. Raises its error, or OSError while nobody answers."""
+    """The helper's result. Raises its error, or OSError while nobody answers, or something else does."""
     data = msgspec.json.encode({"request": request})
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(timeout_s)
@@ -51,7 +51,10 @@ def helper(
             if len(head) != _LENGTH.size:
                 raise OSError("bangerd-root closed the connection without an answer")
             (size,) = _LENGTH.unpack(head)
-            reply = decoding.json(stream.read(size), privileged.Reply)
+            try:
+                reply = decoding.json(stream.read(size), privileged.Reply)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # it ended, or has another version
+                raise OSError(f"not an answer of bangerd-root: {error}") from error
     if reply.error is not None:
         raise errors.from_body(reply.error)
     if reply.result is None:
