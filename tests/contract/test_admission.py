@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import msgspec
 import pytest
 
 from banger.contract import errors, privileged, resources
-from banger.owner import admission, composition, config
+from banger.owner import admission, composition, config, usage
 from tests.contract import conftest
 from tests.fakes import world as worlds
 
@@ -93,3 +95,20 @@ def test_without_a_setting_it_is_what_the_host_has() -> None:
     with open("/proc/meminfo", encoding="ascii") as file:
         total_kib = int(next(line for line in file if line.startswith("MemTotal:")).split()[1])
     assert admission.host_memory_mib() == total_kib // 1024
+
+
+async def test_a_vm_whose_row_is_corrupt_has_the_memory_that_its_cgroup_may_take(
+    paths: config.Paths, world: worlds.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else says any more how much that is, and it runs on."""
+    async with composition.compose(SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        created = (await conftest.Daemon(services, paths, world).create("a")).vm
+    assert created is not None
+    monkeypatch.setattr(usage, "limit_mib", {created.id: 256}.__getitem__)
+    with contextlib.closing(sqlite3.connect(paths.database, isolation_level=None)) as outside:
+        outside.execute("UPDATE vms SET record = '{'")
+    async with composition.compose(SETTINGS, conftest.NETWORK, paths, world, "0" * 64) as services:
+        refused = await conftest.Daemon(services, paths, world).create("b")
+        assert refused.error is not None
+        assert "of the 320 MiB for VMs 1 VM may use 256 MiB" in refused.error.message
+        assert (await services.vms.get("a")).memory_mib == 0

@@ -50,3 +50,14 @@ def test_what_may_not_be_read_is_no_zero(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_vm_that_has_just_ended_counts_nothing(tmp_path: Path) -> None:
     assert usage.of(VM, tmp_path) == usage.Usage()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [("268435456\n", 256), ("max\n", 0), (None, 0)], ids=["some", "none", "gone"]
+)
+def test_what_a_cgroup_may_take(tmp_path: Path, said: str | None, expected: int) -> None:
+    if said is not None:
+        limit = tmp_path / "fs/cgroup" / names.cgroup_path(VM) / "memory.max"
+        limit.parent.mkdir(parents=True)
+        limit.write_text(said)
+    assert usage.limit_mib(VM, tmp_path) == expected

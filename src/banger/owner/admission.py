@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from banger.contract import errors, names, resources, sizes
+from banger.owner import usage
 from banger.vm import record
 
 _MIB: Final = 1 << 20
@@ -21,6 +22,11 @@ _MIB: Final = 1 << 20
 def host_memory_mib() -> int:
     """What this host has, without swap."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB
+
+
+def _has_mib(vm: record.VmRecord) -> int:
+    """Of one whose row is corrupt nothing else says any more how much that is."""
+    return usage.limit_mib(vm.id) if isinstance(vm, record.Salvaged) else vm.memory_mib
 
 
 class Memory:
@@ -43,7 +49,7 @@ class Memory:
 
     def _require_room(self, vm: record.VmRecord) -> None:
         running = {
-            each.id: each.memory_mib for each in self._rows() if each.state is resources.VmState.RUNNING
+            each.id: _has_mib(each) for each in self._rows() if each.state is resources.VmState.RUNNING
         }
         others = running | self._starting
         others.pop(vm.id, None)

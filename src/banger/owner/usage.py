@@ -43,6 +43,15 @@ def of(vm_id: names.VmId, sys: Path = Path("/sys")) -> Usage:
     )
 
 
+def limit_mib(vm_id: names.VmId, sys: Path = Path("/sys")) -> int:
+    """The memory that its cgroup may take; 0 where nothing says that."""
+    try:
+        said = _read(sys / "fs/cgroup" / names.cgroup_path(vm_id) / "memory.max").strip()
+    except errors.UnavailableError:
+        return 0
+    return int(said) >> 20 if said.isdecimal() else 0
+
+
 def _count(path: Path) -> int:
     return int(_read(path) or 0)
 
