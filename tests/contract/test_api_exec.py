@@ -125,6 +125,29 @@ async def test_a_client_is_missed_even_while_its_input_waits(served: Served) -> 
     await _wait_until_deleted(served)
 
 
+async def test_input_that_a_command_does_not_take_holds_up_nothing_else(served: Served) -> None:
+    """The guest has a window of it, and the daemon another."""
+    window = resources.EXEC_WINDOW_BYTES
+    async with served.command("web") as link:
+        await link.send(_request("deaf", windowed=True))
+        for _ in range(4):
+            await link.send(bytes(window // 4))
+            notice = msgspec.json.decode(await link.recv(), type=resources.ExecNotice)
+            assert notice.taken == window // 4
+        await link.send(bytes(window))
+        await link.send('{"signal": 15}')
+        assert await _end(link) == resources.ExecEnd(exit_status=143, signal=15)
+    async with served.command("web") as link:
+        await link.send(_request("deaf", windowed=True))
+        await link.send(bytes(window))
+        await link.recv()
+        await link.send(bytes(window))
+        await link.send(b"x")
+        end = await _end(link)
+    assert end.error is not None
+    assert end.error.code == "bad_request"
+
+
 async def _flood(link: websockets.ClientConnection, sent: list[int]) -> None:
     while True:
         await link.send(bytes(_MIB // 2))

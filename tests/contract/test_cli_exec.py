@@ -7,6 +7,7 @@ import asyncio
 import fcntl
 import filecmp
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,26 @@ def test_one_pipe_for_both_outputs_that_nobody_reads_holds_up_no_signal(
                 wait_for_size(heard, count)
         finally:
             os.close(reader)
+
+
+def test_input_that_nobody_reads_holds_up_no_signal(cli: cli_process.Cli, tmp_path: Path) -> None:
+    """All that is on its way is full of it: the client's own pipe is."""
+    heard = tmp_path / "heard"
+    script = f"trap 'echo >>{heard}; exit 7' INT; : >{heard}; while :; do sleep 0.05; done"
+    argv = cli.argv("vm", "exec", "web", "--", "bash", "-c", script)
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, env=cli.environment()) as process:
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        wait_for_size(heard, 0)
+        waiting = select.poll()
+        waiting.register(process.stdin, select.POLLOUT)
+        while waiting.poll(1000):
+            os.write(process.stdin.fileno(), bytes(4096))
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(cli_process.DEADLINE_S) == 7
+        finally:
+            process.kill()
 
 
 def wait_for_size(path: Path, size: int) -> None:

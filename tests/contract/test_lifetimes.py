@@ -167,7 +167,7 @@ async def test_who_works_in_a_vm_hears_that_somebody_else_ends_it(
         assert await link.recv() == b"\x01here"
         await banger(served, "vm", verb, "web")
         heard = [json.loads(message) async for message in link if isinstance(message, str)]
-    assert heard[0] == {"notice": f"web is being {said}"}
+    assert heard[0]["notice"] == f"web is being {said}"
     assert "error" in heard[-1] or "exit_status" in heard[-1]
 
 

@@ -42,14 +42,17 @@ async def run(request: resources.ExecRequest, receive: Receive, send: Send) -> r
         except FileNotFoundError:
             raise errors.NotFoundError(f"no program {request.argv[0]!r} in the guest") from None
         streams.close_child()
-        listener = asyncio.ensure_future(_listen(process, streams, receive))
+        given: asyncio.Queue[bytes] = asyncio.Queue()
+        listener = asyncio.ensure_future(_listen(process, streams, receive, given))
+        feeder = asyncio.ensure_future(_feed_all(streams, given, send))
         try:
             await asyncio.gather(*(_pump(fd, tag, send) for tag, fd in streams.outputs))
             status = await process.wait()
         finally:
             _kill(process)
             listener.cancel()
-            await asyncio.wait([listener])
+            feeder.cancel()
+            await asyncio.wait([listener, feeder])
     signal_number = -status if status < 0 else 0
     return resources.ExecEnd(exit_status=128 - status if status < 0 else status, signal=signal_number)
 
@@ -99,14 +102,16 @@ def _streams(request: resources.ExecRequest) -> Iterator[_Streams]:
                 os.close(fd)
 
 
-async def _listen(process: asyncio.subprocess.Process, streams: _Streams, receive: Receive) -> None:
+async def _listen(
+    process: asyncio.subprocess.Process, streams: _Streams, receive: Receive, given: asyncio.Queue[bytes]
+) -> None:
     while True:
         message = await receive()
         if message["type"] == "websocket.disconnect":
             _kill(process)
             return
         if message.get("bytes") is not None:
-            await _feed(streams, message["bytes"])
+            given.put_nowait(message["bytes"])
             continue
         control = msgspec.json.decode(message["text"], type=resources.ExecControl)
         if control.resize is not None and streams.is_tty:
@@ -118,6 +123,16 @@ async def _listen(process: asyncio.subprocess.Process, streams: _Streams, receiv
 def _kill(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _feed_all(streams: _Streams, given: asyncio.Queue[bytes], send: Send) -> None:
+    """Our clients keep to their window."""
+    while True:
+        data = await given.get()
+        await _feed(streams, data)
+        if data:
+            taken = resources.ExecNotice(taken=len(data))
+            await send({"type": "websocket.send", "text": msgspec.json.encode(taken).decode()})
 
 
 async def _feed(streams: _Streams, data: bytes) -> None:

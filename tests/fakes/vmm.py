@@ -281,15 +281,13 @@ async def _execute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, f
     argv = fields.texts(T.ARGUMENT)
     writer.write(guest.frame(F.STARTED, guest.encode([(T.PID, 2)])))
     code = int(argv[1]) if argv[0] == "exit" else 0
-    while argv[0] == "deaf":
-        await _receive(reader)
-    while argv[0] == "cat":
+    while argv[0] in {"cat", "deaf"}:
         kind, data = await _receive(reader)
         if kind == F.SIGNAL:
             number = guest.Fields(data).number(T.SIGNAL)
             writer.write(guest.frame(F.EXIT, guest.encode([(T.EXIT_KIND, 1), (T.EXIT_CODE, number)])))
             return
-        if kind != F.STDIN:
+        if kind != F.STDIN or argv[0] == "deaf":
             continue
         if not data:
             break

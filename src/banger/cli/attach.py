@@ -60,7 +60,7 @@ def run(
     """
     channel = websocket.connect(api, f"/v1/vms/{client.segment(ref)}/exec")
     with contextlib.closing(channel), contextlib.ExitStack() as stack:
-        request = msgspec.structs.replace(request, notices=True)
+        request = msgspec.structs.replace(request, notices=True, windowed=True)
         channel.send(websocket.Opcode.TEXT, client.encoded(request))
         if before is not None:
             _flush(channel)
@@ -165,6 +165,7 @@ class _Session:
         self.raw: terminal.RawMode | None = None
         self._channel = channel
         self._link = link.Link(channel, self._hear)
+        self._link.window_bytes = resources.EXEC_WINDOW_BYTES
         self._woken = woken
         self._tty = tty
         self._outputs = dict(zip((1, 2), outputs or (_Output(1), _Output(2)), strict=True))
@@ -265,13 +266,16 @@ class _Session:
             self._take_close(message.data)
 
     def _take_word(self, data: bytes) -> None:
-        notice = link.decode(data, resources.ExecNotice).notice
-        if not notice:
+        said = link.decode(data, resources.ExecNotice)
+        self._link.window_bytes += said.taken
+        if said.taken:
+            return
+        if not said.notice:
             self._end = link.decode(data, resources.ExecEnd)
             return
         # A terminal in raw mode wants its own line ends; and the guest's line is not ours to go on with.
         begin, end = ("\r\n", "\r\n") if self.raw is not None else ("", "\n")
-        self._outputs[2].put(memoryview(f"{begin}banger: {render.safe(notice)}{end}".encode()))
+        self._outputs[2].put(memoryview(f"{begin}banger: {render.safe(said.notice)}{end}".encode()))
 
     def _take_output(self, data: bytes) -> None:
         if not data or data[0] not in self._outputs:

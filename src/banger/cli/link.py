@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import sys
 from collections.abc import Callable, Container
 from typing import Final, TypeVar
 
@@ -27,13 +28,17 @@ _READ_BYTES: Final = 64 * 1024
 
 
 class Link:
-    """A WebSocket, and a descriptor of ours (`input`, -1: none) whose bytes go into it."""
+    """A WebSocket, and a descriptor of ours (`input`, -1: none) whose bytes go into it.
+
+    `window_bytes`: how many the other side lets us send for now.
+    """
 
     def __init__(
         self, channel: websocket.WebSocket, hear: Callable[[websocket.Message], None], *, input: int = -1
     ) -> None:
         self.channel = channel
         self.input = input
+        self.window_bytes = sys.maxsize
         self._hear = hear
 
     def register(self, poller: select.poll, *, has_room: bool, takes_input: bool) -> None:
@@ -43,7 +48,7 @@ class Link:
             wanted |= select.POLLIN
         if wanted and not self.channel.at_end:
             poller.register(self.channel, wanted)
-        if self.input >= 0 and takes_input and self.channel.pending_bytes < HELD_BYTES:
+        if self.input >= 0 and takes_input and self.window_bytes and self.channel.pending_bytes < HELD_BYTES:
             poller.register(self.input, _READABLE)
 
     def move(self, ready: Container[int]) -> None:
@@ -64,12 +69,13 @@ class Link:
 
     def _read_input(self) -> None:
         try:
-            data = os.read(self.input, _READ_BYTES)
+            data = os.read(self.input, min(_READ_BYTES, self.window_bytes))
         except BlockingIOError:  # another process that shares it was quicker
             return
         except OSError:  # a terminal that hung up
             data = b""
         if data:
+            self.window_bytes -= len(data)
             self.channel.send(websocket.Opcode.BINARY, data)
         else:
             self.end_input()

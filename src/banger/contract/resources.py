@@ -281,6 +281,10 @@ class VmStats(Resource, frozen=True, kw_only=True):
     """Of the host's file system that its disks are on: without any, what its guest writes is lost."""
 
 
+EXEC_WINDOW_BYTES: Final = 256 * 1024
+"""What an ExecRequest calls windowed."""
+
+
 class ExecRequest(Body, frozen=True, kw_only=True):
     """First message on the exec WebSocket, as JSON text."""
 
@@ -298,6 +302,9 @@ class ExecRequest(Body, frozen=True, kw_only=True):
     """Delete the VM when this command ends or this client goes away (`vm run --rm`)."""
     notices: bool = False
     """The client takes ExecNotice messages before the last one."""
+    windowed: bool = False
+    """The client sends at most 262144 bytes of stdin beyond those that ExecNotices call taken, and so is
+    heard also while the command takes none."""
     hold: bool = False
     """Begin only when an ExecControl says so: until then the client prepares the VM for the command."""
 
@@ -311,9 +318,12 @@ class ExecControl(Body, frozen=True, kw_only=True):
 
 
 class ExecNotice(Resource, frozen=True, kw_only=True):
-    """Something for the user to know while the command runs, as JSON text."""
+    """While the command runs, as JSON text."""
 
     notice: str = ""
+    """Something for the user to know."""
+    taken: int = 0
+    """More bytes of stdin are on their way no longer (`windowed`)."""
 
 
 class ExecEnd(Resource, frozen=True, kw_only=True):

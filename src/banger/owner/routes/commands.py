@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""/v1/vms/{ref}/exec: a command in a guest, over a WebSocket. At most one message is held each way."""
+"""/v1/vms/{ref}/exec: a command in a guest, over a WebSocket. At most a message is held, or a window."""
 
 from __future__ import annotations
 
@@ -80,23 +80,25 @@ async def _run(
     async with contextlib.AsyncExitStack() as stack:
         running = await stack.enter_async_context(services.sessions.exec(vm_id, request))
         heard = stack.enter_context(services.sessions.notices(vm_id))
+        given = _Input(is_counted=request.windowed)
         telling = asyncio.create_task(_tell(socket, heard if request.notices else asyncio.Queue()))
         sending = asyncio.create_task(_send_output(socket, running))
-        receiving = asyncio.create_task(_receive_input(socket, running))
-        # Input that the command does not take keeps us from reading, and so from seeing the client leave.
+        receiving = asyncio.create_task(_receive(socket, running, given))
+        feeding = asyncio.create_task(_feed(socket, running, given))
+        # Input that the command does not take may keep us from reading, and so from seeing the client leave.
         leaving = sockets.leaving(socket)
         try:
-            await asyncio.wait({sending, receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, receiving, feeding, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 await _tell_rest(socket, heard, request)
                 status = sending.result()
-            elif receiving.done():
-                receiving.result()
+            elif receiving.done() or feeding.done():
+                await (receiving if receiving.done() else feeding)
                 status = await sending
             else:
                 raise sockets.left()
         finally:
-            await sockets.stop(sending, receiving, leaving, telling)
+            await sockets.stop(sending, receiving, feeding, leaving, telling)
     return resources.ExecEnd(exit_status=status.as_shell, signal=status.signal)
 
 
@@ -109,7 +111,11 @@ async def _tell_rest(
 
 
 async def _send_notice(socket: sockets.Socket, text: str) -> None:
-    await socket.send_text(msgspec.json.encode(resources.ExecNotice(notice=text)).decode())
+    await _say(socket, resources.ExecNotice(notice=text))
+
+
+async def _say(socket: sockets.Socket, notice: resources.ExecNotice) -> None:
+    await socket.send_text(msgspec.json.encode(notice).decode())
 
 
 async def _tell(socket: sockets.Socket, heard: asyncio.Queue[str]) -> None:
@@ -126,7 +132,38 @@ async def _send_output(socket: sockets.Socket, running: guests.Exec) -> guest.Ex
     raise errors.ProtocolError("the guest's agent ended the command without a status")
 
 
-async def _receive_input(socket: sockets.Socket, running: guests.Exec) -> None:
+class _Input:
+    """What a client sent for the command, which has not taken it yet.
+
+    Of a client that counts it is a window at most, and the client is heard meanwhile; of another it is one
+    message.
+    """
+
+    def __init__(self, *, is_counted: bool) -> None:
+        self.is_counted = is_counted
+        self.held: asyncio.Queue[bytes] = asyncio.Queue()
+        self.held_bytes = 0
+
+    async def put(self, data: bytes) -> None:
+        self.held_bytes += len(data)
+        if self.is_counted and self.held_bytes > resources.EXEC_WINDOW_BYTES:
+            raise errors.BadRequestError("more input than a window holds")
+        self.held.put_nowait(data)
+        if not self.is_counted:
+            await self.held.join()
+
+
+async def _feed(socket: sockets.Socket, running: guests.Exec, given: _Input) -> None:
+    while True:
+        data = await given.held.get()
+        await (running.write(data) if data else running.close_stdin())
+        given.held_bytes -= len(data)
+        if data and given.is_counted:
+            await _say(socket, resources.ExecNotice(taken=len(data)))
+        given.held.task_done()
+
+
+async def _receive(socket: sockets.Socket, running: guests.Exec, given: _Input) -> None:
     """Until the client leaves, which raises WebSocketDisconnect."""
     while True:
         message = await socket.receive()
@@ -134,7 +171,7 @@ async def _receive_input(socket: sockets.Socket, running: guests.Exec) -> None:
             raise sockets.left()
         data = message.get("bytes")
         if data is not None:
-            await (running.write(data) if data else running.close_stdin())
+            await given.put(data)
             continue
         control = decoding.json(message.get("text") or "{}", resources.ExecControl)
         if control.resize is not None:
