@@ -8,6 +8,7 @@ import contextlib
 import gc
 import resource
 import socket
+import struct
 
 import pytest
 
@@ -83,6 +84,39 @@ def test_a_peer_that_vanished_keeps_no_place_for_ever() -> None:
     is_asked, idle_s, between_s, times = found
     assert is_asked
     assert idle_s + between_s * times <= 300
+
+
+def test_a_peer_that_vanished_after_its_last_word_keeps_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for an answer that a guest does not give, and is gone before it."""
+    monkeypatch.setattr(tcp_server, "_LOOK_S", 0.01)
+    heard, gone = asyncio.Event(), asyncio.Event()
+
+    async def wait(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        assert await reader.read() == b"last"
+        heard.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+
+    async def go() -> None:
+        listening = _listening()
+        server = tcp_server.TcpServer(wait, most=1)
+        server.start(listening)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.connect(listening.getsockname())
+            client.sendall(b"last")
+            client.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(10):
+                await heard.wait()
+            await asyncio.sleep(0.05)
+            assert not gone.is_set()
+        async with asyncio.timeout(10):
+            await gone.wait()
+        await server.close()
+
+    asyncio.run(go())
 
 
 def test_more_than_it_takes_are_hung_up_on_and_others_served() -> None:

@@ -23,6 +23,8 @@ _PAUSE_S: Final = 1.0
 """Before the next try, when this process has no descriptor left for one more."""
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 """A peer that vanished without a word is missed after two minutes; else each would keep a place for ever."""
+_LOOK_S: Final = 30.0
+"""asyncio does not hear that a peer is gone which had said its last: nothing is read from it any more."""
 
 
 class TcpServer:
@@ -35,7 +37,8 @@ class TcpServer:
         self._limit = limit
         self._listening: socket.socket | None = None
         self._pause: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], socket.socket] = {}
+        self._look: asyncio.TimerHandle | None = None
         self._fresh: set[socket.socket] = set()
         """Those whose task has not begun; one that is cancelled then would not close what it has."""
 
@@ -45,8 +48,9 @@ class TcpServer:
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
     async def close(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
+        for timer in (self._pause, self._look):
+            if timer is not None:
+                timer.cancel()
         if self._listening is not None:
             asyncio.get_running_loop().remove_reader(self._listening)
             self._listening.close()
@@ -76,15 +80,29 @@ class TcpServer:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._fresh.add(connection)
         task = asyncio.create_task(self._run(connection))
-        self._tasks.add(task)
+        self._tasks[task] = connection
+        if self._look is None:
+            self._look_later()
 
         def done(ended: asyncio.Task[None]) -> None:
-            self._tasks.discard(ended)
+            del self._tasks[ended]
             if connection in self._fresh:
                 self._fresh.remove(connection)
                 connection.close()
 
         task.add_done_callback(done)
+
+    def _look_later(self) -> None:
+        self._look = asyncio.get_running_loop().call_later(_LOOK_S, self._end_gone)
+
+    def _end_gone(self) -> None:
+        """While there is anybody."""
+        for task, connection in self._tasks.items():
+            if connection.fileno() >= 0 and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                task.cancel()
+        self._look = None
+        if self._tasks:
+            self._look_later()
 
     async def _run(self, connection: socket.socket) -> None:
         self._fresh.remove(connection)
