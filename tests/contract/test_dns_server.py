@@ -141,6 +141,36 @@ async def test_a_guest_with_many_connections_leaves_others_theirs() -> None:
         await made.close()
 
 
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_many_greedy_guests_leave_others_their_share(tcp: bool) -> None:
+    """Each has all that one may: connections, or questions that nobody answers."""
+    never = asyncio.Event()
+
+    async def answer(data: bytes, peer: str, _: bool) -> bytes | None:
+        if peer != "127.0.0.1":
+            await never.wait()
+        return RESPOND(data)
+
+    made = dns.Server(dns_served.LOOPBACK, 0, answer)
+    await made.start(device="lo")
+    greedy: list[socket.socket] = []
+    try:
+        for guest in range(2, 22):
+            for _ in range(16 if tcp else 64):
+                each = socket.socket(type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
+                greedy.append(each)
+                each.bind((f"127.0.0.{guest}", 0))
+                each.connect(("127.0.0.1", dns_served.port_of(made)))
+                each.send(struct.pack("!H", len(QUERY)) + QUERY if tcp else QUERY)
+            await asyncio.sleep(0)
+        arguments = ["+tcp"] if tcp else ["+timeout=5"]
+        assert str(WEB) in await asyncio.to_thread(dns_served.dig, made, *arguments, "+short", "web.vm")
+    finally:
+        for each in greedy:
+            each.close()
+        await made.close()
+
+
 async def test_who_is_gone_before_it_is_served_is_no_error(
     server: dns.Server, caplog: pytest.LogCaptureFixture
 ) -> None:

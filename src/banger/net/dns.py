@@ -31,10 +31,11 @@ None says nothing. It never raises, and cuts what goes by UDP to what the asker 
 
 _BATCH: Final = 64
 _BUFFER_BYTES: Final = 1 << 20
-_MAX_TCP: Final = 64
+_MAX_TCP: Final = 1024
+"""Like `_MAX_PENDING`, what 64 guests have that take all that one may."""
 _MAX_TCP_OF_GUEST: Final = 16
 _IDLE_S: Final = 10.0
-_MAX_PENDING: Final = 512
+_MAX_PENDING: Final = 4096
 _IP_FREEBIND: Final = 15
 _IP_PKTINFO: Final = 8
 _TOLD_BYTES: Final = socket.CMSG_SPACE(12)
