@@ -69,3 +69,13 @@ def test_attributes_whose_names_are_no_text_come_out_as_they_went_in(tmp_path: P
         found = out.lookup(out.ROOT, b"some")
         assert found is not None
         assert sorted(out.attributes(found).xattrs) == sorted(odd.xattrs)
+
+
+def test_a_path_that_nobody_could_read_again_is_refused_with_its_image(tmp_path: Path) -> None:
+    """Links in an archive lead to longer paths than any of its names."""
+    with filesystem.Filesystem(tmp_path / "fs.ext4") as fs:
+        home = directory = _home(fs)
+        for _ in range(17):
+            directory = fs.mkdir(directory, b"d" * 250, filesystem.Attributes(0o40755))
+        with pytest.raises(errors.BadRequestError, match="/root has a path longer than 4096 bytes"):
+            seed.pack(fs, home, tmp_path / "seed.tar", max_bytes=1 << 20)

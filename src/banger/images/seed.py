@@ -18,6 +18,7 @@ from banger import archive as archives
 from banger import run
 from banger.contract import errors, sizes
 from banger.images.mkfs import filesystem
+from banger.tarstream import header
 
 _NS: Final = 1_000_000_000
 _MAX_SEGMENTS: Final = 1 << 16
@@ -45,6 +46,11 @@ def pack(fs: filesystem.Filesystem, directory: int, archive: Path, *, max_bytes:
         ) as out,
     ):
         for name, inode in _walk(fs, directory):
+            if len(os.fsencode(name)) > header.MAX_NAME_BYTES:  # no VM could be made with it
+                raise errors.BadRequestError(
+                    f"/root has a path longer than {header.MAX_NAME_BYTES} bytes: {name[:100]}…",
+                    hint="the image is damaged or hostile; nothing of it was kept",
+                )
             member = _member(fs, inode, name)
             if inode in first_names:
                 member.type, member.linkname, member.size = tarfile.LNKTYPE, first_names[inode], 0
