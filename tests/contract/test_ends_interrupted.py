@@ -161,3 +161,33 @@ async def test_a_delete_that_fails_is_gone_on_with_only_where_it_has_taken_somet
         if not begun:
             again = conftest.Daemon(services, paths, world)
             assert (await again.done(await services.vms.start("web"))).error is None
+
+
+@pytest.mark.parametrize("how", ["stop", "kill", "restart", "delete"])
+async def test_a_helper_that_ends_once_it_has_killed_ends_nothing_else(
+    daemon: conftest.Daemon, how: str
+) -> None:
+    """Its answer is lost; the next helper sees that there is no VMM, and nobody calls that its own end."""
+    await daemon.create()
+
+    async def lost(request: privileged.Request[Any]) -> None:
+        if isinstance(request, privileged.KillVmm):
+            daemon.world.after = worlds._nothing
+            raise errors.UnavailableError("the root helper does not answer")
+
+    daemon.world.after = lost
+    ended = await daemon.done(await getattr(daemon.services.vms, how)("web"))
+    assert ended.error is None
+    left = {"stop": [STOPPED], "kill": [STOPPED], "restart": [resources.VmState.RUNNING], "delete": []}
+    assert [vm.state for vm in await daemon.services.vms.list()] == left[how]
+    assert how == "restart" or daemon.world.leftovers() == {}
+
+
+async def test_a_helper_that_ends_before_it_kills_leaves_a_vm_that_runs(daemon: conftest.Daemon) -> None:
+    await daemon.create()
+    gate = gates.Gate(daemon.world, privileged.KillVmm, errors.UnavailableError("no answer"))
+    gate.go.set()
+    ended = await daemon.done(await daemon.services.vms.kill("web"))
+    assert ended.error is not None
+    assert ended.error.message == "no answer"
+    assert [vm.state for vm in await daemon.services.vms.list()] == [resources.VmState.RUNNING]

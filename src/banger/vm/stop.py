@@ -128,7 +128,7 @@ async def _end(
 
     So it would for one of which something is left: `save` says that it has stopped, then too.
     """
-    await host.privileged(privileged.KillVmm(vm_id=vm.id))
+    await _kill(host, vm)
     try:
         await release(host, vm, features)
     except Exception as error:
@@ -138,6 +138,17 @@ async def _end(
             error.add_note(f"keeping that {vm.name} has stopped: {second.message}")
         raise
     return save()
+
+
+async def _kill(host: host.Host, vm: record.VmRecord) -> None:
+    """A helper that ended once it had done so has not answered: it would pass for the VMM's own end."""
+    try:
+        await host.privileged(privileged.KillVmm(vm_id=vm.id))
+    except errors.UnavailableError:
+        with contextlib.suppress(errors.BangerError):
+            if not (await host.privileged(privileged.FindVmm(vm_id=vm.id))).pid:
+                return
+        raise
 
 
 def _save_for_now(host: host.Host, vm: record.VmRecord) -> None:
