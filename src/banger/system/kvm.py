@@ -31,7 +31,8 @@ KVM_SET_SREGS: Final = 0x4138AE84
 KVM_EXIT_IO: Final = 2
 PROBE_PORT: Final = 0x10
 PROBE_VALUE: Final = 42
-LIMIT_S: Final = 20.0
+LIMIT_S: Final = 45.0
+"""Who never answers is told from who has much else to do: an interpreter starts, and a VM is made."""
 
 # mov al, 21; add al, al; out 0x10, al; hlt
 PROBE_CODE: Final = bytes((0xB0, PROBE_VALUE // 2, 0x00, 0xC0, 0xE6, PROBE_PORT, 0xF4))
