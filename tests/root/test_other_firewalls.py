@@ -303,6 +303,7 @@ def faults(choose: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         yield
 
 
+@pytest.mark.timeout(240)  # half a minute with a processor of its own
 def test_two_hundred_guests_under_faults_leave_nothing_that_is_not_found_again(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
