@@ -340,18 +340,23 @@ def test_every_signal_that_asks_for_an_end_resets_the_machine(boot: Boot, number
         assert machine.wait_for_end() == RESET
 
 
+def assert_read_only_at_the_end(machine: Machine, tops: list[int]) -> None:
+    """Of mounts whose first directories are open here."""
+    os.kill(machine.pid, signal.SIGTERM)
+    assert machine.wait_for_end() == RESET
+    for top in tops:
+        with pytest.raises(OSError, match="Read-only file system"):
+            os.mkdir("written", dir_fd=top)
+        os.close(top)
+
+
 def test_at_the_end_disks_are_read_only_wherever_they_are_mounted(boot: Boot, content: Path) -> None:
     targets = ("/plain", "/with blank")
     (content / ".banger/config").write_text("".join(f"mount=/dev/null:{path}:tmpfs\n" for path in targets))
     with boot() as machine:
         wait_until(lambda: is_staying(machine), "it stays")
         tops = [os.open(machine.root / path[1:], os.O_DIRECTORY) for path in targets]
-        os.kill(machine.pid, signal.SIGTERM)
-        assert machine.wait_for_end() == RESET
-    for top in tops:
-        with pytest.raises(OSError, match="Read-only file system"):
-            os.mkdir("written", dir_fd=top)
-        os.close(top)
+        assert_read_only_at_the_end(machine, tops)
 
 
 def test_at_the_end_disks_are_read_only_however_many_and_deep(boot: Boot, content: Path) -> None:
@@ -366,12 +371,7 @@ def test_at_the_end_disks_are_read_only_however_many_and_deep(boot: Boot, conten
         wait_until(lambda: is_staying(machine), "it stays")
         machine.enter("/bin/sh", "-ec", script, kinds=("--mount", "--pid", "--root"))
         tops = [os.open(machine.root / path, os.O_DIRECTORY) for path in ("m0", "m69", deep[1:])]
-        os.kill(machine.pid, signal.SIGTERM)
-        assert machine.wait_for_end() == RESET
-    for top in tops:
-        with pytest.raises(OSError, match="Read-only file system"):
-            os.mkdir("written", dir_fd=top)
-        os.close(top)
+        assert_read_only_at_the_end(machine, tops)
 
 
 @pytest.mark.parametrize("path", ["/sbin/init", "/etc/init", "/bin/init"])

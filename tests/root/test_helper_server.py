@@ -67,9 +67,9 @@ def serving(world: HelperWorld) -> Iterator[tuple[Path, server.Server]]:
         assert not thread.is_alive()
 
 
-def ask_as(uid: int, path: Path, text: str) -> privileged.Reply:
+def ask_as(uid: int, path: Path, text: str, *, script: str = ASK) -> privileged.Reply:
     done = subprocess.run(
-        ["/usr/bin/python3", "-c", ASK, str(path), text],
+        ["/usr/bin/python3", "-c", script, str(path), text],
         user=uid,
         group=uid,
         extra_groups=[],
@@ -226,16 +226,7 @@ def test_a_stranger_that_says_nothing_is_refused_at_once(socket_path: Path) -> N
     """The peer is judged before a byte of it is waited for: here that would be ten minutes."""
     silent = ASK.replace("wire.sendall", "(lambda _: None)")
     assert silent != ASK
-    done = subprocess.run(
-        ["/usr/bin/python3", "-c", silent, str(socket_path), ""],
-        user=STRANGER,
-        group=STRANGER,
-        extra_groups=[],
-        check=True,
-        capture_output=True,
-        timeout=30,
-    )
-    reply = msgspec.json.decode(done.stdout, type=privileged.Reply)
+    reply = ask_as(STRANGER, socket_path, "", script=silent)
     assert reply.error is not None
     assert reply.error.code == "unauthorized"
 
