@@ -34,12 +34,13 @@ HELPER_TESTS := $(wildcard tests/unit/test_helper_*.py tests/root/test_helper_*.
 COVERAGE := $(VENV)/bin/coverage
 
 # What labs start from is made beside the first checks and tests; a lab that needs it before waits for it. Three
-# workers for two processors: tests that wait leave one to the labs (tests/order.py).
+# workers for two processors: tests that wait leave one to the labs (tests/order.py). What is compiled is kept,
+# whatever the environment says: workers, and the hundreds of daemons that tests start, would each compile it again.
 test: setup guest  ## Install what is missing and run the tests
 	@mkdir -p build && { $(PY) -m lab build >build/lab.log 2>&1 & }
 	@$(MAKE) --no-print-directory lint
 	@rm -rf build/coverage
-	BANGER_COVERAGE="$(HELPER_TESTS)" \
+	PYTHONDONTWRITEBYTECODE= BANGER_COVERAGE="$(HELPER_TESTS)" \
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --maxfail 20 --durations 20 \
 	  tests/contract tests/lab tests/root tests/unit tests/style
 	@$(COVERAGE) combine -q

@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,31 +41,59 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     check: bool = True,
+    look: Callable[[], None] | None = None,
+    look_every_s: float = 60,
 ) -> Result:
-    """Run a program to its end; kill it at the deadline; raise when it fails, unless told not to check."""
+    """Run a program to its end; kill it at the deadline; raise when it fails, unless told not to check.
+
+    `look` is called now and then while it runs, and at the deadline; what it raises ends the program.
+    """
     words = tuple(str(word) for word in argv)
     started = time.monotonic()
     try:
-        done = subprocess.run(
+        running = subprocess.Popen(
             words,
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            timeout=timeout_s,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd=cwd,
             env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
-            check=False,
         )
     except FileNotFoundError as error:
         raise errors.CommandError(
             f"{words[0]} is not on this machine", hint="run: python -m lab setup"
         ) from error
-    except subprocess.TimeoutExpired as error:
-        raise errors.CommandError(f"{shlex.join(words)} did not end within {timeout_s:g} s") from error
-    result = Result(words, done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+    with running:
+        try:
+            stdout, stderr = _read_to_end(running, stdin, timeout_s, look, look_every_s)
+        except BaseException:
+            running.kill()
+            raise
+    result = Result(words, running.returncode, stdout, stderr, time.monotonic() - started)
     if check and result.status != 0:
         raise errors.CommandError(
             f"{shlex.join(words)} failed with status {result.status}",
             hint=result.error_text.strip()[-2000:],
         )
     return result
+
+
+def _read_to_end(
+    running: subprocess.Popen[bytes],
+    stdin: bytes | None,
+    timeout_s: float,
+    look: Callable[[], None] | None,
+    look_every_s: float,
+) -> tuple[bytes, bytes]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            return running.communicate(stdin, timeout=min(left_s, look_every_s) if look else left_s)
+        except subprocess.TimeoutExpired as error:
+            stdin = None  # it goes on with what it has
+            if look is not None:
+                look()
+            if left_s <= look_every_s or look is None:
+                shown = shlex.join(str(word) for word in error.cmd)
+                raise errors.CommandError(f"{shown} did not end within {timeout_s:g} s") from error

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lab import accel, command, errors, process, qmp
+from lab import accel, command, errors, limits, process, qmp
 
 BOOT_ARGUMENTS = (
     "console=ttyS0 quiet loglevel=4 panic=5 net.ifnames=0 mitigations=off audit=0 "
@@ -33,8 +33,8 @@ QEMU_LOG = "qemu.log"
 HUNG = b"BUG: soft lockup"
 CONTROL = "qmp.sock"
 RECORD = "machine.json"
-CONTROL_LIMIT_S = 30
-SAVE_LIMIT_S = 60
+CONTROL_LIMIT_S = limits.patient(30)
+SAVE_LIMIT_S = limits.patient(60)
 SAVE_BYTES_PER_S = 8 << 30
 DISCONNECT_LIMIT_S = 3
 HOT_PLUG_SLOTS = 4

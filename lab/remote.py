@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from lab import command, errors
+from lab import command, errors, limits
 
 CONTROL = "ssh.sock"
 SSH_OWN_FAILURE = 255
@@ -24,7 +24,8 @@ KILL_AFTER_S = 2
 GRACE_S = 15
 DEFAULT_TIMEOUT_S = 60
 FIRST_TRY_S = 0.5
-LAST_TRY_S = 30
+LAST_TRY_S = 60
+LOOK_EVERY_S = 60
 
 
 class RunError(errors.LabError):
@@ -94,16 +95,12 @@ class Shell:
     ) -> command.Result:
         """Run a program in the lab; at the deadline it is killed there, with its process group.
 
-        A lab that kills nothing and then answers nothing is asked nothing more: each try would take as long.
+        A lab that answers nothing meanwhile is asked nothing more: each try would take as long.
         """
         if self._is_dead:
             raise errors.HungError("the lab had stopped answering before")
         remote = remote_line(argv, user=user, cwd=cwd, env=env, timeout_s=timeout_s)
-        try:
-            done = self._run(remote, timeout_s + GRACE_S, stdin)
-        except errors.CommandError as error:
-            self._check_answers(error)
-            raise
+        done = self._run(remote, timeout_s + GRACE_S, stdin, self._check_answers)
         result = dataclasses.replace(done, argv=tuple(argv))
         if result.status in TIMED_OUT and result.elapsed_s >= timeout_s:
             message = f"in the lab: {shlex.join(argv)}: killed after {timeout_s:g} s"
@@ -112,14 +109,27 @@ class Shell:
             raise RunError(result)
         return result
 
-    def _run(self, remote: str, timeout_s: float, stdin: bytes | None = None) -> command.Result:
-        ssh = [*self.ssh_argv("-T"), remote]
-        return command.run(ssh, timeout_s=timeout_s, stdin=stdin, cwd=self._directory, check=False)
+    def _run(
+        self,
+        remote: str,
+        timeout_s: float,
+        stdin: bytes | None = None,
+        look: Callable[[], None] | None = None,
+    ) -> command.Result:
+        return command.run(
+            [*self.ssh_argv("-T"), remote],
+            timeout_s=timeout_s,
+            stdin=stdin,
+            cwd=self._directory,
+            check=False,
+            look=look,
+            look_every_s=LOOK_EVERY_S,
+        )
 
-    def _check_answers(self, error: errors.CommandError) -> None:
+    def _check_answers(self) -> None:
         try:
             self._run("true", LAST_TRY_S)
-        except errors.CommandError:
+        except errors.CommandError as error:
             self._is_dead = True
             raise errors.HungError("the lab has stopped answering") from error
 
@@ -167,7 +177,7 @@ class Shell:
                     yield archive
                 receiving.stdin.close()
             problem = receiving.stderr.read().decode(errors="replace")
-            if receiving.wait(timeout=timeout_s) != 0:
+            if receiving.wait(timeout=limits.patient(timeout_s)) != 0:
                 raise errors.LabError(f"{doing} failed", hint=problem.strip()[-2000:])
 
     def get(self, remote: str, local: Path, *, timeout_s: float = 300) -> None:
@@ -183,9 +193,9 @@ class Shell:
             assert sending.stderr is not None
             unpack = ["tar", "-x", "--no-same-owner", "-C", stage, "-f", "-"]
             with subprocess.Popen(unpack, stdin=sending.stdout, stderr=subprocess.PIPE) as unpacking:
-                _, unpack_problem = unpacking.communicate(timeout=timeout_s + GRACE_S)
+                _, unpack_problem = unpacking.communicate(timeout=limits.patient(timeout_s))
             problem = sending.stderr.read() + unpack_problem
-            if sending.wait(timeout=GRACE_S) != 0 or unpacking.returncode != 0:
+            if sending.wait(timeout=limits.patient(GRACE_S)) != 0 or unpacking.returncode != 0:
                 raise errors.LabError(
                     f"copying {remote} to {local} failed", hint=problem.decode(errors="replace")
                 )

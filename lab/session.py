@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from lab import accel, cache, command, disk, errors, evidence, instance, layer, qemu, remote, resume
+from lab import accel, cache, command, disk, errors, evidence, instance, layer, limits, qemu, remote, resume
 
 log = logging.getLogger("lab")
 
 BOOT_LIMIT_S = 240
 SHUTDOWN_LIMIT_S = 60
-TEST_LIFE_S = 2 * 3600
+TEST_LIFE_S = 6 * 3600
 CLI_LIFE_S = 24 * 3600
 READY_STATES = ("running", "degraded")
 
@@ -177,10 +177,9 @@ class Lab:
         timeout_s: float = remote.DEFAULT_TIMEOUT_S,
         check: bool = True,
     ) -> command.Result:
-        """Run a program in the lab; see Shell.run."""
-        return self.shell.run(
-            argv, stdin=stdin, user=user, cwd=cwd, env=env, timeout_s=timeout_s, check=check
-        )
+        """Run a program that ends within this time on a quiet machine; see limits, and Shell.run."""
+        limit_s = limits.patient(timeout_s)
+        return self.shell.run(argv, stdin=stdin, user=user, cwd=cwd, env=env, timeout_s=limit_s, check=check)
 
     def put(self, local: Path, remote: str, *, owner: str = "0:0") -> None:
         """Copy a file or tree into the lab, to exactly this path."""
@@ -219,7 +218,7 @@ class Lab:
     def shut_down(self) -> None:
         """Switch the host off in an orderly way; `start` goes on from its disk."""
         self.run(["systemctl", "poweroff"], check=False)
-        self.machine.wait_end(timeout_s=SHUTDOWN_LIMIT_S)
+        self.machine.wait_end(timeout_s=limits.patient(SHUTDOWN_LIMIT_S))
         self._off()
 
     def evidence(self, directory: Path) -> None:
@@ -266,7 +265,7 @@ class Lab:
 
     def _resume(self, started: float) -> None:
         """Enter a restored machine and make it honest: the right time, random numbers of its own."""
-        self._connect(started + BOOT_LIMIT_S)
+        self._connect(started + limits.patient(BOOT_LIMIT_S))
         resume.refresh(self.shell)
         self.boot_s = time.monotonic() - started
         log.info("lab %s: restored, ssh after %.1f s", self.name, self.boot_s)
@@ -284,7 +283,7 @@ class Lab:
         return self.run(["cat", "/proc/sys/kernel/random/boot_id"]).text.strip()
 
     def _wait_ready(self, started: float, *, other_than: str = "") -> None:
-        deadline = time.monotonic() + BOOT_LIMIT_S
+        deadline = time.monotonic() + limits.patient(BOOT_LIMIT_S)
         while True:
             self._connect(deadline)
             with contextlib.suppress(remote.RunError):

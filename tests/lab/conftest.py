@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from _pytest import runner
 
-from lab import cache, errors, instance, rights
+from lab import cache, errors, instance, limits, rights
 from lab.session import Lab
+from tests.lab import turns
 
 TREE = Path(__file__).parents[2]
 TEST_LIMIT_S = 300
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if here in item.path.parents:
             item.add_marker(pytest.mark.lab)
             limit = item.get_closest_marker("timeout")
-            limit_s = limit.args[0] if limit else TEST_LIMIT_S
+            limit_s = limits.patient(limit.args[0] if limit else TEST_LIMIT_S)
             item.add_marker(pytest.mark.timeout(limit_s, func_only=True), append=False)
     wanted = os.environ.get("BANGER_LONG", "")
     long = [item for item in items if item.get_closest_marker("long")]
@@ -40,18 +41,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-    """Run a test whose lab hung once more, in new labs: see docs/lab.md. A second time, it fails by it."""
+    """Run a test when it is its turn; and once more, in new labs, when its lab hung: see docs/lab.md."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    with turns.taken(cache.default_root(), os.cpu_count() or 1):
+        reports = _reports(item, nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _reports(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
     reports = runner.runtestprotocol(item, nextitem=nextitem, log=False)
     if item.stash.get(HUNG, False):
         with contextlib.suppress(Exception):  # what a hung lab cannot take down goes with it
             item.session._setupstate.teardown_exact(None)
         reports = runner.runtestprotocol(item, nextitem=nextitem, log=False)
         reports[0].user_properties.append(("note", "its lab hung, and it was run again in a new one"))
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
+    return reports
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

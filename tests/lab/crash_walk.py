@@ -35,12 +35,12 @@ VICTIMS = (("daemon",), ("helper",), ("daemon", "helper"), ("vmm",))
 POWER = 75
 EVERY_PROOF = 5
 EVERY_POWER = 50
-BACK_WITHIN_S = 120
-GONE_WITHIN_S = 60
-TRUE_WITHIN_S = 60
-IDLE_WITHIN_S = 90
-UP_WITHIN_S = 120
-CLIENT_WITHIN_S = 120
+BACK_WITHIN_S = 480
+GONE_WITHIN_S = 240
+TRUE_WITHIN_S = 240
+IDLE_WITHIN_S = 360
+UP_WITHIN_S = 480
+CLIENT_WITHIN_S = 480
 IMAGES_SHARE = 0.1
 CANCELLED = 0.75
 LONGEST_WAIT_S = 2.5
@@ -67,7 +67,7 @@ def pick(draw: float, among: Sequence[Any]) -> Any:
     return among[int(draw * len(among))]
 
 
-def ask(method: str, path: str, body: object = None, timeout_s: float = 30) -> Any:
+def ask(method: str, path: str, body: object = None, timeout_s: float = 120) -> Any:
     connection = http.client.HTTPConnection("banger", timeout=timeout_s)
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.settimeout(timeout_s)
@@ -254,7 +254,7 @@ def cancel() -> None:
     """A boot takes long here, and is not what this is about: those that are proven get theirs."""
     for each in ask("GET", "/v1/operations"):
         if each["status"] == "running":
-            ask("DELETE", f"/v1/operations/{each['id']}", timeout_s=60)
+            ask("DELETE", f"/v1/operations/{each['id']}", timeout_s=240)
 
 
 def bring_up(where: str, name: str, image: str) -> None:

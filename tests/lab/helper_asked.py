@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 
 from banger.contract import privileged
-from lab import errors, provision
+from lab import errors, limits, provision
 from lab.session import Lab
 
 _PLACE = "/usr/local/lib/banger/helper_driver.py"
 _LIMIT_S = 3600
-ANSWER_LIMIT_S = 120
+ANSWER_LIMIT_S = limits.patient(120)
 
 Ask = Callable[[Sequence[privileged.Request[Any]]], list[privileged.Reply]]
 """The replies, up to the first error."""

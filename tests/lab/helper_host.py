@@ -29,7 +29,7 @@ import socket, sys, time
 path, deadline = sys.argv[1], time.monotonic() + float(sys.argv[2])
 while time.monotonic() < deadline:
     with socket.socket(socket.AF_UNIX) as wire:
-        wire.settimeout(5)
+        wire.settimeout(20)
         try:
             wire.connect(path)
             wire.sendall(b"CONNECT 1023\\n")

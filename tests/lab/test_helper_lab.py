@@ -13,6 +13,7 @@ import pytest
 
 from banger.contract import names, privileged
 from banger.system.doctor import services
+from lab import limits
 from tests.lab import helper_host as helper_hosts
 from tests.lab.helper_host import (
     BOOT_ARGS,
@@ -43,7 +44,7 @@ pid = int(subprocess.run(show, capture_output=True, check=True).stdout)
 with open(path) as record:
     record.seek(0, 2)
     print("watching", flush=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + limits.patient(60)
     seen = []
     while not seen and time.monotonic() < deadline:
         seen = [each for each in map(json.loads, record.readlines()) if each.get("op") == op]
@@ -92,7 +93,7 @@ def assert_nothing_left(host: HelperHost) -> None:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + limits.patient(timeout_s)
     while not condition():
         if time.monotonic() > deadline:
             return False

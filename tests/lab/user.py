@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from banger.contract import names
-from lab import command, provision
+from lab import command, limits, provision
 from lab.session import Lab
 
 NAME = provision.OWNER
@@ -57,8 +57,8 @@ except (FileNotFoundError, ConnectionError):
     if os.path.exists("/etc/systemd/system/bangerd.service"):
         print("silent")
 """
-_SETTLES_S = 60
-_ENDS_S = 60
+_SETTLES_S = limits.patient(60)
+_ENDS_S = limits.patient(60)
 
 
 # Files and not pipes: nobody reads the second command's output while the first one runs.

@@ -202,6 +202,24 @@ def test_a_lab_that_stopped_answering_is_asked_nothing_more(
         shell.run(["anything"], timeout_s=0.1)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_lab_that_stops_answering_is_seen_before_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """And one that goes on answering is waited for, and loses nothing of what it says."""
+    monkeypatch.setattr(remote, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(remote, "LAST_TRY_S", 0.3)
+    says = "cat; sleep 0.5; echo end" if answers else "exec sleep 9"
+    stub = f'case "$1" in true) exec sleep {0 if answers else 9};; *) {says};; esac'
+    monkeypatch.setattr(remote.Shell, "ssh_argv", lambda *_: ["sh", "-c", stub, "ssh"])
+    shell = remote.Shell(tmp_path, 1, tmp_path, tmp_path)
+    if answers:
+        assert shell.run(["anything"], stdin=b"begin\n", timeout_s=30).text == "begin\nend\n"
+    else:
+        with pytest.raises(errors.HungError):
+            shell.run(["anything"], timeout_s=3600)
+
+
 def test_an_sshd_that_is_slow_to_speak_is_given_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each that connects is answered late, as by a busy lab: waiting always as long would never end."""
     monkeypatch.setattr(remote, "FIRST_TRY_S", 0.02)
