@@ -94,7 +94,9 @@ def _without_kernel_and_daemon(host: Lab) -> Iterator[None]:
 
 def _rows(host: Lab, name: str, *, status: int = 0) -> dict[str, dict[str, Any]]:
     """Row by check, as root or the owner sees it; the exit status must be this one."""
-    done = host.run(["banger", "doctor", "--json"], user=name, check=False, timeout_s=180)
+    done = host.run(
+        ["banger", "doctor", "--timeout", "10m", "--json"], user=name, check=False, timeout_s=180
+    )
     rows = {row["check"]: row for row in json.loads(done.text)["rows"]}
     assert done.status == status, [row for row in rows.values() if row["status"] == "fail"]
     return rows

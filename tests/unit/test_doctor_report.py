@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 
+import click.testing
 import msgspec
 import pytest
 
+from banger.cli import command as cli_command
 from banger.cli import doctor as command
 from banger.contract import errors
 from banger.system.doctor import report, scene, table
@@ -45,14 +47,14 @@ def test_a_probe_that_hangs_is_left_behind() -> None:
         return report.passed("late")
 
     checks = [
-        report.Check("hang", "x", hang, limit_s=0.05),
+        report.Check("hang", "x", hang),
         report.Check("fine", "x", lambda _: report.passed("fine")),
     ]
     try:
-        rows = report.examine(checks, scene.Scene()).rows
+        rows = report.examine(checks, scene.Scene(limit_s=0.2)).rows
     finally:
         release.set()
-    assert (rows[0].status, rows[0].detail) == (FAIL, "the check was not done after 0.05 s")
+    assert (rows[0].status, rows[0].detail) == (FAIL, "the check was not done after 0.2 s")
     assert rows[1].status is PASS
 
 
@@ -80,6 +82,21 @@ def test_the_command_agrees_with_its_rows() -> None:
     assert sum(said["counts"].values()) == len(ALL)
     assert [row for row in said["rows"] if bool(row["remedy"]) == (row["status"] == "pass")] == []
     assert [row for row in said["rows"] if row["detail"].startswith("the check itself failed")] == []
+
+
+@pytest.mark.parametrize(("given", "limit_s"), [((), 60), (("--timeout", "5m"), 300)])
+def test_the_command_s_checks_have_the_time_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], limit_s: float
+) -> None:
+    seen: list[float] = []
+
+    def examine(_: object, host: scene.Scene) -> report.Report:
+        seen.append(host.limit_s)
+        return report.Report(rows=())
+
+    monkeypatch.setattr(report, "examine", examine)
+    click.testing.CliRunner().invoke(command.doctor, given, obj=cli_command.Settings())
+    assert seen == [limit_s]
 
 
 def _row(check: str, status: report.Status, detail: str, remedy: str = "", feature: str = "x") -> report.Row:

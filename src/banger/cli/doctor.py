@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from banger.cli import command, exits, output, render
+from banger.cli import command, exits, output, params, render
 
 if TYPE_CHECKING:
     from banger.system.doctor import report
@@ -28,8 +28,16 @@ _COLOURS: Final = {"pass": "32", "warn": "33", "fail": "1;31", "skip": "2"}
 @click.option("--strict", is_flag=True, help="Also fail on warnings and on what could not be looked at.")
 @click.option("--production", is_flag=True, help="Add what Firecracker recommends for production hosts.")
 @click.option("--quiet", "-q", is_flag=True, help="Show only the rows that do not pass.")
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    type=params.SPAN,
+    default="60s",
+    show_default=True,
+    help="How long each check may take; all run at once.",
+)
 @click.pass_obj
-def doctor(settings: command.Settings, strict: bool, production: bool, quiet: bool) -> None:
+def doctor(settings: command.Settings, strict: bool, production: bool, quiet: bool, timeout: float) -> None:
     """Look whether this host has all that VMs need, and what to do.
 
     Works without the daemon, and changes nothing. Rows marked SKIP could not be looked at: some need root.
@@ -37,7 +45,7 @@ def doctor(settings: command.Settings, strict: bool, production: bool, quiet: bo
     """
     from banger.system.doctor import report, scene, table
 
-    host = scene.Scene()
+    host = scene.Scene(limit_s=timeout)
     checks = (*table.ORDINARY, *(table.PRODUCTION if production else ()))
     found = report.examine(checks, host)
     if settings.json:

@@ -46,7 +46,7 @@ def has_instructions() -> bool:
     return platform.machine() == "x86_64"
 
 
-def refusal(cpuinfo: str, *, python: Path = Path(sys.executable)) -> str:
+def refusal(cpuinfo: str, *, python: Path = Path(sys.executable), limit_s: float = LIMIT_S) -> str:
     """Why this machine's KVM runs no guest; empty when it does. PermissionError: this user may not try.
 
     The processor's flag alone promises nothing, and a KVM without it may run a few instructions but no
@@ -57,11 +57,11 @@ def refusal(cpuinfo: str, *, python: Path = Path(sys.executable)) -> str:
     try:
         ended = run.run(
             [str(python), "-I", "-m", __name__],  # root looks too, in whatever directory
-            deadline_s=LIMIT_S,
+            deadline_s=limit_s,
             ok=range(-64, 256),
         )
     except errors.DeadlineError:
-        return f"KVM did not run seven bytes of code within {LIMIT_S:g} s"
+        return f"KVM did not run seven bytes of code within {limit_s:g} s"
     if ended.status == DENIED:
         raise PermissionError(f"/dev/kvm: {_last_line(ended.stderr)}")
     return "" if ended.status == 0 else f"KVM does not run a guest: {_last_line(ended.stderr)}"

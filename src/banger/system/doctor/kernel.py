@@ -35,7 +35,7 @@ def architecture(scene: scenes.Scene) -> report.Finding:
 def virtualisation(scene: scenes.Scene) -> report.Finding:
     if not scene.at("/dev/kvm").exists():
         return report.failed("/dev/kvm does not exist", "sudo modprobe kvm_amd || sudo modprobe kvm_intel")
-    why = kvm.refusal(scene.text("/proc/cpuinfo"), python=scene.viewer.python)
+    why = kvm.refusal(scene.text("/proc/cpuinfo"), python=scene.viewer.python, limit_s=scene.long_program_s)
     if why:
         return report.failed(
             why, "switch on virtualisation in the firmware, or nested virtualisation where this host is a VM"

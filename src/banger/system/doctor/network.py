@@ -14,7 +14,6 @@ from banger.net import addresses
 from banger.system.doctor import report
 from banger.system.doctor import scene as scenes
 
-_ANSWER_S: Final = 10.0
 _ANSWER_BIT: Final = 0x80
 # One question, of class IN: who is responsible for `vm`.
 _QUESTION: Final = b"\0\0" + b"\0\1" + bytes(6) + b"\x02vm\0" + b"\0\6\0\1"
@@ -60,7 +59,7 @@ def vm_names(scene: scenes.Scene) -> report.Finding:
     dns = scene.require_daemon().dns
     if dns is None or not dns.listen:
         return report.passed("names of VMs are off, as the configuration says")
-    if not _answers(dns.listen):
+    if not _answers(dns.listen, scene.answer_s):
         return report.failed(
             f"bangerd does not answer for .vm at {dns.listen}", "sudo banger system restart"
         )
@@ -73,11 +72,11 @@ def vm_names(scene: scenes.Scene) -> report.Finding:
     return report.passed(f"{dns.listen} answers for .vm, {asked}")
 
 
-def _answers(endpoint: str) -> bool:
+def _answers(endpoint: str, limit_s: float) -> bool:
     address, _, port = endpoint.rpartition(":")
     number = os.urandom(2)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, contextlib.suppress(OSError):
-        asking.settimeout(_ANSWER_S)
+        asking.settimeout(limit_s)
         asking.connect((address, int(port)))
         asking.send(number + _QUESTION)
         answer = asking.recv(4096)

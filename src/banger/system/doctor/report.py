@@ -17,7 +17,6 @@ import msgspec
 from banger.contract import errors
 from banger.system.doctor import scene as scenes
 
-LIMIT_S: Final = 60.0
 _OURS: Final = "this is a fault in banger: report it with the line above"
 
 
@@ -58,7 +57,6 @@ class Check:
     name: str
     feature: str
     run: Callable[[scenes.Scene], Finding]
-    limit_s: float = LIMIT_S
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,14 +94,15 @@ class _Running:
         self._check = check
         self._scene = scene
         self._found: Finding | None = None
-        self._deadline = time.monotonic() + check.limit_s
+        self._deadline = time.monotonic() + scene.limit_s
         self._thread = threading.Thread(target=self._work, name=f"doctor-{check.name}", daemon=True)
         self._thread.start()
 
     def row(self) -> Row:
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
         found = self._found or failed(
-            f"the check was not done after {self._check.limit_s:g} s", "see what keeps this host busy: `top`"
+            f"the check was not done after {self._scene.limit_s:g} s",
+            "see what keeps this host busy: `top`; give it longer: banger doctor --timeout 5m",
         )
         return Row(
             check=self._check.name,

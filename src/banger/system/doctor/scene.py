@@ -22,8 +22,7 @@ from banger.system import settings as installation
 
 T = TypeVar("T")
 
-_ANSWER_S: Final = 20.0
-_PROGRAM_S: Final = 30.0
+LIMIT_S: Final = 60.0
 _EXEC_START: Final = re.compile(r"^ExecStart=(/\S+)/bin/bangerd$", re.MULTILINE)
 
 
@@ -84,9 +83,18 @@ class Viewer:
 
 
 class Scene:
-    """Paths below a root, programs found there, and the answers of the two services."""
+    """Paths below a root, programs found there, and the answers of the two services.
 
-    def __init__(self, root: Path = Path("/"), viewer: Viewer | None = None) -> None:
+    `limit_s` is what one check may take; what it asks others for has a part of that.
+    """
+
+    def __init__(
+        self, root: Path = Path("/"), viewer: Viewer | None = None, *, limit_s: float = LIMIT_S
+    ) -> None:
+        self.limit_s = limit_s
+        self.answer_s = limit_s / 3
+        self._program_s = limit_s / 2
+        self.long_program_s = limit_s * 3 / 4
         self.root = root
         self.viewer = viewer or Viewer(os.geteuid())
         self.settings: Callable[[], installation.Settings] = _Once(self._read_settings)
@@ -132,13 +140,13 @@ class Scene:
         return None
 
     def run(
-        self, name: str, *arguments: str, ok: Collection[int] = (0,), deadline_s: float = _PROGRAM_S
+        self, name: str, *arguments: str, ok: Collection[int] = (0,), deadline_s: float | None = None
     ) -> run.Result:
         """A program of this host. Raises UnseenError when it is not there."""
         program = self.program(name)
         if program is None:
             raise UnseenError(f"{name} is not installed", f"install the package that has {name}")
-        return run.run([str(program), *arguments], deadline_s=deadline_s, ok=ok)
+        return run.run([str(program), *arguments], deadline_s=deadline_s or self._program_s, ok=ok)
 
     def prefix(self) -> Path:
         """The virtual environment that the installed units run from, or ours."""
@@ -164,7 +172,7 @@ class Scene:
         self.require_daemon()
         self.require_helper()
         path = self.at(host.API_SOCKET)
-        return asking.daemon("/v1/inventory", inventory.Inventory, at=path, timeout_s=_ANSWER_S)
+        return asking.daemon("/v1/inventory", inventory.Inventory, at=path, timeout_s=self.answer_s)
 
     def _silent(self, who: str, error: OSError) -> UnseenError:
         if isinstance(error, PermissionError):
@@ -182,10 +190,10 @@ class Scene:
 
     def _ask_info(self) -> resources.DaemonInfo:
         path = self.at(host.API_SOCKET)
-        return asking.daemon("/v1/info", resources.DaemonInfo, at=path, timeout_s=_ANSWER_S)
+        return asking.daemon("/v1/info", resources.DaemonInfo, at=path, timeout_s=self.answer_s)
 
     def _ask_helper(self) -> privileged.HostInfo:
-        return asking.helper(privileged.GetHost(), at=self.at(host.HELPER_SOCKET), timeout_s=_ANSWER_S)
+        return asking.helper(privileged.GetHost(), at=self.at(host.HELPER_SOCKET), timeout_s=self.answer_s)
 
     def _ask_defaults(self) -> dict[str, Effective]:
         """The daemon's own program reads its configuration; it runs as whoever asks, and serves nothing."""
@@ -193,7 +201,7 @@ class Scene:
         if not program.exists():
             raise UnseenError(f"{self.shown(program)} is not installed", "sudo banger system install")
         argv = [str(program), "--check-config", f"--config={self.at(host.CONFIG_TOML)}"]
-        answer = decoding.json(run.run(argv, deadline_s=_PROGRAM_S, ok=(0, 3)).stdout, _Checked)
+        answer = decoding.json(run.run(argv, deadline_s=self._program_s, ok=(0, 3)).stdout, _Checked)
         if answer.error is not None:
             raise errors.from_body(answer.error)
         return answer.values

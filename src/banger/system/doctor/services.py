@@ -23,7 +23,6 @@ EXPOSURE_LIMITS: Final = {
 _RESTART: Final = "sudo banger system restart"
 _EXPOSURE: Final = re.compile(r": ([0-9]+(?:\.[0-9]+)?) ")
 _PROPERTIES: Final = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload"
-_ANALYSE_S: Final = 45.0
 _WANTED: Final = {name: True for name in host.ENABLED} | {"banger-vms.service": False}
 """Units that must be active always, and whether they must start with the host by themselves."""
 
@@ -141,7 +140,9 @@ class Exposure:
 
     def __call__(self, scene: scenes.Scene) -> report.Finding:
         scene.settings()
-        done = scene.run("systemd-analyze", "security", "--no-pager", self.unit, deadline_s=_ANALYSE_S)
+        done = scene.run(
+            "systemd-analyze", "security", "--no-pager", self.unit, deadline_s=scene.long_program_s
+        )
         last = (done.text.strip().splitlines() or [""])[-1]
         found = _EXPOSURE.search(last)
         if found is None:
