@@ -25,7 +25,7 @@ BOOT_ARGUMENTS = (
     "console=ttyS0 quiet loglevel=4 panic=5 net.ifnames=0 mitigations=off audit=0 "
     "systemd.show_status=0 random.trust_cpu=on"
 )
-DEFAULT_CPUS = 2
+DEFAULT_CPUS = 1
 DEFAULT_MEMORY_MIB = 4096
 DISK = "disk.qcow2"
 CONSOLE = "console.log"

@@ -56,7 +56,7 @@ BUILDS: Final = "bangerd-build@*.service"
 SLICE: Final = "banger.slice"
 COMMANDS: Final = ("banger", "bangerd")
 _TOOLS: Final = {"e2fsck": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.ext4": "e2fsprogs"}
-_SYSTEMCTL_S: Final = 120.0
+_SYSTEMCTL_S: Final = 480.0
 _JOURNALCTL_S: Final = 20.0
 
 

@@ -17,7 +17,7 @@ from banger.system import asking, environment, host, own_units, ownership, relea
 
 UPGRADING: Final = "upgrading"
 """In the helper's directory: names the version that an upgrade switches to, until that has answered."""
-ANSWER_S: Final = 60.0
+ANSWER_S: Final = 120.0
 _POLL_S: Final = 0.2
 _BANGERD_S: Final = 120.0
 

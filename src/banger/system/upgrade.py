@@ -21,7 +21,7 @@ from banger import run, steps
 from banger.contract import errors
 from banger.system import alone, environment, machine, own_units, signed, versions
 
-_UNDO_S: Final = 300.0
+_UNDO_S: Final = 600.0
 _CURRENT: Final = 0
 _TOO_NEW: Final = 2
 """What `bangerd --check-migrations` says; 1 is that it will migrate."""
