@@ -43,12 +43,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     """Run a test when it is its turn; and once more, in new labs, when its lab hung: see docs/lab.md."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    with turns.taken(cache.default_root(), os.cpu_count() or 1):
+    with _turn(item):
         reports = _reports(item, nextitem)
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _turn(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
+    """Of a test with a lab: this is asked for the others, too."""
+    if item.get_closest_marker("lab") is None:
+        return contextlib.nullcontext()
+    return turns.taken(cache.default_root(), os.cpu_count() or 1)
 
 
 def _reports(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
