@@ -198,7 +198,7 @@ async def test_a_blob_of_which_nothing_comes_out_can_be_cancelled(
 ) -> None:
     """To go through all of this one takes a minute."""
     layer = layer_of(EMPTY[compression] * ((64 << 20) // len(EMPTY[compression])), compression)
-    before, begun, loop = threading.active_count(), asyncio.Event(), asyncio.get_running_loop()
+    before, begun, loop = set(threading.enumerate()), asyncio.Event(), asyncio.get_running_loop()
 
     def work() -> None:
         with decompress.opened(layer, max_bytes=PLENTY) as pieces:
@@ -211,4 +211,6 @@ async def test_a_blob_of_which_nothing_comes_out_can_be_cancelled(
     done, _ = await asyncio.wait([working], timeout=15)
     assert done
     assert working.cancelled()
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(15)  # it has said its last, and ends
+        assert not thread.is_alive()
