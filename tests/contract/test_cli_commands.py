@@ -226,6 +226,20 @@ def test_show_says_where_sizes_come_from_and_what_failed(
     assert cli.run("vm", "show", "bad", "--json").json["last_error"]["step"] == "tap"
 
 
+def test_show_shows_whom_it_finds_and_says_whom_it_does_not(
+    cli: cli_process.Cli, fake: daemon.FakeDaemon
+) -> None:
+    fake.add_vm("web")
+    alone = cli.run("vm", "show", "nobody")
+    shown = cli.run("vm", "show", "nobody", "web", "nothing")
+    assert (shown.status, alone.status) == (1, 1)
+    assert re.match(r"name: +web\n", shown.text)
+    assert [line for line in shown.err.splitlines() if "nobody" in line and "nothing" in line]
+    listed = cli.run("vm", "show", "web", "nobody", "--json")
+    assert [vm["name"] for vm in listed.json] == ["web"]
+    assert (listed.status, listed.err) == (1, cli.run("vm", "show", "nobody", "--json").err)
+
+
 def test_show_says_the_addresses_and_what_they_reach(cli: cli_process.Cli, fake: daemon.FakeDaemon) -> None:
     fake.add_vm("four")
     fake.add_vm("six", address6="fd12::2", nat=True, allow=("2001:db8::/32",))

@@ -158,13 +158,20 @@ def _state(vm: resources.Vm) -> str:
 @click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
 @click.pass_obj
 def show(settings: command.Settings, names: tuple[str, ...]) -> None:
-    """Show everything about VMs."""
+    """Show everything about VMs; of several, those that there are, before the error about the others."""
     api = settings.client()
-    vms = [_look_up(api, name) for name in names]
-    if settings.json:
-        output.json(vms[0] if len(vms) == 1 else vms)
-    else:
+    vms, missing = [], []
+    for name in names:
+        try:
+            vms.append(_look_up(api, name))
+        except errors.NotFoundError as error:
+            missing.append(error)
+    if vms and settings.json:
+        output.json(vms[0] if len(names) == 1 else vms)
+    elif vms:
         output.text("\n\n".join(render.facts(_facts(vm)) for vm in vms))
+    if missing:
+        raise errors.NotFoundError("; ".join(error.message for error in missing), hint=missing[0].hint)
 
 
 def _facts(vm: resources.Vm) -> Iterator[tuple[str, str]]:
