@@ -185,16 +185,23 @@ def test_this_machine_is_used_only_when_it_can_and_for_somebody(
     assert "OWNER=you" in capsys.readouterr().err
 
 
+def shell_of_a_lab(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *, answers: bool, says: str
+) -> remote.Shell:
+    """Whose lab says this to any command, and answers, or does not, when it is asked whether it is alive."""
+    monkeypatch.setattr(remote, "LAST_TRY_S", 0.3)
+    stub = f'case "$1" in true) exec sleep {0 if answers else 9};; *) {says};; esac'
+    monkeypatch.setattr(remote.Shell, "ssh_argv", lambda *_: ["sh", "-c", stub, "ssh"])
+    return remote.Shell(directory, 1, directory, directory)
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_lab_that_stopped_answering_is_asked_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
 ) -> None:
     """And one that only ran out of time is: without this a whole suite waits for each of its commands."""
     monkeypatch.setattr(remote, "GRACE_S", 0.1)
-    monkeypatch.setattr(remote, "LAST_TRY_S", 0.3)
-    stub = f'case "$1" in true) exec sleep {0 if answers else 9};; *) exec sleep 9;; esac'
-    monkeypatch.setattr(remote.Shell, "ssh_argv", lambda *_: ["sh", "-c", stub, "ssh"])
-    shell = remote.Shell(tmp_path, 1, tmp_path, tmp_path)
+    shell = shell_of_a_lab(tmp_path, monkeypatch, answers=answers, says="exec sleep 9")
     kind, again = (errors.CommandError, "within") if answers else (errors.HungError, "before")
     with pytest.raises(kind):
         shell.run(["anything"], timeout_s=0.1)
@@ -208,11 +215,8 @@ def test_a_lab_that_stops_answering_is_seen_before_the_deadline(
 ) -> None:
     """And one that goes on answering is waited for, and loses nothing of what it says."""
     monkeypatch.setattr(remote, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(remote, "LAST_TRY_S", 0.3)
     says = "cat; sleep 0.5; echo end" if answers else "exec sleep 9"
-    stub = f'case "$1" in true) exec sleep {0 if answers else 9};; *) {says};; esac'
-    monkeypatch.setattr(remote.Shell, "ssh_argv", lambda *_: ["sh", "-c", stub, "ssh"])
-    shell = remote.Shell(tmp_path, 1, tmp_path, tmp_path)
+    shell = shell_of_a_lab(tmp_path, monkeypatch, answers=answers, says=says)
     if answers:
         assert shell.run(["anything"], stdin=b"begin\n", timeout_s=30).text == "begin\nend\n"
     else:
