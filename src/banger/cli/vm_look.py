@@ -158,7 +158,10 @@ def _state(vm: resources.Vm) -> str:
 @click.argument("names", metavar="NAME…", nargs=-1, required=True, type=params.VM)
 @click.pass_obj
 def show(settings: command.Settings, names: tuple[str, ...]) -> None:
-    """Show everything about VMs; of several, those that there are, before the error about the others."""
+    """Show everything about VMs.
+
+    Of several, those that there are, before the error about the others.
+    """
     api = settings.client()
     vms, missing = [], []
     for name in names:
