@@ -35,8 +35,8 @@ def failing_mount(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pa
     run("mkfs.ext4", "-q", "-O", "^has_journal", "-E", "nodiscard", image)
     run("mount", "-o", "loop", image, target)
     yield target
-    run("umount", target)
-    run("umount", disk)
+    run("umount", "-l", target)
+    run("umount", "-l", disk)  # whose file the kernel may keep for a moment, for the loop device
 
 
 @pytest.mark.parametrize("kind", agent.KINDS)
